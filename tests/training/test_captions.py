@@ -1,0 +1,40 @@
+"""Captions: articles, colours, styles, and left/right under mirroring."""
+
+import pytest
+
+from training.captions import colored, phrase, swap_sides, with_article
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("fox", "a fox"),
+        ("owl", "an owl"),
+        ("unicorn", "a unicorn"),
+        ("grapes", "grapes"),
+        ("bus", "a bus"),
+        ("cactus", "a cactus"),
+        ("sun", "the sun"),
+        ("bread", "bread"),
+        ("house with garden", "a house with garden"),
+    ],
+)
+def test_article_is_the_one_people_use(name: str, expected: str) -> None:
+    assert with_article(name) == expected
+
+
+def test_color_word_replaces_the_one_in_the_name() -> None:
+    assert colored("a fox", "blue") == "a blue fox"
+    assert colored("a red apple", "green") == "a green apple"
+    assert colored("grapes", "orange") == "orange grapes"
+
+
+def test_phrasings_hold_thing_color_style_and_keywords() -> None:
+    captions = phrase("a fox", "noto", ["animal", "fox", "sly"], "orange")
+    assert captions[0] == "a fox, noto style"
+    assert "an orange fox" in captions
+    assert "a fox, animal, sly, noto style" in captions
+
+
+def test_mirrored_picture_exchanges_sides() -> None:
+    assert swap_sides("a leftwards hand, right arrow") == "a rightwards hand, left arrow"

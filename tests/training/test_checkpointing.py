@@ -1,0 +1,80 @@
+"""Checkpoints: exact round trip, damaged ones passed over, nothing half-written, nothing non-finite."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentdiff.errors import InputError
+from training.checkpointing import load_latest, load_optimizer, optimizer_tensors, save_checkpoint
+
+
+def save(run: Path, step: int, value: float, keep: int = 3) -> Path:
+    return save_checkpoint(run, step, {"model": {"w": torch.full((4,), value)}}, {"ema_updates": step}, keep)
+
+
+def test_newest_comes_back_exactly(tmp_path: Path) -> None:
+    save(tmp_path, 1, 1.0)
+    save(tmp_path, 2, 2.0)
+    checkpoint = load_latest(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 2
+    assert torch.equal(checkpoint.tensors["model"]["w"], torch.full((4,), 2.0))
+    assert checkpoint.state["ema_updates"] == 2
+
+
+def test_old_ones_go_and_empty_run_has_none(tmp_path: Path) -> None:
+    assert load_latest(tmp_path) is None
+    for step in range(4):
+        save(tmp_path, step, 0.0, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
+def test_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 1, 1.0)
+    newest = save(tmp_path, 2, 2.0)
+    file = newest / "model.safetensors"
+    content = file.read_bytes()
+    if damage == "flip":
+        file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    elif damage == "truncate":
+        file.write_bytes(content[:-1])
+    elif damage == "remove":
+        file.unlink()
+    else:
+        (newest / "manifest.json").write_text("{")
+    checkpoint = load_latest(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 1
+    assert "passed over" in capsys.readouterr().err
+
+
+def test_unfinished_write_is_not_seen(tmp_path: Path) -> None:
+    save(tmp_path, 1, 1.0)
+    (tmp_path / "checkpoints" / ".tmp-step-00000002").mkdir()
+    checkpoint = load_latest(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 1
+
+
+def test_non_finite_weights_are_never_saved(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not finite"):
+        save(tmp_path, 1, float("nan"))
+    assert load_latest(tmp_path) is None
+
+
+def test_optimizer_state_round_trip_is_exact() -> None:
+    def trained(steps: int, optimizer: torch.optim.Optimizer, layer: torch.nn.Linear) -> torch.Tensor:
+        for step in range(steps):
+            optimizer.zero_grad()
+            layer(torch.full((1, 3), 1.0 + step)).square().sum().backward()
+            optimizer.step()
+        return layer.weight.detach().clone()
+
+    torch.manual_seed(0)
+    first = torch.nn.Linear(3, 2)
+    adam = torch.optim.AdamW(first.parameters(), lr=0.1)
+    trained(3, adam, first)
+    second = torch.nn.Linear(3, 2)
+    second.load_state_dict(first.state_dict())
+    other = torch.optim.AdamW(second.parameters(), lr=0.1)
+    load_optimizer(other, {name: tensor.clone() for name, tensor in optimizer_tensors(adam).items()})
+    assert torch.equal(trained(2, adam, first), trained(2, other, second))

@@ -1,0 +1,59 @@
+"""Configs: every shipped recipe parses, unknown keys name the closest valid one, overrides apply."""
+
+from pathlib import Path
+
+import pytest
+
+from latentdiff.errors import InputError
+from training.config import AutoencoderTraining, DiffusionTraining, load_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+RECIPE = """
+stage: autoencoder
+data: {folder: pictures}
+run: {out: runs/x, steps: 10, batch_size: 2}
+model: {}
+"""
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_shipped_recipes_parse(file: Path) -> None:
+    assert isinstance(load_config(file), AutoencoderTraining | DiffusionTraining)
+
+
+def test_override_wins_and_is_typed(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE)
+    config = load_config(file, ["run.steps=3", "optimizer.betas=[0.8, 0.9]"])
+    assert config.run.steps == 3
+    assert config.optimizer.betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.stepz=3", "unknown key 'run.stepz'; did you mean 'steps'"),
+        ("run.steps=0", "run.steps"),
+        ("run.steps=many", "run.steps"),
+        ("stage=autoenoder", "stage must be one of"),
+        ("run.steps", "--set needs key=value"),
+        ("stage.x=1", "is a value, not a section"),
+    ],
+)
+def test_wrong_entry_is_one_line_that_says_what_to_do(tmp_path: Path, override: str, message: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE)
+    with pytest.raises(InputError) as caught:
+        load_config(file, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [", ""])
+def test_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError):
+        load_config(file)
+    with pytest.raises(InputError, match="cannot read config"):
+        load_config(tmp_path / "missing.yaml")

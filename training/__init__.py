@@ -1,0 +1,37 @@
+"""Training: one visible loop a stage (`autoencoder.py`, `diffusion.py`) over small tested parts."""
+
+from __future__ import annotations
+
+
+def cli_train(config: str, overrides: list[str], resume: bool, out: str | None) -> None:
+    """Run the stage that a YAML config describes; the command line's `latentdiff train`.
+
+    Args:
+        config: path of the YAML file.
+        overrides: `section.key=value` strings.
+        resume: go on from the newest checkpoint that verifies.
+        out: run folder instead of the config's `run.out`.
+
+    Raises:
+        InputError, StorageError: see `training.config.load_config` and the stages.
+    """
+    from training.config import AutoencoderTraining, load_config
+
+    parsed = load_config(config, [*overrides, *([f"run.out={out}"] if out else [])])
+    if isinstance(parsed, AutoencoderTraining):
+        from training.autoencoder import train_autoencoder
+
+        train_autoencoder(parsed, resume)
+    else:
+        from training.diffusion import train_diffusion
+
+        train_diffusion(parsed, resume)
+
+
+def cli_data_emoji(out: str, size: int, workers: int | None = None) -> None:
+    """Build the captioned emoji set; the command line's `latentdiff data emoji`."""
+    import json
+
+    from training.emoji import build
+
+    print(json.dumps(build(out, size, workers), indent=2))

@@ -1,0 +1,111 @@
+"""Augmentations of captioned drawings; one that changes what is seen changes the caption with it."""
+
+from __future__ import annotations
+
+import colorsys
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from training.captions import COLORS, STYLE_PHRASES, colored, swap_sides
+from training.dataset import CaptionedImages, composite
+
+# Backgrounds that a caption can name, as sRGB.
+BACKGROUNDS = {
+    "red": (229, 72, 77),
+    "orange": (247, 155, 66),
+    "yellow": (250, 220, 92),
+    "green": (92, 184, 112),
+    "blue": (84, 150, 232),
+    "purple": (152, 108, 214),
+    "pink": (248, 166, 196),
+    "black": (24, 24, 28),
+    "gray": (160, 164, 170),
+}
+# Where on the colour circle (turns) a hue shift may bring the dominant colour of a drawing.
+HUES = {"red": 0.0, "orange": 0.08, "yellow": 0.14, "green": 0.33, "blue": 0.6, "purple": 0.76, "pink": 0.91}
+
+
+def render_variant(
+    data: CaptionedImages, index: int, kind: str, seed: int, background: str
+) -> tuple[np.ndarray, list[str]]:
+    """Return one augmented picture and its captions, a pure function of the arguments.
+
+    Args:
+        kind: "plain"; "flip" (mirrored, left and right exchanged in the caption); "hue" (the dominant colour turned, with
+            the new colour word); "background" (a named colour behind it); "pair" (beside another drawing, "a fox next to
+            a tree"). Where the drawing does not allow a kind (no dominant colour, no mirror image) it is left plain.
+        background: CSS name or #rrggbb of the ground of the other kinds.
+
+    Returns:
+        RGB (H, W, 3) uint8 and the captions.
+    """
+    rng = np.random.default_rng([seed, index, sum(kind.encode())])
+    row, rgba = data.rows[index], data.images[index]
+    captions: list[str] = row["captions"]
+    ground = rgb(background)
+    if kind == "flip" and row.get("flip", True):
+        rgba, captions = rgba[:, ::-1], [swap_sides(c) for c in captions]
+    elif kind == "hue" and row.get("color") in HUES and "thing" in row:
+        color = str(rng.choice([name for name in HUES if name != row["color"]]))
+        rgba, captions = turn_hue(rgba, HUES[color] - HUES[row["color"]]), _styled(colored(row["thing"], color), row)
+    elif kind == "background":
+        color = str(rng.choice(list(BACKGROUNDS)))
+        ground, captions = BACKGROUNDS[color], [f"{c} on a {color} background" for c in captions]
+    elif kind == "pair" and "thing" in row:
+        other = int(rng.integers(len(data)))
+        if "thing" in data.rows[other] and data.rows[other].get("style") == row.get("style"):
+            rgba = side_by_side(rgba, data.images[other])
+            captions = _styled(f"{row['thing']} next to {data.rows[other]['thing']}", row)
+    return composite(rgba, ground), captions
+
+
+def turn_hue(rgba: np.ndarray, turn: float) -> np.ndarray:
+    """Rotate every colour of an RGBA picture (H, W, 4) around the colour circle by `turn` (1 is a full circle)."""
+    hsv = np.array(Image.fromarray(rgba[..., :3]).convert("HSV"))
+    hsv[..., 0] = (hsv[..., 0].astype(np.int32) + round(turn * 256)) % 256
+    turned = np.asarray(Image.fromarray(hsv, mode="HSV").convert("RGB"))
+    return np.concatenate([turned, rgba[..., 3:]], axis=-1)
+
+
+def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Draw two RGBA pictures (H, W, 4) at half size beside each other on one transparent canvas."""
+    size = left.shape[0]
+    canvas = Image.new("RGBA", (size, size))
+    for column, picture in enumerate((left, right)):
+        half = Image.fromarray(picture).resize((size // 2, size // 2), Image.Resampling.LANCZOS)
+        canvas.paste(half, (column * (size // 2), size // 4))
+    return np.asarray(canvas)
+
+
+def random_view(rgba: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return an RGB picture for the autoencoder: mirrored, recoloured and on a random ground, each now and then.
+
+    Args:
+        rgba: (H, W, 4) uint8.
+    """
+    if rng.random() < 0.5:
+        rgba = rgba[:, ::-1]
+    if rng.random() < 0.2:
+        rgba = turn_hue(np.ascontiguousarray(rgba), rng.random())
+    ground = (255, 255, 255)
+    if rng.random() < 0.3:
+        red, green, blue = colorsys.hsv_to_rgb(rng.random(), rng.random(), rng.random())
+        ground = (round(red * 255), round(green * 255), round(blue * 255))
+    return composite(rgba, ground)
+
+
+def rgb(color: str) -> tuple[int, int, int]:
+    """Return the sRGB values of a CSS colour."""
+    from PIL import ImageColor
+
+    return ImageColor.getrgb(color)[:3]
+
+
+def _styled(thing: str, row: dict[str, Any]) -> list[str]:
+    style = STYLE_PHRASES.get(row.get("style", ""))
+    return [thing, f"{thing}, {style}"] if style else [thing]
+
+
+assert set(HUES) | set(BACKGROUNDS) <= set(COLORS)

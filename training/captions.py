@@ -1,0 +1,72 @@
+"""Captions of the emoji drawings: the thing, its keywords, its colour and its style, in several phrasings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+STYLE_PHRASES = {
+    "noto": "noto style",
+    "noto-v1": "classic noto style",
+    "twemoji": "twemoji style",
+    "fluent-emoji-flat": "flat style",
+    "emojione": "emojione style",
+    "fluent-emoji-3d": "3d style",
+}
+
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
+
+# Names that take "the" (one of a kind) and names that take no article (substances, plurals without a final s).
+_UNIQUE = {"sun", "milky way", "globe showing americas", "globe showing europe-africa", "globe showing asia-australia"}
+_BARE = {
+    *("bread", "rice", "popcorn", "butter", "salt", "cheese", "sushi", "spaghetti", "broccoli", "garlic", "honey"),
+    *("bacon", "ice", "fire", "rain", "snow", "fog", "lightning", "hot springs", "cooked rice", "flatbread", "tea"),
+    *("sake", "canned food", "fish and chips", "meat on bone", "money with wings", "people", "bubble tea"),
+}
+
+
+def with_article(name: str) -> str:
+    """Return `name` as one would ask for it: "a fox", "an owl", "grapes", "the sun"."""
+    if name in _UNIQUE:
+        return f"the {name}"
+    head = name.split(" with ")[0].split(" of ")[0]
+    if name in _BARE or re.search(r"[^siu]s$", head) or name[:1].isdigit():
+        return name
+    return ("an " if name[:1] in "aeiou" and not name.startswith(("uni", "eu", "one")) else "a ") + name
+
+
+def without_article(thing: str) -> str:
+    """Drop the leading article of a phrase made by `with_article`."""
+    return re.sub(r"^(a|an|the) ", "", thing)
+
+
+def colored(thing: str, color: str) -> str:
+    """Put a colour word before the thing: "a fox", "blue" -> "a blue fox"; a colour already in the name gives way."""
+    words = [word for word in without_article(thing).split() if word not in COLORS]
+    name = " ".join([color, *words])
+    return with_article(name) if thing != without_article(thing) else name
+
+
+def phrase(thing: str, style: str, tags: Sequence[str] = (), color: str | None = None) -> list[str]:
+    """Return the phrasings of one drawing, the plainest first.
+
+    Args:
+        thing: the noun phrase with its article, "a fox".
+        style: a key of `STYLE_PHRASES`.
+        tags: keywords, of which the first two that are not in the name are used.
+        color: the drawing's dominant colour, when it has one.
+    """
+    styled = STYLE_PHRASES[style]
+    captions = [f"{thing}, {styled}", thing, f"a drawing of {thing}"]
+    if color:
+        captions.append(colored(thing, color))
+        captions.append(f"{colored(thing, color)}, {styled}")
+    extra = [tag for tag in tags if tag not in thing.split()][:2]
+    if extra:
+        captions.append(f"{thing}, {', '.join(extra)}, {styled}")
+    return captions
+
+
+def swap_sides(caption: str) -> str:
+    """Exchange the words left and right (also leftward, rightwards, ...), as a mirrored picture demands."""
+    return re.sub(r"\b(left|right)", lambda m: "right" if m.group() == "left" else "left", caption)

@@ -1,0 +1,170 @@
+"""Training configs: one YAML per recipe maps one to one onto these models; unknown keys fail with the closest valid one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from latentdiff.errors import InputError, suggest
+
+
+class Section(BaseModel):
+    """Part of a config: frozen, and refusing keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """Captioned pictures: an imagefolder with metadata.jsonl (columns file_name and text or captions)."""
+
+    folder: str
+    size: int = Field(64, ge=8, le=2048, multiple_of=8)
+    # Keep only the rows whose metadata columns have one of these values ({"group": ["animals-nature"]}) ...
+    keep: dict[str, list[str | bool]] = {}
+    # ... and none of these.
+    drop: dict[str, list[str | bool]] = {}
+    background: str = "white"
+    # Augmented versions of each picture: plain, flip, hue, background, pair (`training.augment`).
+    variants: list[Literal["plain", "flip", "hue", "background", "pair"]] = ["plain"]
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up, then constant, then a linear (autoencoder) or cosine fall to zero."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    # Share of all steps, at the end, over which the learning rate falls to zero by a cosine.
+    decay_share: float = Field(0.5, ge=0, le=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class RunConfig(Section):
+    """What every stage has: length, batch, precision, seed and how often things are written."""
+
+    out: str
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    seed: int = Field(0, ge=0)
+    # auto: bf16 autocast on a GPU and on CPUs with native bf16 matrix instructions, fp32 elsewhere.
+    precision: Literal["auto", "no", "bf16"] = "auto"
+    compile: bool = False
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    log_every: int = Field(50, ge=1)
+    sample_every: int = Field(1000, ge=1)
+    save_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class AutoencoderLoss(Section):
+    """Weights of the autoencoder's loss terms; `training.losses` defines each."""
+
+    l1: float = Field(1.0, ge=0)
+    l2: float = Field(0.0, ge=0)
+    gradient: float = Field(0.5, ge=0)
+    ssim: float = Field(0.1, ge=0)
+    kl: float = Field(1e-6, ge=0)
+    adversarial: float = Field(0.0, ge=0)
+    adversarial_start: int = Field(0, ge=0)
+
+
+class AutoencoderTraining(Section):
+    """`stage: autoencoder`."""
+
+    stage: Literal["autoencoder"]
+    data: DataConfig
+    run: RunConfig
+    # Keys of `latentdiff.models.autoencoder.AutoencoderConfig`.
+    model: dict[str, Any]
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: AutoencoderLoss = AutoencoderLoss()
+
+
+class DiffusionTraining(Section):
+    """`stage: diffusion`: text-to-image in the latent space of a trained autoencoder."""
+
+    stage: Literal["diffusion"]
+    data: DataConfig
+    run: RunConfig
+    # Run or model folder whose autoencoder is used.
+    autoencoder: str
+    # Folder with text_encoder/ and tokenizer/; "embedded" takes those of the model that ships with the package.
+    text_encoder: str = "embedded"
+    # Keys of `latentdiff.models.unet.UNetConfig`; in_channels, out_channels and sample_size follow from the latents.
+    model: dict[str, Any]
+    # Keys of `latentdiff.diffusion.schedule.NoiseSchedule`.
+    schedule: dict[str, Any]
+    optimizer: OptimizerConfig = OptimizerConfig()
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    # Cap of the signal-to-noise ratio in the loss weight; 0 weighs all timesteps alike (Hang et al. 2023).
+    min_snr_gamma: float = Field(5.0, ge=0)
+    prompts: list[str] = ["a red fox", "a green tree", "a house", "a blue car"]
+    guidance_scale: float = Field(4.0, ge=0, le=50)
+    cache: str | None = None
+
+
+TrainingConfig = AutoencoderTraining | DiffusionTraining
+STAGES: dict[str, type[AutoencoderTraining] | type[DiffusionTraining]] = {
+    "autoencoder": AutoencoderTraining,
+    "diffusion": DiffusionTraining,
+}
+
+
+def load_config(file: str | Path, overrides: list[str] | None = None) -> TrainingConfig:
+    """Read a YAML config and apply `a.b=value` overrides.
+
+    Raises:
+        InputError: no such file, not YAML, a key that does not exist (the closest one is offered) or a wrong value.
+    """
+    try:
+        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read config {file}: {error.strerror}; see configs/ for examples") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not YAML: {' '.join(str(error).split())[:160]}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{file} must hold a mapping of keys to values, got {type(tree).__name__}")
+    for override in overrides or []:
+        _override(tree, override)
+    return parse_config(tree, str(file))
+
+
+def parse_config(tree: dict[str, Any], name: str = "config") -> TrainingConfig:
+    """Check a config tree; see `load_config`."""
+    stage = tree.get("stage")
+    if stage not in STAGES:
+        raise InputError(f"{name}: stage must be one of {', '.join(STAGES)}, got {stage!r}")
+    try:
+        return STAGES[str(stage)].model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{name}: {_first_problem(error, STAGES[str(stage)])}") from error
+
+
+def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
+    """Say the first thing wrong in one line."""
+    problem = error.errors()[0]
+    place = [str(part) for part in problem["loc"]]
+    if problem["type"] != "extra_forbidden":
+        return f"{'.'.join(place)}: {problem['msg'].lower()}, got {problem['input']!r}"
+    section: Any = model
+    for part in place[:-1]:
+        section = section.model_fields[part].annotation
+    return f"unknown key '{'.'.join(place)}'{suggest(place[-1], section.model_fields)}"
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set needs key=value, got {override!r}; for example --set run.steps=100")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InputError(f"--set {override}: '{parent}' is a value, not a section")
+        node = child
+    node[last] = yaml.safe_load(text)

@@ -1,0 +1,45 @@
+"""Exponential moving average of a model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Hold the average beside the live weights, in float32.
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that early averages are not the random start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the live weights."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        live = [p.detach().float() for _, p in model.named_parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), live, 1 - decay)
+
+    @contextmanager
+    def swapped_into(self, model: nn.Module) -> Iterator[None]:
+        """Put the average into the model for the time of a `with` block; the live weights come back after it."""
+        live = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._copy(self.weights, model)
+        try:
+            yield
+        finally:
+            self._copy(live, model)
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(weights: dict[str, Tensor], model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])

@@ -1,0 +1,148 @@
+"""What every training loop shares: the run folder, precision, learning rate, stopping on a signal, logs and grids."""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from latentdiff.errors import InputError, StorageError
+from training.checkpointing import Checkpoint, load_latest
+from training.config import OptimizerConfig, RunConfig, TrainingConfig
+
+# Steps in a row with a non-finite loss or gradient after which a run gives up.
+MAX_BAD_STEPS = 20
+
+
+def open_run(config: TrainingConfig, resume: bool) -> Checkpoint | None:
+    """Make the run folder, write the resolved config into it and return the checkpoint to go on from.
+
+    Raises:
+        InputError: the folder has checkpoints and `resume` is not set.
+        StorageError: the folder cannot be written.
+    """
+    folder = Path(config.run.out)
+    checkpoint = load_latest(folder)
+    if checkpoint is not None and not resume:
+        raise InputError(
+            f"{folder} has a checkpoint at step {checkpoint.step}; add --resume to go on, or choose another --out"
+        )
+    try:
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    except OSError as error:
+        raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    return checkpoint
+
+
+def mixed_precision(run: RunConfig) -> str:
+    """Return accelerate's name of the precision: "bf16" where matrix products are native in it, else "no"."""
+    if run.precision != "auto":
+        return run.precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if native() else "no"
+
+
+def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
+    """Return the learning rate of optimizer step `step` of `steps`: linear warm-up, constant, cosine fall to zero."""
+    warmup = min(1.0, (step + 1) / max(1, optimizer.warmup_steps))
+    start = steps * (1 - optimizer.decay_share)
+    fall = 0.0 if step < start else (step - start) / max(1.0, steps - start)
+    return optimizer.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * fall))
+
+
+def set_learning_rate(optimizer: Optimizer, value: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def seeded(*parts: int) -> torch.Generator:
+    """Return a CPU generator that is a pure function of `parts` (seed, step, process, purpose)."""
+    return torch.Generator().manual_seed(random.Random(repr(parts)).getrandbits(63))
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list that the loop looks at after each step; the second one exits at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received:
+            sys.exit(128 + number)
+        received.append(number)
+        print("stopping after this step; a second signal exits at once", file=sys.stderr)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """TensorBoard scalars and a progress bar; averages what it is given between two lines of the log."""
+
+    def __init__(self, config: RunConfig, first_step: int, label: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.every = config.log_every
+        self.writer = SummaryWriter(str(Path(config.out) / "logs"))
+        self.bar = tqdm(total=config.steps, initial=first_step, desc=label, unit="step", mininterval=5)
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        """Add the values of one step (0-based)."""
+        self.bar.update()
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, torch.zeros(())) + torch.as_tensor(value).detach().float().cpu()
+        self.count += 1
+        if (step + 1) % self.every == 0:
+            means = {name: (total / self.count).item() for name, total in self.sums.items()}
+            self.write(step + 1, means)
+            self.bar.set_postfix_str(" ".join(f"{name} {value:.4g}" for name, value in means.items()), refresh=False)
+            self.sums, self.count = {}, 0
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Write scalars at once."""
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.bar.close()
+        self.writer.close()
+
+
+def save_grid(images: Tensor | Sequence[Tensor], file: Path, columns: int, gap: int = 2) -> None:
+    """Save images (N, 3, H, W) in [-1, 1] as one PNG, row by row on white."""
+    pictures = [_to_pil(image) for image in images]
+    width, height = pictures[0].width + gap, pictures[0].height + gap
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
+    for index, picture in enumerate(pictures):
+        sheet.paste(picture, ((index % columns) * width, (index // columns) * height))
+    sheet.save(file)
+
+
+def _to_pil(image: Tensor) -> Image.Image:
+    pixels = image.detach().float().cpu().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
