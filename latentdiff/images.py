@@ -28,6 +28,7 @@ __all__ = [
     "check_writable",
     "fit",
     "from_tensor",
+    "numbered",
     "open_image",
     "pixel_hash",
     "read_texts",
@@ -243,6 +244,12 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
         if isinstance(error, OSError):
             raise _storage_error(target, error) from error
         raise
+
+
+def numbered(path: str | os.PathLike[str], count: int) -> list[Path]:
+    """Return the paths for `count` pictures that are asked for as one: fox.png, fox-2.png, fox-3.png, ..."""
+    first = Path(path)
+    return [first, *(first.with_stem(f"{first.stem}-{i}") for i in range(2, count + 1))]
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

@@ -1,1 +1,1 @@
-"""Networks: plain PyTorch for one device, named as diffusers and transformers name them."""
+"""Networks: plain PyTorch modules for one device, with the weight names of diffusers and transformers."""

@@ -1,63 +1,113 @@
-"""What the network configs share: reading diffusers and transformers JSON into a frozen dataclass and back."""
+"""Model configurations: frozen dataclasses that read and write the JSON keys of diffusers and transformers."""
 
 from __future__ import annotations
 
-import dataclasses
+import json
+import types
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
-from typing_extensions import Self
+from latentdiff.errors import ModelConfigError, suggest
 
-from latentdiff.errors import ModelConfigError
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Base of the network configs.
+    """Base of the configuration dataclasses.
 
-    `CLASS_NAME` is the class the file names, `FIXED` holds keys of the peers' configs that we honour for one value only:
-    another value is refused instead of being computed wrongly.
+    Attributes:
+        class_name: the reference class, for `_class_name` and for messages.
+        fixed: keys of the reference that are no field here, each with the values that mean what our network does.
+        ignored: keys of the reference that do not change the network's output; None ignores every other key.
     """
 
-    CLASS_NAME: ClassVar[str] = ""
-    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    class_name: ClassVar[str]
+    fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    ignored: ClassVar[frozenset[str] | None] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Check the types of all values, then what `check` demands."""
+        hints = get_type_hints(type(self))
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if not _fits(value, hints[field.name]):
+                wanted = str(field.type).replace(", ...", "")
+                raise ModelConfigError(f"{field.name} must be of type {wanted}, got {value!r}; correct the config")
+        self.check()
+
+    def check(self) -> None:
+        """Raise ModelConfigError when the values do not fit together."""
 
     @classmethod
-    def from_dict(cls, tree: Mapping[str, Any]) -> Self:
-        """Build the config from a JSON object; keys that do not change the network are passed over.
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read the content of a config.json (or a section of a recipe); absent keys take the reference's defaults.
 
         Raises:
-            ModelConfigError: a known key has a value that this class cannot honour.
+            ModelConfigError: an unknown key, a value of the wrong type, or one that this network cannot honour.
         """
-        for key, allowed in cls.FIXED.items():
-            if key in tree and tree[key] not in allowed:
-                raise ModelConfigError(
-                    f"{cls.CLASS_NAME} config: {key} must be {' or '.join(map(repr, allowed))}, got {tree[key]!r}"
-                )
-        names = {field.name for field in dataclasses.fields(cls)}
-        values = {key: _frozen(value) for key, value in tree.items() if key in names}
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ModelConfigError(f"{cls.CLASS_NAME} config: {error}") from error
+        if not isinstance(data, Mapping):
+            raise ModelConfigError(
+                f"the config of {cls.class_name} must be an object with named settings, got {data!r}"
+            )
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        values = {}
+        for key, value in data.items():
+            if key in known:
+                values[key] = _tuples(value)
+            elif key in cls.fixed:
+                if value not in cls.fixed[key]:
+                    wanted = " or ".join(json.dumps(choice) for choice in cls.fixed[key])
+                    raise ModelConfigError(
+                        f"{cls.class_name} here needs {key} = {wanted}, got {value!r}; "
+                        "choose a model of the Stable Diffusion 1.x, 2.x or XL family"
+                    )
+            elif cls.ignored is not None and key not in cls.ignored and not key.startswith("_"):
+                raise ModelConfigError(f"{cls.class_name} has no setting {key!r}{suggest(key, known)}")
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON object that the peer library loads too."""
-        return dataclasses.asdict(self)
+        """Return the content of a config.json that the reference class reads."""
+        values = {field.name: _lists(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
+        return {**self.header(), **values}
+
+    def header(self) -> dict[str, Any]:
+        """Return what names the reference class in its config.json."""
+        return {"_class_name": self.class_name}
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(part) for part in value) if isinstance(value, (list, tuple)) else value
+def require(condition: bool, message: str) -> None:
+    """Raise ModelConfigError(message) unless `condition` holds."""
+    if not condition:
+        raise ModelConfigError(message)
 
 
-def per_block(value: Any, count: int, name: str) -> tuple[Any, ...]:
-    """Spread one value over `count` blocks, or check that there is one for each.
+def require_positive(config: ModelConfig, *names: str) -> None:
+    """Raise ModelConfigError unless the named numbers, and all members of the named tuples, are at least 1 or None."""
+    for name in names:
+        value = getattr(config, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        require(
+            len(numbers) > 0 and all(number is None or number >= 1 for number in numbers),
+            f"{name} must be at least 1, got {_lists(value)}; correct the config",
+        )
 
-    Raises:
-        ModelConfigError: a list of another length.
-    """
-    if not isinstance(value, tuple):
-        return (value,) * count
-    if len(value) != count:
-        raise ModelConfigError(f"{name} must have one entry for each of the {count} blocks, got {len(value)}")
-    return value
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, choice) for choice in get_args(hint))
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(member, get_args(hint)[0]) for member in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(member) for member in value) if isinstance(value, (list, tuple)) else value
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(member) for member in value] if isinstance(value, tuple) else value

@@ -1,0 +1,23 @@
+"""Model files: read with every check, written for diffusers to read. Only safetensors and JSON are ever opened."""
+
+from __future__ import annotations
+
+from latentdiff.checkpoints.folder import EMBEDDED, embedded_model, find_model
+from latentdiff.checkpoints.header import Header, TensorInfo, read_header
+from latentdiff.checkpoints.loader import Parts, load_autoencoder, load_pipeline, load_text_encoder
+from latentdiff.checkpoints.saver import save_model, save_pipeline
+
+__all__ = [
+    "EMBEDDED",
+    "Header",
+    "Parts",
+    "TensorInfo",
+    "embedded_model",
+    "find_model",
+    "load_autoencoder",
+    "load_pipeline",
+    "load_text_encoder",
+    "read_header",
+    "save_model",
+    "save_pipeline",
+]

@@ -1,0 +1,310 @@
+"""Load models from folders in diffusers' layout. Neither diffusers nor transformers is imported.
+
+A network is built without memory (on the "meta" device), its configuration and the headers of its files are compared,
+and only then are the tensors mapped from disk, cast, checked to be finite and put in.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from latentdiff.checkpoints.folder import (
+    child,
+    find_model,
+    model_hash,
+    read_index,
+    read_json,
+    tokenizer_files,
+    weight_files,
+)
+from latentdiff.checkpoints.header import TensorInfo, read_header
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.errors import ModelConfigError, ModelLoadError, ModelMismatchError, ModelValueError
+from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from latentdiff.models.bert import BertConfig, BertModel
+from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
+from latentdiff.models.config import ModelConfig
+from latentdiff.models.tokenizer import Tokenizer
+from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
+
+__all__ = ["KINDS", "Kind", "Parts", "load_autoencoder", "load_pipeline", "load_text_encoder"]
+
+TextEncoder = BertModel | CLIPTextModel
+
+# How many layers a configuration asks for is the product of these keys; each layer has at least one tensor.
+COUNT_KEYS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
+MAX_NUMBER = 2**24  # of any whole number in a configuration
+FLOATS = ("F16", "BF16", "F32", "F64")
+# Tables that older files carry and no network needs.
+IGNORED_TENSORS = ("embeddings.position_ids", "text_model.embeddings.position_ids")
+# Names of the attention layer in autoencoders published before 2023.
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class Kind(NamedTuple):
+    """A class that a model folder may name: its configuration, its network, and the stem of its weight files."""
+
+    config: type[ModelConfig]
+    network: Any
+    stem: str
+
+
+KINDS: dict[str, Kind] = {
+    "UNet2DConditionModel": Kind(UNetConfig, UNet2DConditionModel, "diffusion_pytorch_model"),
+    "AutoencoderKL": Kind(AutoencoderConfig, AutoencoderKL, "diffusion_pytorch_model"),
+    "BertModel": Kind(BertConfig, BertModel, "model"),
+    "CLIPTextModel": Kind(CLIPTextConfig, CLIPTextModel, "model"),
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a pipeline is made of.
+
+    Attributes:
+        unet: None only while it is being made.
+        name: how settings refer to the model.
+        folder: where the parts were loaded from; None when they were not, or are no longer what is there.
+    """
+
+    unet: UNet2DConditionModel | None
+    autoencoder: AutoencoderKL
+    text_encoder: TextEncoder
+    tokenizer: Tokenizer
+    schedule: NoiseSchedule
+    name: str = "unsaved"
+    folder: Path | None = None
+
+    @cached_property
+    def model_hash(self) -> str:
+        """SHA-256 of the files, read when first asked for; "" for parts that were not loaded from a folder."""
+        return "" if self.folder is None else model_hash(self.folder)
+
+
+def load_pipeline(
+    model: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Parts:
+    """Load all parts of a text-to-image model.
+
+    Args:
+        model: folder in diffusers' layout; None or "embedded" for the model that comes with the package.
+        dtype: of the weights in memory, whatever it is in the files.
+        device: where the weights go.
+
+    Raises:
+        InputError: there is no such folder.
+        ModelLoadError: the model was refused; the subclass says why.
+    """
+    folder, name = find_model(model)
+    classes = read_index(folder)
+    networks = {
+        component: _load(folder, component, (classes[component],), dtype, device)
+        for component in ("unet", "vae", "text_encoder")
+    }
+    parts = Parts(
+        unet=networks["unet"],
+        autoencoder=networks["vae"],
+        text_encoder=networks["text_encoder"],
+        tokenizer=_load_tokenizer(folder),
+        schedule=_load_schedule(folder),
+        name=name,
+        folder=folder,
+    )
+    _check_fit(folder, parts)
+    return parts
+
+
+def load_autoencoder(
+    path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> AutoencoderKL:
+    """Load an autoencoder: the folder with its config.json, or one with that folder inside as `vae`.
+
+    Raises:
+        ModelLoadError: see `load_pipeline`.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").exists():
+        folder = folder / "vae"
+    return _load(folder.parent, folder.name, ("AutoencoderKL",), dtype, device)
+
+
+def load_text_encoder(
+    path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[TextEncoder, Tokenizer]:
+    """Load the text encoder and the tokenizer of a model folder, which may lack the rest.
+
+    Raises:
+        ModelLoadError: see `load_pipeline`.
+    """
+    folder = Path(path)
+    return _load(folder, "text_encoder", ("BertModel", "CLIPTextModel"), dtype, device), _load_tokenizer(folder)
+
+
+def _load(root: Path, component: str, classes: tuple[str, ...], dtype: torch.dtype, device: str | torch.device) -> Any:
+    path = child(root, component, "config.json")
+    data = read_json(path)
+    named = data.get("_class_name") or next(iter(data.get("architectures") or ()), None)
+    if named not in classes:
+        raise ModelConfigError(f"{path}: expected class {' or '.join(classes)}, got {str(named)[:80]!r}")
+    files = weight_files(root, component)
+    headers = {file: read_header(file).tensors for file in files}
+    for file, placed in files.items():
+        if placed is not None and placed != headers[file].keys():
+            raise ModelMismatchError(f"{file}: {_differences(placed, headers[file].keys())} by the index")
+    tensors = {name: info for header in headers.values() for name, info in header.items()}
+    network = _build(path, KINDS[named], data, len(tensors), dtype)
+    names = {_current_name(name, named): name for name in tensors if name not in IGNORED_TENSORS}
+    _check_tensors(root / component, network.state_dict(), {new: tensors[old] for new, old in names.items()})
+    weights: dict[str, Tensor] = {}
+    for file, header in headers.items():
+        weights |= _read(file, header, dtype, device)
+    network.load_state_dict({new: weights[old] for new, old in names.items()}, strict=True, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def _build(path: Path, kind: Kind, data: dict[str, Any], tensor_count: int, dtype: torch.dtype) -> nn.Module:
+    """Build a network without memory, if its configuration asks for nothing absurd."""
+    numbers = {key: _numbers(value) for key, value in data.items()}
+    if any(abs(number) > MAX_NUMBER for found in numbers.values() for number in found):
+        raise ModelConfigError(f"{path}: expected no number above {MAX_NUMBER}")
+    layers = 1.0
+    for key in COUNT_KEYS:
+        layers *= max(numbers.get(key) or [1])
+    if layers > tensor_count:
+        raise ModelMismatchError(
+            f"{path}: implies {layers:.0f} layers or more, but the weights are {tensor_count} tensors"
+        )
+    try:
+        with torch.device("meta"), _WithoutInitialisation():
+            network: nn.Module = kind.network(kind.config.from_dict(data))
+    except ModelConfigError as error:
+        raise ModelConfigError(f"{path}: {error}") from error
+    except (RuntimeError, OverflowError, ValueError, TypeError) as error:
+        raise ModelConfigError(f"{path}: cannot be built ({str(error).splitlines()[0][:120]})") from error
+    needed = sum(tensor.numel() for tensor in network.state_dict().values()) * dtype.itemsize
+    memory = _memory()
+    if needed > memory:
+        gigabytes = f"{needed / 2**30:.1f} GiB of memory, and this machine has {memory / 2**30:.1f}"
+        raise ModelConfigError(f"{path}: implies {gigabytes}; use a smaller model or half precision")
+    return network
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Leave out the initial values of weights, which are replaced anyway and which on "meta" cost a second of imports."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, list):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+def _memory() -> int:
+    """Return the bytes of physical memory, without a bound where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 2**62
+
+
+def _current_name(name: str, class_name: str) -> str:
+    if class_name != "AutoencoderKL" or ".attentions." not in name:
+        return name
+    stem, layer, leaf = name.rsplit(".", 2)
+    return f"{stem}.{OLD_ATTENTION.get(layer, layer)}.{leaf}"
+
+
+def _check_tensors(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, TensorInfo]) -> None:
+    if expected.keys() != found.keys():
+        raise ModelMismatchError(f"{folder}: {_differences(expected.keys(), found.keys())} by config.json")
+    wrong = []
+    for name, tensor in expected.items():
+        shape, dtype = found[name].shape, found[name].dtype
+        if shape != tuple(tensor.shape) or dtype not in FLOATS:
+            wrong.append(f"{name} is {dtype} {list(shape)} instead of {list(tensor.shape)}")
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ModelMismatchError(f"{folder}: weights do not fit config.json: {'; '.join(wrong[:5])}{more}")
+
+
+def _differences(expected: Any, found: Any) -> str:
+    """Name up to five tensors that are missing or too many."""
+    rows = [f"{name} is missing" for name in sorted(expected - found)]
+    rows += [f"{name[:100]} is not expected" for name in sorted(found - expected)]
+    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return f"{'; '.join(rows[:5])}{more}"
+
+
+def _read(
+    file: Path, header: Mapping[str, TensorInfo], dtype: torch.dtype, device: str | torch.device
+) -> dict[str, Tensor]:
+    """Map a checked file and return its tensors, cast, on `device`.
+
+    Raises:
+        ModelValueError: one is not finite.
+    """
+    weights = {}
+    try:
+        with safe_open(file, framework="pt") as mapped:
+            for name in header:
+                if name not in IGNORED_TENSORS:
+                    weights[name] = mapped.get_tensor(name).to(device, dtype)
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelLoadError(f"{file}: cannot be read ({str(error).splitlines()[0][:120]})") from error
+    for name, tensor in weights.items():
+        # A sum is finite only if every summand is; counting is for the error alone.
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)):
+            count = int((~torch.isfinite(tensor)).sum())
+            if count:
+                raise ModelValueError(f"{file}: {name} has {count} values that are NaN or infinite in {dtype}")
+    return weights
+
+
+def _load_tokenizer(root: Path) -> Tokenizer:
+    files = {path.name: path.read_bytes() for path in tokenizer_files(root)}
+    return Tokenizer(files, str(root / "tokenizer"))
+
+
+def _load_schedule(root: Path) -> NoiseSchedule:
+    path = child(root, "scheduler", "scheduler_config.json")
+    try:
+        return NoiseSchedule.from_dict({"_class_name": "", **read_json(path)})
+    except ModelConfigError as error:
+        raise ModelConfigError(f"{path}: {error}") from error
+
+
+def _check_fit(folder: Path, parts: Parts) -> None:
+    """Raise ModelConfigError where the parts cannot work together."""
+    assert parts.unet is not None
+    unet, autoencoder, text = parts.unet.config, parts.autoencoder.config, parts.text_encoder.config
+    width = unet.cross_attention_dim if isinstance(unet.cross_attention_dim, int) else unet.cross_attention_dim[0]
+    pairs = {
+        "latent channels of unet and vae": (unet.in_channels, autoencoder.latent_channels),
+        "input and output channels of unet": (unet.in_channels, unet.out_channels),
+        "width of unet's context and of text_encoder": (width, text.hidden_size),
+    }
+    for what, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            raise ModelConfigError(f"{folder}: {what} must be equal for text-to-image, got {ours} and {theirs}")
+    window, longest = parts.tokenizer.model_max_length, text.max_position_embeddings
+    if window > longest:
+        raise ModelConfigError(f"{folder}: tokenizer windows of {window} tokens exceed the text encoder's {longest}")

@@ -1,0 +1,135 @@
+"""Save models as folders in diffusers' layout: safetensors and JSON that diffusers and transformers load."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from latentdiff.checkpoints.loader import KINDS, Parts
+from latentdiff.errors import InputError, ModelValueError, StorageError
+
+__all__ = ["save_model", "save_pipeline"]
+
+TOKENIZER_CLASS = {"BertModel": "BertTokenizer", "CLIPTextModel": "CLIPTokenizer"}
+
+
+def save_model(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+    """Write config.json and the weights of one network into `folder`, which takes its name only when it is whole.
+
+    Args:
+        model: one of the networks of `latentdiff.models`.
+        folder: new, or one that a model was saved to before.
+        dtype: of the weights in the file; None keeps each as it is.
+
+    Raises:
+        ModelValueError: a weight is not finite in that dtype.
+        StorageError: the folder cannot be written.
+    """
+    _replace_folder(Path(folder), "config.json", lambda place: _write_model(model, place, dtype))
+
+
+def save_pipeline(parts: Parts, folder: str | os.PathLike[str], dtype: torch.dtype | None = torch.float16) -> None:
+    """Write a whole model, which `diffusers.StableDiffusionPipeline.from_pretrained` loads as well.
+
+    Files at the top of an older model in the same folder that are not part of a model (its card) are kept.
+
+    Args:
+        parts: complete, with a U-Net.
+        folder: new, or one that a model was saved to before.
+        dtype: of the weights in the files; None keeps each as it is.
+
+    Raises:
+        InputError: there is no U-Net, or the folder holds something that is no model.
+        ModelValueError: a weight is not finite in that dtype.
+        StorageError: the folder cannot be written.
+    """
+    if parts.unet is None:
+        raise InputError("a pipeline to save needs a U-Net, got none; pass all parts")
+    networks = {"unet": parts.unet, "vae": parts.autoencoder, "text_encoder": parts.text_encoder}
+    text_class = type(parts.text_encoder).__name__
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", parts.schedule.to_dict()["_class_name"]],
+        "text_encoder": ["transformers", text_class],
+        "tokenizer": ["transformers", TOKENIZER_CLASS[text_class]],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+    def write(place: Path) -> None:
+        for component, network in networks.items():
+            _write_model(network, place / component, dtype)
+        parts.tokenizer.save(place / "tokenizer")
+        (place / "scheduler").mkdir()
+        _write_json(place / "scheduler" / "scheduler_config.json", parts.schedule.to_dict())
+        _write_json(place / "model_index.json", index)
+
+    _replace_folder(Path(folder), "model_index.json", write)
+
+
+def _write_model(model: nn.Module, place: Path, dtype: torch.dtype | None) -> None:
+    kind = KINDS[type(model).__name__]
+    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ModelValueError(f"{name} is not finite in {tensor.dtype}; save in float32, or find what made it so")
+    place.mkdir(parents=True, exist_ok=True)
+    file = place / f"{kind.stem}.safetensors"
+    save_file(weights, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors makes it readable by its owner alone
+    config: Any = model.config
+    _write_json(place / "config.json", config.to_dict())
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def _replace_folder(folder: Path, mark: str, write: Callable[[Path], None]) -> None:
+    """Write a folder beside its place, flush it to disk, and exchange it for an older one that has the file `mark`."""
+    folder = folder.absolute()
+    if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} holds something that is no saved model; choose another folder")
+    new, old = (folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(4)}") for _ in range(2))
+    try:
+        new.mkdir(parents=True)
+        write(new)
+        if folder.is_dir():
+            for entry in folder.iterdir():
+                if entry.is_file() and not (new / entry.name).exists():
+                    shutil.copy2(entry, new / entry.name)
+        for path in [*new.rglob("*"), new]:
+            _sync(path)
+        if folder.is_dir():
+            os.replace(folder, old)
+        os.replace(new, folder)
+        _sync(folder.parent)
+    except BaseException as error:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        shutil.rmtree(new, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, StorageError):
+            reason = error.strerror or error
+            raise StorageError(f"cannot write {folder}: {reason}; free space or choose another place") from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

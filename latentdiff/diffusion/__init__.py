@@ -1,0 +1,45 @@
+"""The mathematics of diffusion, without weights: noise schedule, prediction types, samplers, guidance.
+
+plan = make_plan(schedule, "dpmpp_2m", num_inference_steps=20)
+generators = [image_generator(seed) for seed in seeds]
+x = start(plan, draw_noise(generators, (C, H, W)))
+for step in sample(as_denoiser(network, schedule.prediction_type), plan, x, generators):
+    ...
+latents = step.x
+"""
+
+from __future__ import annotations
+
+from latentdiff.diffusion.guidance import classifier_free, guidance_scales
+from latentdiff.diffusion.prediction import Call, as_denoiser, preconditioning
+from latentdiff.diffusion.samplers import (
+    SAMPLERS,
+    Plan,
+    Step,
+    draw_noise,
+    image_generator,
+    make_plan,
+    parse_sampler,
+    sample,
+    start,
+)
+from latentdiff.diffusion.schedule import Grid, NoiseSchedule
+
+__all__ = [
+    "SAMPLERS",
+    "Call",
+    "Grid",
+    "NoiseSchedule",
+    "Plan",
+    "Step",
+    "as_denoiser",
+    "classifier_free",
+    "draw_noise",
+    "guidance_scales",
+    "image_generator",
+    "make_plan",
+    "parse_sampler",
+    "preconditioning",
+    "sample",
+    "start",
+]

@@ -1,0 +1,136 @@
+"""What a network predicts (noise, velocity or data), and how its output becomes an x0 estimate, denoise(x).
+
+Training lives in VP coordinates, x_vp = signal_rate * x0 + noise_rate * noise with signal_rate^2 + noise_rate^2 = 1.
+Sampling lives in sigma coordinates, x = x_vp / signal_rate = x0 + sigma * noise, where every sampler is the same for
+every prediction type. The two sides of each row of `PREDICTIONS` are each other's inverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from latentdiff.errors import InputError, suggest
+
+__all__ = [
+    "PREDICTIONS",
+    "Call",
+    "Denoise",
+    "Network",
+    "Preconditioning",
+    "Prediction",
+    "as_denoiser",
+    "preconditioning",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Where the images of one network call stand; the tensors are on the device of x, b images are still running.
+
+    Attributes:
+        index: how many rows were done before this one, the same for all images (an int: reading it costs no sync).
+        images: (b,) int64, which images of the batch these are; gathers what belongs to an image, such as its context.
+        rows: (b,) int64, row of each image's own plan; gathers what was computed once per row, such as time embeddings.
+        sigmas: (b,) noise level of each image, in the dtype of x.
+        timesteps: (b,) training timestep of each image, fractional under Karras or linspace spacing, in the dtype of x.
+    """
+
+    index: int
+    images: Tensor
+    rows: Tensor
+    sigmas: Tensor
+    timesteps: Tensor
+
+
+# (x (b, ...) in sigma coordinates, call) -> x0 estimate (b, ...)
+Denoise = Callable[[Tensor, Call], Tensor]
+# (model_input (b, ...) of unit variance, call) -> model_output (b, ...), guidance already applied
+Network = Callable[[Tensor, Call], Tensor]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One prediction type: the training target, and the way back from it to x0.
+
+    Attributes:
+        target: (x0, noise, signal_rate, noise_rate) -> what the network is trained to output.
+        c_skip, c_out: sigma -> factors of x and of the network's output in the x0 estimate.
+    """
+
+    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    c_skip: Callable[[Tensor], Tensor]
+    c_out: Callable[[Tensor], Tensor]
+
+
+PREDICTIONS: dict[str, Prediction] = {
+    # Ho et al. 2020, arXiv 2006.11239, Eq. 14 (target) and Eq. 15 divided by signal_rate (estimate).
+    "epsilon": Prediction(
+        target=lambda x0, noise, signal_rate, noise_rate: noise,
+        c_skip=lambda sigma: sigma.new_ones(sigma.shape),
+        c_out=lambda sigma: -sigma,
+    ),
+    # Salimans & Ho 2022, arXiv 2202.00512, section 4: v = alpha noise - sigma x, x estimate = alpha z - sigma v.
+    "v_prediction": Prediction(
+        target=lambda x0, noise, signal_rate, noise_rate: signal_rate * noise - noise_rate * x0,
+        c_skip=lambda sigma: 1 / (1 + sigma**2),
+        c_out=lambda sigma: -sigma / (1 + sigma**2).sqrt(),
+    ),
+    # Salimans & Ho 2022, arXiv 2202.00512, section 4: predicting x directly.
+    "sample": Prediction(
+        target=lambda x0, noise, signal_rate, noise_rate: x0,
+        c_skip=lambda sigma: sigma.new_zeros(sigma.shape),
+        c_out=lambda sigma: sigma.new_ones(sigma.shape),
+    ),
+}
+
+
+class Preconditioning(NamedTuple):
+    """The factors of D(x; sigma) = c_skip x + c_out F(c_in x), each of the shape of sigma."""
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+
+
+def preconditioning(prediction_type: str, sigmas: Tensor) -> Preconditioning:
+    """Return the factors that make an x0 estimate of the output of a network trained in VP coordinates.
+
+    Args:
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        sigmas: any shape, >= 0.
+
+    Raises:
+        InputError: unknown prediction type.
+
+    Source: Karras et al. 2022, arXiv 2206.00364, Eq. 7; c_in is the VP column of its table 1.
+    """
+    if prediction_type not in PREDICTIONS:
+        raise InputError(f"prediction_type {prediction_type!r} is unknown{suggest(str(prediction_type), PREDICTIONS)}")
+    prediction = PREDICTIONS[prediction_type]
+    return Preconditioning(prediction.c_skip(sigmas), prediction.c_out(sigmas), 1 / (1 + sigmas**2).sqrt())
+
+
+def as_denoiser(network: Network, prediction_type: str) -> Denoise:
+    """Wrap a network trained in VP coordinates as the one function that samplers call.
+
+    Args:
+        network: (model_input (b, C, H, W), call) -> model_output (b, C, H, W). It may run in half precision; the
+            estimate is made in the dtype of x, because c_out multiplies every rounding error by sigma.
+        prediction_type: what the network outputs.
+
+    Returns:
+        denoise(x (b, C, H, W), call) -> x0 estimate (b, C, H, W).
+
+    Source: Karras et al. 2022, arXiv 2206.00364, Eq. 7.
+    """
+
+    def denoise(x: Tensor, call: Call) -> Tensor:
+        sigmas = call.sigmas.reshape(-1, *[1] * (x.ndim - 1))  # (b, 1, 1, 1)
+        c_skip, c_out, c_in = preconditioning(prediction_type, sigmas)
+        return c_skip * x + c_out * network(c_in * x, call).to(x.dtype)
+
+    return denoise

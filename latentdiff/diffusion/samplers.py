@@ -1,0 +1,345 @@
+"""Samplers as tables of numbers, and the one loop that runs them.
+
+An explicit solver is a linear recurrence. An image keeps a few slots, slot 0 being the x at which the network is called
+next. With D_i = denoise(slot 0) at sigma_i, row i of its table is
+
+    slots' = matrices[i] @ [slots, D_i] + noise[i] * fresh standard normal noise
+
+so a sampler is a function from falling sigmas to such rows, nothing is mutable, and images with different samplers and
+step counts can share a batch. Tables are float64, applied in float32 (or float64 if x is).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.prediction import Call, Denoise
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.errors import InputError, suggest
+
+__all__ = [
+    "SAMPLERS",
+    "Plan",
+    "Sampler",
+    "Step",
+    "Table",
+    "draw_noise",
+    "image_generator",
+    "make_plan",
+    "parse_sampler",
+    "sample",
+    "start",
+]
+
+
+class Table(NamedTuple):
+    """N rows of a solver with S slots: matrices (N, S, S + 1) and noise coefficients (N, S), float64."""
+
+    matrices: Tensor
+    noise: Tensor
+
+
+def ddim(sigmas: Tensor, eta: float = 0.0) -> Table:
+    """DDIM in sigma coordinates: eta 0 is Euler's method, eta 1 ancestral sampling.
+
+    With r = sigma' / sigma, Eq. 16 of the paper divided by the next signal rate is eta sigma' sqrt(1 - r^2), the noise
+    put back; sigma_down, what the deterministic part must reach, is what remains of sigma' after it.
+
+    Args:
+        sigmas: (N + 1,) float64, falling.
+        eta: 0 to 1.
+
+    Source: Song et al. 2021, arXiv 2010.02502, Eq. 12 and 16.
+    """
+    ratio = sigmas[1:] / sigmas[:-1]
+    noise = eta * sigmas[1:] * (1 - ratio**2).sqrt()  # Eq. 16
+    keep = ratio * (1 - eta**2 * (1 - ratio**2)).sqrt()  # sigma_down / sigma
+    return Table(torch.stack([keep, 1 - keep], dim=-1)[:, None], noise[:, None])  # Eq. 12; (N, 1, 2), (N, 1)
+
+
+def ddpm(sigmas: Tensor) -> Table:
+    """Ancestral sampling with the small posterior variance. Source: Ho et al. 2020, arXiv 2006.11239, Eq. 6 and 7."""
+    return ddim(sigmas, eta=1.0)
+
+
+def euler(sigmas: Tensor) -> Table:
+    """Euler's method. Source: Karras et al. 2022, arXiv 2206.00364, algorithm 1, first-order step on Eq. 3."""
+    return ddim(sigmas, eta=0.0)
+
+
+def euler_a(sigmas: Tensor) -> Table:
+    """Euler's method to sigma_down, then fresh noise. Source: Song et al. 2021, arXiv 2010.02502, Eq. 16 at eta 1."""
+    return ddim(sigmas, eta=1.0)
+
+
+def dpmpp_2m(sigmas: Tensor) -> Table:
+    """DPM-Solver++(2M): extrapolates the x0 estimate from this row's and the last row's; first order at both ends.
+
+    Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2, in sigma coordinates, where exp(-h) = sigma' / sigma.
+    """
+    ratio = sigmas[1:] / sigmas[:-1]
+    steps = -ratio.log()  # h_i, infinite when the last sigma is 0
+    extrapolation = torch.zeros_like(ratio)  # 1 / (2 r_i), r_i = h_{i-1} / h_i
+    extrapolation[1:] = steps[1:] / (2 * steps[:-1])
+    extrapolation[ratio == 0] = 0  # first order into sigma 0, as the paper's r_i has no meaning there
+    matrices = sigmas.new_zeros(len(ratio), 2, 3)
+    matrices[:, 0, 0] = ratio
+    matrices[:, 0, 1] = -(1 - ratio) * extrapolation
+    matrices[:, 0, 2] = (1 - ratio) * (1 + extrapolation)
+    matrices[:, 1, 2] = 1  # slot 1 remembers D_i
+    return Table(matrices, sigmas.new_zeros(len(ratio), 2))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A solver and the family of grid rules (`GRID_RULES`) that users of its name expect.
+
+    Attributes:
+        table: sigmas (N + 1,) -> Table; with a second argument eta if `takes_eta`.
+    """
+
+    table: Callable[..., Table]
+    rule: str
+    takes_eta: bool = False
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": Sampler(ddpm, rule="ddpm"),
+    "ddim": Sampler(ddim, rule="ddim", takes_eta=True),
+    "euler": Sampler(euler, rule="euler"),
+    "euler_a": Sampler(euler_a, rule="euler"),
+    "dpmpp_2m": Sampler(dpmpp_2m, rule="dpm"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All the numbers of one image's sampling run, float64 on the CPU, R rows with one network call each.
+
+    Attributes:
+        timesteps: (R,), what the network is told.
+        sigmas: (R,), noise level of x when the network is called.
+        matrices: (R, S, S + 1).
+        noise: (R, S).
+        init_noise_sigma: factor that makes standard normal noise the initial x of text-to-image.
+    """
+
+    timesteps: Tensor
+    sigmas: Tensor
+    matrices: Tensor
+    noise: Tensor
+    init_noise_sigma: float
+
+    def __len__(self) -> int:
+        return len(self.sigmas)
+
+
+def parse_sampler(name: str) -> tuple[Sampler, bool]:
+    """Return the sampler called `name` and whether its `_karras` suffix asks for Karras spacing.
+
+    Raises:
+        InputError: unknown name; the nearest one is offered.
+    """
+    base = name.removesuffix("_karras") if isinstance(name, str) else ""
+    if base not in SAMPLERS:
+        suffix = "_karras" if base != name and base else ""
+        raise InputError(f"sampler {name!r} is unknown{suggest(str(name), [key + suffix for key in SAMPLERS])}")
+    return SAMPLERS[base], base != name
+
+
+def make_plan(
+    schedule: NoiseSchedule, sampler: str, num_inference_steps: int, *, eta: float = 0.0, strength: float = 1.0
+) -> Plan:
+    """Make the table of a sampling run.
+
+    Args:
+        schedule: of the model.
+        sampler: a key of `SAMPLERS`, optionally followed by `_karras`.
+        num_inference_steps: 1 to schedule.num_train_timesteps.
+        eta: 0 to 1, for ddim only: 0 is deterministic, 1 as noisy as ddpm.
+        strength: above 0, up to 1; image-to-image skips the first rows, keeping int(num_inference_steps * strength).
+
+    Raises:
+        InputError: a value out of range, an unknown sampler, or a strength that leaves no row.
+    """
+    solver, karras = parse_sampler(sampler)
+    grid = schedule.sampling_grid(num_inference_steps, solver.rule, karras)
+    if not 0 <= eta <= 1:
+        raise InputError(f"eta must be a number from 0 to 1, got {eta}; try 0")
+    if eta and not solver.takes_eta:
+        raise InputError(f"eta is an option of ddim, got eta={eta} with {sampler}; leave it out or choose ddim")
+    if not 0 < strength <= 1:
+        raise InputError(f"strength must be a number above 0 and up to 1, got {strength}; try 0.6")
+    skipped = num_inference_steps - int(num_inference_steps * strength)
+    if skipped == num_inference_steps:
+        raise InputError(
+            f"strength must leave at least one of {num_inference_steps} steps, got {strength}; "
+            f"try strength {math.ceil(100 / num_inference_steps) / 100} or more steps"
+        )
+    sigmas = grid.sigmas[skipped:]
+    matrices, noise = solver.table(sigmas, eta) if solver.takes_eta else solver.table(sigmas)
+    # Land in VP coordinates, x / sqrt(1 + sigma^2): a change only where the schedule does not end at sigma 0.
+    landing = torch.ones_like(noise)
+    landing[-1, 0] = 1 / math.hypot(1, float(sigmas[-1]))
+    return Plan(
+        grid.timesteps[skipped:], sigmas[:-1], matrices * landing[:, :, None], noise * landing, grid.init_noise_sigma
+    )
+
+
+def image_generator(seed: int) -> torch.Generator:
+    """Return the random numbers of one image, a CPU generator: first its initial noise, then what its sampler draws.
+
+    Raises:
+        InputError: seed is not an integer from 0 to 2^64 - 1.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise InputError(f"seed must be an integer from 0 to 2^64 - 1, got {seed!r}; try 0")
+    return torch.Generator("cpu").manual_seed(int(seed))
+
+
+def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
+    """Draw standard normal noise of `shape` (C, H, W) from each image's own generator: (B, C, H, W) float32, CPU."""
+    return torch.stack(
+        [torch.randn(tuple(shape), generator=generator, dtype=torch.float32) for generator in generators]
+    )
+
+
+def start(plans: Plan | Sequence[Plan], noise: Tensor, image_latents: Tensor | None = None) -> Tensor:
+    """Return the initial x (B, C, H, W), in sigma coordinates, in the dtype and on the device of `noise`.
+
+    Args:
+        plans: one for all images or one for each.
+        noise: (B, C, H, W) standard normal.
+        image_latents: (B, C, H, W) scaled latents of the images to start from; None for text-to-image.
+
+    Source: Karras et al. 2022, arXiv 2206.00364, section 2 (x = x0 + sigma noise).
+    """
+    each = _one_per_image(plans, noise)
+    if image_latents is None:
+        return noise * _column([plan.init_noise_sigma for plan in each], noise)
+    return image_latents + noise * _column([float(plan.sigmas[0]) for plan in each], noise)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The state of a batch after one row, to be read, not written into; images whose plan has ended stay as they were.
+
+    Attributes:
+        index: rows done before this one; the first Step has 0.
+        total: rows of the longest plan.
+        x: (B, C, H, W), after the last row the sampled latents.
+        denoised: (B, C, H, W), each image's newest x0 estimate, for previews.
+    """
+
+    index: int
+    total: int
+    x: Tensor
+    denoised: Tensor
+
+
+def sample(
+    denoise: Denoise, plans: Plan | Sequence[Plan], x: Tensor, generators: Sequence[torch.Generator] | None = None
+) -> Iterator[Step]:
+    """Run the plans row by row, yielding after each; the last Step's `x` is the result.
+
+    Args:
+        denoise: (x (b, C, H, W), call) -> x0 estimate (b, C, H, W); see `prediction.as_denoiser`. Images whose plan has
+            ended are left out of x; `call.images` says which remain.
+        plans: one for all images or one for each.
+        x: (B, C, H, W) from `start`, on the device of the network; half precision is raised to float32.
+        generators: one per image, the ones its initial noise came from; None if no plan draws noise.
+
+    Raises:
+        InputError: not as many plans or generators as images.
+    """
+    each = _one_per_image(plans, x)
+    if generators is None and any(plan.noise.any() for plan in each):
+        raise InputError("this sampler draws noise and needs one generator per image, got none; pass generators")
+    if generators is not None and len(generators) != len(x):
+        raise InputError(f"one generator per image is needed, got {len(generators)} for {len(x)} images")
+    return _run(denoise, each, x.to(torch.promote_types(x.dtype, torch.float32)), generators or [])
+
+
+def _run(denoise: Denoise, plans: Sequence[Plan], x: Tensor, generators: Sequence[torch.Generator]) -> Iterator[Step]:
+    tables, draws = _stacked(plans, x), [plan.noise.any(dim=1).tolist() for plan in plans]
+    total, denoised, ones = max(len(plan) for plan in plans), torch.zeros_like(x), [1] * (x.ndim - 1)
+    slots = torch.stack([x, *[denoised] * (tables[-1].shape[1] - 1)])  # (S, B, C, H, W)
+    begin, running = 0, list(range(len(x)))
+    for end in sorted({len(plan) for plan in plans}):  # between two ends the same images run
+        images = torch.tensor(running, device=x.device)
+        sigmas, timesteps, matrices, noise = (table[begin:end, ..., images] for table in tables)
+        matrices, noise = matrices.reshape(*matrices.shape, *ones), noise.reshape(*noise.shape, *ones)
+        for row, index in enumerate(range(begin, end)):
+            call = Call(index, images, torch.full_like(images, index), sigmas[row], timesteps[row])
+            estimate = denoise(slots[0], call).to(x.dtype)  # (b, C, H, W)
+            slots = _advance(matrices[row], slots, estimate)
+            if any(draws[image][index] for image in running):
+                drawing = [generators[image] if draws[image][index] else None for image in running]
+                slots = torch.addcmul(slots, noise[row], _fresh_noise(drawing, x))
+            x, denoised = _replaced(x, images, slots[0]), _replaced(denoised, images, estimate)
+            yield Step(index, total, x, denoised)
+        staying = [place for place, image in enumerate(running) if len(plans[image]) > end]
+        begin, running, slots = end, [running[place] for place in staying], slots[:, staying]
+
+
+def _replaced(batch: Tensor, images: Tensor, values: Tensor) -> Tensor:
+    return values if len(values) == len(batch) else batch.index_copy(0, images, values)
+
+
+def _advance(matrix: Tensor, slots: Tensor, denoised: Tensor) -> Tensor:
+    """Return matrix (S, S + 1, b, 1, 1, 1) @ [slots (S, b, C, H, W), denoised (b, C, H, W)].
+
+    Column by column, so that an image gets the same additions in the same order in every batch, and neither TF32 nor
+    autocast rounds x, which at the first rows is far larger than the data it becomes.
+    """
+    advanced = matrix[:, -1] * denoised  # (S, b, C, H, W)
+    for column, slot in enumerate(slots):
+        advanced = torch.addcmul(advanced, matrix[:, column], slot)
+    return advanced
+
+
+def _fresh_noise(generators: Sequence[torch.Generator | None], x: Tensor) -> Tensor:
+    """Draw (b, C, H, W) on the CPU in float32, zeros for images without a generator, and bring it to x."""
+    shape = x.shape[1:]
+    noise = torch.stack([torch.zeros(shape) if one is None else draw_noise([one], shape)[0] for one in generators])
+    if x.device.type == "cuda":
+        noise = noise.pin_memory()  # the copy then waits for nothing
+    return noise.to(x.device, x.dtype, non_blocking=True)
+
+
+def _stacked(plans: Sequence[Plan], x: Tensor) -> list[Tensor]:
+    """Join the plans of a batch on the device of x, zeros where a plan has fewer rows or slots than the largest.
+
+    Returns:
+        sigmas (R, B), timesteps (R, B), matrices (R, S, S + 1, B), noise coefficients (R, S, B).
+    """
+    rows, size = max(len(plan) for plan in plans), max(plan.noise.shape[1] for plan in plans)
+    sigmas, timesteps = torch.zeros(2, rows, len(plans), dtype=torch.float64)
+    matrices = torch.zeros(rows, size, size + 1, len(plans), dtype=torch.float64)
+    noise = torch.zeros(rows, size, len(plans), dtype=torch.float64)
+    for image, plan in enumerate(plans):
+        count, slots = plan.noise.shape
+        sigmas[:count, image], timesteps[:count, image] = plan.sigmas, plan.timesteps
+        matrices[:count, :slots, :slots, image] = plan.matrices[:, :, :-1]
+        matrices[:count, :slots, -1, image] = plan.matrices[:, :, -1]
+        noise[:count, :slots, image] = plan.noise
+    return [table.to(x.dtype).to(x.device) for table in (sigmas, timesteps, matrices, noise)]
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """Return one number per image as (B, 1, 1, 1) in the dtype and on the device of `like`."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _one_per_image(plans: Plan | Sequence[Plan], x: Tensor) -> list[Plan]:
+    each = [plans] * len(x) if isinstance(plans, Plan) else list(plans)
+    if len(each) != len(x):
+        raise InputError(f"one plan per image is needed, got {len(each)} for {len(x)} images")
+    return each

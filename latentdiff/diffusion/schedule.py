@@ -1,0 +1,324 @@
+"""The noise schedule: how noisy each training timestep is, and which noise levels sampling visits.
+
+Everything a checkpoint's `scheduler_config.json` says about the noise process is here, and so is every habit of
+diffusers' schedulers that changes a number (spacing, offset, last noise level, scale of the initial noise). Samplers
+see nothing but a list of falling sigmas. Tables are float64; they are applied in float32 or the dtype of the data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.prediction import PREDICTIONS
+from latentdiff.errors import InputError, ModelConfigError, suggest
+
+__all__ = ["BETA_SCHEDULES", "GRID_RULES", "TIMESTEP_SPACINGS", "Grid", "GridRule", "NoiseSchedule"]
+
+
+def _linear(count: int, start: float, end: float) -> Tensor:
+    """Ho et al. 2020, arXiv 2006.11239, section 4: betas rise linearly."""
+    return torch.linspace(start, end, count, dtype=torch.float64)
+
+
+def _scaled_linear(count: int, start: float, end: float) -> Tensor:
+    """Rombach et al. 2022, arXiv 2112.10752, and all of Stable Diffusion: the roots of the betas rise linearly."""
+    return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
+
+
+def _cosine(count: int, start: float, end: float) -> Tensor:
+    """Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17: alphas_cumprod follows a squared cosine; no ends to choose."""
+    time = torch.arange(count + 1, dtype=torch.float64) / count
+    alphas_cumprod = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
+
+
+# name -> (num_train_timesteps T, beta_start, beta_end) -> betas (T,) float64
+BETA_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
+    "linear": _linear,
+    "scaled_linear": _scaled_linear,
+    "squaredcos_cap_v2": _cosine,
+}
+
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+
+
+@dataclass(frozen=True)
+class GridRule:
+    """The habits in which one family of diffusers' schedulers differs from the others.
+
+    Attributes:
+        spacing: timestep spacing when the checkpoint names none.
+        whole_timesteps: round the timesteps of linspace and Karras spacing.
+        one_more_point: space steps + 1 points and drop the cleanest; Karras spans the whole training range.
+        ends_at_first_alpha: stop at the first training noise level where the checkpoint has set_alpha_to_one false.
+        unit_variance_start: initial noise scaled so that x_vp has variance 1, instead of x having sigma^2.
+        pure_noise_sigma: stands in for the infinite sigma of the last timestep at zero terminal SNR.
+    """
+
+    spacing: str
+    whole_timesteps: bool = True
+    one_more_point: bool = False
+    ends_at_first_alpha: bool = False
+    unit_variance_start: bool = True
+    pure_noise_sigma: float = 2.0**30
+
+
+GRID_RULES: dict[str, GridRule] = {
+    "ddpm": GridRule("leading"),
+    "ddim": GridRule("leading", ends_at_first_alpha=True),
+    "euler": GridRule("linspace", whole_timesteps=False, unit_variance_start=False, pure_noise_sigma=2.0**12),
+    "dpm": GridRule("linspace", one_more_point=True, pure_noise_sigma=2.0**12),
+}
+
+# diffusers' schedulers of the discrete-time VP process; the others (flow matching, EDM, ...) have another one.
+_VP_SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+
+# Keys that change the noise process or the meaning of the network's output, with the values that leave both alone.
+# All other foreign keys choose a sampler, which here the caller does by name.
+_ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "thresholding": (False, None),
+    "timestep_type": ("discrete", None),
+    "trained_betas": (None,),
+    "use_flow_sigmas": (False, None),
+    "variance_type": ("fixed_small", "fixed_small_log", None),
+}
+
+
+class Grid(NamedTuple):
+    """The noise levels of one sampling run.
+
+    Attributes:
+        timesteps: (N,) float64, falling, for the network; fractional under linspace or Karras spacing.
+        sigmas: (N + 1,) float64, falling, the last one usually 0.
+        init_noise_sigma: factor that makes standard normal noise the initial x.
+    """
+
+    timesteps: Tensor
+    sigmas: Tensor
+    init_noise_sigma: float
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The forward process q(x_t | x_0) of a model, under diffusers' names.
+
+    Attributes:
+        timestep_spacing: "leading", "linspace", "trailing", or None for the usual one of each sampler's family.
+        steps_offset: added to the timesteps of leading spacing (less where it would pass the last one).
+        set_alpha_to_one: DDIM ends at noise level 0 (True) or at that of the first timestep (False).
+        rescale_betas_zero_snr: shift the schedule so that the last timestep is pure noise.
+        class_name, extra: diffusers' class and the keys that are none of ours, kept for `to_dict`.
+
+    Raises:
+        InputError: a value out of range, or noise prediction at zero terminal SNR.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    prediction_type: str = "epsilon"
+    timestep_spacing: str | None = None
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
+    rescale_betas_zero_snr: bool = False
+    class_name: str = "DDIMScheduler"
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        _require_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        _require_choice("prediction_type", self.prediction_type, PREDICTIONS)
+        if self.timestep_spacing is not None:
+            _require_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+        _require_integer("num_train_timesteps", self.num_train_timesteps, 1, 1_000_000, "1000")
+        _require_integer("steps_offset", self.steps_offset, 0, self.num_train_timesteps - 1, "0 or 1")
+        for name in ("set_alpha_to_one", "rescale_betas_zero_snr"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        ends = (self.beta_start, self.beta_end)
+        if not all(isinstance(end, int | float) for end in ends) or not 0 < ends[0] <= ends[1] < 1:
+            raise InputError(
+                f"betas must satisfy 0 < beta_start <= beta_end < 1, got {ends[0]!r} and {ends[1]!r}; try 1e-4 and 0.02"
+            )
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":  # Lin et al. 2023, section 3.2
+            raise InputError(
+                "a schedule of zero terminal SNR needs a network that predicts more than the noise, got epsilon; "
+                "set prediction_type to v_prediction or sample, or rescale_betas_zero_snr to false"
+            )
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """Read a diffusers `scheduler_config.json`, or a mapping of our own fields written by hand.
+
+        Raises:
+            ModelConfigError: a diffusers config of another noise process, or with a value that cannot be honoured.
+            InputError: a hand-written mapping (one without `_class_name`) with an unknown key or a bad value.
+        """
+        ours = {item.name for item in fields(cls)} - {"class_name", "extra"}
+        known = {key: value for key, value in config.items() if key in ours}
+        extra = {key: value for key, value in config.items() if key not in ours and key != "_class_name"}
+        if "_class_name" not in config:
+            for key in extra:
+                raise InputError(f"schedule has no key {key!r}{suggest(str(key), ours)}")
+            return cls(**known)
+        name = str(config["_class_name"])
+        if name not in _VP_SCHEDULERS:
+            raise ModelConfigError(
+                f"scheduler must be of the discrete variance-preserving kind, got {name}{suggest(name, _VP_SCHEDULERS)}"
+            )
+        for key, supported in _ONLY_SUPPORTED.items():
+            if extra.get(key) not in supported:
+                raise ModelConfigError(
+                    f"scheduler config has {key}={str(extra[key])[:80]}, supported: {supported[0]!r}"
+                )
+        try:
+            return cls(**known, class_name=name, extra=extra)
+        except InputError as error:
+            raise ModelConfigError(f"scheduler config: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a `scheduler_config.json` that diffusers loads to the same process."""
+        ours = {
+            item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("class_name", "extra")
+        }
+        if self.timestep_spacing is None:
+            del ours["timestep_spacing"]
+        # Latents have no range to clip to, but diffusers' DDIM and DDPM clip unless told.
+        return {"_class_name": self.class_name, "clip_sample": False, **ours, **self.extra}
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """(T,) float64, falling: the share of signal variance in x_vp, alpha-bar of Ho et al. 2020, Eq. 4."""
+        betas = BETA_SCHEDULES[self.beta_schedule](self.num_train_timesteps, self.beta_start, self.beta_end)
+        alphas_cumprod = (1 - betas).cumprod(0)
+        if not self.rescale_betas_zero_snr:
+            return alphas_cumprod
+        roots = alphas_cumprod.sqrt()  # Lin et al. 2023, arXiv 2305.08891, algorithm 1
+        return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+
+    @cached_property
+    def sigmas(self) -> Tensor:
+        """(T,) float64, rising: sqrt((1 - alphas_cumprod) / alphas_cumprod), infinite at zero terminal SNR."""
+        return ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """Return the signal-to-noise ratio alpha^2 / sigma^2 at timesteps (B,) int64, as (B,) float32.
+
+        Source: Kingma et al. 2021, arXiv 2107.00630, section 3.1.
+        """
+        table = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        return table.to(torch.float32).to(timesteps.device)[timesteps]
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Draw x_t of the forward process, in VP coordinates, as the network sees it in training.
+
+        Args:
+            x0, noise: (B, C, H, W), data (or scaled latents) and standard normal noise.
+            timesteps: (B,) int64 in [0, num_train_timesteps).
+
+        Returns:
+            (B, C, H, W), at least float32.
+
+        Source: Ho et al. 2020, arXiv 2006.11239, Eq. 4.
+        """
+        signal_rate, noise_rate = self._rates(timesteps, x0)
+        return signal_rate * x0 + noise_rate * noise
+
+    def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what the network should output for `add_noise` of the same arguments, (B, C, H, W)."""
+        return PREDICTIONS[self.prediction_type].target(x0, noise, *self._rates(timesteps, x0))
+
+    def sampling_grid(self, num_inference_steps: int, rule: str = "ddim", karras: bool = False) -> Grid:
+        """Choose the noise levels that a sampling run visits.
+
+        Args:
+            num_inference_steps: 1 to num_train_timesteps.
+            rule: key of `GRID_RULES`, the family of schedulers whose habits to follow.
+            karras: space the noise levels as Karras et al. do, instead of by `timestep_spacing`.
+
+        Raises:
+            InputError: step count out of range.
+
+        Source: Lin et al. 2023, arXiv 2305.08891, table 2 (spacings); Karras et al. 2022, arXiv 2206.00364, Eq. 5.
+        """
+        _require_integer("num_inference_steps", num_inference_steps, 1, self.num_train_timesteps, "20")
+        habits = GRID_RULES[rule]
+        spacing = self.timestep_spacing or habits.spacing
+        indices, table = np.arange(self.num_train_timesteps), self.sigmas.numpy().copy()  # (T,)
+        if self.rescale_betas_zero_snr:
+            table[-1] = habits.pure_noise_sigma
+        timesteps = self._spaced(num_inference_steps, spacing, habits)  # (N,)
+        sigmas = np.interp(timesteps, indices, table)  # (N,)
+        if karras:
+            ends = (table[-1], table[0]) if habits.one_more_point else (sigmas[0], sigmas[-1])
+            sigmas = _karras(*ends, num_inference_steps)
+            timesteps = np.interp(np.log(sigmas), np.log(table), indices)
+            timesteps = timesteps.round() if habits.whole_timesteps else timesteps
+        last = table[0] if habits.ends_at_first_alpha and not self.set_alpha_to_one else 0.0
+        vp_start = habits.unit_variance_start or spacing == "leading"
+        init_noise_sigma = math.hypot(1, sigmas[0]) if vp_start else float(sigmas[0])
+        return Grid(torch.from_numpy(timesteps), torch.from_numpy(np.append(sigmas, last)), init_noise_sigma)
+
+    def _spaced(self, steps: int, spacing: str, habits: GridRule) -> np.ndarray:
+        """Return the timesteps (N,), falling. Source: Lin et al. 2023, arXiv 2305.08891, table 2."""
+        count = self.num_train_timesteps
+        points = steps + 1 if habits.one_more_point and steps < count else steps
+        if spacing == "trailing":
+            # arange, whose rounding errors decide ties, gives the timesteps that diffusers gives.
+            return np.arange(count, 0, -count / steps)[:steps].round() - 1
+        if spacing == "leading":
+            timesteps = np.arange(points, dtype=np.float64) * (count // points)
+            timesteps += min(self.steps_offset, count - 1 - timesteps[-1])
+        else:
+            timesteps = np.linspace(0, count - 1, points) if points > 1 else np.array([count - 1.0])
+            timesteps = timesteps.round() if habits.whole_timesteps else timesteps
+        return timesteps[::-1][:steps].copy()
+
+    def _rates(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return signal and noise rate at `timesteps`, each (B, 1, 1, 1), on the device of `like`."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        shape = (-1, *[1] * (like.ndim - 1))
+        signal_rates, noise_rates = self.alphas_cumprod.sqrt().to(dtype), (1 - self.alphas_cumprod).sqrt().to(dtype)
+        picked = timesteps.to(like.device)
+        return signal_rates.to(like.device)[picked].reshape(shape), noise_rates.to(like.device)[picked].reshape(shape)
+
+
+def _karras(sigma_max: float, sigma_min: float, count: int) -> np.ndarray:
+    """Return (count,) falling noise levels. Source: Karras et al. 2022, arXiv 2206.00364, Eq. 5 with rho = 7."""
+    ramp = np.linspace(0, 1, count)
+    return (sigma_max ** (1 / 7) + ramp * (sigma_min ** (1 / 7) - sigma_max ** (1 / 7))) ** 7
+
+
+def _require_choice(name: str, value: object, choices: Mapping[str, Any] | tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"{name} {value!r} is unknown{suggest(str(value), choices)}")
+
+
+def _require_integer(name: str, value: object, low: int, high: int, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise InputError(f"{name} must be an integer from {low} to {high}, got {value!r}; try {remedy}")

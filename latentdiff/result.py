@@ -1,0 +1,63 @@
+"""What a pipeline returns: pictures, and everything that makes each of them again."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentdiff.errors import InputError
+from latentdiff.images import numbered, write_png
+from latentdiff.settings import parameters_text
+
+__all__ = ["METADATA_KEY", "Result"]
+
+METADATA_KEY = "latentdiff"  # of the PNG text chunk that holds an image's record as JSON
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a call returns; image i belongs to seeds[i].
+
+    Attributes:
+        images: by output_type: a list of RGB pictures ("pil"), a tensor (B, 3, H, W) or array (B, H, W, 3) in [0, 1]
+            ("pt", "np"), or scaled latents (B, C, h, w) float32 ("latent").
+        seeds: each alone makes its image again.
+        settings: what all images have in common.
+        own: what each image has besides; see `record`.
+        token_counts: tokens of each image's prompt, begin and end included.
+        notes: what the caller should know, such as a picture that had to be decoded in float32.
+    """
+
+    images: Any
+    seeds: list[int]
+    settings: dict[str, Any]
+    own: list[dict[str, Any]]
+    token_counts: list[int]
+    notes: list[str]
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Return everything that makes image `index` again, JSON-ready."""
+        return {**self.own[index], **self.settings}
+
+    def write(self, index: int, path: str | os.PathLike[str]) -> None:
+        """Write image `index` as a PNG that says how to make it again (`latentdiff replay`).
+
+        Raises:
+            InputError: the call had another output_type than "pil".
+            StorageError: the file cannot be written.
+        """
+        if not isinstance(self.images, list):
+            raise InputError('only pictures can be saved, got tensors; call with output_type="pil"')
+        record = self.record(index)
+        texts = {METADATA_KEY: json.dumps(record), "parameters": parameters_text(record)}
+        write_png(path, self.images[index], texts)
+
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Write all images, as fox.png, fox-2.png, fox-3.png, ..., and return their paths; see `write`."""
+        paths = numbered(path, len(self.seeds))
+        for index, one in enumerate(paths):
+            self.write(index, one)
+        return paths

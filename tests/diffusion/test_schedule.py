@@ -1,0 +1,161 @@
+"""The noise schedule: tables with known values, spacings, configs of checkpoints, refusals."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from latentdiff.diffusion import NoiseSchedule
+from latentdiff.diffusion.schedule import BETA_SCHEDULES, GRID_RULES
+from latentdiff.errors import InputError, ModelConfigError
+
+STABLE_DIFFUSION = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+
+
+@pytest.mark.parametrize("beta_schedule", list(BETA_SCHEDULES))
+def test_tables_are_float64_and_monotonic(beta_schedule: str) -> None:
+    schedule = NoiseSchedule(beta_schedule=beta_schedule)
+    assert schedule.alphas_cumprod.shape == schedule.sigmas.shape == (1000,)
+    assert schedule.alphas_cumprod.dtype == schedule.sigmas.dtype == torch.float64
+    assert (schedule.alphas_cumprod.diff() < 0).all() and (schedule.sigmas.diff() > 0).all()
+
+
+def test_stable_diffusion_has_the_sigmas_everybody_quotes() -> None:
+    schedule = NoiseSchedule.from_dict(STABLE_DIFFUSION)
+    assert float(schedule.sigmas[0]) == pytest.approx(0.0292, abs=1e-4)
+    assert float(schedule.sigmas[-1]) == pytest.approx(14.6146, abs=1e-4)
+
+
+def test_cosine_follows_its_closed_form() -> None:
+    alphas_cumprod = NoiseSchedule(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    time = (np.arange(1, 1000) / 1000 + 0.008) / 1.008 * math.pi / 2
+    np.testing.assert_allclose(alphas_cumprod[:-1], (np.cos(time) / math.cos(0.008 / 1.008 * math.pi / 2)) ** 2)
+    assert float(alphas_cumprod[-1] / alphas_cumprod[-2]) == pytest.approx(0.001)  # beta capped at 0.999
+
+
+def test_zero_terminal_snr_keeps_the_first_timestep() -> None:
+    plain = NoiseSchedule(prediction_type="v_prediction")
+    rescaled = NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert rescaled.alphas_cumprod[-1] == 0 and rescaled.snr(torch.tensor([999])) == 0
+    assert float(rescaled.alphas_cumprod[0]) == pytest.approx(float(plain.alphas_cumprod[0]), rel=1e-12)
+    for rule in GRID_RULES:
+        assert torch.isfinite(rescaled.sampling_grid(5, rule).sigmas).all()
+
+
+def test_snr_is_signal_over_noise() -> None:
+    schedule, timesteps = NoiseSchedule(), torch.tensor([0, 10, 999])
+    torch.testing.assert_close(schedule.snr(timesteps), (schedule.sigmas[timesteps] ** -2).float())
+
+
+@pytest.mark.parametrize(
+    ("spacing", "timesteps"),
+    [("leading", [751, 501, 251, 1]), ("linspace", [999, 666, 333, 0]), ("trailing", [999, 749, 499, 249])],
+)
+def test_spacings(spacing: str, timesteps: list[int]) -> None:
+    schedule = NoiseSchedule(timestep_spacing=spacing, steps_offset=1)
+    grid = schedule.sampling_grid(4, "ddim")
+    assert grid.timesteps.tolist() == timesteps
+    torch.testing.assert_close(grid.sigmas[:-1], schedule.sigmas[timesteps])
+    assert grid.sigmas[-1] == 0
+
+
+@pytest.mark.parametrize("rule", list(GRID_RULES))
+@pytest.mark.parametrize("spacing", [None, "leading", "linspace", "trailing"])
+@pytest.mark.parametrize("steps", [1, 2, 61, 499, 999, 1000])
+@pytest.mark.parametrize("karras", [False, True])
+def test_grids_fall_inside_the_training_range(rule: str, spacing: str | None, steps: int, karras: bool) -> None:
+    schedule = NoiseSchedule(beta_schedule="squaredcos_cap_v2", timestep_spacing=spacing, steps_offset=1)
+    timesteps, sigmas, init_noise_sigma = schedule.sampling_grid(steps, rule, karras)
+    assert timesteps.shape == (steps,) and sigmas.shape == (steps + 1,)
+    assert timesteps.dtype == sigmas.dtype == torch.float64
+    assert (sigmas.diff() < 0).all() and (timesteps.diff() <= 0).all()
+    assert timesteps[0] <= 999 and timesteps[-1] >= 0
+    assert init_noise_sigma >= sigmas[0]
+
+
+def test_karras_spacing_is_linear_in_the_seventh_root() -> None:
+    roots = NoiseSchedule().sampling_grid(10, "euler", karras=True).sigmas[:-1] ** (1 / 7)
+    torch.testing.assert_close(roots.diff(), roots.diff()[:1].expand(9))
+
+
+def test_ddim_ends_where_the_checkpoint_says() -> None:
+    schedule = NoiseSchedule.from_dict(STABLE_DIFFUSION)
+    assert schedule.sampling_grid(10, "ddim").sigmas[-1] == schedule.sigmas[0]
+    assert schedule.sampling_grid(10, "euler").sigmas[-1] == 0
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, float("nan"), True, "20", None])
+def test_bad_step_counts(steps: Any) -> None:
+    with pytest.raises(InputError, match=r"num_inference_steps must be an integer from 1 to 1000, got .*; try"):
+        NoiseSchedule().sampling_grid(steps)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"beta_schedule": "scaled_liner"}, "did you mean 'scaled_linear'"),
+        ({"beta_schedule": ["linear"]}, "beta_schedule"),
+        ({"prediction_type": "eps"}, "prediction_type 'eps' is unknown"),
+        ({"timestep_spacing": "trailling"}, "did you mean 'trailing'"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps must be an integer from 1"),
+        ({"num_train_timesteps": 10**12}, "num_train_timesteps must be an integer from 1"),
+        ({"steps_offset": -1}, "steps_offset must be an integer from 0"),
+        ({"beta_start": float("nan")}, "0 < beta_start <= beta_end < 1"),
+        ({"beta_end": 1.0}, "0 < beta_start <= beta_end < 1"),
+        ({"beta_end": "0.02"}, "0 < beta_start <= beta_end < 1"),
+        ({"set_alpha_to_one": "false"}, "set_alpha_to_one must be true or false"),
+        ({"rescale_betas_zero_snr": True}, "set prediction_type to v_prediction"),
+    ],
+)
+def test_bad_values(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        NoiseSchedule(**values)
+    with pytest.raises(ModelConfigError, match=message):
+        NoiseSchedule.from_dict({**values, "_class_name": "DDIMScheduler"})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "did you mean 'EulerDiscreteScheduler'"),
+        ({"_class_name": 3}, "variance-preserving"),
+        ({"thresholding": True}, "thresholding=True, supported: False"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        ({"variance_type": "learned_range"}, "variance_type=learned_range, supported: 'fixed_small'"),
+        ({"timestep_type": "continuous"}, "timestep_type"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas"),
+    ],
+)
+def test_configs_of_other_processes_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelConfigError, match=message):
+        NoiseSchedule.from_dict({"_class_name": "DDIMScheduler", **values})
+
+
+def test_hand_written_keys_are_checked() -> None:
+    with pytest.raises(InputError, match="no key 'beta_shedule'; did you mean 'beta_schedule'"):
+        NoiseSchedule.from_dict({"beta_shedule": "linear"})
+
+
+def test_config_comes_back_unchanged() -> None:
+    schedule = NoiseSchedule.from_dict(STABLE_DIFFUSION)
+    saved = schedule.to_dict()
+    assert STABLE_DIFFUSION.items() <= saved.items() and "timestep_spacing" not in saved
+    assert NoiseSchedule.from_dict(saved) == schedule
+    assert hash(schedule) == hash(copy.deepcopy(schedule))

@@ -1,0 +1,1 @@
+"""Comparisons with diffusers and transformers: the same weights must give the same numbers."""

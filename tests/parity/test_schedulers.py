@@ -1,0 +1,352 @@
+"""Our tables against diffusers' schedulers: same timesteps, same trajectories, same seeds.
+
+Trajectories are compared after every step in VP coordinates, with a fixed nonlinear network. diffusers computes tables
+in float32, and Euler and DPM++ 2M x too; the fixture `float64` lifts that, so that the mathematics is compared.
+Where diffusers is not reproduced, the tests named `test_quirk_*` show what it does and say why.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
+from torch import Tensor
+
+from latentdiff.diffusion import (
+    NoiseSchedule,
+    Plan,
+    as_denoiser,
+    draw_noise,
+    image_generator,
+    make_plan,
+    sample,
+    start,
+)
+
+PEERS: dict[str, Any] = {
+    "ddim": DDIMScheduler,
+    "ddpm": DDPMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_a": EulerAncestralDiscreteScheduler,
+    "dpmpp_2m": DPMSolverMultistepScheduler,
+}
+BETAS: dict[str, dict[str, Any]] = {
+    "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+}
+SPACINGS = ("leading", "linspace", "trailing")
+SHAPE = (2, 4, 4)
+SEEDS = (3, 4)
+TOLERANCE = 1e-7
+
+
+def network(x: Tensor, timesteps: Tensor) -> Tensor:
+    """A nonlinear network in VP coordinates whose output has values of order 1."""
+    time = torch.as_tensor(timesteps, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    return 0.8 * torch.sin(1.3 * x + 0.003 * time) + 0.2 * x.roll(1, -1)
+
+
+def config(betas: str, prediction_type: str = "epsilon", **more: Any) -> dict[str, Any]:
+    return {**BETAS[betas], "prediction_type": prediction_type, **more}
+
+
+def peer(sampler: str, values: dict[str, Any], **more: Any) -> Any:
+    if sampler in ("ddim", "ddpm"):
+        more["clip_sample"] = False
+    else:
+        values = {key: value for key, value in values.items() if key != "set_alpha_to_one"}
+    return PEERS[sampler](**values, **more)
+
+
+def peer_run(
+    scheduler: Any,
+    steps: int,
+    noise: Tensor,
+    generators: list[torch.Generator],
+    *,
+    eta: float = 0.0,
+    image_latents: Tensor | None = None,
+    strength: float = 1.0,
+) -> list[Tensor]:
+    """Run a scheduler as diffusers' text-to-image and image-to-image pipelines do; x after every step."""
+    scheduler.set_timesteps(steps)
+    first = max(steps - min(int(steps * strength), steps), 0)
+    timesteps = scheduler.timesteps[first:]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    if image_latents is None:
+        x = noise * scheduler.init_noise_sigma
+    else:
+        x = scheduler.add_noise(image_latents, noise, timesteps[:1].repeat(len(noise)))
+    options: dict[str, Any] = {"eta": eta} if isinstance(scheduler, DDIMScheduler) else {}
+    states = []
+    for timestep in timesteps:
+        output = network(scheduler.scale_model_input(x, timestep), timestep)
+        x = scheduler.step(output, timestep, x, generator=generators, **options).prev_sample
+        states.append(x)
+    return states
+
+
+def our_run(
+    schedule: NoiseSchedule,
+    plan: Plan,
+    noise: Tensor,
+    generators: list[torch.Generator],
+    image_latents: Tensor | None = None,
+) -> list[Tensor]:
+    """Run a plan; x in VP coordinates after every step."""
+    denoise = as_denoiser(lambda x, call: network(x, call.timesteps), schedule.prediction_type)
+    states = [step.x for step in sample(denoise, plan, start(plan, noise, image_latents), generators)]
+    return [x / (1 + sigma**2) ** 0.5 for x, sigma in zip(states, [*plan.sigmas[1:].tolist(), 0.0])]
+
+
+def largest_difference(
+    sampler: str,
+    values: dict[str, Any],
+    steps: int,
+    *,
+    eta: float = 0.0,
+    from_image: bool = False,
+    strength: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+    **peer_values: Any,
+) -> float:
+    """Run both with the same seeds and return the largest difference of x in VP coordinates over all steps."""
+    name = sampler.removesuffix("_karras")
+    schedule = NoiseSchedule(**values)
+    plan = make_plan(schedule, sampler, steps, eta=eta, strength=strength)
+    runs = []
+    for ours in (True, False):
+        generators = [image_generator(seed) for seed in SEEDS]
+        noise = draw_noise(generators, SHAPE).to(dtype)
+        image_latents = torch.sin(torch.arange(noise.numel(), dtype=dtype)).reshape(noise.shape) if from_image else None
+        if ours:
+            runs.append(our_run(schedule, plan, noise, generators, image_latents))
+        else:
+            scheduler = peer(name, values, **peer_values)
+            states = peer_run(
+                scheduler, steps, noise, generators, eta=eta, image_latents=image_latents, strength=strength
+            )
+            if name.startswith("euler"):  # the only ones that keep x in sigma coordinates
+                sigmas = [*plan.sigmas[1:].tolist(), 0.0]
+                states = [x / (1 + sigma**2) ** 0.5 for x, sigma in zip(states, sigmas)]
+            runs.append(states)
+    assert len(runs[0]) == len(runs[1])
+    return max(float((a - b).abs().max()) for a, b in zip(*runs))
+
+
+class Double:
+    """A module (torch or numpy) in which float32 means float64."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, "float64" if name == "float32" else name)
+
+
+@pytest.fixture
+def float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let diffusers keep tables and x in float64, and draw noise in float32 as we do: dtypes have different streams."""
+
+    def draw(shape: Any, generator: Any = None, dtype: Any = None, **_: Any) -> Tensor:
+        return draw_noise(generator, shape[1:]).to(dtype)
+
+    for scheduler in PEERS.values():
+        module = sys.modules[scheduler.__module__]
+        monkeypatch.setattr(module, "torch", Double(torch))
+        monkeypatch.setattr(module, "np", Double(np))
+        monkeypatch.setattr(module, "randn_tensor", draw)
+
+
+def cases() -> list[Any]:
+    """sampler x schedule x prediction x spacing x steps, where both are defined (exceptions: the quirks below)."""
+    chosen = []
+    for sampler in PEERS:
+        for betas in BETAS:
+            for prediction_type in ("epsilon", "v_prediction", "sample"):
+                for spacing in SPACINGS:
+                    for steps in (1, 8, 25):
+                        if sampler == "euler_a" and prediction_type == "sample":
+                            continue  # diffusers: not implemented
+                        if spacing == "linspace" and (sampler == "ddim" or (steps == 1 and sampler != "dpmpp_2m")):
+                            continue  # test_quirk_ddim_previous_timestep, test_quirk_linspace_of_one_step
+                        chosen.append((sampler, betas, prediction_type, spacing, steps))
+    return chosen
+
+
+@pytest.mark.parametrize(("sampler", "betas", "prediction_type", "spacing", "steps"), cases())
+def test_trajectory(float64: None, sampler: str, betas: str, prediction_type: str, spacing: str, steps: int) -> None:
+    values = config(betas, prediction_type, timestep_spacing=spacing, steps_offset=1)
+    assert largest_difference(sampler, values, steps) < TOLERANCE
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+def test_ddim_of_stable_diffusion(float64: None, eta: float, set_alpha_to_one: bool) -> None:
+    values = config("scaled_linear", timestep_spacing="leading", steps_offset=1, set_alpha_to_one=set_alpha_to_one)
+    assert largest_difference("ddim", values, 30, eta=eta) < TOLERANCE
+
+
+@pytest.mark.parametrize("betas", list(BETAS))
+def test_ddpm_on_all_timesteps(float64: None, betas: str) -> None:
+    assert largest_difference("ddpm", config(betas, "v_prediction"), 1000) < TOLERANCE
+
+
+@pytest.mark.parametrize("sampler", ["euler_karras", "dpmpp_2m_karras"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [2, 15])
+def test_karras_spacing(float64: None, sampler: str, spacing: str, steps: int) -> None:
+    values = config("scaled_linear", "v_prediction", timestep_spacing=spacing, steps_offset=1)
+    assert largest_difference(sampler, values, steps, use_karras_sigmas=True) < TOLERANCE
+    scheduler = peer(sampler.removesuffix("_karras"), values, use_karras_sigmas=True)
+    scheduler.set_timesteps(steps)
+    expected = make_plan(NoiseSchedule(**values), sampler, steps)
+    np.testing.assert_allclose(scheduler.timesteps.double(), expected.timesteps, atol=1e-2)
+    np.testing.assert_allclose(scheduler.sigmas[:-1], expected.sigmas, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", list(PEERS))
+@pytest.mark.parametrize("strength", [0.04, 0.3, 0.58, 0.999, 1.0])
+def test_image_to_image(float64: None, sampler: str, strength: float) -> None:
+    values = config("scaled_linear", timestep_spacing="leading", steps_offset=1)
+    assert largest_difference(sampler, values, 50, from_image=True, strength=strength) < TOLERANCE
+
+
+@pytest.mark.parametrize("sampler", list(PEERS))
+def test_zero_terminal_snr(float64: None, sampler: str) -> None:
+    values = config("scaled_linear", "v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True)
+    assert largest_difference(sampler, values, 20) < 1e-6  # DDIM and DDPM: 2^30 stands for infinity
+
+
+@pytest.mark.parametrize("sampler", list(PEERS))
+def test_seed_means_what_it_means_in_diffusers(sampler: str) -> None:
+    """Nothing patched: a list of CPU generators and float32, as a user of diffusers would have it."""
+    values = config("scaled_linear", "v_prediction", timestep_spacing="trailing")
+    assert largest_difference(sampler, values, 20, eta=1.0 if sampler == "ddim" else 0.0, dtype=torch.float32) < 1e-5
+
+
+@pytest.mark.parametrize("sampler", list(PEERS))
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_timesteps(sampler: str, spacing: str, offset: int) -> None:
+    """The same timesteps at every step count up to 120 and some larger ones."""
+    values = config("scaled_linear", timestep_spacing=spacing, steps_offset=offset)
+    scheduler, schedule = peer(sampler, values), NoiseSchedule(**values)
+    for steps in [*range(2, 121), 250, 333, 500, 700]:
+        scheduler.set_timesteps(steps)
+        expected = scheduler.timesteps.double()
+        if spacing == "trailing" and len(expected) > steps:
+            expected = expected[:steps]  # test_quirk_trailing_makes_one_step_too_many
+        torch.testing.assert_close(make_plan(schedule, sampler, steps).timesteps, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", list(PEERS))
+def test_spacing_left_open_is_that_of_the_peer(sampler: str) -> None:
+    """A config without timestep_spacing means what it means to the scheduler class that diffusers would swap in."""
+    pndm = PNDMScheduler(**BETAS["scaled_linear"], skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    scheduler = PEERS[sampler].from_config(pndm.config)
+    scheduler.set_timesteps(20)
+    saved = {key: value for key, value in pndm.config.items() if key not in pndm.config["_use_default_values"]}
+    schedule = NoiseSchedule.from_dict({**saved, "_class_name": "PNDMScheduler"})
+    plan = make_plan(schedule, sampler, 20)
+    np.testing.assert_allclose(scheduler.timesteps.double(), plan.timesteps, atol=1e-3)
+    vp_start = sampler in ("ddim", "ddpm", "dpmpp_2m")  # these keep x in VP coordinates
+    unit = float((1 + plan.sigmas[0] ** 2).sqrt()) if vp_start else 1.0
+    assert plan.init_noise_sigma / unit == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-4)
+
+
+@pytest.mark.parametrize("betas", list(BETAS))
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_training_tables(float64: None, betas: str, zero_snr: bool) -> None:
+    values = config(betas, "v_prediction", rescale_betas_zero_snr=zero_snr)
+    scheduler, schedule = DDPMScheduler(**values), NoiseSchedule(**values)
+    np.testing.assert_allclose(scheduler.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-9, atol=1e-15)
+    x0, noise = torch.randn(2, 3, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    timesteps = torch.tensor([0, 500, 999])
+    torch.testing.assert_close(schedule.add_noise(x0, noise, timesteps), scheduler.add_noise(x0, noise, timesteps))
+    torch.testing.assert_close(schedule.target(x0, noise, timesteps), scheduler.get_velocity(x0, noise, timesteps))
+
+
+@pytest.mark.parametrize("name", list(PEERS))
+def test_saved_config_loads_in_diffusers(name: str) -> None:
+    schedule = NoiseSchedule(
+        **config("cosine", "v_prediction", timestep_spacing="trailing"), class_name=PEERS[name].__name__
+    )
+    saved = schedule.to_dict()
+    assert NoiseSchedule.from_dict(saved).to_dict() == saved
+    scheduler = PEERS[name].from_config(saved)
+    assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.timestep_spacing == "trailing"
+    np.testing.assert_allclose(scheduler.alphas_cumprod, schedule.alphas_cumprod, rtol=3e-5)
+
+
+def test_quirk_ddim_previous_timestep(float64: None) -> None:
+    """diffusers' DDIM steps to t - T // N, not to the next timestep at which it calls the network.
+
+    The two differ under linspace, and under trailing where N does not divide T: x then has another noise level than
+    the network is told. We step to the next timestep. The trajectories part by more than rounding.
+    """
+    values = config("scaled_linear", "v_prediction", timestep_spacing="trailing")
+    assert largest_difference("ddim", values, 25) < TOLERANCE
+    assert 1e-3 < largest_difference("ddim", values, 30) < 0.1
+    assert 1e-3 < largest_difference("ddim", {**values, "timestep_spacing": "linspace"}, 25) < 0.1
+
+
+def test_quirk_linspace_of_one_step() -> None:
+    """diffusers starts one step of linspace at timestep 0 and so returns noise; we start at the last timestep."""
+    values = config("scaled_linear", timestep_spacing="linspace")
+    for sampler in ("ddim", "ddpm", "euler", "euler_a"):
+        scheduler = peer(sampler, values)
+        scheduler.set_timesteps(1)
+        assert scheduler.timesteps.tolist() == [0]
+        assert make_plan(NoiseSchedule(**values), sampler, 1).timesteps.tolist() == [999]
+
+
+def test_quirk_trailing_makes_one_step_too_many() -> None:
+    """For 62 step counts diffusers' arange runs one past the end, to timestep -1; we keep the count asked for."""
+    values = config("scaled_linear", timestep_spacing="trailing")
+    for sampler in PEERS:
+        scheduler = peer(sampler, values)
+        scheduler.set_timesteps(61)
+        assert len(scheduler.timesteps) == 62 and scheduler.timesteps[-1] == -1
+        assert len(make_plan(NoiseSchedule(**values), sampler, 61)) == 61
+
+
+def test_quirk_leading_past_the_last_timestep() -> None:
+    """All timesteps and an offset of 1 lead diffusers to timestep 1000 of 0..999; we let the offset shrink."""
+    values = config("scaled_linear", timestep_spacing="leading", steps_offset=1)
+    scheduler = peer("ddpm", values)
+    scheduler.set_timesteps(1000)
+    assert scheduler.timesteps[0] == 1000
+    assert make_plan(NoiseSchedule(**values), "ddpm", 1000).timesteps[0] == 999
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_quirk_dpm_on_all_timesteps(spacing: str) -> None:
+    """DPM++ spaces N + 1 points, which do not fit when N is T: diffusers repeats timesteps, we visit each once."""
+    values = config("scaled_linear", timestep_spacing=spacing)
+    scheduler = peer("dpmpp_2m", values)
+    scheduler.set_timesteps(1000)
+    assert len(scheduler.timesteps.unique()) < 1000
+    assert make_plan(NoiseSchedule(**values), "dpmpp_2m", 1000).timesteps.tolist() == list(range(999, -1, -1))
+
+
+def test_quirk_dpm_karras_under_cosine() -> None:
+    """diffusers means to keep fractional timesteps here and then cuts them to integers; we round to the nearest."""
+    values = config("cosine", "v_prediction")
+    scheduler = peer("dpmpp_2m", values, use_karras_sigmas=True)
+    scheduler.set_timesteps(12)
+    difference = make_plan(NoiseSchedule(**values), "dpmpp_2m_karras", 12).timesteps - scheduler.timesteps
+    assert difference.min() >= 0 and difference.max() == 1
