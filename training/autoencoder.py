@@ -8,6 +8,7 @@ Try:
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,7 @@ def export(model: AutoencoderKL, images: Tensor, held_out: Tensor, folder: Path)
     latents = torch.cat([model.encode(part.to(device)).mode() for part in images.split(32)])
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     fold_statistics(model, mean, std)
+    model.config = replace(model.config, scaling_factor=1.0)
     vae = folder / "vae"
     save_model(model, vae)
     figures = {

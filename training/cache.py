@@ -70,6 +70,7 @@ def cached_latents(
     digest = hashlib.sha256("\n".join(captions).encode())
     for picture, _ in rendered:
         digest.update(picture.tobytes())
+    digest.update(str(autoencoder.config.scaling_factor).encode())
     for model in (autoencoder, text_encoder):
         for weight in model.state_dict().values():
             digest.update(weight.detach().float().cpu().numpy().tobytes())

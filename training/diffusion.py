@@ -49,8 +49,8 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     checkpoint = open_run(config, resume)
     run, folder = config.run, Path(config.run.out)
     accelerator = Accelerator(mixed_precision=mixed_precision(run), cpu=not torch.cuda.is_available())
-    parts = _parts(config)
-    data = prepare_data(config, parts)
+    parts = load_parts(config)
+    data = prepare_data(config, parts, folder)
     torch.manual_seed(run.seed)
     unet: Any = UNet2DConditionModel(_unet_config(config, data))
     optimizer: Any = torch.optim.AdamW(
@@ -116,7 +116,7 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     return model
 
 
-def prepare_data(config: DiffusionTraining, parts: Parts) -> LatentSet:
+def prepare_data(config: DiffusionTraining, parts: Parts, folder: Path) -> LatentSet:
     """Load the pictures, encode them and their captions (from the cache where it has them), and check the latents.
 
     Raises:
@@ -125,7 +125,7 @@ def prepare_data(config: DiffusionTraining, parts: Parts) -> LatentSet:
     images = load_images(config.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder, text_encoder = parts.autoencoder.to(device), parts.text_encoder.to(device)
-    cache = Path(config.cache or f"{config.run.out}/cache")
+    cache = Path(config.cache) if config.cache else folder / "cache"
     data = cached_latents(images, config.data, config.run.seed, autoencoder, text_encoder, parts.tokenizer, cache)
     plain = data.latents[:, 0].float()
     mean, std = plain.mean(dim=(0, 2, 3)), plain.std(dim=(0, 2, 3))
@@ -186,10 +186,10 @@ def loss_weight(schedule: NoiseSchedule, timesteps: Tensor, gamma: float) -> Ten
 def draw_samples(parts: Parts, config: DiffusionTraining, file: Path) -> None:
     """Draw the config's prompts, one row of pictures each eight, with fixed seeds."""
     result = Pipeline(parts)(config.prompts, guidance_scale=config.guidance_scale, seed=0, output_type="pt")
-    save_grid(result.images, file, columns=8)
+    save_grid(result.images * 2 - 1, file, columns=8)
 
 
-def _parts(config: DiffusionTraining) -> Parts:
+def load_parts(config: DiffusionTraining) -> Parts:
     """Load the frozen halves: autoencoder, text encoder, tokenizer and schedule; the U-Net comes later."""
     text = embedded_model() if config.text_encoder == "embedded" else Path(config.text_encoder)
     text_encoder, tokenizer = load_text_encoder(text)

@@ -25,7 +25,8 @@ class Ema:
         """Move the average towards the live weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        live = [p.detach().float() for _, p in model.named_parameters()]
+        parameters = dict(model.named_parameters())
+        live = [parameters[name].detach().float() for name in self.weights]
         torch._foreach_lerp_(list(self.weights.values()), live, 1 - decay)
 
     @contextmanager

@@ -43,8 +43,8 @@ def main() -> None:
     settings = {} if arguments.guidance is None else {"guidance_scale": arguments.guidance}
     hits, first, missed = 0, 0, []
     for concept, thing in things:
-        picture = pipe(thing, seed=0, output_type="pt", **settings).images
-        found = nearest(encode(parts.autoencoder, picture)[0], latents, concepts)
+        picture = pipe(thing, seed=0, output_type="pt", **settings).images  # (1, 3, H, W) in [0, 1]
+        found = nearest(encode(parts.autoencoder, picture * 2 - 1)[0], latents, concepts)
         first += found[0] == concept
         if concept in found:
             hits += 1
