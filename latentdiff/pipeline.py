@@ -12,9 +12,9 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from latentdiff import __version__
 from latentdiff.checkpoints import Parts, load_pipeline
 from latentdiff.diffusion import (
     Call,
-    Plan,
     as_denoiser,
     classifier_free,
     draw_noise,
@@ -36,10 +35,10 @@ from latentdiff.diffusion import (
     sample,
     start,
 )
-from latentdiff.diffusion.prediction import Denoise
+from latentdiff.diffusion.prediction import Network
 from latentdiff.errors import InputError, suggest
 from latentdiff.images import fit, from_tensor, open_image, pixel_hash, to_rgb, to_tensor, to_unit_range
-from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.text import encode_prompts
 from latentdiff.models.unet import UNet2DConditionModel
 from latentdiff.result import Result
 from latentdiff.settings import SIZE_MULTIPLE, Settings, check_integer, check_size
@@ -61,35 +60,6 @@ OUTPUT_TYPES: dict[str, Callable[[Tensor], Any]] = {
 
 # (steps done, steps in all, newest estimate of the batch's clean latents (b, C, h, w)) -> None
 Callback = Callable[[int, int, Tensor], None]
-
-
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """What all batches of a call share.
-
-    Attributes:
-        plan: the sampler's table; `scales` the guidance scale of each of its rows.
-        shape: (C, h, w) of the latents.
-        noise: (B, C, h, w) to start from instead of the seeds' own, or None.
-        image_latents: (1, C, h, w) to start from as well, or None.
-        windows: of each prompt's text states: the more of its own and the negative prompt's.
-        texts: token states (n, L, D) of each text, n windows.
-    """
-
-    settings: Settings
-    plan: Plan
-    scales: list[float]
-    shape: tuple[int, int, int]
-    noise: Tensor | None
-    image_latents: Tensor | None
-    texts: dict[str, Tensor]
-    common: dict[str, Any]
-    notes: list[str]
-
-    def windows(self, index: int) -> int:
-        """Return how many text windows image `index` needs: as many as the longer of its two prompts."""
-        prompt = self.settings.prompts[index // self.settings.num_images]
-        return max(len(self.texts[prompt]), len(self.texts[self.settings.negative_prompt]))
 
 
 class Pipeline:
@@ -196,7 +166,7 @@ class Pipeline:
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type {output_type!r} is unknown{suggest(str(output_type), OUTPUT_TYPES)}")
         settings = Settings(
-            prompts=prompt,
+            prompts=(prompt,) if isinstance(prompt, str) else prompt,  # type: ignore[arg-type]
             negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -209,4 +179,178 @@ class Pipeline:
             height=height,
             width=width,
         )
-        return _Drawing(self, settings, image, latents).run(output_type, batch_size, callback, progress)
+        drawing = _Drawing(self, settings, image, latents)
+        bar = tqdm(total=drawing.steps(batch_size), unit="step", leave=False, disable=not progress)
+        with bar:
+            decoded = [
+                self._decode(drawing.sample(images, callback, bar), output_type, drawing.notes)
+                for images in drawing.batches(batch_size)
+            ]
+        return drawing.result(OUTPUT_TYPES[output_type](torch.cat(decoded)))
+
+    def _decode(self, latents: Tensor, output_type: str, notes: list[str]) -> Tensor:
+        """Return images (B, 3, H, W) of scaled latents; a non-finite result is decoded again in float32, and said."""
+        if output_type == "latent":
+            return latents
+        latents = latents / self.autoencoder.config.scaling_factor
+        images = self.autoencoder.decode(latents.to(self.dtype)).float()
+        if torch.isfinite(images).all():
+            return images
+        if self.dtype != torch.float32:
+            note = f"the picture was not finite in {self.dtype} and was decoded again in float32"
+            notes.append(note)
+            warnings.warn(note, stacklevel=3)
+            images = copy.deepcopy(self.autoencoder).float().decode(latents.float())
+        if not torch.isfinite(images).all():
+            raise InputError("the model drew something that is no picture (NaN); try less guidance or dtype float32")
+        return images
+
+
+class _Drawing:
+    """One call of a pipeline: everything that is computed once, and the sampling of one batch of its images."""
+
+    def __init__(self, pipe: Pipeline, settings: Settings, image: Any, noise: Tensor | None) -> None:
+        self.pipe, self.noise, self.notes = pipe, noise, list[str]()
+        picture = None if image is None else open_image(image) if not isinstance(image, Image.Image) else to_rgb(image)
+        height, width = self._size(settings, picture)
+        self.settings = settings = replace(settings, height=height, width=width)
+        factor = pipe.autoencoder.config.downsample_factor
+        self.shape = (pipe.autoencoder.config.latent_channels, height // factor, width // factor)
+        if noise is not None and noise.shape != (settings.count, *self.shape):
+            expected = (settings.count, *self.shape)
+            raise InputError(f"latents must have shape {expected}, got {tuple(noise.shape)}; one for each image")
+        schedule = pipe.parts.schedule
+        self.plan = make_plan(schedule, settings.sampler, settings.num_inference_steps, strength=settings.strength)
+        scales = guidance_scales(self.plan.sigmas, settings.guidance_scale, settings.guidance_interval)
+        self.scales: list[float] = scales.tolist()
+        encoded = {
+            text: encode_prompts([text], pipe.text_encoder, pipe.parts.tokenizer)
+            for text in dict.fromkeys(["", settings.negative_prompt, *settings.prompts])
+        }
+        self.windows = {text: states[0] for text, (states, _) in encoded.items()}  # each (n, L, D)
+        self.counts = {text: counts[0] for text, (_, counts) in encoded.items()}
+        self.common: dict[str, Any] = {"model": pipe.parts.name, "model_hash": pipe.parts.model_hash}
+        self.common["version"] = __version__
+        self.image_latents = None
+        if picture is not None:
+            fitted = fit(picture, width, height)
+            latents = pipe.autoencoder.encode(to_tensor([fitted]).to(pipe.device, pipe.dtype)).mode()  # (1, C, h, w)
+            self.image_latents = latents.float() * pipe.autoencoder.config.scaling_factor
+            path = os.path.abspath(image) if not isinstance(image, Image.Image) else None
+            self.common |= {"image": path or "memory", "image_hash": pixel_hash(picture)}
+
+    def batches(self, batch_size: int) -> list[list[int]]:
+        """Return the numbers of the images to draw together: as many as allowed, all with equally many text windows."""
+        runs = [list(run) for _, run in groupby(range(self.settings.count), key=self._window_count)]
+        return [run[start : start + batch_size] for run in runs for start in range(0, len(run), batch_size)]
+
+    def steps(self, batch_size: int) -> int:
+        """Return how many rows all batches have together."""
+        return len(self.plan) * len(self.batches(batch_size))
+
+    def sample(self, images: Sequence[int], callback: Callback | None, bar: tqdm) -> Tensor:
+        """Return the scaled latents (b, C, h, w) float32 of some of the images."""
+        pipe = self.pipe
+        generators = [image_generator(self.settings.seed + index) for index in images]
+        noise = draw_noise(generators, self.shape) if self.noise is None else self.noise[list(images)]
+        noise = noise.to(pipe.device, torch.float32)
+        latents = None if self.image_latents is None else self.image_latents.expand_as(noise)
+        x = start(self.plan, noise, latents)
+        denoise = as_denoiser(self._network(images), pipe.parts.schedule.prediction_type)
+        for step in sample(denoise, self.plan, x, generators):
+            x = step.x
+            bar.update()
+            if callback is not None:
+                callback(step.index + 1, step.total, step.denoised)
+        return x
+
+    def result(self, pictures: Any) -> Result:
+        """Return the pictures with everything that makes each of them again."""
+        records = [self.settings.record(index) for index in range(self.settings.count)]
+        own = [{key: record.pop(key) for key in ("prompt", "seed")} for record in records]
+        return Result(
+            images=pictures,
+            seeds=[one["seed"] for one in own],
+            settings=records[0] | self.common,
+            own=own,
+            token_counts=[self.counts[one["prompt"]] for one in own],
+            notes=self.notes,
+        )
+
+    def _network(self, images: Sequence[int]) -> Network:
+        """Return the guided network for a batch of images, text and time computed once."""
+        pipe, count = self.pipe, len(images)
+        wanted = self._window_count(images[0])
+        positive = [self._context(self._prompt(index), wanted) for index in images]
+        negative = [self._context(self.settings.negative_prompt, wanted)] * count
+        context = torch.stack([*negative, *positive])  # (2b, n * L, D)
+        prepared = pipe.unet.prepare(self.plan.timesteps.to(pipe.device, torch.float32), context)
+        unguided = prepared.rows(slice(count, 2 * count))
+
+        def network(model_input: Tensor, call: Call) -> Tensor:
+            scale, inputs = self.scales[call.index], model_input.to(pipe.dtype)
+            if scale == 1:
+                return unguided(inputs, call.rows).float()
+            both = prepared(torch.cat([inputs, inputs]), call.rows.repeat(2)).float()  # (2b, C, h, w)
+            unconditional, conditional = both.chunk(2)
+            return classifier_free(conditional, unconditional, scale, self.settings.guidance_rescale)
+
+        return network
+
+    def _prompt(self, index: int) -> str:
+        return self.settings.prompts[index // self.settings.num_images]
+
+    def _window_count(self, index: int) -> int:
+        """Return how many text windows an image needs: as many as the longer of its two prompts."""
+        return max(len(self.windows[self._prompt(index)]), len(self.windows[self.settings.negative_prompt]))
+
+    def _context(self, text: str, wanted: int) -> Tensor:
+        """Return the text states (wanted * L, D) of a text, filled up with windows of the empty one."""
+        windows = self.windows[text]
+        return torch.cat([windows, *[self.windows[""]] * (wanted - len(windows))]).flatten(0, 1)
+
+    def _size(self, settings: Settings, picture: Image.Image | None) -> tuple[int, int]:
+        """Return height and width in pixels: as asked for, else the shape of the picture at the model's own area."""
+        native = self.pipe.native_size
+        multiple = math.lcm(SIZE_MULTIPLE, self.pipe.autoencoder.config.downsample_factor)
+        height, width = native
+        if picture is not None and settings.height is None and settings.width is None:
+            scale = math.sqrt(native[0] * native[1] / (picture.width * picture.height))
+            sides = (picture.height * scale, picture.width * scale)
+            limits = (native[0] * MAX_SCALE, native[1] * MAX_SCALE)
+            height, width = (
+                min(max(round(side / multiple), 1) * multiple, limit) for side, limit in zip(sides, limits)
+            )
+        height, width = settings.height or height, settings.width or width
+        check_size("height", height, multiple, native[0] * MAX_SCALE)
+        check_size("width", width, multiple, native[1] * MAX_SCALE)
+        return height, width
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """Return the device called `device`; None and "auto" mean the fastest there is.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device must be one that is here, got {str(device)!r}; try cpu") from error
+    return found
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    """Return the dtype called `dtype`; None means float32.
+
+    Raises:
+        InputError: unknown name.
+    """
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype {str(dtype)!r} is unknown{suggest(str(dtype), DTYPES)}")
+    return DTYPES[str(dtype or "float32")]

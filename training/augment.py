@@ -33,9 +33,9 @@ def render_variant(
     """Return one augmented picture and its captions, a pure function of the arguments.
 
     Args:
-        kind: "plain"; "flip" (mirrored, left and right exchanged in the caption); "hue" (the dominant colour turned, with
-            the new colour word); "background" (a named colour behind it); "pair" (beside another drawing, "a fox next to
-            a tree"). Where the drawing does not allow a kind (no dominant colour, no mirror image) it is left plain.
+        kind: "plain"; "flip" (mirrored, left and right exchanged in the caption); "hue" (the dominant colour turned,
+            with the new colour word); "background" (a named colour behind it); "pair" (beside another drawing, "a fox
+            next to a tree"). A drawing that does not allow a kind (no dominant colour, no mirror image) is left plain.
         background: CSS name or #rrggbb of the ground of the other kinds.
 
     Returns:

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from latentdiff.errors import InputError
-from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
 from training.augment import random_view, rgb
 from training.checkpointing import load_optimizer, optimizer_tensors, save_checkpoint
 from training.config import AutoencoderTraining
@@ -36,6 +36,7 @@ from training.losses import (
 from training.run import (
     MAX_BAD_STEPS,
     Log,
+    adamw,
     learning_rate,
     mixed_precision,
     open_run,
@@ -44,7 +45,6 @@ from training.run import (
     set_learning_rate,
     stop_on_signal,
 )
-
 
 
 def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path:
@@ -62,7 +62,10 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
     torch.manual_seed(run.seed)
     model: Any = AutoencoderKL(AutoencoderConfig.from_dict(config.model))
     discriminator: Any = PatchDiscriminator()
-    optimizer, critic = _adam(model, config), _adam(discriminator, config)
+    optimizer, critic = adamw(model, config.optimizer), adamw(discriminator, config.optimizer)
+    if run.compile:
+        model.encoder.compile()
+        model.decoder.compile()
     ema = Ema(model, run.ema_decay)
     first = 0
     if checkpoint is not None:
@@ -126,7 +129,9 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
         return export(plain, to_tensor(composite(data.images[:4096], rgb(config.data.background))), held_out, folder)
 
 
-def loss_terms(reconstruction: Tensor, images: Tensor, posterior: Any, config: AutoencoderTraining) -> dict[str, Tensor]:
+def loss_terms(
+    reconstruction: Tensor, images: Tensor, posterior: DiagonalGaussian, config: AutoencoderTraining
+) -> dict[str, Tensor]:
     """Return the weighted terms of the loss that are switched on, by name; their sum is what is minimised."""
     weights, terms = config.loss, {}
     if weights.l1:
@@ -144,7 +149,7 @@ def loss_terms(reconstruction: Tensor, images: Tensor, posterior: Any, config: A
 
 @torch.no_grad()
 def evaluate(model: AutoencoderKL, images: Tensor, picture: Path | None = None) -> float:
-    """Return the mean PSNR in dB of images (N, 3, H, W) decoded from the mode; draws the first 32 pairs to `picture`."""
+    """Return the mean PSNR in dB of images (N, 3, H, W) decoded from the mode; draw the first 32 pairs to `picture`."""
     device = next(model.parameters()).device
     decoded = torch.cat([model.decode(model.encode(part.to(device)).mode()).cpu() for part in images.split(32)])
     if picture is not None:
@@ -184,7 +189,8 @@ def export(model: AutoencoderKL, images: Tensor, held_out: Tensor, folder: Path)
 @torch.no_grad()
 def fold_statistics(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     """Rescale the latents to (latents - mean) / std per channel inside `quant_conv` and `post_quant_conv`."""
-    before, after = model.quant_conv, model.post_quant_conv
+    before: Any = model.quant_conv
+    after: Any = model.post_quant_conv
     if before is None or after is None:
         raise InputError("measured latent statistics need use_quant_conv and use_post_quant_conv: true in the model")
     channels = len(mean)
@@ -210,10 +216,3 @@ def _held_out(config: AutoencoderTraining, data: CaptionedImages) -> Tensor:
     except InputError:
         splits = [data.images[-16:]]
     return to_tensor(composite(np.concatenate(splits), ground))
-
-
-def _adam(model: nn.Module, config: AutoencoderTraining) -> torch.optim.AdamW:
-    optimizer = config.optimizer
-    return torch.optim.AdamW(
-        model.parameters(), lr=optimizer.learning_rate, betas=optimizer.betas, weight_decay=optimizer.weight_decay
-    )

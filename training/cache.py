@@ -7,19 +7,19 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.errors import StorageError
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.bert import BertModel
 from latentdiff.models.clip import CLIPTextModel
+from latentdiff.models.text import encode_prompts
 from latentdiff.models.tokenizer import Tokenizer
 from training.augment import render_variant
 from training.config import DataConfig
@@ -86,23 +86,12 @@ def cached_latents(
 
 
 @torch.no_grad()
-def encode_text(prompts: Sequence[str], text_encoder: nn.Module, tokenizer: Tokenizer) -> tuple[Tensor, int]:
-    """Return the token states (B, L, D) of one window a prompt, and how many prompts were longer than it."""
-    device = next(text_encoder.parameters()).device
-    tokens = tokenizer(list(prompts))
-    length = tokens.input_ids.shape[1] // tokens.n_chunks
-    ids, mask = tokens.input_ids[:, :length].to(device), tokens.attention_mask[:, :length].to(device)
-    states = text_encoder(ids, mask).last_hidden_state
-    return states, sum(count > length for count in tokens.counts)
-
-
-@torch.no_grad()
 def _write(
     place: Path,
     pictures: list[np.ndarray],
     captions: list[str],
     autoencoder: AutoencoderKL,
-    text_encoder: nn.Module,
+    text_encoder: BertModel | CLIPTextModel,
     tokenizer: Tokenizer,
 ) -> None:
     """Encode everything into a temporary folder that takes its name only when it is whole."""
@@ -120,8 +109,9 @@ def _write(
     too_long = 0
     with (temporary / "contexts.f16").open("wb") as stream:
         for start in tqdm(range(0, len(captions), 256), desc="captions", unit="batch"):
-            states, longer = encode_text(captions[start : start + 256], text_encoder, tokenizer)
-            too_long += longer
+            windows, counts = encode_prompts(captions[start : start + 256], text_encoder, tokenizer)
+            states = windows[:, 0]  # (B, L, D)
+            too_long += sum(count > states.shape[1] for count in counts)
             stream.write(states.half().cpu().numpy().tobytes())
             shapes["contexts"] = [len(captions), *states.shape[1:]]
     if too_long:

@@ -1,7 +1,7 @@
 """Training checkpoints that survive anything: safetensors + JSON, complete or not there at all.
 
-A checkpoint is a folder `step-00001000/` with one safetensors file a part, state.json and manifest.json. It is written under
-a temporary name, every file flushed to the disk, the manifest last, then renamed; older ones go only after that.
+A checkpoint is a folder `step-00001000/` with one safetensors file a part, state.json and manifest.json. It is written
+under a temporary name, every file flushed to the disk, the manifest last, then renamed; older ones go only after that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training configs: one YAML per recipe maps one to one onto these models; unknown keys fail with the closest valid one."""
+"""Training configs: one YAML a recipe; an unknown key fails with the closest valid one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with linear warm-up, then constant, then a linear (autoencoder) or cosine fall to zero."""
+    """AdamW with linear warm-up, then a constant learning rate, then a cosine fall to zero."""
 
     learning_rate: float = Field(1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)

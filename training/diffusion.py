@@ -29,6 +29,7 @@ from training.ema import Ema
 from training.run import (
     MAX_BAD_STEPS,
     Log,
+    adamw,
     learning_rate,
     mixed_precision,
     open_run,
@@ -53,12 +54,7 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     data = prepare_data(config, parts, folder)
     torch.manual_seed(run.seed)
     unet: Any = UNet2DConditionModel(_unet_config(config, data))
-    optimizer: Any = torch.optim.AdamW(
-        unet.parameters(),
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        weight_decay=config.optimizer.weight_decay,
-    )
+    optimizer: Any = adamw(unet, config.optimizer)
     ema, first = Ema(unet, run.ema_decay), 0
     if checkpoint is not None:
         first = checkpoint.step

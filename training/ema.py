@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class Ema:
     """Hold the average beside the live weights, in float32.
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that early averages are not the random start.
+    The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that early averages forget the start.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -56,6 +56,13 @@ def mixed_precision(run: RunConfig) -> str:
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bf16" if native() else "no"
+
+
+def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Return the optimizer of a model."""
+    return torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:

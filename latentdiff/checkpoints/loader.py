@@ -118,7 +118,7 @@ def load_pipeline(
         autoencoder=networks["vae"],
         text_encoder=networks["text_encoder"],
         tokenizer=_load_tokenizer(folder),
-        schedule=_load_schedule(folder),
+        schedule=load_schedule(folder),
         name=name,
         folder=folder,
     )
@@ -202,7 +202,7 @@ def _build(path: Path, kind: Kind, data: dict[str, Any], tensor_count: int, dtyp
 
 
 class _WithoutInitialisation(TorchFunctionMode):
-    """Leave out the initial values of weights, which are replaced anyway and which on "meta" cost a second of imports."""
+    """Leave out the initial values of weights, which are replaced anyway and on "meta" cost a second of imports."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == nn.init.__name__:
@@ -284,7 +284,12 @@ def _load_tokenizer(root: Path) -> Tokenizer:
     return Tokenizer(files, str(root / "tokenizer"))
 
 
-def _load_schedule(root: Path) -> NoiseSchedule:
+def load_schedule(root: Path) -> NoiseSchedule:
+    """Load the noise schedule of a model folder.
+
+    Raises:
+        ModelLoadError: see `load_pipeline`.
+    """
     path = child(root, "scheduler", "scheduler_config.json")
     try:
         return NoiseSchedule.from_dict({"_class_name": "", **read_json(path)})

@@ -1,13 +1,17 @@
-"""What the text encoders share: their result, multi-head attention and the activations that configs name."""
+"""What the text encoders share: prompts to states, their result, multi-head attention, the activations configs name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from latentdiff.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,17 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+@torch.no_grad()
+def encode_prompts(texts: Sequence[str], text_encoder: Any, tokenizer: Tokenizer) -> tuple[Tensor, list[int]]:
+    """Return the token states (B, n, L, D) of texts, n windows of L tokens each, and the number of tokens of each.
+
+    Padding is hidden from the encoder only where its config says `use_attention_mask`, as diffusers does.
+    """
+    tokens = tokenizer(list(texts))
+    windows = (len(texts) * tokens.n_chunks, -1)
+    device = next(text_encoder.parameters()).device
+    mask = tokens.attention_mask.reshape(windows).to(device) if text_encoder.config.use_attention_mask else None
+    states = text_encoder(tokens.input_ids.reshape(windows).to(device), mask).last_hidden_state  # (B * n, L, D)
+    return states.unflatten(0, (len(texts), tokens.n_chunks)), tokens.counts

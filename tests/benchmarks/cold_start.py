@@ -3,7 +3,8 @@
     python tests/benchmarks/cold_start.py
     python tests/benchmarks/cold_start.py --runs 9 --model runs/emoji-diffusion/model
 
-Whole processes, A B A B after one warm-up of each; prints median, range, peak memory, the ratio pair by pair and a JSON line.
+Whole processes, A B A B after one warm-up of each; prints median, range, peak memory, the median ratio of the pairs and
+a JSON line.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def main() -> None:
         peer += [str(settings["num_inference_steps"]), str(settings["guidance_scale"])]
         _run(ours), _run(peer)
         pairs = [(_run(ours), _run(peer)) for _ in range(arguments.runs)]
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {settings}")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {settings}"
+    )
     results = {}
     for index, name in enumerate(("latentdiff", "diffusers")):
         seconds, peaks = zip(*(pair[index] for pair in pairs))

@@ -1,7 +1,7 @@
 """Measure concept retrieval: do generated pictures look like drawings of what was asked for?
 
-For each of 200 prompts ("a fox"), one picture is drawn with seed 0; its five nearest drawings of the whole emoji set, by
-Euclidean distance between autoencoder latents, should include one of the prompted concept.
+For each of 200 prompts ("a fox"), one picture is drawn with seed 0; its five nearest drawings of the whole emoji set,
+by Euclidean distance between autoencoder latents, should include one of the prompted concept.
 
     latentdiff data emoji data/emoji64 --size 64
     python tests/benchmarks/concept_retrieval.py --data data/emoji64
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder made by `latentdiff data emoji`")
     parser.add_argument("--model", default=None, help="model folder; the embedded model by default")
-    parser.add_argument("--config", default=str(ROOT / "configs/emoji-diffusion.yaml"), help="names the concepts learnt")
+    parser.add_argument("--config", default=str(ROOT / "configs/emoji-diffusion.yaml"), help="names its concepts")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--guidance", type=float, default=None)
     arguments = parser.parse_args()

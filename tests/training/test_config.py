@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
+from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from training.config import AutoencoderTraining, DiffusionTraining, load_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -19,6 +23,18 @@ model: {}
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_shipped_recipes_parse(file: Path) -> None:
     assert isinstance(load_config(file), AutoencoderTraining | DiffusionTraining)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_shipped_recipes_build_their_networks(file: Path) -> None:
+    config = load_config(file)
+    with torch.device("meta"):
+        if isinstance(config, AutoencoderTraining):
+            network = AutoencoderKL(AutoencoderConfig.from_dict(config.model))
+            assert network.config.sample_size == config.data.size
+        else:
+            UNet2DConditionModel(UNetConfig.from_dict(config.model))
+            assert NoiseSchedule.from_dict(config.schedule).prediction_type == "v_prediction"
 
 
 def test_override_wins_and_is_typed(tmp_path: Path) -> None:

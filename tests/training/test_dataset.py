@@ -20,7 +20,9 @@ def folder_of(path: Path, rows: list[dict[str, object]], pictures: int = 4) -> P
 
 
 def rows(count: int = 4) -> list[dict[str, object]]:
-    return [{"file_name": f"{index}.png", "text": f"picture {index}", "kind": "ab"[index % 2]} for index in range(count)]
+    return [
+        {"file_name": f"{index}.png", "text": f"picture {index}", "kind": "ab"[index % 2]} for index in range(count)
+    ]
 
 
 def test_pictures_are_cropped_square_and_captioned(tmp_path: Path) -> None:
@@ -38,7 +40,8 @@ def test_keep_and_drop_choose_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"file_name": "0.png"}, {"file_name": "0.png", "text": " "}, {"file_name": "no.png", "text": "x"}, {"text": "x"}]
+    "bad",
+    [{"file_name": "0.png"}, {"file_name": "0.png", "text": " "}, {"file_name": "no.png", "text": "x"}, {"text": "x"}],
 )
 def test_missing_caption_or_file_is_refused_by_name(tmp_path: Path, bad: dict[str, object]) -> None:
     folder = folder_of(tmp_path, [*rows(), bad])
@@ -49,13 +52,15 @@ def test_missing_caption_or_file_is_refused_by_name(tmp_path: Path, bad: dict[st
 def test_one_bad_row_in_many_is_skipped_and_named(tmp_path: Path) -> None:
     many = [{"file_name": "0.png", "text": "x"}] * 150
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    data = load_images(DataConfig(folder=str(folder_of(tmp_path, [*many, {"file_name": "broken.png", "text": "y"}])), size=8))
+    data = load_images(
+        DataConfig(folder=str(folder_of(tmp_path, [*many, {"file_name": "broken.png", "text": "y"}])), size=8)
+    )
     assert len(data) == 150
     assert len(data.skipped) == 1 and data.skipped[0].startswith("broken.png")
 
 
 def test_folder_without_metadata_says_what_is_expected(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="metadata.jsonl"):
+    with pytest.raises(InputError, match=r"metadata\.jsonl"):
         load_images(DataConfig(folder=str(tmp_path), size=8))
     (tmp_path / "metadata.jsonl").write_text("{not json")
     with pytest.raises(InputError, match=":1 is not JSON"):

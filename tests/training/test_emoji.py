@@ -13,9 +13,16 @@ from training import emoji
 from training.emoji import Source, build, dominant_color
 
 SVG = '<path fill="#e02020" d="M2 2h12v12H2z"/>'
+SKINS = [{"label": "hand: dark skin tone", "hexcode": "1F44B-1F3FF"}]
 LABELS = [
     {"label": "fox", "hexcode": "1F98A", "tags": ["animal", "fox"], "group": 3, "subgroup": 34},
-    {"label": "hand", "hexcode": "1F44B", "group": 1, "subgroup": 16, "skins": [{"label": "hand: dark skin tone", "hexcode": "1F44B-1F3FF"}]},
+    {
+        "label": "hand",
+        "hexcode": "1F44B",
+        "group": 1,
+        "subgroup": 16,
+        "skins": [{"label": "hand: dark skin tone", "hexcode": "1F44B-1F3FF"}],
+    },
 ]
 MESSAGES = {
     "groups": [{"key": "people-body", "order": 1}, {"key": "animals-nature", "order": 3}],
@@ -53,7 +60,9 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rows_of(out: Path) -> dict[str, dict[str, object]]:
-    lines = [line for split in emoji.SPLITS for line in (out / split / "metadata.jsonl").read_text().splitlines() if line]
+    lines = [
+        line for split in emoji.SPLITS for line in (out / split / "metadata.jsonl").read_text().splitlines() if line
+    ]
     return {row["file_name"]: row for row in map(json.loads, lines)}
 
 
