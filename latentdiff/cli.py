@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,9 +20,13 @@ from latentdiff import __version__
 from latentdiff.errors import InputError, LatentDiffError, suggest
 
 if TYPE_CHECKING:
+    from latentdiff.pipeline import Pipeline
     from latentdiff.result import Result
 
+NO_SPACE = 4
 INTERRUPTED = 130
+REPLAYED = ("negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "guidance_interval")
+REPLAYED += ("sampler", "height", "width")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,13 +41,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("latentdiff: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print("latentdiff: out of memory; draw fewer or smaller pictures, or use --dtype float16", file=sys.stderr)
+        return NO_SPACE
     except BrokenPipeError:  # whoever read stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error is memory running out; torch has a class for it on a GPU, but only a message on a CPU."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "not enough memory" in str(error) or "can't allocate memory" in str(error)
+
+
 class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, with the nearest command where one was mistyped."""
+    """argparse whose errors are one line, with the nearest command where one was mistyped; no option is shortened."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see `{self.prog} --help`")
@@ -79,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--model", help="model folder whose noise schedule is used; the embedded one by default")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
 
-    inspect = command("inspect", _inspect, "Say what a model folder or safetensors file is, without loading it.")
+    inspect = command("inspect", _inspect, "Say what a model folder, safetensors file or drawn PNG is.")
     inspect.add_argument("path", nargs="?", help="folder or file; the embedded model by default")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -100,7 +119,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
-    parser.add_argument("-o", "--out", help="PNG to write; several pictures are OUT.png, OUT-2.png, ...")
+    parser.add_argument(
+        "-o",
+        "--out",
+        help="PNG to write (several are fox.png, fox-2.png, ...) or folder; named by the prompt otherwise",
+    )
     parser.add_argument("--model", help="model folder in diffusers' layout; the embedded model by default")
     parser.add_argument("--negative", default="", metavar="TEXT", help="what to steer away from")
     parser.add_argument("--steps", type=int, help="calls of the network")
@@ -121,8 +144,6 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from latentdiff.images import check_writable, numbered
-    from latentdiff.prompts import slug
     from latentdiff.settings import Settings
 
     chosen = {
@@ -136,63 +157,128 @@ def _generate(options: argparse.Namespace) -> None:
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
     chosen["width"], chosen["height"] = _size(options.size)
-    # Everything that can be wrong without a model is found before one is loaded.
-    count = Settings(prompts=tuple(options.prompts), **chosen).count
-    out = options.out or f"{slug(options.prompts[0])}.png"
-    for file in numbered(out, count):
-        check_writable(file)
     if options.strength is not None and options.image is None:
         raise InputError("--strength says how much of --image is drawn anew, got no --image; add it")
-    _draw(options, options.prompts, out, image=options.image, **chosen)
+    # Everything that can be wrong without a model is found before one is loaded.
+    settings = Settings(prompts=tuple(options.prompts), **chosen)
+    paths = _output_paths(options.out, [settings.record(index)["prompt"] for index in range(settings.count)])
+    started = time.perf_counter()
+    pipe = _load(options.model, options.device, options.dtype)
+    result = _draw(pipe, options.prompts, image=options.image, **chosen)
+    for index, path in enumerate(paths):
+        result.write(index, path)
+    _report(options, result, paths, seconds=round(time.perf_counter() - started, 3))
+
+
+def _output_paths(out: str | None, prompts: list[str]) -> list[Path]:
+    """Return where each picture goes, all of them writable; names made from prompts never hit an existing file."""
+    from latentdiff.images import check_writable, numbered
+    from latentdiff.prompts import slug
+
+    folder = Path(out or ".")
+    if out is not None and not folder.is_dir():
+        if folder.suffix.lower() != ".png":
+            raise InputError(f"-o must name a PNG file or a folder, got {out!r}; try {folder.stem or 'picture'}.png")
+        paths = numbered(folder, len(prompts))
+    else:
+        paths = []
+        for prompt in prompts:
+            names = numbered(folder / f"{slug(prompt)}.png", 1000 + len(prompts))
+            paths.append(next(path for path in names if path not in paths and not path.exists()))
+    for path in paths:
+        check_writable(path)
+    return paths
 
 
 def _replay(options: argparse.Namespace) -> None:
-    from latentdiff.images import check_writable, open_image, pixel_hash, read_texts
-    from latentdiff.result import METADATA_KEY
-    from latentdiff.settings import Settings
+    from latentdiff.images import open_image, pixel_hash
+    from latentdiff.result import read_record
+    from latentdiff.settings import Settings, check_integer
 
-    text = read_texts(options.image).get(METADATA_KEY)
-    try:
-        record = json.loads(text or "")
-    except ValueError as error:
-        raise InputError(f"{options.image} must hold latentdiff's settings, got none; use the file it wrote") from error
-    settings = Settings.from_record(record if isinstance(record, dict) else {})
+    record = read_record(options.image)
+    settings = Settings.from_record(record)
+    size, row = record.get("batch_size"), record.get("batch_index")
+    check_integer("batch_size", size, 1, 1024, "use the file as latentdiff wrote it")
+    check_integer("batch_index", row, 0, min(size, settings.seed + 1) - 1, "use the file as latentdiff wrote it")
     source = Path(options.image)
-    out = options.out or str(source.with_name(f"{source.stem}-replay.png"))
-    check_writable(out)
-    image = record.get("image")
-    if image and pixel_hash(open_image(image)) != record.get("image_hash") and not options.force:
-        raise InputError(f"{image} is no longer the picture this one was made from; restore it, or add --force")
-    if options.model is None and record.get("model") != "embedded":
-        options.model = record.get("model")
-    keep = ("negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "guidance_interval")
-    chosen = {name: getattr(settings, name) for name in (*keep, "sampler", "seed", "height", "width")}
-    if image:
-        chosen |= {"image": image, "strength": settings.strength}
-    _draw(options, list(settings.prompts), out, expected_hash=None if options.force else record["model_hash"], **chosen)
+    (path,) = _output_paths(options.out or str(source.with_name(f"{source.stem}-replay.png")), [settings.prompts[0]])
+    started = time.perf_counter()
+    recorded = {key: str(record.get(key)) for key in ("model", "model_hash", "device", "dtype", "torch")}
+    pipe = _load(
+        options.model or recorded["model"], options.device or recorded["device"], options.dtype or recorded["dtype"]
+    )
+    if pipe.parts.model_hash != recorded["model_hash"] and not options.force:
+        raise InputError(
+            f"{source} was made by model {recorded['model_hash'][:10]}, got {pipe.parts.model_hash[:10]}; "
+            "pass that one as --model, or add --force"
+        )
+    _use_threads(record.get("threads"))
+    # The batch it was drawn in had this many rows; what was in the others does not matter, how many does.
+    result = _draw(
+        pipe,
+        settings.prompts,
+        seed=settings.seed - row,
+        num_images=size,
+        batch_size=size,
+        **_initial_image(record, settings.strength, options.force),
+        **{name: getattr(settings, name) for name in REPLAYED},
+    )
+    result.write(row, path)
+    identical = pixel_hash(result.images[row]) == pixel_hash(open_image(source))
+    if not identical:
+        now = f"torch {result.settings['torch']} on {result.settings['device']}"
+        then = f"torch {recorded['torch']} on {recorded['device']}"
+        print(f"latentdiff: the pixels differ from {source}, which {then} drew; this is {now}", file=sys.stderr)
+    _report(options, result, [path], seconds=round(time.perf_counter() - started, 3), identical=identical)
 
 
-def _draw(
-    options: argparse.Namespace, prompts: list[str], out: str, *, expected_hash: str | None = None, **settings: Any
-) -> None:
-    """Load the model, draw, write the pictures and say which."""
+def _initial_image(record: dict[str, Any], strength: float, force: bool) -> dict[str, Any]:
+    """Return the arguments that replay image-to-image, if the picture is still the one that was used."""
+    from latentdiff.images import open_image, pixel_hash
+
+    if record.get("latents_given"):
+        raise InputError(
+            "the picture was drawn from latents that were passed in, which no file keeps; draw it in Python"
+        )
+    used = record.get("image")
+    if used is None:
+        return {}
+    path = used.get("path") if isinstance(used, dict) else None
+    if not isinstance(path, str):
+        raise InputError("the picture was drawn from an image in memory, which no file keeps; draw it in Python")
+    if pixel_hash(open_image(path)) != used.get("hash") and not force:
+        raise InputError(f"{path} is no longer the picture this one was made from; restore it, or add --force")
+    return {"image": path, "strength": strength}
+
+
+def _use_threads(count: object) -> None:
+    """Compute with as many threads as a picture was drawn with, where this machine has them: sums depend on it."""
+    import torch
+
+    if isinstance(count, int) and 1 <= count <= (os.cpu_count() or 1):
+        torch.set_num_threads(count)
+
+
+def _load(model: str | None, device: str | None, dtype: str | None) -> Pipeline:
     from latentdiff.pipeline import Pipeline
 
-    started = time.perf_counter()
-    pipe = Pipeline.from_pretrained(options.model, device=options.device, dtype=options.dtype)
-    found = pipe.parts.model_hash
-    if expected_hash is not None and found != expected_hash:
-        raise InputError(
-            f"the picture was made by model {expected_hash[:10]}, got {found[:10]}; pass that --model, or add --force"
-        )
-    result: Result = pipe(prompts, progress=sys.stderr.isatty(), **settings)
-    files = [str(file) for file in result.save(out)]
+    return Pipeline.from_pretrained(model, device=device, dtype=dtype)
+
+
+def _draw(pipe: Pipeline, prompts: Sequence[str], **settings: Any) -> Result:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the result's notes say the same in one line
+        result = pipe(prompts, progress=sys.stderr.isatty(), **settings)
     for note in result.notes:
         print(f"latentdiff: {note}", file=sys.stderr)
+    return result
+
+
+def _report(options: argparse.Namespace, result: Result, paths: list[Path], **more: Any) -> None:
+    files = [str(path) for path in paths]
     if options.json:
-        seconds = round(time.perf_counter() - started, 3)
-        report = {"files": files, "seeds": result.seeds, "settings": result.settings, "seconds": seconds}
-        print(json.dumps(report | {"token_counts": result.token_counts, "notes": result.notes}))
+        report = {"files": files, "seeds": result.seeds, "settings": result.settings, "notes": result.notes}
+        print(json.dumps(report | {"token_counts": result.token_counts, **more}))
     else:
         print("\n".join(files))
 
@@ -208,9 +294,8 @@ def _plan(options: argparse.Namespace) -> None:
         print(json.dumps({name: value.tolist() for name, value in numbers.items()}))
         return
     slots = plan.noise.shape[1]
-    print(
-        f"{options.sampler}, {len(plan)} steps, {slots} slot{'s' * (slots > 1)}; initial noise x {plan.init_noise_sigma:.6g}"
-    )
+    counted = f"{len(plan)} steps, {slots} slot{'s' * (slots > 1)}"
+    print(f"{options.sampler}, {counted}; initial noise x {plan.init_noise_sigma:.6g}")
     print("  i  timestep       sigma  new slots as sums of the old ones and D = denoise(slot 0, sigma)")
     for i in range(len(plan)):
         rows = [_sum(plan.matrices[i, k].tolist(), float(plan.noise[i, k])) for k in range(slots)]
@@ -224,16 +309,21 @@ def _sum(weights: list[float], noise: float) -> str:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from latentdiff.checkpoints import find_model
-    from latentdiff.checkpoints.inspect import describe_file, describe_folder
-
     path = Path(options.path) if options.path else None
-    described = describe_file(path) if path and path.is_file() else describe_folder(find_model(options.path)[0])
+    if path and path.suffix.lower() == ".png":
+        from latentdiff.result import read_record
+
+        described = {"kind": "picture", **read_record(path)}
+    else:
+        from latentdiff.checkpoints import find_model
+        from latentdiff.checkpoints.inspect import describe_file, describe_folder
+
+        described = describe_file(path) if path and path.is_file() else describe_folder(find_model(options.path)[0])
     if options.json:
         print(json.dumps(described))
         return
     for key, value in described.items():
-        print(f"{key}: {value if not isinstance(value, dict) else json.dumps(value)}")
+        print(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}")
 
 
 def _train(options: argparse.Namespace) -> None:

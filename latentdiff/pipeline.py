@@ -12,7 +12,8 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from latentdiff import __version__
 from latentdiff.checkpoints import Parts, load_pipeline
+from latentdiff.devices import resolve_device, resolve_dtype
 from latentdiff.diffusion import (
     Call,
     as_denoiser,
@@ -38,14 +40,14 @@ from latentdiff.diffusion import (
 from latentdiff.diffusion.prediction import Network
 from latentdiff.errors import InputError, suggest
 from latentdiff.images import fit, from_tensor, open_image, pixel_hash, to_rgb, to_tensor, to_unit_range
+from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.text import encode_prompts
 from latentdiff.models.unet import UNet2DConditionModel
 from latentdiff.result import Result
 from latentdiff.settings import SIZE_MULTIPLE, Settings, check_integer, check_size
 
-__all__ = ["DTYPES", "OUTPUT_TYPES", "Pipeline", "resolve_device", "resolve_dtype"]
+__all__ = ["OUTPUT_TYPES", "Callback", "Pipeline"]
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEFAULT_STRENGTH = 0.8
 BATCH_SIZE = 4
 MAX_SCALE = 4  # sides of up to this many times the model's own are drawn
@@ -160,13 +162,11 @@ class Pipeline:
         Raises:
             InputError: something that cannot be used, with what can.
         """
-        if image is None and strength is not None:
-            raise InputError("strength says how much of an image is drawn anew, got no image; pass image too")
         check_integer("batch_size", batch_size, 1, 1024, f"try {BATCH_SIZE}")
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type {output_type!r} is unknown{suggest(str(output_type), OUTPUT_TYPES)}")
         settings = Settings(
-            prompts=(prompt,) if isinstance(prompt, str) else prompt,  # type: ignore[arg-type]
+            prompts=prompt,  # type: ignore[arg-type]  # checked and made a tuple there
             negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -175,35 +175,11 @@ class Pipeline:
             sampler=sampler,
             seed=seed,
             num_images=num_images,
-            strength=1.0 if image is None else DEFAULT_STRENGTH if strength is None else strength,
+            strength=_strength(strength, image),
             height=height,
             width=width,
         )
-        drawing = _Drawing(self, settings, image, latents)
-        bar = tqdm(total=drawing.steps(batch_size), unit="step", leave=False, disable=not progress)
-        with bar:
-            decoded = [
-                self._decode(drawing.sample(images, callback, bar), output_type, drawing.notes)
-                for images in drawing.batches(batch_size)
-            ]
-        return drawing.result(OUTPUT_TYPES[output_type](torch.cat(decoded)))
-
-    def _decode(self, latents: Tensor, output_type: str, notes: list[str]) -> Tensor:
-        """Return images (B, 3, H, W) of scaled latents; a non-finite result is decoded again in float32, and said."""
-        if output_type == "latent":
-            return latents
-        latents = latents / self.autoencoder.config.scaling_factor
-        images = self.autoencoder.decode(latents.to(self.dtype)).float()
-        if torch.isfinite(images).all():
-            return images
-        if self.dtype != torch.float32:
-            note = f"the picture was not finite in {self.dtype} and was decoded again in float32"
-            notes.append(note)
-            warnings.warn(note, stacklevel=3)
-            images = copy.deepcopy(self.autoencoder).float().decode(latents.float())
-        if not torch.isfinite(images).all():
-            raise InputError("the model drew something that is no picture (NaN); try less guidance or dtype float32")
-        return images
+        return _Drawing(self, settings, image, latents).draw(output_type, batch_size, callback, progress)
 
 
 class _Drawing:
@@ -211,7 +187,7 @@ class _Drawing:
 
     def __init__(self, pipe: Pipeline, settings: Settings, image: Any, noise: Tensor | None) -> None:
         self.pipe, self.noise, self.notes = pipe, noise, list[str]()
-        picture = None if image is None else open_image(image) if not isinstance(image, Image.Image) else to_rgb(image)
+        picture = _open(image)
         height, width = self._size(settings, picture)
         self.settings = settings = replace(settings, height=height, width=width)
         factor = pipe.autoencoder.config.downsample_factor
@@ -219,6 +195,8 @@ class _Drawing:
         if noise is not None and noise.shape != (settings.count, *self.shape):
             expected = (settings.count, *self.shape)
             raise InputError(f"latents must have shape {expected}, got {tuple(noise.shape)}; one for each image")
+        if noise is not None and not torch.isfinite(noise).all():
+            raise InputError("latents must be finite, got NaN or infinity; pass standard normal noise")
         schedule = pipe.parts.schedule
         self.plan = make_plan(schedule, settings.sampler, settings.num_inference_steps, strength=settings.strength)
         scales = guidance_scales(self.plan.sigmas, settings.guidance_scale, settings.guidance_interval)
@@ -229,27 +207,38 @@ class _Drawing:
         }
         self.windows = {text: states[0] for text, (states, _) in encoded.items()}  # each (n, L, D)
         self.counts = {text: counts[0] for text, (_, counts) in encoded.items()}
-        self.common: dict[str, Any] = {"model": pipe.parts.name, "model_hash": pipe.parts.model_hash}
-        self.common["version"] = __version__
-        self.image_latents = None
+        self.image_latents, self.picture = None, None
         if picture is not None:
-            fitted = fit(picture, width, height)
-            latents = pipe.autoencoder.encode(to_tensor([fitted]).to(pipe.device, pipe.dtype)).mode()  # (1, C, h, w)
-            self.image_latents = latents.float() * pipe.autoencoder.config.scaling_factor
-            path = os.path.abspath(image) if not isinstance(image, Image.Image) else None
-            self.common |= {"image": path or "memory", "image_hash": pixel_hash(picture)}
+            pixels = to_tensor([fit(picture, width, height)]).to(pipe.device)
+            latents = self._finite(lambda model, x: model.encode(x).mode(), pixels)  # (1, C, h, w)
+            self.image_latents = latents * pipe.autoencoder.config.scaling_factor
+            path = None if isinstance(image, Image.Image) else os.fspath(image)
+            self.picture = {"path": path, "hash": pixel_hash(picture)}
+
+    def draw(self, output_type: str, batch_size: int, callback: Callback | None, progress: bool) -> Result:
+        """Return all images."""
+        batches = self.batches(batch_size)
+        drawn: list[Tensor] = []
+        with _counted_steps(len(self.plan) * len(batches), callback, progress) as on_step:
+            for batch in batches:
+                latents = self.sample(batch, on_step).split(1)
+                # Decoded one by one, because a decoder needs far more memory than a U-Net.
+                drawn += latents if output_type == "latent" else map(self.decode, latents)
+        for note in self.notes:
+            warnings.warn(note, stacklevel=4)  # at the line that called the pipeline, past torch's decorator
+        return self.result(OUTPUT_TYPES[output_type](torch.cat(drawn)), batches)
 
     def batches(self, batch_size: int) -> list[list[int]]:
         """Return the numbers of the images to draw together: as many as allowed, all with equally many text windows."""
         runs = [list(run) for _, run in groupby(range(self.settings.count), key=self._window_count)]
         return [run[start : start + batch_size] for run in runs for start in range(0, len(run), batch_size)]
 
-    def steps(self, batch_size: int) -> int:
-        """Return how many rows all batches have together."""
-        return len(self.plan) * len(self.batches(batch_size))
+    def sample(self, images: Sequence[int], on_step: Callable[[Tensor], None]) -> Tensor:
+        """Return the scaled latents (b, C, h, w) float32 of some of the images.
 
-    def sample(self, images: Sequence[int], callback: Callback | None, bar: tqdm) -> Tensor:
-        """Return the scaled latents (b, C, h, w) float32 of some of the images."""
+        Raises:
+            InputError: the U-Net overflowed.
+        """
         pipe = self.pipe
         generators = [image_generator(self.settings.seed + index) for index in images]
         noise = draw_noise(generators, self.shape) if self.noise is None else self.noise[list(images)]
@@ -259,19 +248,50 @@ class _Drawing:
         denoise = as_denoiser(self._network(images), pipe.parts.schedule.prediction_type)
         for step in sample(denoise, self.plan, x, generators):
             x = step.x
-            bar.update()
-            if callback is not None:
-                callback(step.index + 1, step.total, step.denoised)
+            on_step(step.denoised)
+        if not torch.isfinite(x).all():
+            raise InputError(f"the U-Net overflowed in {pipe.dtype}; use dtype float32 or a lower guidance_scale")
         return x
 
-    def result(self, pictures: Any) -> Result:
-        """Return the pictures with everything that makes each of them again."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return images (B, 3, H, W) float32 of scaled latents."""
+        return self._finite(lambda model, x: model.decode(x), latents / self.pipe.autoencoder.config.scaling_factor)
+
+    def _finite(self, run: Callable[[AutoencoderKL, Tensor], Tensor], x: Tensor) -> Tensor:
+        """Run the autoencoder, once more in float32 where its own dtype overflows, and note that."""
+        autoencoder, dtype = self.pipe.autoencoder, self.pipe.dtype
+        output = run(autoencoder, x.to(dtype)).float()
+        if torch.isfinite(output).all():
+            return output
+        output = run(copy.deepcopy(autoencoder).float(), x.float())
+        if not torch.isfinite(output).all():
+            raise InputError("the autoencoder overflowed even in float32; use a lower guidance_scale or another model")
+        self.notes.append(f"the autoencoder overflowed in {dtype} and was run again in float32")
+        return output
+
+    def result(self, pictures: Any, batches: list[list[int]]) -> Result:
+        """Return the pictures with everything that makes each of them again, to the bit on the same machine."""
+        pipe = self.pipe
+        places = {index: (len(batch), row) for batch in batches for row, index in enumerate(batch)}
         records = [self.settings.record(index) for index in range(self.settings.count)]
         own = [{key: record.pop(key) for key in ("prompt", "seed")} for record in records]
+        for index, one in enumerate(own):
+            one["batch_size"], one["batch_index"] = places[index]
+        made_with = {
+            "image": self.picture,
+            "latents_given": self.noise is not None,
+            "model": pipe.parts.name,
+            "model_hash": pipe.parts.model_hash,
+            "device": pipe.device.type,
+            "dtype": str(pipe.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+            "version": __version__,
+        }
         return Result(
             images=pictures,
             seeds=[one["seed"] for one in own],
-            settings=records[0] | self.common,
+            settings=records[0] | made_with,
             own=own,
             token_counts=[self.counts[one["prompt"]] for one in own],
             notes=self.notes,
@@ -327,30 +347,33 @@ class _Drawing:
         return height, width
 
 
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Return the device called `device`; None and "auto" mean the fastest there is.
+@contextmanager
+def _counted_steps(total: int, callback: Callback | None, progress: bool) -> Iterator[Callable[[Tensor], None]]:
+    """Yield what is called after each step with the newest estimate; it moves the bar and calls the callback."""
+    done = 0
+    with tqdm(total=total, unit="step", leave=False, disable=not progress) as bar:
 
-    Raises:
-        InputError: no such device here.
-    """
-    if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device must be one that is here, got {str(device)!r}; try cpu") from error
-    return found
+        def on_step(denoised: Tensor) -> None:
+            nonlocal done
+            done += 1
+            bar.update()
+            if callback is not None:
+                callback(done, total, denoised)
+
+        yield on_step
 
 
-def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    """Return the dtype called `dtype`; None means float32.
+def _strength(strength: float | None, image: object) -> float:
+    if image is None and strength is not None:
+        raise InputError("strength says how much of an image is drawn anew, got no image; pass an image too")
+    return 1.0 if image is None else DEFAULT_STRENGTH if strength is None else strength
 
-    Raises:
-        InputError: unknown name.
-    """
-    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
-        return dtype
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype {str(dtype)!r} is unknown{suggest(str(dtype), DTYPES)}")
-    return DTYPES[str(dtype or "float32")]
+
+def _open(image: object) -> Image.Image | None:
+    if image is None:
+        return None
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, (str, os.PathLike)):
+        return open_image(image)
+    raise InputError(f"image must be a PIL image or a path, got {type(image).__name__}; convert it first")

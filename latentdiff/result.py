@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import InputError
-from latentdiff.images import numbered, write_png
+from latentdiff.images import numbered, read_texts, write_png
 from latentdiff.settings import parameters_text
 
-__all__ = ["METADATA_KEY", "Result"]
+__all__ = ["Result", "read_record"]
 
 METADATA_KEY = "latentdiff"  # of the PNG text chunk that holds an image's record as JSON
 
@@ -26,7 +26,7 @@ class Result:
             ("pt", "np"), or scaled latents (B, C, h, w) float32 ("latent").
         seeds: each alone makes its image again.
         settings: what all images have in common.
-        own: what each image has besides; see `record`.
+        own: what each image has besides, its place in its batch included; see `record`.
         token_counts: tokens of each image's prompt, begin and end included.
         notes: what the caller should know, such as a picture that had to be decoded in float32.
     """
@@ -61,3 +61,20 @@ class Result:
         for index, one in enumerate(paths):
             self.write(index, one)
         return paths
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what `Result.write` put into a PNG.
+
+    Raises:
+        InputError: the file cannot be read, or holds no settings.
+    """
+    try:
+        record = json.loads(read_texts(path).get(METADATA_KEY, ""))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        record = None
+    if not isinstance(record, dict):
+        raise InputError(f"{os.fspath(path)} must hold latentdiff's settings, got none; use the file as it was written")
+    return record

@@ -1,7 +1,7 @@
 """What a picture is drawn with: every number and name of a request, its default and its check, in one place.
 
 Python, the command line and whatever other door there is build a `Settings`; what that accepts, the pipeline can draw.
-`record` and `Settings.from_record` are the form in which settings travel inside a PNG.
+`Settings.record` is the form in which settings travel inside a PNG, and `Settings.from_record` reads it.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ class Settings:
                 raise InputError(f"guidance_interval must be two noise levels, got {interval!r}; try (0.3, 5.0)")
             for value in interval:
                 check_number("guidance_interval", value, 0, math.inf, "try (0.3, 5.0)")
-        if not isinstance(self.sampler, str):
-            raise InputError(f"sampler must be a name, got {type(self.sampler).__name__}; try dpmpp_2m")
+        from latentdiff.diffusion.samplers import parse_sampler  # last, because it loads torch
+
+        parse_sampler(self.sampler)
 
     @property
     def count(self) -> int:

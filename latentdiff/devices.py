@@ -1,0 +1,42 @@
+"""Where and in what precision networks run, by name."""
+
+from __future__ import annotations
+
+import torch
+
+from latentdiff.errors import InputError, suggest
+
+__all__ = ["DTYPES", "resolve_device", "resolve_dtype"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """Return the device called `device`; None and "auto" mean the fastest there is.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if device is None or device == "auto":
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(f"device must be one that is here, got {str(device)[:80]!r}; try cpu") from error
+    return found
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    """Return the dtype called `dtype`; None means float32.
+
+    Raises:
+        InputError: unknown name.
+    """
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype {str(dtype)!r} is unknown{suggest(str(dtype), DTYPES)}")
+    return DTYPES[str(dtype or "float32")]
