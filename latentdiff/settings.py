@@ -131,16 +131,16 @@ def check_number(name: str, value: object, low: float, high: float, remedy: str)
         raise InputError(f"{name} must be a finite number {span}, got {value!r:.80}; {remedy}")
 
 
-def check_integer(name: str, value: object, low: int, high: int, remedy: str) -> None:
-    """Raise InputError unless `value` is a whole number within [low, high]."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value <= high:  # type: ignore[operator]
+def check_integer(name: str, value: Any, low: int, high: int, remedy: str) -> int:
+    """Return `value`; raise InputError unless it is a whole number within [low, high]."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value <= high:
         raise InputError(f"{name} must be a whole number from {low} to {high}, got {value!r:.80}; {remedy}")
+    return int(value)
 
 
-def check_size(name: str, value: object, multiple: int, limit: int) -> None:
+def check_size(name: str, value: Any, multiple: int, limit: int) -> None:
     """Raise InputError unless `value` pixels are a multiple of `multiple` up to `limit`; names the nearest that are."""
-    check_integer(name, value, multiple, limit, f"choose a multiple of {multiple} up to {limit}")
-    pixels = int(value)  # type: ignore[call-overload]
+    pixels = check_integer(name, value, multiple, limit, f"choose a multiple of {multiple} up to {limit}")
     if pixels % multiple:
         below = pixels // multiple * multiple
         nearest = [str(side) for side in (below, below + multiple) if multiple <= side <= limit]
