@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,8 +26,16 @@ if TYPE_CHECKING:
 
 NO_SPACE = 4
 INTERRUPTED = 130
-REPLAYED = ("negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "guidance_interval")
-REPLAYED += ("sampler", "height", "width")
+REPLAYED = (
+    "negative_prompt",
+    "num_inference_steps",
+    "guidance_scale",
+    "guidance_rescale",
+    "guidance_interval",
+    "sampler",
+    "height",
+    "width",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,7 +176,7 @@ def _generate(options: argparse.Namespace) -> None:
     result = _draw(pipe, options.prompts, image=options.image, **chosen)
     for index, path in enumerate(paths):
         result.write(index, path)
-    _report(options, result, paths, seconds=round(time.perf_counter() - started, 3))
+    _report(options, result, dict(enumerate(paths)), seconds=round(time.perf_counter() - started, 3))
 
 
 def _output_paths(out: str | None, prompts: list[str]) -> list[Path]:
@@ -179,11 +188,11 @@ def _output_paths(out: str | None, prompts: list[str]) -> list[Path]:
     if out is not None and not folder.is_dir():
         if folder.suffix.lower() != ".png":
             raise InputError(f"-o must name a PNG file or a folder, got {out!r}; try {folder.stem or 'picture'}.png")
-        paths = numbered(folder, len(prompts))
+        paths = list(islice(numbered(folder), len(prompts)))
     else:
         paths = []
         for prompt in prompts:
-            names = numbered(folder / f"{slug(prompt)}.png", 1000 + len(prompts))
+            names = numbered(folder / f"{slug(prompt)}.png")
             paths.append(next(path for path in names if path not in paths and not path.exists()))
     for path in paths:
         check_writable(path)
@@ -197,16 +206,15 @@ def _replay(options: argparse.Namespace) -> None:
 
     record = read_record(options.image)
     settings = Settings.from_record(record)
-    size, row = record.get("batch_size"), record.get("batch_index")
-    check_integer("batch_size", size, 1, 1024, "use the file as latentdiff wrote it")
-    check_integer("batch_index", row, 0, min(size, settings.seed + 1) - 1, "use the file as latentdiff wrote it")
+    remedy = "use the file as latentdiff wrote it"
+    size = check_integer("batch_size", record.get("batch_size"), 1, 1024, remedy)
+    row = check_integer("batch_index", record.get("batch_index"), 0, min(size, settings.seed + 1) - 1, remedy)
+    initial = _initial_image(record, settings.strength, options.force)
     source = Path(options.image)
     (path,) = _output_paths(options.out or str(source.with_name(f"{source.stem}-replay.png")), [settings.prompts[0]])
     started = time.perf_counter()
     recorded = {key: str(record.get(key)) for key in ("model", "model_hash", "device", "dtype", "torch")}
-    pipe = _load(
-        options.model or recorded["model"], options.device or recorded["device"], options.dtype or recorded["dtype"]
-    )
+    pipe = _load(**{key: getattr(options, key) or recorded[key] for key in ("model", "device", "dtype")})
     if pipe.parts.model_hash != recorded["model_hash"] and not options.force:
         raise InputError(
             f"{source} was made by model {recorded['model_hash'][:10]}, got {pipe.parts.model_hash[:10]}; "
@@ -220,7 +228,7 @@ def _replay(options: argparse.Namespace) -> None:
         seed=settings.seed - row,
         num_images=size,
         batch_size=size,
-        **_initial_image(record, settings.strength, options.force),
+        **initial,
         **{name: getattr(settings, name) for name in REPLAYED},
     )
     result.write(row, path)
@@ -229,7 +237,7 @@ def _replay(options: argparse.Namespace) -> None:
         now = f"torch {result.settings['torch']} on {result.settings['device']}"
         then = f"torch {recorded['torch']} on {recorded['device']}"
         print(f"latentdiff: the pixels differ from {source}, which {then} drew; this is {now}", file=sys.stderr)
-    _report(options, result, [path], seconds=round(time.perf_counter() - started, 3), identical=identical)
+    _report(options, result, {row: path}, seconds=round(time.perf_counter() - started, 3), identical=identical)
 
 
 def _initial_image(record: dict[str, Any], strength: float, force: bool) -> dict[str, Any]:
@@ -274,13 +282,18 @@ def _draw(pipe: Pipeline, prompts: Sequence[str], **settings: Any) -> Result:
     return result
 
 
-def _report(options: argparse.Namespace, result: Result, paths: list[Path], **more: Any) -> None:
-    files = [str(path) for path in paths]
+def _report(options: argparse.Namespace, result: Result, written: dict[int, Path], **more: Any) -> None:
+    """Say which images, by number, went where."""
     if options.json:
-        report = {"files": files, "seeds": result.seeds, "settings": result.settings, "notes": result.notes}
-        print(json.dumps(report | {"token_counts": result.token_counts, **more}))
+        pictures = {
+            "files": [str(path) for path in written.values()],
+            "prompts": [result.own[index]["prompt"] for index in written],
+            "seeds": [result.seeds[index] for index in written],
+            "token_counts": [result.token_counts[index] for index in written],
+        }
+        print(json.dumps({**pictures, "settings": result.settings, "notes": result.notes, **more}))
     else:
-        print("\n".join(files))
+        print("\n".join(map(str, written.values())))
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 import secrets
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -246,10 +247,12 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
         raise
 
 
-def numbered(path: str | os.PathLike[str], count: int) -> list[Path]:
-    """Return the paths for `count` pictures that are asked for as one: fox.png, fox-2.png, fox-3.png, ..."""
+def numbered(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield paths without end for several pictures that are asked for as one: fox.png, fox-2.png, fox-3.png, ..."""
     first = Path(path)
-    return [first, *(first.with_stem(f"{first.stem}-{i}") for i in range(2, count + 1))]
+    yield first
+    for number in itertools.count(2):
+        yield first.with_stem(f"{first.stem}-{number}")
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

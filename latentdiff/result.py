@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Result:
 
     def save(self, path: str | os.PathLike[str]) -> list[Path]:
         """Write all images, as fox.png, fox-2.png, fox-3.png, ..., and return their paths; see `write`."""
-        paths = numbered(path, len(self.seeds))
+        paths = list(islice(numbered(path), len(self.seeds)))
         for index, one in enumerate(paths):
             self.write(index, one)
         return paths

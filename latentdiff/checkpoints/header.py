@@ -144,7 +144,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         nonlocal objects
         objects += 1
-        if objects > MAX_TENSORS + 2:  # one object a tensor, the metadata, and the one around them
+        if objects > MAX_TENSORS + 2:  # the tensors, the metadata, and what is around them
             raise ValueError(f"more than {MAX_TENSORS} tensors")
         found = dict(pairs)
         if len(found) != len(pairs):
@@ -177,8 +177,8 @@ def _check(path: Path, tree: dict[str, Any], data_bytes: int) -> Header:
     metadata = tree.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _bad(path, "its __metadata__ must map text to text")
-    if not tree:
-        raise _bad(path, "it holds no tensor")
+    if not 1 <= len(tree) <= MAX_TENSORS:
+        raise _bad(path, f"it holds {len(tree)} tensors, which must be 1 to {MAX_TENSORS}")
     tensors, places = {}, []
     for name, entry in tree.items():
         tensors[name], place = _entry(path, name, entry)

@@ -1,0 +1,65 @@
+"""A whole model of a few thousand random weights, in the layout of a real one, for every test that needs one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentdiff import Pipeline
+from latentdiff.checkpoints import Parts, save_pipeline
+from latentdiff.diffusion import NoiseSchedule
+from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from latentdiff.models.bert import BertConfig, BertModel
+from latentdiff.models.tokenizer import Tokenizer
+from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
+from tests.models.tiny import BERT, write_bert_vocabulary
+
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": [16, 32],
+    "norm_num_groups": 8,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 4,
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+}
+AUTOENCODER = {"block_out_channels": [8, 8, 16], "norm_num_groups": 4, "scaling_factor": 0.5, "sample_size": 32}
+
+
+@pytest.fixture(scope="session")
+def built_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder in float32: pictures of 32 x 32 from latents (4, 8, 8), windows of 8 tokens. Not to be changed."""
+    place = tmp_path_factory.mktemp("model")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        networks = (
+            UNet2DConditionModel(UNetConfig.from_dict(UNET)),
+            AutoencoderKL(AutoencoderConfig.from_dict(AUTOENCODER)),
+            BertModel(BertConfig.from_dict({**BERT, "vocab_size": 256, "use_attention_mask": True})),
+        )
+        for parameter in (parameter for network in networks for parameter in network.parameters()):
+            if parameter.ndim > 1 and not parameter.any():  # the layers that start at zero
+                parameter.normal_(std=0.1)
+        networks[1].decoder.conv_out.weight *= 4  # contrast
+    schedule = NoiseSchedule(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"
+    )
+    tokenizer = Tokenizer.from_folder(write_bert_vocabulary(place / "vocabulary"))
+    save_pipeline(Parts(*networks, tokenizer, schedule), place / "tiny", dtype=None)
+    return place / "tiny"
+
+
+@pytest.fixture
+def model_folder(built_model: Path, tmp_path: Path) -> Path:
+    """A copy of the model folder that a test may damage."""
+    return shutil.copytree(built_model, tmp_path / "model")
+
+
+@pytest.fixture(scope="session")
+def pipe(built_model: Path) -> Pipeline:
+    """The model, loaded."""
+    return Pipeline.from_pretrained(built_model, device="cpu")

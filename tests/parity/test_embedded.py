@@ -1,0 +1,35 @@
+"""The embedded model is an ordinary diffusers model: the same latents and settings give the same picture there."""
+
+import numpy as np
+import pytest
+import torch
+
+from latentdiff import Pipeline
+from latentdiff.checkpoints import embedded_model
+from latentdiff.diffusion import draw_noise, image_generator
+
+SCHEDULERS = {"ddim": "DDIMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler"}
+
+
+@pytest.fixture(scope="module")
+def pipes():  # type: ignore[no-untyped-def]
+    import diffusers
+
+    folder = embedded_model()
+    peer = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    peer.set_progress_bar_config(disable=True)
+    return Pipeline.from_pretrained(folder), peer
+
+
+@pytest.mark.parametrize("sampler", list(SCHEDULERS))
+def test_picture_is_the_one_diffusers_draws(pipes, sampler: str) -> None:  # type: ignore[no-untyped-def]
+    import diffusers
+
+    ours, peer = pipes
+    peer.scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(peer.scheduler.config)
+    noise = draw_noise([image_generator(7)], (4, 16, 16))
+    settings = {"num_inference_steps": 10, "guidance_scale": 4.0}
+    mine = ours("a red fox", sampler=sampler, latents=noise, **settings).images[0]
+    theirs = peer("a red fox", latents=noise.clone(), **settings).images[0]
+    difference = np.abs(np.asarray(mine, dtype=int) - np.asarray(theirs, dtype=int))
+    assert difference.max() <= 2
