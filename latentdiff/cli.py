@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 
     train = command("train", _train, "Train the stage that a YAML config describes.")
-    train.add_argument("config", help="see configs/")
+    train.add_argument("config", help="YAML file, see configs/; the name alone finds one that came with the package")
     train.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=VALUE")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that is whole")
     train.add_argument("--out", help="run folder, instead of the config's run.out")
@@ -340,9 +340,11 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from training import cli_train
+    import training
 
-    cli_train(options.config, options.overrides, options.resume, options.out)
+    packaged = Path(training.__file__).parent / "configs" / Path(options.config).name
+    recipe = packaged if packaged.is_file() and not Path(options.config).exists() else options.config
+    training.cli_train(str(recipe), options.overrides, options.resume, options.out)
 
 
 def _data(options: argparse.Namespace) -> None:

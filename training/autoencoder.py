@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
 from training.augment import random_view, rgb
-from training.checkpointing import load_optimizer, optimizer_tensors, save_checkpoint
+from training.checkpointing import gather, restore, save_checkpoint
 from training.config import AutoencoderTraining
 from training.dataset import CaptionedImages, batch_indices, composite, load_images, to_tensor
 from training.ema import Ema
@@ -34,8 +34,8 @@ from training.losses import (
     ssim,
 )
 from training.run import (
-    MAX_BAD_STEPS,
     Log,
+    StepGuard,
     adamw,
     learning_rate,
     mixed_precision,
@@ -66,25 +66,13 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
     if run.compile:
         model.encoder.compile()
         model.decoder.compile()
+    plain: AutoencoderKL = model
     ema = Ema(model, run.ema_decay)
-    first = 0
-    if checkpoint is not None:
-        first = checkpoint.step
-        model.load_state_dict(checkpoint.tensors["model"])
-        discriminator.load_state_dict(checkpoint.tensors["discriminator"])
-        load_optimizer(optimizer, checkpoint.tensors["optimizer"])
-        load_optimizer(critic, checkpoint.tensors.get("critic", {}))
-        ema.weights, ema.updates = checkpoint.tensors["ema"], checkpoint.state["ema_updates"]
+    modules, optimizers = {"model": model, "discriminator": discriminator}, {"optimizer": optimizer, "critic": critic}
+    first = restore(checkpoint, modules, optimizers, ema)
     model, discriminator, optimizer, critic = accelerator.prepare(model, discriminator, optimizer, critic)
-    ema.weights = {name: weight.to(accelerator.device) for name, weight in ema.weights.items()}
-    plain: AutoencoderKL = accelerator.unwrap_model(model)
-
-    def save(step: int) -> None:
-        parts = {"model": plain.state_dict(), "ema": ema.weights, "optimizer": optimizer_tensors(optimizer)}
-        parts |= {"discriminator": discriminator.state_dict(), "critic": optimizer_tensors(critic)}
-        save_checkpoint(folder, step, parts, {"ema_updates": ema.updates}, run.keep_checkpoints)
-
-    log, bad_steps = Log(run, first, "autoencoder"), 0
+    ema.to(accelerator.device)
+    log, guard = Log(run, first, "autoencoder"), StepGuard()
     with stop_on_signal() as stopped:
         for step in range(first, run.steps):
             images = _batch(data, config, step).to(accelerator.device)
@@ -101,12 +89,9 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
             optimizer.zero_grad()
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
-            if torch.isfinite(loss) and torch.isfinite(norm):
+            if guard.allows(loss, norm, step):
                 optimizer.step()
                 ema.update(plain)
-                bad_steps = 0
-            elif (bad_steps := bad_steps + 1) >= MAX_BAD_STEPS:
-                raise InputError(f"loss not finite {bad_steps} steps in a row at step {step}; lower learning_rate")
             if "adversarial" in terms:
                 scores = discriminator(images), discriminator(reconstruction.detach().float())
                 terms["discriminator"] = discriminator_loss(*scores)
@@ -114,13 +99,14 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
                 critic.zero_grad()
                 accelerator.backward(terms["discriminator"])
                 critic.step()
-            log.step(step, {"loss": loss, **terms, "grad_norm": norm, "skipped": float(bad_steps > 0)})
+            log.step(step, {"loss": loss, **terms, "grad_norm": norm, "skipped": guard.bad_steps > 0})
             done = step + 1
             if done % run.sample_every == 0 or done == run.steps:
                 with ema.swapped_into(plain):
                     log.write(done, {"held_out_psnr": evaluate(plain, held_out, folder / f"samples/{done:08d}.png")})
             if done % run.save_every == 0 or done == run.steps or stopped:
-                save(done)
+                parts = gather(modules, optimizers, ema)
+                save_checkpoint(folder, done, parts, {"ema_updates": ema.updates}, run.keep_checkpoints)
             if stopped:
                 log.close()
                 return folder

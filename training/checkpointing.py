@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from latentdiff.checkpoints.saver import flush_to_disk
 from latentdiff.errors import InputError, StorageError
+from training.ema import Ema
 
 _NAME = re.compile(r"step-(\d{8})$")
 
@@ -69,10 +71,10 @@ def save_checkpoint(
         manifest = {"step": step, "files": {name: _digest(temporary / name) for name in files}}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
         for name in [*files, "manifest.json", "."]:
-            _sync(temporary / name)
+            flush_to_disk(temporary / name)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
-        _sync(parent)
+        flush_to_disk(parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(f"could not save {final}: {error}; free space, then go on with --resume") from error
@@ -95,6 +97,29 @@ def load_latest(run: Path) -> Checkpoint | None:
         state = json.loads((folder / "state.json").read_text())
         return Checkpoint(folder, state["step"], tensors, state)
     return None
+
+
+def gather(
+    modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], ema: Ema
+) -> dict[str, Mapping[str, Tensor]]:
+    """Return everything a run needs to go on, part by part, for `save_checkpoint`."""
+    parts: dict[str, Mapping[str, Tensor]] = {name: module.state_dict() for name, module in modules.items()}
+    parts |= {name: optimizer_tensors(optimizer) for name, optimizer in optimizers.items()}
+    return parts | {"ema": ema.weights}
+
+
+def restore(
+    checkpoint: Checkpoint | None, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], ema: Ema
+) -> int:
+    """Put back what `gather` took and return the step to go on from, 0 without a checkpoint."""
+    if checkpoint is None:
+        return 0
+    for name, module in modules.items():
+        module.load_state_dict(checkpoint.tensors[name])
+    for name, optimizer in optimizers.items():
+        load_optimizer(optimizer, checkpoint.tensors.get(name, {}))
+    ema.weights, ema.updates = checkpoint.tensors["ema"], checkpoint.state["ema_updates"]
+    return checkpoint.step
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -135,11 +160,3 @@ def _digest(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

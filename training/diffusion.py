@@ -22,13 +22,13 @@ from latentdiff.errors import InputError
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from latentdiff.pipeline import Pipeline
 from training.cache import LatentSet, cached_latents
-from training.checkpointing import load_optimizer, optimizer_tensors, save_checkpoint
+from training.checkpointing import gather, restore, save_checkpoint
 from training.config import DiffusionTraining
 from training.dataset import batch_indices, load_images
 from training.ema import Ema
 from training.run import (
-    MAX_BAD_STEPS,
     Log,
+    StepGuard,
     adamw,
     learning_rate,
     mixed_precision,
@@ -55,22 +55,14 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     torch.manual_seed(run.seed)
     unet: Any = UNet2DConditionModel(_unet_config(config, data))
     optimizer: Any = adamw(unet, config.optimizer)
-    ema, first = Ema(unet, run.ema_decay), 0
-    if checkpoint is not None:
-        first = checkpoint.step
-        unet.load_state_dict(checkpoint.tensors["model"])
-        load_optimizer(optimizer, checkpoint.tensors["optimizer"])
-        ema.weights, ema.updates = checkpoint.tensors["ema"], checkpoint.state["ema_updates"]
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-    ema.weights = {name: weight.to(accelerator.device) for name, weight in ema.weights.items()}
-    plain: UNet2DConditionModel = accelerator.unwrap_model(unet)
+    plain: UNet2DConditionModel = unet
     parts = replace(parts, unet=plain)
-
-    def save(step: int) -> None:
-        tensors = {"model": plain.state_dict(), "ema": ema.weights, "optimizer": optimizer_tensors(optimizer)}
-        save_checkpoint(folder, step, tensors, {"ema_updates": ema.updates}, run.keep_checkpoints)
-
-    log, bad_steps = Log(run, first, "diffusion"), 0
+    ema = Ema(unet, run.ema_decay)
+    modules, optimizers = {"model": unet}, {"optimizer": optimizer}
+    first = restore(checkpoint, modules, optimizers, ema)
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    ema.to(accelerator.device)
+    log, guard = Log(run, first, "diffusion"), StepGuard()
     network = torch.compile(unet) if run.compile else unet
     with stop_on_signal() as stopped:
         for step in range(first, run.steps):
@@ -88,19 +80,19 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
             optimizer.zero_grad()
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
-            if torch.isfinite(loss) and torch.isfinite(norm):
+            if guard.allows(loss, norm, step):
                 optimizer.step()
                 ema.update(plain)
-                bad_steps = 0
-            elif (bad_steps := bad_steps + 1) >= MAX_BAD_STEPS:
-                raise InputError(f"loss not finite {bad_steps} steps in a row at step {step}; lower learning_rate")
-            log.step(step, {"loss": loss, "grad_norm": norm, "null": nulls.float().mean(), "skipped": bad_steps > 0})
+            log.step(
+                step, {"loss": loss, "grad_norm": norm, "null": nulls.float().mean(), "skipped": guard.bad_steps > 0}
+            )
             done = step + 1
             if done % run.sample_every == 0 or done == run.steps:
                 with ema.swapped_into(plain):
                     draw_samples(parts, config, folder / f"samples/{done:08d}.png")
             if done % run.save_every == 0 or done == run.steps or stopped:
-                save(done)
+                tensors = gather(modules, optimizers, ema)
+                save_checkpoint(folder, done, tensors, {"ema_updates": ema.updates}, run.keep_checkpoints)
             if stopped:
                 log.close()
                 return folder

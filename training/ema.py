@@ -20,6 +20,10 @@ class Ema:
         self.updates = 0
         self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
 
+    def to(self, device: torch.device) -> None:
+        """Move the average to a device."""
+        self.weights = {name: weight.to(device) for name, weight in self.weights.items()}
+
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average towards the live weights."""

@@ -27,6 +27,29 @@ from training.config import OptimizerConfig, RunConfig, TrainingConfig
 MAX_BAD_STEPS = 20
 
 
+class StepGuard:
+    """Let only finite steps change the weights, and give up after `MAX_BAD_STEPS` others in a row."""
+
+    def __init__(self) -> None:
+        self.bad_steps = 0
+
+    def allows(self, loss: Tensor, gradient_norm: Tensor, step: int) -> bool:
+        """Say whether loss and gradient norm of a step are finite.
+
+        Raises:
+            InputError: they have not been for too long.
+        """
+        if torch.isfinite(loss) and torch.isfinite(gradient_norm):
+            self.bad_steps = 0
+            return True
+        self.bad_steps += 1
+        if self.bad_steps >= MAX_BAD_STEPS:
+            raise InputError(
+                f"loss not finite {self.bad_steps} steps in a row at step {step}; lower optimizer.learning_rate"
+            )
+        return False
+
+
 def open_run(config: TrainingConfig, resume: bool) -> Checkpoint | None:
     """Make the run folder, write the resolved config into it and return the checkpoint to go on from.
 

@@ -111,11 +111,11 @@ def _replace_folder(folder: Path, mark: str, write: Callable[[Path], None]) -> N
                 if entry.is_file() and not (new / entry.name).exists():
                     shutil.copy2(entry, new / entry.name)
         for path in [*new.rglob("*"), new]:
-            _sync(path)
+            flush_to_disk(path)
         if folder.is_dir():
             os.replace(folder, old)
         os.replace(new, folder)
-        _sync(folder.parent)
+        flush_to_disk(folder.parent)
     except BaseException as error:
         if old.exists() and not folder.exists():
             os.replace(old, folder)
@@ -127,7 +127,8 @@ def _replace_folder(folder: Path, mark: str, write: Callable[[Path], None]) -> N
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
