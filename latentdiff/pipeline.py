@@ -225,9 +225,7 @@ class _Drawing:
                 # Decoded one by one, because a decoder needs far more memory than a U-Net.
                 drawn += latents if output_type == "latent" else map(self.decode, latents)
         for note in self.notes:
-            warnings.warn(
-                note, RuntimeWarning, stacklevel=4
-            )  # at the line that called the pipeline, past torch's decorator
+            warnings.warn(note, RuntimeWarning, stacklevel=4)  # shown at the line that called the pipeline
         return self.result(OUTPUT_TYPES[output_type](torch.cat(drawn)), batches)
 
     def batches(self, batch_size: int) -> list[list[int]]:
