@@ -267,7 +267,7 @@ def _read(
                 if name not in IGNORED_TENSORS:
                     weights[name] = mapped.get_tensor(name).to(device, dtype)
     except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise ModelLoadError(f"{file}: cannot be read ({str(error).splitlines()[0][:120]})") from error
     for name, tensor in weights.items():

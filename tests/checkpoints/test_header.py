@@ -148,7 +148,7 @@ def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
     """Flip, cut and insert: what is accepted must describe exactly the bytes that are there."""
     rng = random.Random(0)
     accepted = 0
-    for _ in range(3000):
+    for _ in range(600):
         content = bytearray(GOOD)
         for _ in range(rng.randint(1, 4)):
             place = rng.randrange(len(content))
@@ -165,4 +165,4 @@ def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
             continue
         accepted += 1
         assert all(len(info.shape) <= 8 for info in header.tensors.values())
-    assert accepted < 3000 / 2
+    assert accepted < 600 / 2

@@ -219,14 +219,14 @@ def test_autoencoder_with_other_statistics_is_refused(tmp_path: Path) -> None:
 def test_eight_pictures_are_reproduced(tmp_path: Path) -> None:
     pictures(tmp_path / "pictures", 8)
     cli_train(recipe(tmp_path, "autoencoder", run__steps=300, run__batch_size=8, run__save_every=300), [], False, None)
-    changes = {"run__steps": 500, "run__batch_size": 16, "run__save_every": 500, "run__ema_decay": 0.98}
+    changes = {"run__steps": 800, "run__batch_size": 16, "run__save_every": 800, "run__ema_decay": 0.98}
     config: Any = load_config(recipe(tmp_path, "diffusion", **changes))
-    cli_train(recipe(tmp_path, "diffusion", **changes), [], False, None)
+    cli_train(recipe(tmp_path, "diffusion", **changes), ["caption_dropout=0"], False, None)
     truth = torch.from_numpy(load_images(config.data).images[..., :3]).permute(0, 3, 1, 2).float() / 127.5 - 1
     assert psnr(load_autoencoder(tmp_path / "autoencoder")(truth)[0], truth).mean() > 20
     pipe = Pipeline.from_pretrained(tmp_path / "diffusion" / "model")
     prompts = [chr(ord("a") + index) for index in range(8)]
-    drawn = pipe(prompts, guidance_scale=2.0, num_inference_steps=20, output_type="pt").images * 2 - 1
+    drawn = pipe(prompts, guidance_scale=1.0, num_inference_steps=20, output_type="pt").images * 2 - 1
     distances = (drawn[:, None] - truth[None]).square().mean(dim=(2, 3, 4))
     assert distances.argmin(dim=1).tolist() == list(range(8))
     assert psnr(drawn, truth).mean() > 15
