@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from latentdiff.errors import InputError, StorageError
+from latentdiff.images import from_tensor
 from training.checkpointing import Checkpoint, load_latest
 from training.config import OptimizerConfig, RunConfig, TrainingConfig
 
@@ -164,15 +165,10 @@ class Log:
 
 def save_grid(images: Tensor | Sequence[Tensor], file: Path, columns: int, gap: int = 2) -> None:
     """Save images (N, 3, H, W) in [-1, 1] as one PNG, row by row on white."""
-    pictures = [_to_pil(image) for image in images]
+    pictures = from_tensor(torch.stack(list(images)))
     width, height = pictures[0].width + gap, pictures[0].height + gap
     rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
     for index, picture in enumerate(pictures):
         sheet.paste(picture, ((index % columns) * width, (index // columns) * height))
     sheet.save(file)
-
-
-def _to_pil(image: Tensor) -> Image.Image:
-    pixels = image.detach().float().cpu().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
