@@ -53,7 +53,8 @@ def phrase(thing: str, style: str, tags: Sequence[str] = (), color: str | None =
     Args:
         thing: the noun phrase with its article, "a fox".
         style: a key of `STYLE_PHRASES`.
-        tags: keywords, of which the first two that are not in the name are used.
+        tags: keywords, of which two that are not in the name are used, other ones in each style, so that all of them
+            are heard ("a hot beverage, cafe, coffee" here, "tea" there).
         color: the drawing's dominant colour, when it has one.
     """
     styled = STYLE_PHRASES[style]
@@ -61,9 +62,11 @@ def phrase(thing: str, style: str, tags: Sequence[str] = (), color: str | None =
     if color:
         captions.append(colored(thing, color))
         captions.append(f"{colored(thing, color)}, {styled}")
-    extra = [tag for tag in tags if tag not in thing.split()][:2]
-    if extra:
-        captions.append(f"{thing}, {', '.join(extra)}, {styled}")
+    keywords = [tag for tag in tags if tag not in thing.split()]
+    if keywords:
+        first = 2 * list(STYLE_PHRASES).index(style) % len(keywords)
+        pair = ", ".join((keywords * 2)[first : first + min(2, len(keywords))])
+        captions += [f"{thing}, {pair}, {styled}", pair]
     return captions
 
 

@@ -96,6 +96,8 @@ class DiffusionTraining(Section):
     text_encoder: str = "embedded"
     # Keys of `latentdiff.models.unet.UNetConfig`; in_channels, out_channels and sample_size follow from the latents.
     model: dict[str, Any]
+    # Model folder (or "embedded") whose U-Net is trained further; a new one with random weights when null.
+    start_from: str | None = None
     # Keys of `latentdiff.diffusion.schedule.NoiseSchedule`.
     schedule: dict[str, Any]
     optimizer: OptimizerConfig = OptimizerConfig()

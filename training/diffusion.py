@@ -16,7 +16,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from latentdiff.checkpoints import Parts, embedded_model, load_autoencoder, load_text_encoder, save_pipeline
+from latentdiff.checkpoints import (
+    Parts,
+    embedded_model,
+    load_autoencoder,
+    load_pipeline,
+    load_text_encoder,
+    save_pipeline,
+)
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
@@ -30,6 +37,7 @@ from training.run import (
     Log,
     StepGuard,
     adamw,
+    fast_attention,
     learning_rate,
     mixed_precision,
     open_run,
@@ -53,7 +61,7 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     parts = load_parts(config)
     data = prepare_data(config, parts, folder)
     torch.manual_seed(run.seed)
-    unet: Any = UNet2DConditionModel(_unet_config(config, data))
+    unet: Any = network_to_train(config, data)
     optimizer: Any = adamw(unet, config.optimizer)
     plain: UNet2DConditionModel = unet
     parts = replace(parts, unet=plain)
@@ -64,7 +72,7 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     ema.to(accelerator.device)
     log, guard = Log(run, first, "diffusion"), StepGuard()
     network = torch.compile(unet) if run.compile else unet
-    with stop_on_signal() as stopped:
+    with stop_on_signal() as stopped, fast_attention():
         for step in range(first, run.steps):
             latents, context, nulls = (part.to(accelerator.device) for part in draw_batch(data, config, step))
             generator = seeded(run.seed, step, 1)
@@ -123,6 +131,25 @@ def prepare_data(config: DiffusionTraining, parts: Parts, folder: Path) -> Laten
             "the autoencoder was measured on other pictures: train it on these, or run its export again"
         )
     return data
+
+
+def network_to_train(config: DiffusionTraining, data: LatentSet) -> UNet2DConditionModel:
+    """Return a new U-Net that fits the latents and contexts, or the one of the model that `start_from` names.
+
+    Raises:
+        InputError: that model's U-Net has another shape than the config asks for.
+    """
+    channels, side = data.latents.shape[2], data.latents.shape[-1]
+    follows = {"in_channels": channels, "out_channels": channels, "sample_size": side}
+    shape = UNetConfig.from_dict({"cross_attention_dim": data.contexts.shape[-1], **config.model, **follows})
+    unet = UNet2DConditionModel(shape)
+    if config.start_from is not None:
+        trained = load_pipeline(config.start_from).unet
+        assert trained is not None
+        if trained.config != shape:
+            raise InputError(f"start_from: {config.start_from} has a U-Net of another shape; make `model` fit it")
+        unet.load_state_dict(trained.state_dict())
+    return unet
 
 
 def draw_batch(data: LatentSet, config: DiffusionTraining, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,12 +216,6 @@ def load_parts(config: DiffusionTraining) -> Parts:
         tokenizer=tokenizer,
         schedule=schedule,
     )
-
-
-def _unet_config(config: DiffusionTraining, data: LatentSet) -> UNetConfig:
-    channels, side = data.latents.shape[2], data.latents.shape[-1]
-    follows = {"in_channels": channels, "out_channels": channels, "sample_size": side}
-    return UNetConfig.from_dict({"cross_attention_dim": data.contexts.shape[-1], **config.model, **follows})
 
 
 def _short(values: Tensor) -> str:

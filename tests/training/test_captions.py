@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.captions import colored, phrase, swap_sides, with_article
+from training.captions import STYLE_PHRASES, colored, phrase, swap_sides, with_article
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,13 @@ def test_phrasings_hold_thing_color_style_and_keywords() -> None:
     assert captions[0] == "a fox, noto style"
     assert "an orange fox" in captions
     assert "a fox, animal, sly, noto style" in captions
+
+
+def test_every_keyword_is_heard_in_some_style() -> None:
+    tags = ["cafe", "caffeine", "chai", "coffee", "drink", "hot", "tea"]
+    heard = {tag for style in STYLE_PHRASES for tag in phrase("a hot beverage", style, tags)[-1].split(", ")}
+    assert heard == set(tags) - {"hot"}
+    assert phrase("a tent", "twemoji", ["camping"])[-2:] == ["a tent, camping, twemoji style", "camping"]
 
 
 def test_mirrored_picture_exchanges_sides() -> None:

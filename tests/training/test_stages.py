@@ -20,7 +20,7 @@ from training.autoencoder import fold_statistics, loss_terms
 from training.checkpointing import load_latest
 from training.config import AutoencoderTraining, load_config
 from training.dataset import load_images
-from training.diffusion import draw_batch, loss_weight, prepare_data, stratified_timesteps
+from training.diffusion import draw_batch, loss_weight, network_to_train, prepare_data, stratified_timesteps
 from training.diffusion import load_parts as diffusion_parts
 from training.losses import psnr
 
@@ -214,6 +214,23 @@ def test_autoencoder_with_other_statistics_is_refused(tmp_path: Path) -> None:
     save_model(autoencoder, tmp_path / "autoencoder" / "vae")
     with pytest.raises(InputError, match="latents must have mean about 0"):
         cli_train(recipe(tmp_path, "diffusion"), [], False, None)
+
+
+def test_training_goes_on_from_the_weights_of_another_model(tmp_path: Path) -> None:
+    pictures(tmp_path / "pictures", 6)
+    cli_train(recipe(tmp_path, "autoencoder"), [], False, None)
+    file = recipe(tmp_path, "diffusion")
+    cli_train(file, [], False, None)
+    first = f"start_from={tmp_path / 'diffusion/model'}"
+    config: Any = load_config(file, [first])
+    data = prepare_data(config, diffusion_parts(config), tmp_path / "diffusion")
+    unet = network_to_train(config, data)
+    trained = Pipeline.from_pretrained(tmp_path / "diffusion/model").parts.unet
+    assert trained is not None
+    assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in unet.state_dict().items())
+    assert all(parameter.requires_grad for parameter in unet.parameters())
+    with pytest.raises(InputError, match="U-Net of another shape"):
+        cli_train(file, [first, "model.attention_head_dim=4"], False, str(tmp_path / "other"))
 
 
 def test_eight_pictures_are_reproduced(tmp_path: Path) -> None:
