@@ -186,8 +186,8 @@ def pixel_hash(image: Image.Image) -> str:
     return hashlib.sha256(b"%dx%d:" % image.size + image.tobytes()).hexdigest()
 
 
-def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
-    """Return RGB pictures of one size as a float32 tensor (B, 3, H, W) in [-1, 1]."""
+def to_tensor(images: Sequence[Image.Image] | np.ndarray) -> torch.Tensor:
+    """Return RGB pictures of one size, or uint8 (B, H, W, 3), as a float32 tensor (B, 3, H, W) in [-1, 1]."""
     import torch
 
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (B, H, W, 3) uint8

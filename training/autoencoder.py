@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentdiff.errors import InputError
+from latentdiff.images import to_tensor
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
 from training.augment import random_view, rgb
 from training.checkpointing import gather, restore, save_checkpoint
 from training.config import AutoencoderTraining
-from training.dataset import CaptionedImages, batch_indices, composite, load_images, to_tensor
+from training.dataset import CaptionedImages, batch_indices, composite, load_images
 from training.ema import Ema
 from training.losses import (
     PatchDiscriminator,

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.errors import StorageError
+from latentdiff.images import to_tensor
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.bert import BertModel
 from latentdiff.models.clip import CLIPTextModel
@@ -23,7 +24,7 @@ from latentdiff.models.text import encode_prompts
 from latentdiff.models.tokenizer import Tokenizer
 from training.augment import render_variant
 from training.config import DataConfig
-from training.dataset import CaptionedImages, to_tensor
+from training.dataset import CaptionedImages
 
 
 @dataclass(frozen=True)

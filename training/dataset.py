@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from latentdiff.errors import InputError
 from training.config import DataConfig
@@ -87,11 +85,6 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> np.ndarr
     order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs])
     offset = first - epochs[0] * count
     return order[offset : offset + batch_size]
-
-
-def to_tensor(rgb: np.ndarray) -> Tensor:
-    """Turn uint8 pictures (B, H, W, 3) into images (B, 3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(rgb).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
 
 
 def composite(rgba: np.ndarray, background: Sequence[int]) -> np.ndarray:

@@ -5,16 +5,15 @@ next. With D_i = denoise(slot 0) at sigma_i, row i of its table is
 
     slots' = matrices[i] @ [slots, D_i] + noise[i] * fresh standard normal noise
 
-so a sampler is a function from falling sigmas to such rows, nothing is mutable, and images with different samplers and
-step counts can share a batch. Tables are float64, applied in float32 (or float64 if x is).
+so a sampler is a function from falling sigmas to such rows (`solvers.py`), nothing is mutable, and images with
+different samplers and step counts can share a batch. Tables are float64, applied in float32 (or float64 if x is).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +21,14 @@ from torch import Tensor
 
 from latentdiff.diffusion.prediction import Call, Denoise
 from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.diffusion.solvers import SAMPLERS, Sampler
+from latentdiff.diffusion.spacing import SIGMA_SPACINGS
 from latentdiff.errors import InputError, suggest
 
 __all__ = [
     "SAMPLERS",
     "Plan",
-    "Sampler",
     "Step",
-    "Table",
     "draw_noise",
     "image_generator",
     "make_plan",
@@ -37,86 +36,6 @@ __all__ = [
     "sample",
     "start",
 ]
-
-
-class Table(NamedTuple):
-    """N rows of a solver with S slots: matrices (N, S, S + 1) and noise coefficients (N, S), float64."""
-
-    matrices: Tensor
-    noise: Tensor
-
-
-def ddim(sigmas: Tensor, eta: float = 0.0) -> Table:
-    """DDIM in sigma coordinates: eta 0 is Euler's method, eta 1 ancestral sampling.
-
-    With r = sigma' / sigma, Eq. 16 of the paper divided by the next signal rate is eta sigma' sqrt(1 - r^2), the noise
-    put back; sigma_down, what the deterministic part must reach, is what remains of sigma' after it.
-
-    Args:
-        sigmas: (N + 1,) float64, falling.
-        eta: 0 to 1.
-
-    Source: Song et al. 2021, arXiv 2010.02502, Eq. 12 and 16.
-    """
-    ratio = sigmas[1:] / sigmas[:-1]
-    noise = eta * sigmas[1:] * (1 - ratio**2).sqrt()  # Eq. 16
-    keep = ratio * (1 - eta**2 * (1 - ratio**2)).sqrt()  # sigma_down / sigma
-    return Table(torch.stack([keep, 1 - keep], dim=-1)[:, None], noise[:, None])  # Eq. 12; (N, 1, 2), (N, 1)
-
-
-def ddpm(sigmas: Tensor) -> Table:
-    """Ancestral sampling with the small posterior variance. Source: Ho et al. 2020, arXiv 2006.11239, Eq. 6 and 7."""
-    return ddim(sigmas, eta=1.0)
-
-
-def euler(sigmas: Tensor) -> Table:
-    """Euler's method. Source: Karras et al. 2022, arXiv 2206.00364, algorithm 1, first-order step on Eq. 3."""
-    return ddim(sigmas, eta=0.0)
-
-
-def euler_a(sigmas: Tensor) -> Table:
-    """Euler's method to sigma_down, then fresh noise. Source: Song et al. 2021, arXiv 2010.02502, Eq. 16 at eta 1."""
-    return ddim(sigmas, eta=1.0)
-
-
-def dpmpp_2m(sigmas: Tensor) -> Table:
-    """DPM-Solver++(2M): extrapolates the x0 estimate from this row's and the last row's; first order at both ends.
-
-    Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2, in sigma coordinates, where exp(-h) = sigma' / sigma.
-    """
-    ratio = sigmas[1:] / sigmas[:-1]
-    steps = -ratio.log()  # h_i, infinite when the last sigma is 0
-    extrapolation = torch.zeros_like(ratio)  # 1 / (2 r_i), r_i = h_{i-1} / h_i
-    extrapolation[1:] = steps[1:] / (2 * steps[:-1])
-    extrapolation[ratio == 0] = 0  # first order into sigma 0, as the paper's r_i has no meaning there
-    matrices = sigmas.new_zeros(len(ratio), 2, 3)
-    matrices[:, 0, 0] = ratio
-    matrices[:, 0, 1] = -(1 - ratio) * extrapolation
-    matrices[:, 0, 2] = (1 - ratio) * (1 + extrapolation)
-    matrices[:, 1, 2] = 1  # slot 1 remembers D_i
-    return Table(matrices, sigmas.new_zeros(len(ratio), 2))
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """A solver and the family of grid rules (`GRID_RULES`) that users of its name expect.
-
-    Attributes:
-        table: sigmas (N + 1,) -> Table; with a second argument eta if `takes_eta`.
-    """
-
-    table: Callable[..., Table]
-    rule: str
-    takes_eta: bool = False
-
-
-SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(ddpm, rule="ddpm"),
-    "ddim": Sampler(ddim, rule="ddim", takes_eta=True),
-    "euler": Sampler(euler, rule="euler"),
-    "euler_a": Sampler(euler_a, rule="euler"),
-    "dpmpp_2m": Sampler(dpmpp_2m, rule="dpm"),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,17 +60,19 @@ class Plan:
         return len(self.sigmas)
 
 
-def parse_sampler(name: str) -> tuple[Sampler, bool]:
-    """Return the sampler called `name` and whether its `_karras` suffix asks for Karras spacing.
+def parse_sampler(name: str) -> tuple[Sampler, str | None]:
+    """Return the sampler called `name` and the sigma spacing that a suffix such as `_karras` asks for, or None.
 
     Raises:
         InputError: unknown name; the nearest one is offered.
     """
-    base = name.removesuffix("_karras") if isinstance(name, str) else ""
-    if base not in SAMPLERS:
-        suffix = "_karras" if base != name and base else ""
-        raise InputError(f"sampler {name!r} is unknown{suggest(str(name), [key + suffix for key in SAMPLERS])}")
-    return SAMPLERS[base], base != name
+    base, spacing = str(name), None
+    if base not in SAMPLERS and "_" in base:
+        base, spacing = base.rsplit("_", 1)
+    if base not in SAMPLERS or spacing not in {None, *SIGMA_SPACINGS}:
+        ending = f"_{spacing}" if spacing in SIGMA_SPACINGS else ""
+        raise InputError(f"sampler {name!r} is unknown{suggest(str(name), [key + ending for key in SAMPLERS])}")
+    return SAMPLERS[base], spacing
 
 
 def make_plan(
@@ -161,7 +82,7 @@ def make_plan(
 
     Args:
         schedule: of the model.
-        sampler: a key of `SAMPLERS`, optionally followed by `_karras`.
+        sampler: a key of `SAMPLERS`, optionally followed by `_` and a key of `SIGMA_SPACINGS`, as in dpmpp_2m_karras.
         num_inference_steps: 1 to schedule.num_train_timesteps.
         eta: 0 to 1, for ddim only: 0 is deterministic, 1 as noisy as ddpm.
         strength: above 0, up to 1; image-to-image skips the first rows, keeping int(num_inference_steps * strength).
@@ -169,11 +90,11 @@ def make_plan(
     Raises:
         InputError: a value out of range, an unknown sampler, or a strength that leaves no row.
     """
-    solver, karras = parse_sampler(sampler)
-    grid = schedule.sampling_grid(num_inference_steps, solver.rule, karras)
+    solver, spacing = parse_sampler(sampler)
+    grid = schedule.sampling_grid(num_inference_steps, solver.rule, spacing)
     if not 0 <= eta <= 1:
         raise InputError(f"eta must be a number from 0 to 1, got {eta}; try 0")
-    if eta and not solver.takes_eta:
+    if eta and "eta" not in solver.takes:
         raise InputError(f"eta is an option of ddim, got eta={eta} with {sampler}; leave it out or choose ddim")
     if not 0 < strength <= 1:
         raise InputError(f"strength must be a number above 0 and up to 1, got {strength}; try 0.6")
@@ -184,13 +105,14 @@ def make_plan(
             f"try strength {math.ceil(100 / num_inference_steps) / 100} or more steps"
         )
     sigmas = grid.sigmas[skipped:]
-    matrices, noise = solver.table(sigmas, eta) if solver.takes_eta else solver.table(sigmas)
+    offered = {"eta": eta, "timesteps": grid.timesteps[skipped:]}
+    matrices, noise, levels, between = solver.table(sigmas, **{name: offered[name] for name in solver.takes})
     # Land in VP coordinates, x / sqrt(1 + sigma^2): a change only where the schedule does not end at sigma 0.
     landing = torch.ones_like(noise)
     landing[-1, 0] = 1 / math.hypot(1, float(sigmas[-1]))
-    return Plan(
-        grid.timesteps[skipped:], sigmas[:-1], matrices * landing[:, :, None], noise * landing, grid.init_noise_sigma
-    )
+    nearest = (levels[:, None] - grid.sigmas[:-1]).abs().argmin(dim=1)  # on the grid, but for rounding
+    timesteps = torch.where(between, schedule.timesteps_of(levels), grid.timesteps[nearest])
+    return Plan(timesteps, levels, matrices * landing[:, :, None], noise * landing, grid.init_noise_sigma)
 
 
 def image_generator(seed: int) -> torch.Generator:

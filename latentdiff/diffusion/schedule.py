@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.prediction import PREDICTIONS
+from latentdiff.diffusion.spacing import SIGMA_SPACINGS
 from latentdiff.errors import InputError, ModelConfigError, suggest
 
 __all__ = ["BETA_SCHEDULES", "GRID_RULES", "TIMESTEP_SPACINGS", "Grid", "GridRule", "NoiseSchedule"]
@@ -48,6 +49,7 @@ BETA_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
 }
 
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+LCM_TIMESTEPS = 50  # at which consistency models are distilled, unless the checkpoint says otherwise
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class GridRule:
         spacing: timestep spacing when the checkpoint names none.
         whole_timesteps: round the timesteps of linspace and Karras spacing.
         one_more_point: space steps + 1 points and drop the cleanest; Karras spans the whole training range.
-        ends_at_first_alpha: stop at the first training noise level where the checkpoint has set_alpha_to_one false.
+        ends_at_first_alpha: stop at the first training noise level: False never, None where the checkpoint has
+            set_alpha_to_one false, True always.
         unit_variance_start: initial noise scaled so that x_vp has variance 1, instead of x having sigma^2.
         pure_noise_sigma: stands in for the infinite sigma of the last timestep at zero terminal SNR.
     """
@@ -66,16 +69,18 @@ class GridRule:
     spacing: str
     whole_timesteps: bool = True
     one_more_point: bool = False
-    ends_at_first_alpha: bool = False
+    ends_at_first_alpha: bool | None = False
     unit_variance_start: bool = True
     pure_noise_sigma: float = 2.0**30
 
 
 GRID_RULES: dict[str, GridRule] = {
     "ddpm": GridRule("leading"),
-    "ddim": GridRule("leading", ends_at_first_alpha=True),
+    "ddim": GridRule("leading", ends_at_first_alpha=None),
     "euler": GridRule("linspace", whole_timesteps=False, unit_variance_start=False, pure_noise_sigma=2.0**12),
     "dpm": GridRule("linspace", one_more_point=True, pure_noise_sigma=2.0**12),
+    "deis": GridRule("linspace", one_more_point=True, pure_noise_sigma=2.0**12, ends_at_first_alpha=True),
+    "lcm": GridRule("lcm"),
 }
 
 # diffusers' schedulers of the discrete-time VP process; the others (flow matching, EDM, ...) have another one.
@@ -253,13 +258,18 @@ class NoiseSchedule:
         """Return what the network should output for `add_noise` of the same arguments, (B, C, H, W)."""
         return PREDICTIONS[self.prediction_type].target(x0, noise, *self._rates(timesteps, x0))
 
-    def sampling_grid(self, num_inference_steps: int, rule: str = "ddim", karras: bool = False) -> Grid:
+    def timesteps_of(self, sigmas: Tensor) -> Tensor:
+        """Return the timesteps (N,) float64 of noise levels (N,), between trained ones linear in log(sigma)."""
+        table = self.sigmas.clamp(max=2.0**30).log().numpy()
+        return torch.from_numpy(np.interp(np.log(sigmas.numpy()), table, np.arange(len(table))))
+
+    def sampling_grid(self, num_inference_steps: int, rule: str = "ddim", sigma_spacing: str | None = None) -> Grid:
         """Choose the noise levels that a sampling run visits.
 
         Args:
             num_inference_steps: 1 to num_train_timesteps.
             rule: key of `GRID_RULES`, the family of schedulers whose habits to follow.
-            karras: space the noise levels as Karras et al. do, instead of by `timestep_spacing`.
+            sigma_spacing: a key of `SIGMA_SPACINGS`, to space noise levels instead of timesteps.
 
         Raises:
             InputError: step count out of range.
@@ -268,18 +278,19 @@ class NoiseSchedule:
         """
         _require_integer("num_inference_steps", num_inference_steps, 1, self.num_train_timesteps, "20")
         habits = GRID_RULES[rule]
-        spacing = self.timestep_spacing or habits.spacing
+        spacing = habits.spacing if habits.spacing == "lcm" else self.timestep_spacing or habits.spacing
         indices, table = np.arange(self.num_train_timesteps), self.sigmas.numpy().copy()  # (T,)
         if self.rescale_betas_zero_snr:
             table[-1] = habits.pure_noise_sigma
         timesteps = self._spaced(num_inference_steps, spacing, habits)  # (N,)
         sigmas = np.interp(timesteps, indices, table)  # (N,)
-        if karras:
+        if sigma_spacing is not None:
             ends = (table[-1], table[0]) if habits.one_more_point else (sigmas[0], sigmas[-1])
-            sigmas = _karras(*ends, num_inference_steps)
+            sigmas = SIGMA_SPACINGS[sigma_spacing](*ends, num_inference_steps)
             timesteps = np.interp(np.log(sigmas), np.log(table), indices)
             timesteps = timesteps.round() if habits.whole_timesteps else timesteps
-        last = table[0] if habits.ends_at_first_alpha and not self.set_alpha_to_one else 0.0
+        stops = not self.set_alpha_to_one if habits.ends_at_first_alpha is None else habits.ends_at_first_alpha
+        last = table[0] if stops else 0.0
         vp_start = habits.unit_variance_start or spacing == "leading"
         init_noise_sigma = math.hypot(1, sigmas[0]) if vp_start else float(sigmas[0])
         return Grid(torch.from_numpy(timesteps), torch.from_numpy(np.append(sigmas, last)), init_noise_sigma)
@@ -291,6 +302,12 @@ class NoiseSchedule:
         if spacing == "trailing":
             # arange, whose rounding errors decide ties, gives the timesteps that diffusers gives.
             return np.arange(count, 0, -count / steps)[:steps].round() - 1
+        if spacing == "lcm":
+            # Every 20th timestep was distilled, of which evenly many are visited: Luo et al. 2023, arXiv 2310.04378.
+            distilled = self.extra.get("original_inference_steps", LCM_TIMESTEPS)
+            _require_integer("num_inference_steps of lcm", steps, 1, distilled, "4")
+            picked = np.arange(distilled, 0, -1)[np.linspace(0, distilled, steps, endpoint=False).astype(int)]
+            return picked * (count // distilled) - 1.0
         if spacing == "leading":
             timesteps = np.arange(points, dtype=np.float64) * (count // points)
             timesteps += min(self.steps_offset, count - 1 - timesteps[-1])
@@ -306,12 +323,6 @@ class NoiseSchedule:
         signal_rates, noise_rates = self.alphas_cumprod.sqrt().to(dtype), (1 - self.alphas_cumprod).sqrt().to(dtype)
         picked = timesteps.to(like.device)
         return signal_rates.to(like.device)[picked].reshape(shape), noise_rates.to(like.device)[picked].reshape(shape)
-
-
-def _karras(sigma_max: float, sigma_min: float, count: int) -> np.ndarray:
-    """Return (count,) falling noise levels. Source: Karras et al. 2022, arXiv 2206.00364, Eq. 5 with rho = 7."""
-    ramp = np.linspace(0, 1, count)
-    return (sigma_max ** (1 / 7) + ramp * (sigma_min ** (1 / 7) - sigma_max ** (1 / 7))) ** 7
 
 
 def _require_choice(name: str, value: object, choices: Mapping[str, Any] | tuple[str, ...]) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
+from latentdiff.images import to_tensor
 from training.config import DataConfig, load_config
-from training.dataset import composite, load_images, to_tensor
+from training.dataset import composite, load_images
 
 ROOT = Path(__file__).parents[2]
 NEAREST = 5

@@ -12,6 +12,7 @@ import torch
 
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.diffusion.schedule import BETA_SCHEDULES, GRID_RULES
+from latentdiff.diffusion.spacing import SIGMA_SPACINGS
 from latentdiff.errors import InputError, ModelConfigError
 
 STABLE_DIFFUSION = {
@@ -76,23 +77,30 @@ def test_spacings(spacing: str, timesteps: list[int]) -> None:
     assert grid.sigmas[-1] == 0
 
 
-@pytest.mark.parametrize("rule", list(GRID_RULES))
+@pytest.mark.parametrize("rule", [rule for rule in GRID_RULES if rule != "lcm"])
 @pytest.mark.parametrize("spacing", [None, "leading", "linspace", "trailing"])
 @pytest.mark.parametrize("steps", [1, 2, 61, 499, 999, 1000])
-@pytest.mark.parametrize("karras", [False, True])
-def test_grids_fall_inside_the_training_range(rule: str, spacing: str | None, steps: int, karras: bool) -> None:
+@pytest.mark.parametrize("levels", [None, *SIGMA_SPACINGS])
+def test_grids_fall_inside_the_training_range(rule: str, spacing: str | None, steps: int, levels: str | None) -> None:
     schedule = NoiseSchedule(beta_schedule="squaredcos_cap_v2", timestep_spacing=spacing, steps_offset=1)
-    timesteps, sigmas, init_noise_sigma = schedule.sampling_grid(steps, rule, karras)
+    timesteps, sigmas, init_noise_sigma = schedule.sampling_grid(steps, rule, levels)
     assert timesteps.shape == (steps,) and sigmas.shape == (steps + 1,)
     assert timesteps.dtype == sigmas.dtype == torch.float64
-    assert (sigmas.diff() < 0).all() and (timesteps.diff() <= 0).all()
+    assert (sigmas[:-1].diff() < 0).all() and sigmas[-1] <= sigmas[-2] and (timesteps.diff() <= 0).all()
     assert timesteps[0] <= 999 and timesteps[-1] >= 0
     assert init_noise_sigma >= sigmas[0]
 
 
-def test_karras_spacing_is_linear_in_the_seventh_root() -> None:
-    roots = NoiseSchedule().sampling_grid(10, "euler", karras=True).sigmas[:-1] ** (1 / 7)
-    torch.testing.assert_close(roots.diff(), roots.diff()[:1].expand(9))
+def test_sigma_spacings_are_even_in_their_own_measure() -> None:
+    for name, measure in (("karras", lambda s: s ** (1 / 7)), ("exponential", torch.log)):
+        levels = measure(NoiseSchedule().sampling_grid(10, "euler", name).sigmas[:-1])
+        torch.testing.assert_close(levels.diff(), levels.diff()[:1].expand(9))
+
+
+def test_consistency_models_visit_the_timesteps_they_were_distilled_at() -> None:
+    assert NoiseSchedule().sampling_grid(4, "lcm").timesteps.tolist() == [999, 759, 499, 259]
+    with pytest.raises(InputError, match="num_inference_steps of lcm must be an integer from 1 to 50, got 51; try 4"):
+        NoiseSchedule().sampling_grid(51, "lcm")
 
 
 def test_ddim_ends_where_the_checkpoint_says() -> None:
