@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from latentdiff.errors import InputError
+from latentdiff.errors import InputError, suggest
 
-__all__ = ["classifier_free", "guidance_scales"]
+__all__ = ["GUIDANCE_SCHEDULES", "adaptive_projected", "classifier_free", "guidance_scales"]
 
 
 def classifier_free(
@@ -39,8 +40,48 @@ def classifier_free(
     return torch.lerp(guided, guided * ratio, _per_image(rescale, guided))  # Lin et al. Eq. 15 and 16
 
 
+def adaptive_projected(
+    conditional: Tensor, unconditional: Tensor, scale: float | Tensor, *, parallel: float = 0.0, limit: float = math.inf
+) -> Tensor:
+    """Combine two x0 estimates so that a high scale sharpens without over-saturating: adaptive projected guidance.
+
+    The part of their difference along the conditional estimate, which only raises contrast, is weakened, and the whole
+    difference is kept within a ball. The paper's momentum, which remembers earlier steps, is left out.
+
+    Args:
+        conditional, unconditional: (B, C, H, W) x0 estimates with the prompt and with the negative (or empty) prompt.
+        scale: guidance scale, one number or (B,); 1 gives the conditional estimate back.
+        parallel: how much of the parallel part is kept; 1 without a limit is classifier-free guidance.
+        limit: largest length of each image's difference.
+
+    Returns:
+        (B, C, H, W).
+
+    Source: Sadat et al. 2024, arXiv 2410.02416, algorithm 1.
+    """
+    axes = tuple(range(1, conditional.ndim))
+    difference = (conditional - unconditional).double()
+    length = difference.square().sum(dim=axes, keepdim=True).sqrt()
+    difference = difference * (limit / length.clamp(min=1e-12)).clamp(max=1)
+    direction = conditional.double() / conditional.double().square().sum(dim=axes, keepdim=True).sqrt().clamp(min=1e-12)
+    along = (difference * direction).sum(dim=axes, keepdim=True) * direction
+    update = (difference - along + parallel * along).to(conditional.dtype)
+    return conditional + (_per_image(scale, conditional) - 1) * update
+
+
+# share of the rows that lies behind, 0 (pure noise) to 1 -> factor of scale - 1; the rising ones average to 1
+GUIDANCE_SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "constant": torch.ones_like,
+    "linear": lambda done: 2 * done,
+    "cosine": lambda done: 1 - (math.pi * done).cos(),
+}
+
+
 def guidance_scales(
-    sigmas: Tensor, guidance_scale: float, guidance_interval: tuple[float, float] | None = None
+    sigmas: Tensor,
+    guidance_scale: float,
+    guidance_interval: tuple[float, float] | None = None,
+    guidance_schedule: str = "constant",
 ) -> Tensor:
     """Return the guidance scale of every row of a plan; where it is 1, the unconditional call can be left out.
 
@@ -48,18 +89,25 @@ def guidance_scales(
         sigmas: (R,) noise level of each row, `Plan.sigmas`.
         guidance_scale: finite; 1 and below mean no guidance, as in diffusers.
         guidance_interval: (low, high) in sigmas; guided where low < sigma <= high. None guides everywhere.
+        guidance_schedule: a key of `GUIDANCE_SCHEDULES`: how scale - 1 changes from the first row to the last.
 
     Returns:
         (R,) float64.
 
     Raises:
-        InputError: scale or interval is not finite or not ordered.
+        InputError: scale or interval is not finite or not ordered, or the schedule is unknown.
 
-    Source: Kynkäänniemi et al. 2024, arXiv 2404.07724, section 3 (the piecewise guidance weight).
+    Source: Kynkäänniemi et al. 2024, arXiv 2404.07724, section 3 (the piecewise guidance weight); Wang et al. 2024,
+    arXiv 2404.13040, section 4 (schedules).
     """
     if not math.isfinite(guidance_scale):
         raise InputError(f"guidance_scale must be a finite number, got {guidance_scale}; try 7.5")
-    scales = torch.full_like(sigmas, max(float(guidance_scale), 1.0), dtype=torch.float64)  # (R,)
+    if guidance_schedule not in GUIDANCE_SCHEDULES:
+        raise InputError(
+            f"guidance_schedule {guidance_schedule!r} is unknown{suggest(str(guidance_schedule), GUIDANCE_SCHEDULES)}"
+        )
+    done = torch.linspace(0, 1, len(sigmas), dtype=torch.float64)
+    scales = 1 + (max(float(guidance_scale), 1.0) - 1) * GUIDANCE_SCHEDULES[guidance_schedule](done)  # (R,)
     if guidance_interval is None:
         return scales
     low, high = guidance_interval

@@ -1,8 +1,9 @@
-"""What a network predicts (noise, velocity or data), and how its output becomes an x0 estimate, denoise(x).
+"""What a network predicts (noise, velocity, data or flow), and how its output becomes an x0 estimate, denoise(x).
 
-Training lives in VP coordinates, x_vp = signal_rate * x0 + noise_rate * noise with signal_rate^2 + noise_rate^2 = 1.
-Sampling lives in sigma coordinates, x = x_vp / signal_rate = x0 + sigma * noise, where every sampler is the same for
-every prediction type. The two sides of each row of `PREDICTIONS` are each other's inverse.
+A network sees signal_rate * x0 + noise_rate * noise: in VP coordinates, where the squares of the rates add up to 1, or
+in those of flow matching, where the rates do. Sampling lives in sigma coordinates, x = x0 + sigma * noise, sigma being
+noise_rate / signal_rate, where every sampler is the same for every prediction type. The two sides of each row of
+`PREDICTIONS` are each other's inverse.
 """
 
 from __future__ import annotations
@@ -59,11 +60,13 @@ class Prediction:
     Attributes:
         target: (x0, noise, signal_rate, noise_rate) -> what the network is trained to output.
         c_skip, c_out: sigma -> factors of x and of the network's output in the x0 estimate.
+        power: 2 where signal_rate^2 + noise_rate^2 = 1 in what the network sees, 1 where signal_rate + noise_rate = 1.
     """
 
     target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     c_skip: Callable[[Tensor], Tensor]
     c_out: Callable[[Tensor], Tensor]
+    power: int = 2
 
 
 PREDICTIONS: dict[str, Prediction] = {
@@ -85,6 +88,13 @@ PREDICTIONS: dict[str, Prediction] = {
         c_skip=lambda sigma: sigma.new_zeros(sigma.shape),
         c_out=lambda sigma: sigma.new_ones(sigma.shape),
     ),
+    # Lipman et al. 2023, arXiv 2210.02747, Eq. 23 with time running from data to noise: u = noise - x.
+    "flow_prediction": Prediction(
+        target=lambda x0, noise, signal_rate, noise_rate: noise - x0,
+        c_skip=lambda sigma: 1 / (1 + sigma),
+        c_out=lambda sigma: -sigma / (1 + sigma),
+        power=1,
+    ),
 }
 
 
@@ -97,10 +107,10 @@ class Preconditioning(NamedTuple):
 
 
 def preconditioning(prediction_type: str, sigmas: Tensor) -> Preconditioning:
-    """Return the factors that make an x0 estimate of the output of a network trained in VP coordinates.
+    """Return the factors that make an x0 estimate of a network's output.
 
     Args:
-        prediction_type: "epsilon", "v_prediction" or "sample".
+        prediction_type: a key of `PREDICTIONS`.
         sigmas: any shape, >= 0.
 
     Raises:
@@ -111,11 +121,12 @@ def preconditioning(prediction_type: str, sigmas: Tensor) -> Preconditioning:
     if prediction_type not in PREDICTIONS:
         raise InputError(f"prediction_type {prediction_type!r} is unknown{suggest(str(prediction_type), PREDICTIONS)}")
     prediction = PREDICTIONS[prediction_type]
-    return Preconditioning(prediction.c_skip(sigmas), prediction.c_out(sigmas), 1 / (1 + sigmas**2).sqrt())
+    c_in = 1 / (1 + sigmas**prediction.power) ** (1 / prediction.power)
+    return Preconditioning(prediction.c_skip(sigmas), prediction.c_out(sigmas), c_in)
 
 
 def as_denoiser(network: Network, prediction_type: str) -> Denoise:
-    """Wrap a network trained in VP coordinates as the one function that samplers call.
+    """Wrap a network as the one function that samplers call.
 
     Args:
         network: (model_input (b, C, H, W), call) -> model_output (b, C, H, W). It may run in half precision; the

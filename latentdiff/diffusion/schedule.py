@@ -8,7 +8,7 @@ see nothing but a list of falling sigmas. Tables are float64; they are applied i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,38 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentdiff.diffusion.betas import BETA_SCHEDULES
 from latentdiff.diffusion.prediction import PREDICTIONS
 from latentdiff.diffusion.spacing import SIGMA_SPACINGS
 from latentdiff.errors import InputError, ModelConfigError, suggest
 
-__all__ = ["BETA_SCHEDULES", "GRID_RULES", "TIMESTEP_SPACINGS", "Grid", "GridRule", "NoiseSchedule"]
+__all__ = ["GRID_RULES", "TIMESTEP_SPACINGS", "VARIANCES", "Grid", "GridRule", "NoiseSchedule"]
 
-
-def _linear(count: int, start: float, end: float) -> Tensor:
-    """Ho et al. 2020, arXiv 2006.11239, section 4: betas rise linearly."""
-    return torch.linspace(start, end, count, dtype=torch.float64)
-
-
-def _scaled_linear(count: int, start: float, end: float) -> Tensor:
-    """Rombach et al. 2022, arXiv 2112.10752, and all of Stable Diffusion: the roots of the betas rise linearly."""
-    return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
-
-
-def _cosine(count: int, start: float, end: float) -> Tensor:
-    """Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17: alphas_cumprod follows a squared cosine; no ends to choose."""
-    time = torch.arange(count + 1, dtype=torch.float64) / count
-    alphas_cumprod = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
-    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
-
-
-# name -> (num_train_timesteps T, beta_start, beta_end) -> betas (T,) float64
-BETA_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
-    "linear": _linear,
-    "scaled_linear": _scaled_linear,
-    "squaredcos_cap_v2": _cosine,
-}
 
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+VARIANCES = ("fixed_small", "fixed_large")
 LCM_TIMESTEPS = 50  # at which consistency models are distilled, unless the checkpoint says otherwise
 
 
@@ -170,10 +148,13 @@ class NoiseSchedule:
             raise InputError(
                 f"betas must satisfy 0 < beta_start <= beta_end < 1, got {ends[0]!r} and {ends[1]!r}; try 1e-4 and 0.02"
             )
-        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":  # Lin et al. 2023, section 3.2
+        if self.ends_in_pure_noise and self.prediction_type == "epsilon":  # Lin et al. 2023, section 3.2
+            remedy = (
+                "choose another beta_schedule" if self.beta_schedule == "flow" else "rescale_betas_zero_snr to false"
+            )
             raise InputError(
                 "a schedule of zero terminal SNR needs a network that predicts more than the noise, got epsilon; "
-                "set prediction_type to v_prediction or sample, or rescale_betas_zero_snr to false"
+                f"set prediction_type to v_prediction or sample, or {remedy}"
             )
 
     @classmethod
@@ -226,6 +207,11 @@ class NoiseSchedule:
         roots = alphas_cumprod.sqrt()  # Lin et al. 2023, arXiv 2305.08891, algorithm 1
         return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
 
+    @property
+    def ends_in_pure_noise(self) -> bool:
+        """Whether the last timestep has no signal left, zero terminal SNR."""
+        return self.rescale_betas_zero_snr or self.beta_schedule == "flow"
+
     @cached_property
     def sigmas(self) -> Tensor:
         """(T,) float64, rising: sqrt((1 - alphas_cumprod) / alphas_cumprod), infinite at zero terminal SNR."""
@@ -240,7 +226,7 @@ class NoiseSchedule:
         return table.to(torch.float32).to(timesteps.device)[timesteps]
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Draw x_t of the forward process, in VP coordinates, as the network sees it in training.
+        """Draw x_t of the forward process q(x_t | x_0) as the network sees it in training (`prediction.py`).
 
         Args:
             x0, noise: (B, C, H, W), data (or scaled latents) and standard normal noise.
@@ -263,6 +249,37 @@ class NoiseSchedule:
         table = self.sigmas.clamp(max=2.0**30).log().numpy()
         return torch.from_numpy(np.interp(np.log(sigmas.numpy()), table, np.arange(len(table))))
 
+    def posterior(
+        self, x0: Tensor, x_t: Tensor, timesteps: Tensor, variance: str = "fixed_small"
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean and log variance of q(x_{t-1} | x_t, x_0), in VP coordinates.
+
+        Args:
+            x0, x_t: (B, C, H, W).
+            timesteps: (B,) int64; at 0 the mean is x0, and the small variance is 0, its logarithm that at timestep 1.
+            variance: "fixed_small", that of the posterior, or "fixed_large", beta, of which learned ones lie between.
+
+        Returns:
+            (B, C, H, W) and (B, 1, 1, 1).
+
+        Raises:
+            InputError: unknown variance.
+
+        Source: Ho et al. 2020, arXiv 2006.11239, Eq. 6 and 7, section 3.2; Nichol & Dhariwal 2021, arXiv 2102.09672,
+        Eq. 15.
+        """
+        _require_choice("variance", variance, VARIANCES)
+        after = self.alphas_cumprod  # alpha-bar at t
+        before = torch.cat([after.new_ones(1), after[:-1]])  # at t - 1
+        betas = 1 - after / before
+        small = betas * (1 - before) / (1 - after)  # Eq. 7
+        small[0] = small[1] if len(small) > 1 else betas[0]
+        of_x0, of_x_t = before.sqrt() * betas / (1 - after), (after / before).sqrt() * (1 - before) / (1 - after)
+        log_variance = (small if variance == "fixed_small" else betas).log()
+        tables = (of_x0, of_x_t, log_variance)
+        first, second, last = (self._at(table, timesteps, x0) for table in tables)
+        return first * x0 + second * x_t, last
+
     def sampling_grid(self, num_inference_steps: int, rule: str = "ddim", sigma_spacing: str | None = None) -> Grid:
         """Choose the noise levels that a sampling run visits.
 
@@ -280,7 +297,7 @@ class NoiseSchedule:
         habits = GRID_RULES[rule]
         spacing = habits.spacing if habits.spacing == "lcm" else self.timestep_spacing or habits.spacing
         indices, table = np.arange(self.num_train_timesteps), self.sigmas.numpy().copy()  # (T,)
-        if self.rescale_betas_zero_snr:
+        if self.ends_in_pure_noise:
             table[-1] = habits.pure_noise_sigma
         timesteps = self._spaced(num_inference_steps, spacing, habits)  # (N,)
         sigmas = np.interp(timesteps, indices, table)  # (N,)
@@ -317,12 +334,18 @@ class NoiseSchedule:
         return timesteps[::-1][:steps].copy()
 
     def _rates(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return signal and noise rate at `timesteps`, each (B, 1, 1, 1), on the device of `like`."""
+        """Return signal and noise rate of what the network sees at `timesteps`, each (B, 1, 1, 1), as `like` is."""
+        signal_rates, noise_rates = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+        if PREDICTIONS[self.prediction_type].power == 1:
+            total = signal_rates + noise_rates
+            signal_rates, noise_rates = signal_rates / total, noise_rates / total
+        return self._at(signal_rates, timesteps, like), self._at(noise_rates, timesteps, like)
+
+    @staticmethod
+    def _at(table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
+        """Return the entries (B, 1, 1, 1) of a table (T,), in at least float32, on the device of `like`."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        shape = (-1, *[1] * (like.ndim - 1))
-        signal_rates, noise_rates = self.alphas_cumprod.sqrt().to(dtype), (1 - self.alphas_cumprod).sqrt().to(dtype)
-        picked = timesteps.to(like.device)
-        return signal_rates.to(like.device)[picked].reshape(shape), noise_rates.to(like.device)[picked].reshape(shape)
+        return table.to(like.device, dtype)[timesteps.to(like.device)].reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _require_choice(name: str, value: object, choices: Mapping[str, Any] | tuple[str, ...]) -> None:

@@ -1,7 +1,7 @@
 """Every sampler as a short function from falling noise levels to a table of numbers.
 
 A solver is written as its paper writes it, but x, the x0 estimate and the memory are unit vectors (`Rows.state`), so
-that each result is the list of its coefficients: one row of the table that `samplers.sample` applies to pictures.
+that each result is the list of its coefficients: one row of the table (`table.py`) that `samplers.sample` applies.
 
 In sigma coordinates, x = x0 + sigma noise, the probability-flow ODE is dx/dsigma = (x - D) / sigma, with the estimate
 D = denoise(x, sigma). In the DPM-Solver papers lambda is -log(sigma), so a step to sigma' has exp(-h) = sigma' / sigma.
@@ -13,75 +13,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.polynomial import Polynomial
 from torch import Tensor
 
-__all__ = ["SAMPLERS", "Sampler", "Table"]
+from latentdiff.diffusion.table import Rows, Table
 
-Vector = np.ndarray  # coefficients of the slots and of D, (S + 1,) float64
-
-
-class Table(NamedTuple):
-    """The R rows of a solver with S slots, float64.
-
-    Attributes:
-        matrices: (R, S, S + 1), from the slots and D to the next slots.
-        noise: (R, S), factors of the fresh noise that joins them.
-        sigmas: (R,), the noise level of slot 0 when the network is called; a step may take several calls.
-        between: (R,) bool, whether that is a level of the solver's own and not one of the grid.
-    """
-
-    matrices: Tensor
-    noise: Tensor
-    sigmas: Tensor
-    between: Tensor
-
-
-class Rows:
-    """Collects the rows of a table.
-
-    Args:
-        slots: how many; slot 0 is the x at which the network is called, the others are the solver's memory.
-    """
-
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
-        self.matrices: list[Vector] = []
-        self.noise: list[list[float]] = []
-        self.sigmas: list[float] = []
-        self.between: list[bool] = []
-
-    @property
-    def state(self) -> Vector:
-        """Slots and D before a row, as unit vectors: `x, *memory, D = rows.state`."""
-        return np.eye(self.slots + 1)
-
-    def add(
-        self, sigma: float, *slots: Vector, noise: float = 0.0, keep_noise: bool = False, between: bool = False
-    ) -> None:
-        """Add the row whose network call is at `sigma`.
-
-        Args:
-            slots: what the slots become; those left out become 0.
-            noise: factor of the fresh noise that joins slot 0.
-            keep_noise: remember the noise itself in the last slot.
-            between: see `Table`.
-        """
-        row = np.zeros((self.slots, self.slots + 1))
-        row[: len(slots)] = slots
-        self.matrices.append(row)
-        self.noise.append([noise, *[0.0] * (self.slots - 2), *[float(keep_noise)] * (self.slots > 1)])
-        self.sigmas.append(sigma)
-        self.between.append(between)
-
-    def table(self) -> Table:
-        """Return all rows."""
-        numbers = (np.stack(self.matrices), np.array(self.noise), np.array(self.sigmas), np.array(self.between))
-        return Table(*map(torch.from_numpy, numbers))
+__all__ = ["SAMPLERS", "Sampler"]
 
 
 def ddim(sigmas: Tensor, eta: float = 0.0) -> Table:
@@ -227,6 +166,8 @@ def dpmpp_2m_sde(sigmas: Tensor) -> Table:
 def dpmpp_3m_sde(sigmas: Tensor) -> Table:
     """SDE-DPM-Solver++(3M): a parabola through the last three estimates over lambda, integrated exactly.
 
+    Other implementations weigh the curvature with half of this factor, which makes them of order 2.
+
     Source: Lu et al. 2022, arXiv 2211.01095, section 6, with the third-order polynomial of Eq. 4.
     """
     rows, past = Rows(3), list[float]()
@@ -243,7 +184,7 @@ def dpmpp_3m_sde(sigmas: Tensor) -> Table:
                 before = (earlier[0] - earlier[1]) / (places[0] - places[1])
                 curve = (slope - before) / -places[1]
                 slope = slope - places[0] * curve
-                change = (phi_2 / (2 * step) - 0.5) * -curve
+                change = (1 - phi_2 / step) * curve
             change = change + phi_2 * slope
         noise = following * math.sqrt(1 - ratio**2)
         rows.add(sigma, D + ratio**2 * (x - D) + change, D, *earlier[:1], noise=noise)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion import classifier_free, guidance_scales, preconditioning
+from latentdiff.diffusion.guidance import GUIDANCE_SCHEDULES, adaptive_projected
 from latentdiff.errors import InputError
 
 
@@ -67,3 +68,28 @@ def test_bad_scale(scale: float) -> None:
 def test_bad_interval(interval: tuple[float, float]) -> None:
     with pytest.raises(InputError, match="guidance_interval must be"):
         guidance_scales(torch.ones(2), 7.5, interval)
+
+
+def test_adaptive_projected_guidance_without_its_means_is_classifier_free() -> None:
+    conditional, unconditional = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    guided = adaptive_projected(conditional, unconditional, 4.0, parallel=1.0)
+    torch.testing.assert_close(guided, classifier_free(conditional, unconditional, 4.0))
+
+
+def test_adaptive_projected_guidance_adds_nothing_along_the_estimate_and_is_limited() -> None:
+    conditional, unconditional = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    scales = torch.tensor([1.0, 4.0, 20.0])
+    update = (adaptive_projected(conditional, unconditional, scales, limit=2.0) - conditional).flatten(1)
+    torch.testing.assert_close((update * conditional.flatten(1)).sum(1), torch.zeros(3), atol=1e-3, rtol=0)
+    assert (update.norm(dim=1) <= 2.0 * (scales - 1) + 1e-4).all()
+    assert torch.equal(update[0], torch.zeros_like(update[0]))
+
+
+def test_schedules_rise_and_keep_the_mean() -> None:
+    sigmas = torch.linspace(10, 0.1, 101, dtype=torch.float64)
+    for name in GUIDANCE_SCHEDULES:
+        scales = guidance_scales(sigmas, 5.0, guidance_schedule=name)
+        assert float(scales.mean()) == pytest.approx(5.0) and (scales.diff() >= 0).all()
+    assert guidance_scales(sigmas, 5.0, guidance_schedule="linear")[0] == 1
+    with pytest.raises(InputError, match="did you mean 'cosine'"):
+        guidance_scales(sigmas, 5.0, guidance_schedule="cosin")

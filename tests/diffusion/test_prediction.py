@@ -24,7 +24,7 @@ def test_the_perfect_network_gives_x0_back(prediction_type: str, beta_schedule: 
     timesteps = torch.tensor([0, 1, 500, 998, 999])
     x_vp, target = schedule.add_noise(x0, noise, timesteps), schedule.target(x0, noise, timesteps)
     sigmas = schedule.sigmas[timesteps]
-    x = x_vp * (1 + sigmas.reshape(-1, 1, 1, 1) ** 2).sqrt()
+    x = x_vp / preconditioning(prediction_type, sigmas).c_in.reshape(-1, 1, 1, 1)
     torch.testing.assert_close(x, x0 + sigmas.reshape(-1, 1, 1, 1) * noise)
 
     def network(model_input: Tensor, _: Call) -> Tensor:

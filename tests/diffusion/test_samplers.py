@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,21 @@ from latentdiff.diffusion import (
     sample,
     start,
 )
-from latentdiff.diffusion.solvers import Table, ddim, ddpm, deis, dpm2, dpmpp_2m, euler, euler_a, heun, lms, unipc
+from latentdiff.diffusion.solvers import (
+    ddim,
+    ddpm,
+    deis,
+    dpm2,
+    dpmpp_2m,
+    dpmpp_3m_sde,
+    dpmpp_sde,
+    euler,
+    euler_a,
+    heun,
+    lms,
+    unipc,
+)
+from latentdiff.diffusion.table import Table
 from latentdiff.errors import InputError
 
 SHAPE = (2, 4, 4)
@@ -157,6 +172,33 @@ def test_ddpm_is_the_posterior_of_the_forward_process() -> None:
     torch.testing.assert_close(table.matrices[:, 0, 0] * after / before, of_x.flip(0))
     torch.testing.assert_close(table.matrices[:, 0, 1] * after, of_x0.flip(0))
     torch.testing.assert_close(table.noise[:, 0] * after, variance.sqrt().flip(0))
+
+
+def test_third_order_solver_takes_a_parabola_exactly() -> None:
+    """If estimates follow a parabola in lambda, the integral the table takes without noise is the exact one."""
+    levels = torch.tensor([8.0, 5.0, 2.5, 1.0], dtype=torch.float64)
+    table = dpmpp_3m_sde(levels)
+    estimates = [0.7 - 0.4 * math.log(level) + 0.3 * math.log(level) ** 2 for level in levels.tolist()]
+    sigma, following = levels[-2:].tolist()
+    of_x, *of_memory, of_estimate = table.matrices[-1, 0].tolist()
+    ours = of_x * 1.5 + of_memory[0] * estimates[1] + of_memory[1] * estimates[0] + of_estimate * estimates[2]
+    # Lu et al. 2022, 2211.01095, the exact solution of the SDE in mean: the integral over lambda by a fine sum.
+    steps = torch.linspace(math.log(sigma), math.log(following), 200_001, dtype=torch.float64)
+    middle = (steps[1:] + steps[:-1]) / 2
+    curve = 0.7 - 0.4 * middle + 0.3 * middle**2
+    weights = 2 * (2 * (math.log(following) - middle)).exp() * (math.log(sigma) - math.log(following)) / 200_000
+    exact = (following / sigma) ** 2 * 1.5 + float((weights * curve).sum())
+    assert ours == pytest.approx(exact, rel=1e-6)
+
+
+def test_both_stages_of_the_stochastic_solver_see_one_path() -> None:
+    """What x has gained over both stages has the variance of the whole step, and the covariance of one path."""
+    levels = torch.tensor([4.0, 1.0], dtype=torch.float64)
+    first, second = dpmpp_sde(levels).noise
+    carried = dpmpp_sde(levels).matrices[1, 0, 2] * first[2]
+    up = 1.0 * math.sqrt(1 - (1.0 / 4.0) ** 2)
+    assert float(carried**2 + second[0] ** 2) == pytest.approx(up**2)
+    assert float(carried / up) == pytest.approx(math.sqrt((4.0 - 2.0) / (4.0 - 1.0)))
 
 
 def test_mixed_batch_equals_solo_runs() -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from latentdiff.diffusion import NoiseSchedule
-from latentdiff.diffusion.schedule import BETA_SCHEDULES, GRID_RULES
+from latentdiff.diffusion.betas import BETA_SCHEDULES
+from latentdiff.diffusion.schedule import GRID_RULES
 from latentdiff.diffusion.spacing import SIGMA_SPACINGS
 from latentdiff.errors import InputError, ModelConfigError
 
@@ -32,7 +33,7 @@ STABLE_DIFFUSION = {
 
 @pytest.mark.parametrize("beta_schedule", list(BETA_SCHEDULES))
 def test_tables_are_float64_and_monotonic(beta_schedule: str) -> None:
-    schedule = NoiseSchedule(beta_schedule=beta_schedule)
+    schedule = NoiseSchedule(beta_schedule=beta_schedule, prediction_type="v_prediction")
     assert schedule.alphas_cumprod.shape == schedule.sigmas.shape == (1000,)
     assert schedule.alphas_cumprod.dtype == schedule.sigmas.dtype == torch.float64
     assert (schedule.alphas_cumprod.diff() < 0).all() and (schedule.sigmas.diff() > 0).all()
@@ -49,6 +50,39 @@ def test_cosine_follows_its_closed_form() -> None:
     time = (np.arange(1, 1000) / 1000 + 0.008) / 1.008 * math.pi / 2
     np.testing.assert_allclose(alphas_cumprod[:-1], (np.cos(time) / math.cos(0.008 / 1.008 * math.pi / 2)) ** 2)
     assert float(alphas_cumprod[-1] / alphas_cumprod[-2]) == pytest.approx(0.001)  # beta capped at 0.999
+
+
+def test_angles_rise_evenly() -> None:
+    schedule = NoiseSchedule(beta_schedule="angle")
+    angles = torch.atan2((1 - schedule.alphas_cumprod).sqrt(), schedule.alphas_cumprod.sqrt())
+    torch.testing.assert_close(angles.diff(), angles.diff()[:1].expand(999))
+    assert float(schedule.alphas_cumprod[0].sqrt()) == pytest.approx(0.95)
+    assert float(schedule.alphas_cumprod[-1].sqrt()) == pytest.approx(0.02)
+
+
+def test_flow_mixes_data_and_noise_in_a_straight_line() -> None:
+    schedule = NoiseSchedule(beta_schedule="flow", prediction_type="flow_prediction")
+    x0, noise = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    time = torch.tensor([0.001, 0.5, 1.0], dtype=torch.float64).reshape(-1, 1, 1, 1)
+    timesteps = torch.tensor([0, 499, 999])
+    torch.testing.assert_close(schedule.add_noise(x0, noise, timesteps), (1 - time) * x0 + time * noise)
+    torch.testing.assert_close(schedule.target(x0, noise, timesteps), noise - x0)
+
+
+def test_posterior_agrees_with_bayes() -> None:
+    """q(x_{t-1} | x_t, x_0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0), two Gaussians."""
+    schedule, timesteps = NoiseSchedule(beta_schedule="sigmoid"), torch.tensor([1, 10, 999])
+    x0, x_t = torch.randn(2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean, log_variance = schedule.posterior(x0, x_t, timesteps)
+    before, after = (schedule.alphas_cumprod[timesteps - 1 + k].reshape(-1, 1, 1, 1) for k in (0, 1))
+    alpha = after / before
+    precision = alpha / (1 - alpha) + 1 / (1 - before)
+    torch.testing.assert_close(log_variance.exp(), 1 / precision)
+    torch.testing.assert_close(mean, (alpha.sqrt() / (1 - alpha) * x_t + before.sqrt() / (1 - before) * x0) / precision)
+    torch.testing.assert_close(schedule.posterior(x0, x_t, timesteps, "fixed_large")[1].exp(), 1 - alpha)
+    assert torch.equal(schedule.posterior(x0, x_t, torch.zeros(3, dtype=torch.int64))[0], x0)
+    with pytest.raises(InputError, match="did you mean 'fixed_small'"):
+        schedule.posterior(x0, x_t, timesteps, "fixed_smal")
 
 
 def test_zero_terminal_snr_keeps_the_first_timestep() -> None:
@@ -130,6 +164,7 @@ def test_bad_step_counts(steps: Any) -> None:
         ({"beta_end": "0.02"}, "0 < beta_start <= beta_end < 1"),
         ({"set_alpha_to_one": "false"}, "set_alpha_to_one must be true or false"),
         ({"rescale_betas_zero_snr": True}, "set prediction_type to v_prediction"),
+        ({"beta_schedule": "flow"}, "set prediction_type to v_prediction or sample, or choose another beta_schedule"),
     ],
 )
 def test_bad_values(values: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from diffusers import (
     DDPMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSDEScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
@@ -151,8 +154,8 @@ def largest_difference(
     dtype: torch.dtype = torch.float64,
     **peer_values: Any,
 ) -> float:
-    """Run both with the same seeds and return the largest difference of x in VP coordinates, relative where x is above 1."""
-    name = sampler.removesuffix("_karras")
+    """Run both with the same seeds and return the largest difference of x in VP coordinates, relative above 1."""
+    name = sampler.removesuffix("_karras").removesuffix("_exponential").removesuffix("_beta")
     schedule = NoiseSchedule(**values)
     plan = make_plan(schedule, sampler, steps, eta=eta, strength=strength)
     runs = []
@@ -251,6 +254,49 @@ def test_karras_spacing(float64: None, sampler: str, spacing: str, steps: int) -
     expected = make_plan(NoiseSchedule(**values), sampler, steps)
     np.testing.assert_allclose(scheduler.timesteps.double(), expected.timesteps, atol=1e-2)
     np.testing.assert_allclose(scheduler.sigmas[:-1], expected.sigmas, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spacing", ["exponential", "beta"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
+def test_sigma_spacings(float64: None, sampler: str, spacing: str) -> None:
+    values = config("scaled_linear", "v_prediction", timestep_spacing="leading", steps_offset=1)
+    options: dict[str, Any] = {f"use_{spacing}_sigmas": True}
+    # diffusers cuts the timesteps of DPM++ and UniPC to integers, Karras apart; we round them to the nearest.
+    rounds = GRID_RULES[SAMPLERS[sampler].rule].whole_timesteps
+    assert largest_difference(f"{sampler}_{spacing}", values, 12, **options) < (0.01 if rounds else TOLERANCE)
+
+
+def test_flow_matching(float64: None) -> None:
+    """Euler in sigma coordinates is Euler along the straight lines of flow matching."""
+    schedule = NoiseSchedule(beta_schedule="flow", prediction_type="flow_prediction", timestep_spacing="trailing")
+    plan = make_plan(schedule, "euler", 10)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=(plan.sigmas / (1 + plan.sigmas)).tolist())  # noise rates
+    noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    denoise = as_denoiser(lambda x, call: network(x, call.timesteps), schedule.prediction_type)
+    *_, ours = sample(denoise, plan, start(plan, noise))
+    x = noise * float(plan.sigmas[0] / (1 + plan.sigmas[0]))  # 4096 stands for infinity
+    for theirs, told in zip(scheduler.timesteps, plan.timesteps):
+        assert float(theirs) == pytest.approx(float(told) + 1, abs=0.3)  # diffusers counts from 1
+        x = scheduler.step(network(x, told), theirs, x).prev_sample
+    torch.testing.assert_close(ours.x, x, atol=1e-5, rtol=0)
+
+
+def test_stochastic_two_stage_solver(float64: None) -> None:
+    """Without its noise, which diffusers draws from a Brownian tree of its own."""
+    pytest.importorskip("torchsde")
+    values = config("scaled_linear", "epsilon", timestep_spacing="trailing")
+    schedule, scheduler = NoiseSchedule(**values), DPMSolverSDEScheduler(**values)
+    plan = make_plan(schedule, "dpmpp_sde", 10)
+    plan = replace(plan, noise=torch.zeros_like(plan.noise))
+    noise = draw_noise([image_generator(0)], SHAPE).double()
+    ours = our_run(schedule, plan, noise, [])
+    scheduler.set_timesteps(10)
+    x = noise * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        output = network(scheduler.scale_model_input(x, timestep), timestep)
+        x = scheduler.step(output, timestep, x, s_noise=0.0).prev_sample
+    torch.testing.assert_close(ours[-1], x, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("sampler", [name for name in PEERS if name not in ("plms", "lcm")])  # quirks, both
@@ -361,14 +407,14 @@ def test_quirk_plms_of_velocities(float64: None) -> None:
 
 
 def test_quirk_third_order_sde() -> None:
-    """The curvature term of diffusers' third-order SDE solver does not vanish with the step, so we keep the paper's.
+    """The curvature factor of diffusers' third-order SDE solver does not vanish with the step h; ours is the integral.
 
-    For steps h its factor must go to 0 as h / 3; diffusers adds -1 to that, a sign lost from the expansion.
+    The integral of the squared time, 2h exp(-2h (1 - s)) s^2 over s from 0 to 1, goes to 0 as 2h / 3.
     """
     step = 1e-3
     theirs = (1 - np.exp(-2 * step) - 2 * step) / (2 * step) ** 2 - 0.5
-    ours = 0.5 - (1 + np.expm1(-2 * step) / (2 * step)) / (2 * step)
-    assert ours == pytest.approx(step / 3, rel=1e-2) and theirs == pytest.approx(step / 3 - 1, rel=1e-2)
+    ours = 1 - (1 + np.expm1(-2 * step) / (2 * step)) / step
+    assert ours == pytest.approx(2 * step / 3, rel=1e-2) and theirs == pytest.approx(-1, rel=1e-2)
 
 
 def test_quirk_linspace_of_one_step() -> None:
