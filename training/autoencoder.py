@@ -38,6 +38,7 @@ from training.run import (
     Log,
     StepGuard,
     adamw,
+    compile_checked,
     learning_rate,
     mixed_precision,
     open_run,
@@ -64,15 +65,17 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
     model: Any = AutoencoderKL(AutoencoderConfig.from_dict(config.model))
     discriminator: Any = PatchDiscriminator()
     optimizer, critic = adamw(model, config.optimizer), adamw(discriminator, config.optimizer)
-    if run.compile:
-        model.encoder.compile()
-        model.decoder.compile()
     plain: AutoencoderKL = model
     ema = Ema(model, run.ema_decay)
     modules, optimizers = {"model": model, "discriminator": discriminator}, {"optimizer": optimizer, "critic": critic}
     first = restore(checkpoint, modules, optimizers, ema)
     model, discriminator, optimizer, critic = accelerator.prepare(model, discriminator, optimizer, critic)
     ema.to(accelerator.device)
+    if run.compile:
+        images = _batch(data, config, first).to(accelerator.device)
+        compile_checked(plain.encoder, images, autocast=accelerator.autocast())
+        latents = plain.encode(images).mode().detach()
+        compile_checked(plain.decoder, latents, autocast=accelerator.autocast())
     log, guard = Log(run, first, "autoencoder"), StepGuard()
     with stop_on_signal() as stopped:
         for step in range(first, run.steps):

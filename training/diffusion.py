@@ -37,6 +37,7 @@ from training.run import (
     Log,
     StepGuard,
     adamw,
+    compile_checked,
     fast_attention,
     learning_rate,
     mixed_precision,
@@ -71,7 +72,10 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     unet, optimizer = accelerator.prepare(unet, optimizer)
     ema.to(accelerator.device)
     log, guard = Log(run, first, "diffusion"), StepGuard()
-    network = torch.compile(unet) if run.compile else unet
+    if run.compile:
+        latents, context, _ = (part.to(accelerator.device) for part in draw_batch(data, config, first))
+        timesteps = torch.zeros(len(latents), dtype=torch.int64, device=accelerator.device)
+        compile_checked(plain, latents, timesteps, context, autocast=accelerator.autocast())
     with stop_on_signal() as stopped, fast_attention():
         for step in range(first, run.steps):
             latents, context, nulls = (part.to(accelerator.device) for part in draw_batch(data, config, step))
@@ -80,7 +84,7 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
             noise = torch.randn(latents.shape, generator=generator).to(latents.device)
             timesteps = timesteps.to(latents.device)
             with accelerator.autocast():
-                output = network(parts.schedule.add_noise(latents, noise, timesteps), timesteps, context)
+                output = unet(parts.schedule.add_noise(latents, noise, timesteps), timesteps, context)
             target = parts.schedule.target(latents, noise, timesteps)
             errors = (output.float() - target).square().mean(dim=(1, 2, 3))  # (B,)
             loss = (errors * loss_weight(parts.schedule, timesteps, config.min_snr_gamma)).mean()

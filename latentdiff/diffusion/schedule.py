@@ -256,7 +256,7 @@ class NoiseSchedule:
 
         Args:
             x0, x_t: (B, C, H, W).
-            timesteps: (B,) int64; at 0 the mean is x0, and the small variance is 0, its logarithm that at timestep 1.
+            timesteps: (B,) int64; at 0 the mean is x0, and the variance, which would be 0, the small one of timestep 1.
             variance: "fixed_small", that of the posterior, or "fixed_large", beta, of which learned ones lie between.
 
         Returns:
@@ -275,7 +275,7 @@ class NoiseSchedule:
         small = betas * (1 - before) / (1 - after)  # Eq. 7
         small[0] = small[1] if len(small) > 1 else betas[0]
         of_x0, of_x_t = before.sqrt() * betas / (1 - after), (after / before).sqrt() * (1 - before) / (1 - after)
-        log_variance = (small if variance == "fixed_small" else betas).log()
+        log_variance = (small if variance == "fixed_small" else torch.cat([small[:1], betas[1:]])).log()
         tables = (of_x0, of_x_t, log_variance)
         first, second, last = (self._at(table, timesteps, x0) for table in tables)
         return first * x0 + second * x_t, last

@@ -1,0 +1,214 @@
+"""How likely a diffusion model finds data, in bits per dimension: the variational bound, and the probability-flow ODE.
+
+Everything is about whatever the network denoises. For a latent model that is latents, and the result is no likelihood
+of pictures: it says nothing of what the autoencoder adds or loses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.prediction import Call, Denoise
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.errors import InputError
+
+__all__ = ["Bound", "OdeLikelihood", "bound_term", "ode_likelihood", "prior_term", "variational_bound"]
+
+LEVELS = 255  # steps between the 8-bit values of [-1, 1]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The variational bound of a batch, in bits per dimension.
+
+    Attributes:
+        prior: (B,), L_T: how far the end of the forward process is from standard normal noise.
+        terms: (T, B), L_{t-1} of each timestep; the first, L_0, is that of the decoder of 8-bit data.
+    """
+
+    prior: Tensor
+    terms: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The bound itself, (B,)."""
+        return self.prior + self.terms.sum(dim=0)
+
+
+@dataclass(frozen=True)
+class OdeLikelihood:
+    """Log likelihood by the probability-flow ODE.
+
+    Attributes:
+        nats: (B,) log density of the data, summed over dimensions.
+        standard_error: (B,) of `nats`, from the spread over the probes; NaN with one probe.
+        dimensions: of one image.
+    """
+
+    nats: Tensor
+    standard_error: Tensor
+    dimensions: int
+
+    def bits_per_dim(self, scale: float = 1.0) -> Tensor:
+        """Return the negative log2 density per dimension (B,) of data measured in units of `scale`.
+
+        Dequantised 8-bit data in [-1, 1] has a scale of 2 / 256: its bits per dimension are those of the integers.
+        """
+        return -self.nats / self.dimensions / math.log(2) - math.log2(scale)
+
+
+def prior_term(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
+    """Return L_T = KL(q(x_T | x_0) || N(0, I)) in bits per dimension, (B,).
+
+    Source: Ho et al. 2020, arXiv 2006.11239, Eq. 5.
+    """
+    alpha_bar = float(schedule.alphas_cumprod[-1])
+    # 0.5 (variance + mean^2 - 1 - log variance) with variance 1 - alpha_bar
+    constant = 0.5 * (-alpha_bar - math.log1p(-alpha_bar))
+    return (constant + 0.5 * alpha_bar * x0.square()).flatten(1).mean(dim=1) / math.log(2)
+
+
+@torch.no_grad()
+def bound_term(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    variance: str = "fixed_small",
+) -> Tensor:
+    """Return one sample of L_{t-1} for each image, of L_0 where its timestep is 0, in bits per dimension (B,).
+
+    Args:
+        denoise: see `prediction.as_denoiser`; called in sigma coordinates.
+        x0: (B, C, H, W) data; 8-bit values scaled to [-1, 1] where L_0 is asked for.
+        noise: (B, C, H, W) standard normal.
+        timesteps: (B,) int64.
+        variance: of the reverse process, see `NoiseSchedule.posterior`.
+
+    Source: Ho et al. 2020, arXiv 2006.11239, Eq. 5 and 13; Nichol & Dhariwal 2021, arXiv 2102.09672, section 2.1.
+    """
+    alpha_bar = schedule.alphas_cumprod.to(x0.device)[timesteps].to(x0.dtype).reshape(-1, *[1] * (x0.ndim - 1))
+    x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise  # Ho et al. Eq. 4
+    places = torch.arange(len(x0), device=x0.device)
+    sigmas = schedule.sigmas.to(x0.device, x0.dtype)[timesteps]
+    call = Call(0, places, torch.zeros_like(places), sigmas, timesteps.to(x0.dtype))
+    estimate = denoise(x_t / alpha_bar.sqrt(), call)
+    true_mean, true_log = schedule.posterior(x0, x_t, timesteps)
+    mean, log_variance = schedule.posterior(estimate, x_t, timesteps, variance)
+    kl = 0.5 * (log_variance - true_log + (true_log - log_variance).exp() - 1)
+    kl = kl + 0.5 * (true_mean - mean).square() * (-log_variance).exp()
+    nats = torch.where(call.timesteps.reshape(alpha_bar.shape) == 0, -_discretised(x0, mean, log_variance), kl)
+    return nats.flatten(1).mean(dim=1) / math.log(2)
+
+
+def variational_bound(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    generators: Sequence[torch.Generator],
+    variance: str = "fixed_small",
+) -> Bound:
+    """Return every term of the bound, one noise sample for each timestep and image: T calls of the network.
+
+    Args:
+        denoise, x0, variance: see `bound_term`.
+        generators: one per image.
+
+    Raises:
+        InputError: the schedule ends in pure noise, or not as many generators as images.
+    """
+    if schedule.ends_in_pure_noise:
+        raise InputError("the bound needs some signal at the last timestep, got zero terminal SNR; use the ODE instead")
+    if len(generators) != len(x0):
+        raise InputError(f"one generator per image is needed, got {len(generators)} for {len(x0)} images")
+    terms = []
+    for timestep in range(schedule.num_train_timesteps):
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=one, dtype=torch.float32) for one in generators])
+        timesteps = torch.full((len(x0),), timestep, device=x0.device)
+        terms.append(bound_term(denoise, schedule, x0, noise.to(x0), timesteps, variance))
+    return Bound(prior_term(schedule, x0), torch.stack(terms))
+
+
+def ode_likelihood(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    generators: Sequence[torch.Generator],
+    *,
+    steps: int = 200,
+    probes: int = 2,
+) -> OdeLikelihood:
+    """Integrate the probability-flow ODE from data to noise, with the change of volume along it.
+
+    Heun's method on falling-rate (Karras) noise levels; the divergence by Hutchinson's estimator with +-1 probes.
+
+    Args:
+        denoise: see `prediction.as_denoiser`; differentiable in x.
+        x0: (B, C, H, W).
+        generators: one per image, for the probes.
+        steps: 1 or more; each is two calls of the network with gradients, times `probes`.
+        probes: 1 or more; two or more give a standard error.
+
+    Raises:
+        InputError: steps or probes below 1, or not as many generators as images.
+
+    Source: Song et al. 2021, arXiv 2011.13456, Eq. 39 and 40, in the sigma coordinates of Karras et al. 2022,
+    arXiv 2206.00364, Eq. 3.
+    """
+    for name, value in (("steps", steps), ("probes", probes)):
+        if value < 1:
+            raise InputError(f"{name} must be 1 or more, got {value}; try 200 steps and 2 probes")
+    if len(generators) != len(x0):
+        raise InputError(f"one generator per image is needed, got {len(generators)} for {len(x0)} images")
+    levels = schedule.sampling_grid(steps + 1, "dpm", "karras").sigmas[:-1].flip(0)
+    timesteps = schedule.timesteps_of(levels).tolist()
+    volumes = []
+    for _ in range(probes):
+        signs = [torch.randint(0, 2, x0.shape[1:], generator=one) for one in generators]
+        probe = torch.stack(signs).to(x0) * 2 - 1
+        x, volume = x0, x0.new_zeros(len(x0), dtype=torch.float64)
+        slope, divergence = _slope(denoise, x, float(levels[0]), timesteps[0], probe)
+        for (sigma, following), timestep in zip(zip(levels.tolist(), levels.tolist()[1:]), timesteps[1:]):
+            step = following - sigma
+            ahead = _slope(denoise, x + step * slope, following, timestep, probe)
+            x, volume = x + step / 2 * (slope + ahead[0]), volume + step / 2 * (divergence + ahead[1])
+            slope, divergence = _slope(denoise, x, following, timestep, probe)
+        volumes.append(volume)
+    spread = torch.stack(volumes)
+    variance = 1 + float(levels[-1]) ** 2  # of x at the last level, whose VP form is standard normal
+    dimensions = x0[0].numel()
+    # x at the end does not depend on the probe.
+    prior = -0.5 * (
+        x.double().square().flatten(1).sum(dim=1) / variance + dimensions * math.log(2 * math.pi * variance)
+    )
+    error = spread.std(dim=0) / math.sqrt(probes) if probes > 1 else torch.full_like(prior, math.nan)
+    return OdeLikelihood(prior + spread.mean(dim=0), error, dimensions)
+
+
+def _slope(denoise: Denoise, x: Tensor, sigma: float, timestep: float, probe: Tensor) -> tuple[Tensor, Tensor]:
+    """Return dx/dsigma (B, C, H, W) and its divergence (B,), estimated along `probe`."""
+    places = torch.arange(len(x), device=x.device)
+    sigmas, timesteps = (torch.full((len(x),), value, dtype=x.dtype, device=x.device) for value in (sigma, timestep))
+    with torch.enable_grad():
+        inputs = x.detach().requires_grad_()
+        slope = (inputs - denoise(inputs, Call(0, places, torch.zeros_like(places), sigmas, timesteps))) / sigma
+        (product,) = torch.autograd.grad((slope * probe).sum(), inputs)
+    return slope.detach(), (product * probe).double().flatten(1).sum(dim=1)
+
+
+def _discretised(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Return the log probability of 8-bit values scaled to [-1, 1], a Gaussian integrated over each value's interval.
+
+    Source: Ho et al. 2020, arXiv 2006.11239, Eq. 13.
+    """
+    scale = (-0.5 * log_variance).exp()
+    above, below = (scale * (x - mean + side / LEVELS) for side in (1, -1))
+    cumulative_above = torch.where(x > 1 - 0.5 / LEVELS, torch.ones_like(x), torch.special.ndtr(above))
+    cumulative_below = torch.where(x < -1 + 0.5 / LEVELS, torch.zeros_like(x), torch.special.ndtr(below))
+    return (cumulative_above - cumulative_below).clamp(min=1e-12).log()

@@ -1,0 +1,106 @@
+"""Both likelihoods on Gaussian data, where the truth is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion import Call, NoiseSchedule, image_generator
+from latentdiff.diffusion.likelihood import bound_term, ode_likelihood, prior_term, variational_bound
+from latentdiff.errors import InputError
+
+MEAN, STD = 0.1, 0.4
+SCHEDULE = NoiseSchedule()
+
+
+def denoise(x: Tensor, call: Call) -> Tensor:
+    """The exact x0 estimate of data N(MEAN, STD^2)."""
+    sigmas = call.sigmas.reshape(-1, *[1] * (x.ndim - 1))
+    return MEAN + STD**2 / (STD**2 + sigmas**2) * (x - MEAN)
+
+
+def data(count: int, size: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return MEAN + STD * torch.randn(count, 1, size, size, generator=generator, dtype=torch.float64)
+
+
+def true_nats(x0: Tensor) -> Tensor:
+    return torch.distributions.Normal(MEAN, STD).log_prob(x0).flatten(1).sum(dim=1)
+
+
+def test_ode_finds_the_density() -> None:
+    x0 = data(2, 8)
+    found = ode_likelihood(denoise, SCHEDULE, x0, [image_generator(0), image_generator(1)])
+    error = (found.nats - true_nats(x0)).abs() / x0[0].numel() / math.log(2)
+    assert error.max() < 0.01
+    # The Jacobian is a multiple of the identity, of which every probe measures the trace.
+    assert found.standard_error.max() < 1e-6
+
+
+def test_standard_error_is_that_of_the_probes() -> None:
+    def coupled(x: Tensor, call: Call) -> Tensor:
+        return denoise(x, call) + 0.2 * torch.tanh(x.roll(1, -1)) / (1 + call.sigmas.reshape(-1, 1, 1, 1))
+
+    x0, errors = data(1, 8), []
+    for seed in range(6):
+        errors.append(ode_likelihood(coupled, SCHEDULE, x0, [image_generator(seed)], steps=20, probes=8))
+    spread = torch.stack([found.nats for found in errors]).std()
+    claimed = torch.stack([found.standard_error for found in errors]).mean()
+    assert 0.3 < float(spread / claimed) < 3
+
+
+def estimate_variance(timesteps: Tensor) -> Tensor:
+    """How far the exact estimate of x0 is off, squared, on average."""
+    sigmas = SCHEDULE.sigmas[timesteps]
+    return STD**2 * sigmas**2 / (STD**2 + sigmas**2)
+
+
+def expected_terms(timesteps: Tensor) -> Tensor:
+    """L_{t-1} of the exact estimate, in closed form: its error, weighted as in Ho et al. 2020, Eq. 10."""
+    alpha_bar, before = SCHEDULE.alphas_cumprod[timesteps], SCHEDULE.alphas_cumprod[timesteps - 1]
+    weights = 0.5 * (before / (1 - before) - alpha_bar / (1 - alpha_bar))
+    return weights * estimate_variance(timesteps) / math.log(2)
+
+
+def test_bound_is_the_one_of_the_exact_estimate() -> None:
+    x0 = ((data(16, 64) * 127.5 + 127.5).round() / 127.5 - 1).clamp(-1, 1)
+    bound = variational_bound(denoise, SCHEDULE, x0, [image_generator(seed) for seed in range(16)])
+    assert bound.terms.shape == (1000, 16) and (bound.terms[1:] > -1e-9).all()
+    # L_0: the error of the estimate against a Gaussian decoder whose variance is that of timestep 1.
+    _, log_variance = SCHEDULE.posterior(x0[:1], x0[:1], torch.tensor([0]))
+    error = torch.linspace(-0.06, 0.06, 20_001, dtype=torch.float64)
+    density = torch.distributions.Normal(0.0, estimate_variance(torch.tensor(0)).sqrt()).log_prob(error).exp()
+    above, below = ((error + side / 255) * (-0.5 * log_variance.flatten()).exp() for side in (1, -1))
+    surprise = -(torch.special.ndtr(above) - torch.special.ndtr(below)).clamp(min=1e-12).log2()
+    expected = expected_terms(torch.arange(1, 1000)).sum() + (density * surprise).sum() * 0.12 / 20_000
+    assert float((bound.total.mean() - expected).abs()) < 0.01
+    assert float(bound.prior.max()) < 1e-4
+
+
+def test_single_terms_agree_with_the_closed_form() -> None:
+    x0, noise = data(2), torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    timesteps = torch.tensor([50, 600])
+    found = bound_term(denoise, SCHEDULE, x0, noise, timesteps)
+    torch.testing.assert_close(found, expected_terms(timesteps), rtol=0.1, atol=0)
+
+
+def test_prior_is_the_kl_of_two_gaussians() -> None:
+    x0 = data(3, 4)
+    alpha_bar = SCHEDULE.alphas_cumprod[-1]
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(alpha_bar.sqrt() * x0, (1 - alpha_bar).sqrt()), torch.distributions.Normal(0.0, 1.0)
+    )
+    torch.testing.assert_close(prior_term(SCHEDULE, x0), kl.flatten(1).mean(dim=1) / math.log(2), atol=1e-12, rtol=1e-6)
+
+
+def test_refusals() -> None:
+    zero_snr = NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    with pytest.raises(InputError, match="use the ODE instead"):
+        variational_bound(denoise, zero_snr, data(1, 4), [image_generator(0)])
+    with pytest.raises(InputError, match="got 0 for 1 images"):
+        variational_bound(denoise, SCHEDULE, data(1, 4), [])
+    with pytest.raises(InputError, match="probes must be 1 or more, got 0"):
+        ode_likelihood(denoise, SCHEDULE, data(1, 4), [image_generator(0)], probes=0)
