@@ -12,7 +12,7 @@ from latentdiff.diffusion import Call, NoiseSchedule, image_generator
 from latentdiff.diffusion.likelihood import bound_term, ode_likelihood, prior_term, variational_bound
 from latentdiff.errors import InputError
 
-MEAN, STD = 0.1, 0.4
+MEAN, STD = 0.1, 0.25
 SCHEDULE = NoiseSchedule()
 
 
