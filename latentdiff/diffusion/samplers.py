@@ -21,7 +21,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.prediction import Call, Denoise
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.diffusion.solvers import SAMPLERS, Sampler
+from latentdiff.diffusion.solvers import SAMPLERS, Sampler, ddim_inversion
 from latentdiff.diffusion.spacing import SIGMA_SPACINGS
 from latentdiff.errors import InputError, suggest
 
@@ -31,6 +31,7 @@ __all__ = [
     "Step",
     "draw_noise",
     "image_generator",
+    "make_inversion_plan",
     "make_plan",
     "parse_sampler",
     "sample",
@@ -113,6 +114,28 @@ def make_plan(
     nearest = (levels[:, None] - grid.sigmas[:-1]).abs().argmin(dim=1)  # on the grid, but for rounding
     timesteps = torch.where(between, schedule.timesteps_of(levels), grid.timesteps[nearest])
     return Plan(timesteps, levels, matrices * landing[:, :, None], noise * landing, grid.init_noise_sigma)
+
+
+def make_inversion_plan(schedule: NoiseSchedule, num_inference_steps: int, iterations: int = 1) -> Plan:
+    """Make the table that turns scaled latents into the noise from which `ddim` makes them again.
+
+    Run it with `sample(denoise, plan, latents)`; the last x is what `start` takes as `noise`.
+
+    Args:
+        schedule: of the model.
+        num_inference_steps: of the run to invert.
+        iterations: 1 or more network calls a step; see `solvers.ddim_inversion`.
+
+    Raises:
+        InputError: a number out of range.
+    """
+    if iterations < 1:
+        raise InputError(f"iterations must be 1 or more, got {iterations}; try 3")
+    grid = schedule.sampling_grid(num_inference_steps, SAMPLERS["ddim"].rule)
+    matrices, noise, levels, _ = ddim_inversion(grid.sigmas, iterations)
+    matrices[-1, 0] /= grid.init_noise_sigma
+    timesteps = grid.timesteps.flip(0).repeat_interleave(iterations)
+    return Plan(timesteps, levels, matrices, noise, grid.init_noise_sigma)
 
 
 def image_generator(seed: int) -> torch.Generator:

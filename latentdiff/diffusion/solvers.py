@@ -267,6 +267,26 @@ def deis(sigmas: Tensor) -> Table:
     return rows.table()
 
 
+def ddim_inversion(sigmas: Tensor, iterations: int = 1) -> Table:
+    """The way back of `ddim` at eta 0, from data to noise: the levels are climbed in the opposite order.
+
+    Each step solves the equation that the forward step is, by fixed-point iteration from where it starts.
+
+    Args:
+        sigmas: (N + 1,) float64, falling, as those of the forward run.
+        iterations: network calls a step; one is the usual approximation, more come closer to what the run started from.
+
+    Source: Mokady et al. 2023, arXiv 2211.09794, section 3.1; Pan et al. 2023, arXiv 2309.04907, Eq. 8 (iterations).
+    """
+    rows = Rows(2)
+    for start, sigma in pairwise(sigmas.flip(0).tolist()):
+        for iteration in range(iterations):
+            x, base, D = rows.state
+            base = base if iteration else x
+            rows.add(sigma, base + (sigma - start) / sigma * (x - D), base)
+    return rows.table()
+
+
 def plms(sigmas: Tensor) -> Table:
     """PLMS: the last four noise estimates in Adams-Bashforth weights; the first step is done again as Heun would.
 

@@ -20,6 +20,7 @@ from latentdiff.diffusion import (
     as_denoiser,
     draw_noise,
     image_generator,
+    make_inversion_plan,
     make_plan,
     parse_sampler,
     sample,
@@ -365,3 +366,17 @@ def test_bad_batches_are_refused_before_the_first_row() -> None:
         sample(denoise, plan, x, [image_generator(0)])
     with pytest.raises(InputError, match="one plan per image is needed, got 3 for 2 images"):
         sample(denoise, [plan] * 3, x)
+
+
+def test_inversion_finds_the_noise_that_a_run_started_from() -> None:
+    schedule = NoiseSchedule(timestep_spacing="trailing", prediction_type="v_prediction")
+    plan, noise = make_plan(schedule, "ddim", 20), draw_noise([image_generator(0)], SHAPE).double()
+    denoise = as_denoiser(lambda x, call: 0.5 * network(x, call), "v_prediction")
+    *_, drawn = sample(denoise, plan, start(plan, noise))
+    errors = []
+    for iterations in (1, 4, 30):
+        *_, found = sample(denoise, make_inversion_plan(schedule, 20, iterations), drawn.x)
+        errors.append(float((found.x - noise).abs().max()))
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-6
+    with pytest.raises(InputError, match="iterations must be 1 or more, got 0"):
+        make_inversion_plan(schedule, 20, 0)
