@@ -28,6 +28,7 @@ from latentdiff.checkpoints import Parts, load_pipeline
 from latentdiff.devices import resolve_device, resolve_dtype
 from latentdiff.diffusion import (
     Call,
+    Step,
     as_denoiser,
     classifier_free,
     draw_noise,
@@ -233,7 +234,7 @@ class _Drawing:
         runs = [list(run) for _, run in groupby(range(self.settings.count), key=self._window_count)]
         return [run[start : start + batch_size] for run in runs for start in range(0, len(run), batch_size)]
 
-    def sample(self, images: Sequence[int], on_step: Callable[[Tensor], None]) -> Tensor:
+    def sample(self, images: Sequence[int], on_step: Callable[[Step], None]) -> Tensor:
         """Return the scaled latents (b, C, h, w) float32 of some of the images.
 
         Raises:
@@ -247,8 +248,8 @@ class _Drawing:
         x = start(self.plan, noise, latents)
         denoise = as_denoiser(self._network(images), pipe.parts.schedule.prediction_type)
         for step in sample(denoise, self.plan, x, generators):
-            x = step.x
-            on_step(step.denoised)
+            on_step(step)
+        x = step.x
         if not torch.isfinite(x).all():
             raise InputError(f"the U-Net overflowed in {pipe.dtype}; use dtype float32 or a lower guidance_scale")
         return x
@@ -348,17 +349,17 @@ class _Drawing:
 
 
 @contextmanager
-def _counted_steps(total: int, callback: Callback | None, progress: bool) -> Iterator[Callable[[Tensor], None]]:
-    """Yield what is called after each step with the newest estimate; it moves the bar and calls the callback."""
+def _counted_steps(total: int, callback: Callback | None, progress: bool) -> Iterator[Callable[[Step], None]]:
+    """Yield what is called after each step; it moves the bar and calls the callback."""
     done = 0
     with tqdm(total=total, unit="step", leave=False, disable=not progress) as bar:
 
-        def on_step(denoised: Tensor) -> None:
+        def on_step(step: Step) -> None:
             nonlocal done
             done += 1
             bar.update()
             if callback is not None:
-                callback(done, total, denoised)
+                callback(done, total, step.denoised)
 
         yield on_step
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from latentdiff.errors import InputError, suggest
@@ -20,6 +21,7 @@ __all__ = [
     "PREDICTIONS",
     "Call",
     "Denoise",
+    "Denoiser",
     "Network",
     "Preconditioning",
     "Prediction",
@@ -125,7 +127,36 @@ def preconditioning(prediction_type: str, sigmas: Tensor) -> Preconditioning:
     return Preconditioning(prediction.c_skip(sigmas), prediction.c_out(sigmas), c_in)
 
 
-def as_denoiser(network: Network, prediction_type: str) -> Denoise:
+@dataclass(frozen=True)
+class Denoiser:
+    """The one function that samplers call, made of a network; `as_denoiser` makes it.
+
+    The sampling loop does not call it but folds its factors into the tables, and calls the network itself.
+
+    Attributes:
+        network: see `Network`.
+        prediction_type: what the network outputs; None for an x0 estimate from x itself, in sigma coordinates.
+    """
+
+    network: Network
+    prediction_type: str | None
+
+    def __call__(self, x: Tensor, call: Call) -> Tensor:
+        """Return the x0 estimate (b, C, H, W) of x (b, C, H, W), in the dtype of x.
+
+        Source: Karras et al. 2022, arXiv 2206.00364, Eq. 7.
+        """
+        c_skip, c_out, c_in = self.factors(call.sigmas.reshape(-1, *[1] * (x.ndim - 1)))  # (b, 1, 1, 1)
+        return c_skip * x + c_out * self.network(c_in * x, call).to(x.dtype)
+
+    def factors(self, sigmas: Tensor) -> Preconditioning:
+        """Return the factors at some noise levels, each of their shape."""
+        if self.prediction_type is None:
+            return Preconditioning(torch.zeros_like(sigmas), torch.ones_like(sigmas), torch.ones_like(sigmas))
+        return preconditioning(self.prediction_type, sigmas)
+
+
+def as_denoiser(network: Network, prediction_type: str) -> Denoiser:
     """Wrap a network as the one function that samplers call.
 
     Args:
@@ -135,13 +166,5 @@ def as_denoiser(network: Network, prediction_type: str) -> Denoise:
 
     Returns:
         denoise(x (b, C, H, W), call) -> x0 estimate (b, C, H, W).
-
-    Source: Karras et al. 2022, arXiv 2206.00364, Eq. 7.
     """
-
-    def denoise(x: Tensor, call: Call) -> Tensor:
-        sigmas = call.sigmas.reshape(-1, *[1] * (x.ndim - 1))  # (b, 1, 1, 1)
-        c_skip, c_out, c_in = preconditioning(prediction_type, sigmas)
-        return c_skip * x + c_out * network(c_in * x, call).to(x.dtype)
-
-    return denoise
+    return Denoiser(network, prediction_type)

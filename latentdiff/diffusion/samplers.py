@@ -12,14 +12,16 @@ different samplers and step counts can share a batch. Tables are float64, applie
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.prediction import Call, Denoise
+from latentdiff.diffusion.prediction import Call, Denoise, Denoiser
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.diffusion.solvers import SAMPLERS, Sampler, ddim_inversion
 from latentdiff.diffusion.spacing import SIGMA_SPACINGS
@@ -174,19 +176,28 @@ def start(plans: Plan | Sequence[Plan], noise: Tensor, image_latents: Tensor | N
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """The state of a batch after one row, to be read, not written into; images whose plan has ended stay as they were.
+    """The state of a batch after one row; images whose plan has ended stay as they were.
 
     Attributes:
         index: rows done before this one; the first Step has 0.
         total: rows of the longest plan.
-        x: (B, C, H, W), after the last row the sampled latents.
-        denoised: (B, C, H, W), each image's newest x0 estimate, for previews.
+        make_x, make_denoised: what `x` and `denoised` are computed by, when they are asked for.
     """
 
     index: int
     total: int
-    x: Tensor
-    denoised: Tensor
+    make_x: Callable[[], Tensor] = field(repr=False)
+    make_denoised: Callable[[], Tensor] = field(repr=False)
+
+    @cached_property
+    def x(self) -> Tensor:
+        """(B, C, H, W) in sigma coordinates; after the last row the sampled latents. Not to be written into."""
+        return self.make_x()
+
+    @cached_property
+    def denoised(self) -> Tensor:
+        """(B, C, H, W), each image's newest x0 estimate, for previews. Not to be written into."""
+        return self.make_denoised()
 
 
 def sample(
@@ -195,8 +206,8 @@ def sample(
     """Run the plans row by row, yielding after each; the last Step's `x` is the result.
 
     Args:
-        denoise: (x (b, C, H, W), call) -> x0 estimate (b, C, H, W); see `prediction.as_denoiser`. Images whose plan has
-            ended are left out of x; `call.images` says which remain.
+        denoise: made by `prediction.as_denoiser`, or any function (x (b, C, H, W), call) -> x0 estimate (b, C, H, W).
+            Images whose plan has ended are left out of x; `call.images` says which remain.
         plans: one for all images or one for each.
         x: (B, C, H, W) from `start`, on the device of the network; half precision is raised to float32.
         generators: one per image, the ones its initial noise came from; None if no plan draws noise.
@@ -209,44 +220,58 @@ def sample(
         raise InputError("this sampler draws noise and needs one generator per image, got none; pass generators")
     if generators is not None and len(generators) != len(x):
         raise InputError(f"one generator per image is needed, got {len(generators)} for {len(x)} images")
-    return _run(denoise, each, x.to(torch.promote_types(x.dtype, torch.float32)), generators or [])
+    denoiser = denoise if isinstance(denoise, Denoiser) else Denoiser(denoise, None)
+    return _run(denoiser, each, x.to(torch.promote_types(x.dtype, torch.float32)), generators or [])
 
 
-def _run(denoise: Denoise, plans: Sequence[Plan], x: Tensor, generators: Sequence[torch.Generator]) -> Iterator[Step]:
-    tables, draws = _stacked(plans, x), [plan.noise.any(dim=1).tolist() for plan in plans]
-    total, denoised, ones = max(len(plan) for plan in plans), torch.zeros_like(x), [1] * (x.ndim - 1)
-    slots = torch.stack([x, *[denoised] * (tables[-1].shape[1] - 1)])  # (S, B, C, H, W)
+def _run(denoiser: Denoiser, plans: Sequence[Plan], x: Tensor, generators: Sequence[torch.Generator]) -> Iterator[Step]:
+    batch, draws = _folded(denoiser, plans, x), [plan.noise.any(dim=1).tolist() for plan in plans]
+    total, size, denoised = max(len(plan) for plan in plans), batch.noise.shape[1], torch.zeros_like(x)
+    slots = torch.stack([x * batch.c_in[0], *[denoised] * (size - 1)])  # (S, B, C, H, W)
     begin, running = 0, list(range(len(x)))
     for end in sorted({len(plan) for plan in plans}):  # between two ends the same images run
         images = torch.tensor(running, device=x.device)
-        sigmas, timesteps, matrices, noise = (table[begin:end, ..., images] for table in tables)
-        matrices, noise = matrices.reshape(*matrices.shape, *ones), noise.reshape(*noise.shape, *ones)
+        sigmas, timesteps, c_next, of_input, of_output, noise, *columns = batch.rows(begin, end, images)
+        numbers = torch.arange(begin, end, device=x.device)[:, None].expand(-1, len(running)).unbind()
         for row, index in enumerate(range(begin, end)):
-            call = Call(index, images, torch.full_like(images, index), sigmas[row], timesteps[row])
-            estimate = denoise(slots[0], call).to(x.dtype)  # (b, C, H, W)
-            slots = _advance(matrices[row], slots, estimate)
+            call = Call(index, images, numbers[row], sigmas[row], timesteps[row])
+            inputs = slots[0]
+            output = denoiser.network(inputs, call).to(x.dtype)  # (b, C, H, W)
+            slots = _advance([column[row] for column in columns], slots, output)
             if any(draws[image][index] for image in running):
                 drawing = [generators[image] if draws[image][index] else None for image in running]
                 slots = torch.addcmul(slots, noise[row], _fresh_noise(drawing, x))
-            x, denoised = _replaced(x, images, slots[0]), _replaced(denoised, images, estimate)
-            yield Step(index, total, x, denoised)
+            step = Step(
+                index,
+                total,
+                partial(_replaced, x, images, torch.div, slots[0], c_next[row]),
+                partial(_replaced, denoised, images, _estimate, inputs, output, of_input[row], of_output[row]),
+            )
+            yield step
+        x, denoised = step.x, step.denoised  # of the images that have ended; those of the others are not looked at
         staying = [place for place, image in enumerate(running) if len(plans[image]) > end]
         begin, running, slots = end, [running[place] for place in staying], slots[:, staying]
 
 
-def _replaced(batch: Tensor, images: Tensor, values: Tensor) -> Tensor:
+def _estimate(inputs: Tensor, output: Tensor, of_input: Tensor, of_output: Tensor) -> Tensor:
+    return of_input * inputs + of_output * output
+
+
+def _replaced(batch: Tensor, images: Tensor, make: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    """Return the batch with what `make` returns in place of some of its images."""
+    values = make(*arguments)
     return values if len(values) == len(batch) else batch.index_copy(0, images, values)
 
 
-def _advance(matrix: Tensor, slots: Tensor, denoised: Tensor) -> Tensor:
-    """Return matrix (S, S + 1, b, 1, 1, 1) @ [slots (S, b, C, H, W), denoised (b, C, H, W)].
+def _advance(columns: Sequence[Tensor], slots: Tensor, output: Tensor) -> Tensor:
+    """Return one row of a table, its columns (S, b, 1, 1, 1), applied to slots (S, b, C, H, W) and output (b, C, H, W).
 
     Column by column, so that an image gets the same additions in the same order in every batch, and neither TF32 nor
-    autocast rounds x, which at the first rows is far larger than the data it becomes.
+    autocast rounds x.
     """
-    advanced = matrix[:, -1] * denoised  # (S, b, C, H, W)
-    for column, slot in enumerate(slots):
-        advanced = torch.addcmul(advanced, matrix[:, column], slot)
+    advanced = columns[-1] * output  # (S, b, C, H, W)
+    for column, slot in zip(columns, slots):
+        advanced = torch.addcmul(advanced, column, slot)
     return advanced
 
 
@@ -259,11 +284,37 @@ def _fresh_noise(generators: Sequence[torch.Generator | None], x: Tensor) -> Ten
     return noise.to(x.device, x.dtype, non_blocking=True)
 
 
-def _stacked(plans: Sequence[Plan], x: Tensor) -> list[Tensor]:
-    """Join the plans of a batch on the device of x, zeros where a plan has fewer rows or slots than the largest.
+class _Batch(NamedTuple):
+    """The tables of a batch for a network's own inputs and outputs: slot 0 is what the network is given.
 
-    Returns:
-        sigmas (R, B), timesteps (R, B), matrices (R, S, S + 1, B), noise coefficients (R, S, B).
+    sigmas, timesteps, c_in, c_next, of_input, of_output: (R, B, 1, 1, 1), the first two without the ones; c_next is the
+    c_in of the next row, and denoised = of_input * input + of_output * output.
+    noise: (R, S, B, 1, 1, 1).
+    matrices: (R, S, S + 1, B, 1, 1, 1).
+    """
+
+    sigmas: Tensor
+    timesteps: Tensor
+    c_in: Tensor
+    c_next: Tensor
+    of_input: Tensor
+    of_output: Tensor
+    noise: Tensor
+    matrices: Tensor
+
+    def rows(self, begin: int, end: int, images: Tensor) -> list[Sequence[Tensor]]:
+        """Return sigmas, timesteps, c_next, of_input, of_output, noise and each column as one tensor a row."""
+        tables = [self.sigmas, self.timesteps, self.c_next, self.of_input, self.of_output]
+        picked = [table[begin:end].index_select(1, images) for table in tables]
+        noise = self.noise[begin:end].index_select(2, images)
+        columns = self.matrices[begin:end].index_select(3, images).unbind(2)
+        return [table.unbind() for table in (*picked, noise, *columns)]
+
+
+def _folded(denoiser: Denoiser, plans: Sequence[Plan], x: Tensor) -> _Batch:
+    """Join the plans of a batch, zeros where one has fewer rows or slots than the largest, and fold the denoiser in.
+
+    With D = c_skip x + c_out F and the network's input u = c_in x, a row on (x, ..., D) becomes one on (u, ..., F).
     """
     rows, size = max(len(plan) for plan in plans), max(plan.noise.shape[1] for plan in plans)
     sigmas, timesteps = torch.zeros(2, rows, len(plans), dtype=torch.float64)
@@ -275,7 +326,17 @@ def _stacked(plans: Sequence[Plan], x: Tensor) -> list[Tensor]:
         matrices[:count, :slots, :slots, image] = plan.matrices[:, :, :-1]
         matrices[:count, :slots, -1, image] = plan.matrices[:, :, -1]
         noise[:count, :slots, image] = plan.noise
-    return [table.to(x.dtype).to(x.device) for table in (sigmas, timesteps, matrices, noise)]
+    c_skip, c_out, c_in = denoiser.factors(sigmas)  # (R, B)
+    c_next = torch.cat([c_in[1:], torch.ones_like(c_in[:1])])
+    c_next[[len(plan) - 1 for plan in plans], range(len(plans))] = 1  # the last row lands in VP coordinates
+    matrices[:, :, 0] = (matrices[:, :, 0] + matrices[:, :, -1] * c_skip[:, None]) / c_in[:, None]
+    matrices[:, :, -1] *= c_out[:, None]
+    matrices[:, 0] *= c_next[:, None]
+    noise[:, 0] *= c_next
+    ones = [1] * (x.ndim - 1)
+    tables = (c_in, c_next, c_skip / c_in, c_out, noise, matrices)
+    shaped = [table.reshape(*table.shape, *ones) for table in tables]
+    return _Batch(*(table.to(x.dtype).to(x.device) for table in (sigmas, timesteps, *shaped)))
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
