@@ -28,6 +28,8 @@ from latentdiff.checkpoints import Parts, load_pipeline
 from latentdiff.devices import resolve_device, resolve_dtype
 from latentdiff.diffusion import (
     Call,
+    Plan,
+    SchedulerPlan,
     Step,
     as_denoiser,
     classifier_free,
@@ -45,7 +47,7 @@ from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.text import encode_prompts
 from latentdiff.models.unet import UNet2DConditionModel
 from latentdiff.result import Result
-from latentdiff.settings import SIZE_MULTIPLE, Settings, check_integer, check_size
+from latentdiff.settings import FOREIGN, SIZE_MULTIPLE, Settings, check_integer, check_size
 
 __all__ = ["OUTPUT_TYPES", "Callback", "Pipeline"]
 
@@ -138,7 +140,7 @@ class Pipeline:
         guidance_scale: float = Settings.guidance_scale,
         guidance_rescale: float = Settings.guidance_rescale,
         guidance_interval: tuple[float, float] | None = Settings.guidance_interval,
-        sampler: str = Settings.sampler,
+        sampler: Any = Settings.sampler,
         seed: int = Settings.seed,
         num_images: int = Settings.num_images,
         height: int | None = None,
@@ -154,6 +156,7 @@ class Pipeline:
         Args, besides those of `Settings`:
             image: a picture, or its path, to start from; it is scaled to cover the size and cut evenly. Without height
                 and width the result has its shape and the model's own area. `strength` is then 0.8 unless given.
+            sampler: a name, or any scheduler object of diffusers; pictures of those cannot be replayed.
             latents: standard normal noise (B, C, h, w) to start from instead of that of the seeds.
             output_type: "pil", "pt", "np" or "latent"; see `Result.images`.
             callback: called after each step, see `Callback`; what it raises ends the call.
@@ -173,20 +176,21 @@ class Pipeline:
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
             guidance_interval=guidance_interval,
-            sampler=sampler,
+            sampler=sampler if isinstance(sampler, str) else FOREIGN + type(sampler).__name__,
             seed=seed,
             num_images=num_images,
             strength=_strength(strength, image),
             height=height,
             width=width,
         )
-        return _Drawing(self, settings, image, latents).draw(output_type, batch_size, callback, progress)
+        scheduler = None if isinstance(sampler, str) else sampler
+        return _Drawing(self, settings, image, latents, scheduler).draw(output_type, batch_size, callback, progress)
 
 
 class _Drawing:
     """One call of a pipeline: everything that is computed once, and the sampling of one batch of its images."""
 
-    def __init__(self, pipe: Pipeline, settings: Settings, image: Any, noise: Tensor | None) -> None:
+    def __init__(self, pipe: Pipeline, settings: Settings, image: Any, noise: Tensor | None, scheduler: Any) -> None:
         self.pipe, self.noise, self.notes = pipe, noise, list[str]()
         picture = _open(image)
         height, width = self._size(settings, picture)
@@ -199,7 +203,12 @@ class _Drawing:
         if noise is not None and not torch.isfinite(noise).all():
             raise InputError("latents must be finite, got NaN or infinity; pass standard normal noise")
         schedule = pipe.parts.schedule
-        self.plan = make_plan(schedule, settings.sampler, settings.num_inference_steps, strength=settings.strength)
+        steps, strength = settings.num_inference_steps, settings.strength
+        self.plan: Plan | SchedulerPlan = (
+            make_plan(schedule, settings.sampler, steps, strength=strength)
+            if scheduler is None
+            else SchedulerPlan(scheduler, schedule, steps, strength)
+        )
         scales = guidance_scales(self.plan.sigmas, settings.guidance_scale, settings.guidance_interval)
         self.scales: list[float] = scales.tolist()
         encoded = {
@@ -245,9 +254,13 @@ class _Drawing:
         noise = draw_noise(generators, self.shape) if self.noise is None else self.noise[list(images)]
         noise = noise.to(pipe.device, torch.float32)
         latents = None if self.image_latents is None else self.image_latents.expand_as(noise)
-        x = start(self.plan, noise, latents)
-        denoise = as_denoiser(self._network(images), pipe.parts.schedule.prediction_type)
-        for step in sample(denoise, self.plan, x, generators):
+        network = self._network(images)
+        if isinstance(self.plan, SchedulerPlan):
+            steps = self.plan.run(network, noise, generators, latents)
+        else:
+            denoise = as_denoiser(network, pipe.parts.schedule.prediction_type)
+            steps = sample(denoise, self.plan, start(self.plan, noise, latents), generators)
+        for step in steps:
             on_step(step)
         x = step.x
         if not torch.isfinite(x).all():

@@ -10,6 +10,7 @@ latents = step.x
 
 from __future__ import annotations
 
+from latentdiff.diffusion.adapter import SchedulerPlan
 from latentdiff.diffusion.guidance import classifier_free, guidance_scales
 from latentdiff.diffusion.prediction import Call, as_denoiser, preconditioning
 from latentdiff.diffusion.samplers import (
@@ -32,6 +33,7 @@ __all__ = [
     "Grid",
     "NoiseSchedule",
     "Plan",
+    "SchedulerPlan",
     "Step",
     "as_denoiser",
     "classifier_free",

@@ -69,6 +69,8 @@ def parse_sampler(name: str) -> tuple[Sampler, str | None]:
     Raises:
         InputError: unknown name; the nearest one is offered.
     """
+    if str(name).startswith("diffusers:"):
+        raise InputError(f"{name} was a scheduler object, which only Python can pass again; pass sampler=scheduler")
     base, spacing = str(name), None
     if base not in SAMPLERS and "_" in base:
         base, spacing = base.rsplit("_", 1)
