@@ -15,6 +15,7 @@ from latentdiff.diffusion.guidance import classifier_free, guidance_scales
 from latentdiff.diffusion.prediction import Call, as_denoiser, preconditioning
 from latentdiff.diffusion.samplers import (
     SAMPLERS,
+    Known,
     Plan,
     Step,
     draw_noise,
@@ -31,6 +32,7 @@ __all__ = [
     "SAMPLERS",
     "Call",
     "Grid",
+    "Known",
     "NoiseSchedule",
     "Plan",
     "SchedulerPlan",

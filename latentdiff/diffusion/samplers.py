@@ -29,6 +29,7 @@ from latentdiff.errors import InputError, suggest
 
 __all__ = [
     "SAMPLERS",
+    "Known",
     "Plan",
     "Step",
     "draw_noise",
@@ -202,8 +203,29 @@ class Step:
         return self.make_denoised()
 
 
+class Known(NamedTuple):
+    """What is known of the result beforehand, for inpainting with any model.
+
+    The x0 estimate is replaced there, so x stays exactly on the path from its noise to the known latents, whatever the
+    solver, and the rest is drawn to fit.
+
+    Attributes:
+        mask: (B, 1, H, W) in [0, 1], 1 where the result is to be drawn, 0 where it is known.
+        latents: (B, C, H, W) scaled latents.
+
+    Source: Lugmayr et al. 2022, arXiv 2201.09865, Eq. 8, in terms of the estimate.
+    """
+
+    mask: Tensor
+    latents: Tensor
+
+
 def sample(
-    denoise: Denoise, plans: Plan | Sequence[Plan], x: Tensor, generators: Sequence[torch.Generator] | None = None
+    denoise: Denoise,
+    plans: Plan | Sequence[Plan],
+    x: Tensor,
+    generators: Sequence[torch.Generator] | None = None,
+    known: Known | None = None,
 ) -> Iterator[Step]:
     """Run the plans row by row, yielding after each; the last Step's `x` is the result.
 
@@ -213,9 +235,10 @@ def sample(
         plans: one for all images or one for each.
         x: (B, C, H, W) from `start`, on the device of the network; half precision is raised to float32.
         generators: one per image, the ones its initial noise came from; None if no plan draws noise.
+        known: for inpainting; x must then come from `start` with the known latents as the images to start from.
 
     Raises:
-        InputError: not as many plans or generators as images.
+        InputError: not as many plans or generators as images, or known latents of another shape than x.
     """
     each = _one_per_image(plans, x)
     if generators is None and any(plan.noise.any() for plan in each):
@@ -223,10 +246,19 @@ def sample(
     if generators is not None and len(generators) != len(x):
         raise InputError(f"one generator per image is needed, got {len(generators)} for {len(x)} images")
     denoiser = denoise if isinstance(denoise, Denoiser) else Denoiser(denoise, None)
-    return _run(denoiser, each, x.to(torch.promote_types(x.dtype, torch.float32)), generators or [])
+    if known is not None and (known.latents.shape != x.shape or known.mask.shape != (len(x), 1, *x.shape[2:])):
+        shapes = f"{tuple(known.latents.shape)} and {tuple(known.mask.shape)}"
+        raise InputError(f"known latents must have the shape {tuple(x.shape)} of x and one mask each, got {shapes}")
+    return _run(denoiser, each, x.to(torch.promote_types(x.dtype, torch.float32)), generators or [], known)
 
 
-def _run(denoiser: Denoiser, plans: Sequence[Plan], x: Tensor, generators: Sequence[torch.Generator]) -> Iterator[Step]:
+def _run(
+    denoiser: Denoiser,
+    plans: Sequence[Plan],
+    x: Tensor,
+    generators: Sequence[torch.Generator],
+    known: Known | None,
+) -> Iterator[Step]:
     batch, draws = _folded(denoiser, plans, x), [plan.noise.any(dim=1).tolist() for plan in plans]
     total, size, denoised = max(len(plan) for plan in plans), batch.noise.shape[1], torch.zeros_like(x)
     slots = torch.stack([x * batch.c_in[0], *[denoised] * (size - 1)])  # (S, B, C, H, W)
@@ -239,6 +271,9 @@ def _run(denoiser: Denoiser, plans: Sequence[Plan], x: Tensor, generators: Seque
             call = Call(index, images, numbers[row], sigmas[row], timesteps[row])
             inputs = slots[0]
             output = denoiser.network(inputs, call).to(x.dtype)  # (b, C, H, W)
+            if known is not None:
+                exact = (known.latents[images] - of_input[row] * inputs) / of_output[row]
+                output = torch.lerp(exact, output, known.mask[images])
             slots = _advance([column[row] for column in columns], slots, output)
             if any(draws[image][index] for image in running):
                 drawing = [generators[image] if draws[image][index] else None for image in running]
