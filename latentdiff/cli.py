@@ -137,12 +137,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative", default="", metavar="TEXT", help="what to steer away from")
     parser.add_argument("--steps", type=int, help="calls of the network")
     parser.add_argument("--guidance", type=float, help="how strictly to follow the prompt; 1 is not guided")
-    parser.add_argument("--sampler", help="ddpm, ddim, euler, euler_a or dpmpp_2m, optionally followed by _karras")
+    parser.add_argument("--sampler", help="dpmpp_2m, ddim, euler_a, unipc, ...; a wrong name lists them all")
     parser.add_argument("--seed", type=int, help="of the first picture; picture i has seed + i (default 0)")
     parser.add_argument("-n", "--num-images", type=int, help="pictures of each prompt")
     parser.add_argument("--size", metavar="WxH", help="in pixels, multiples of 8")
     parser.add_argument("--image", help="PNG, JPEG or WebP to start from")
     parser.add_argument("--strength", type=float, help="above 0, up to 1: how much of --image is drawn anew")
+    parser.add_argument("--mask", help="picture of the size of --image: what is white is drawn anew, the rest stays")
     _add_machine(parser)
 
 
@@ -166,14 +167,15 @@ def _generate(options: argparse.Namespace) -> None:
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
     chosen["width"], chosen["height"] = _size(options.size)
-    if options.strength is not None and options.image is None:
-        raise InputError("--strength says how much of --image is drawn anew, got no --image; add it")
+    for name, value, says in (("strength", options.strength, "how much"), ("mask", options.mask, "which part")):
+        if value is not None and options.image is None:
+            raise InputError(f"--{name} says {says} of --image is drawn anew, got no --image; add it")
     # Everything that can be wrong without a model is found before one is loaded.
     settings = Settings(prompts=tuple(options.prompts), **chosen)
     paths = _output_paths(options.out, [settings.record(index)["prompt"] for index in range(settings.count)])
     started = time.perf_counter()
     pipe = _load(options.model, options.device, options.dtype)
-    result = _draw(pipe, options.prompts, image=options.image, **chosen)
+    result = _draw(pipe, options.prompts, image=options.image, mask=options.mask, **chosen)
     for index, path in enumerate(paths):
         result.write(index, path)
     _report(options, result, dict(enumerate(paths)), seconds=round(time.perf_counter() - started, 3))
@@ -241,22 +243,22 @@ def _replay(options: argparse.Namespace) -> None:
 
 
 def _initial_image(record: dict[str, Any], strength: float, force: bool) -> dict[str, Any]:
-    """Return the arguments that replay image-to-image, if the picture is still the one that was used."""
+    """Return the arguments that replay what was drawn from pictures, if those are still what they were."""
     from latentdiff.images import open_image, pixel_hash
 
     if record.get("latents_given"):
         raise InputError(
             "the picture was drawn from latents that were passed in, which no file keeps; draw it in Python"
         )
-    used = record.get("image")
-    if used is None:
-        return {}
-    path = used.get("path") if isinstance(used, dict) else None
-    if not isinstance(path, str):
-        raise InputError("the picture was drawn from an image in memory, which no file keeps; draw it in Python")
-    if pixel_hash(open_image(path)) != used.get("hash") and not force:
-        raise InputError(f"{path} is no longer the picture this one was made from; restore it, or add --force")
-    return {"image": path, "strength": strength}
+    pictures = {name: record[name] for name in ("image", "mask") if record.get(name) is not None}
+    for name, used in pictures.items():
+        path = used.get("path") if isinstance(used, dict) else None
+        if not isinstance(path, str):
+            raise InputError("the picture was drawn from an image in memory, which no file keeps; draw it in Python")
+        if pixel_hash(open_image(path)) != used.get("hash") and not force:
+            raise InputError(f"{path} is no longer the {name} this one was made from; restore it, or add --force")
+        pictures[name] = path
+    return {**pictures, "strength": strength} if pictures else {}
 
 
 def _use_threads(count: object) -> None:

@@ -246,10 +246,27 @@ def test_replay_of_image_to_image(draw: Any, workplace: Path, capsys: pytest.Cap
     Image.new("RGB", (32, 32), "blue").save("photo.png")
     capsys.readouterr()
     assert main(["replay", "a.png", "-o", "b.png"]) == 2
-    assert "photo.png is no longer the picture" in capsys.readouterr().err
+    assert "photo.png is no longer the image" in capsys.readouterr().err
     assert main(["replay", "a.png", "-o", "b.png", "--force"]) == 0
     assert "the pixels differ from a.png" in capsys.readouterr().err
     assert not np.array_equal(pixels("b.png"), pixels("a.png"))
+
+
+def test_inpainting_and_its_replay(draw: Any, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (32, 32), "red").save("photo.png")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (16, 0, 32, 32))
+    mask.save("mask.png")
+    assert draw("fox", "--image", "photo.png", "--mask", "mask.png", "-o", "a.png") == 0
+    assert (pixels("a.png")[:, :16] == pixels("photo.png")[:, :16]).all()
+    assert main(["replay", "a.png"]) == 0
+    assert np.array_equal(pixels("a-replay.png"), pixels("a.png"))
+    Image.new("L", (32, 32), 255).save("mask.png")
+    capsys.readouterr()
+    assert main(["replay", "a.png", "-o", "b.png"]) == 2
+    assert "mask.png is no longer the mask" in capsys.readouterr().err
+    assert draw("fox", "--mask", "mask.png") == 2
+    assert "--mask says which part of --image is drawn anew, got no --image" in capsys.readouterr().err
 
 
 def test_replay_refuses_another_model(

@@ -16,7 +16,10 @@ import latentdiff
 ROOT = Path(__file__).parents[1]
 
 # Imports point only downwards. `evaluate`, `engine` and `serve` have their places for when they are built.
-ROOMS = ("cli", "serve", "pipeline", "result", "settings", "evaluate", "engine", "checkpoints", "models", "diffusion")
+ROOMS = (
+    *("cli", "serve", "pipeline", "drawing", "result", "settings", "evaluate", "engine"),
+    *("checkpoints", "models", "diffusion"),
+)
 LEAVES = ("devices", "images", "prompts", "errors")
 HEAVY = ("torch", "diffusers", "transformers", "datasets", "accelerate", "tensorboard", "pydantic", "torchvision")
 

@@ -45,7 +45,7 @@ def test_image_i_is_the_first_image_of_seed_plus_i(pipe: Pipeline, sampler: str)
 
 
 def test_initial_noise_of_an_image_is_bitwise_its_own(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    import latentdiff.pipeline as module
+    import latentdiff.drawing as module
 
     drawn: list[Tensor] = []
 
@@ -317,3 +317,52 @@ def test_a_pipeline_needs_all_parts(pipe: Pipeline) -> None:
     with pytest.raises(InputError, match="needs a U-Net"):
         Pipeline(replace(pipe.parts, unet=None))
     assert isinstance(pipe("cat", **STEPS), Result)
+
+
+@pytest.fixture
+def half_mask() -> Image.Image:
+    """White on the right half of a 32 x 32 picture."""
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (16, 0, 32, 32))
+    return mask
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "heun", "euler_a", "unipc"])
+def test_inpainting_keeps_the_pixels_that_are_not_masked(pipe: Pipeline, half_mask: Image.Image, sampler: str) -> None:
+    photo = Image.effect_noise((32, 32), 80).convert("RGB")
+    drawn = pipe("the red fox", image=photo, mask=half_mask, sampler=sampler, **STEPS)
+    before, after = np.asarray(photo, dtype=int), np.asarray(drawn.images[0], dtype=int)
+    assert after.shape == before.shape
+    assert np.abs(after[:, :16] - before[:, :16]).max() <= 1
+    assert np.abs(after[:, 16:] - before[:, 16:]).mean() > 5
+    assert drawn.settings["strength"] == 1.0 and drawn.settings["mask"]["hash"]
+
+
+def test_inpainting_at_full_strength_forgets_what_was_there(pipe: Pipeline, half_mask: Image.Image) -> None:
+    left = Image.effect_noise((32, 32), 80).convert("RGB")
+    other = left.copy()
+    other.paste((255, 0, 0), (24, 0, 32, 32))  # apart from the border, which the encoder sees from the left half too
+    first, second = (
+        pipe("fox", image=one, mask=half_mask, output_type="latent", **STEPS).images for one in (left, other)
+    )
+    assert (first - second)[..., -1].abs().max() < 0.2 * first.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask": Image.new("L", (32, 32))}, "a mask says which part of an image is drawn anew, got no image"),
+        (
+            {"image": "photo", "mask": Image.new("L", (16, 32))},
+            "the mask must have the size of the image, 32x32",
+        ),
+        ({"image": "photo", "mask": Image.new("L", (32, 32))}, "the mask is black everywhere"),
+        ({"image": "photo", "mask": Image.new("L", (32, 32), 255)}, "the mask is white everywhere"),
+        ({"image": "photo", "mask": 3}, "mask must be a PIL image or a path, got int"),
+    ],
+)
+def test_bad_masks(pipe: Pipeline, options: dict[str, Any], message: str) -> None:
+    if "image" in options:
+        options = {**options, "image": Image.new("RGB", (32, 32), "green")}
+    with pytest.raises(InputError, match=message):
+        pipe("the red fox", **options, **STEPS)
