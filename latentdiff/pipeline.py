@@ -18,11 +18,12 @@ from torch import Tensor
 
 from latentdiff.checkpoints import Parts, load_pipeline
 from latentdiff.devices import resolve_device, resolve_dtype
+from latentdiff.diffusion.samplers import FOREIGN
 from latentdiff.drawing import OUTPUT_TYPES, Callback, Drawing, device_of, dtype_of, native_size
 from latentdiff.errors import InputError, suggest
 from latentdiff.models.unet import UNet2DConditionModel
 from latentdiff.result import Result
-from latentdiff.settings import FOREIGN, Settings, check_integer
+from latentdiff.settings import Settings, check_integer
 
 __all__ = ["OUTPUT_TYPES", "Callback", "Pipeline"]
 

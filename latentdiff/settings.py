@@ -14,12 +14,11 @@ from typing import Any
 from latentdiff.errors import InputError
 from latentdiff.prompts import check_prompt, check_prompts
 
-__all__ = ["FOREIGN", "SIZE_MULTIPLE", "Settings", "check_integer", "check_number", "check_size", "parameters_text"]
+__all__ = ["SIZE_MULTIPLE", "Settings", "check_integer", "check_number", "check_size", "parameters_text"]
 
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 1000
 MAX_SIDE = 16384
-FOREIGN = "diffusers:"  # before the class of a scheduler object that stood in for a sampler
 SIZE_MULTIPLE = 8  # of height and width, or the autoencoder's factor where that is more
 
 
@@ -34,7 +33,7 @@ class Settings:
         guidance_scale: 0 to 50; 1 and below draw without guidance.
         guidance_rescale: 0 to 1, how far guided contrast is drawn back.
         guidance_interval: (low, high) in sigmas, guided only between them; None guides everywhere.
-        sampler: see `latentdiff.diffusion.SAMPLERS`; `FOREIGN` and a class name for a scheduler object.
+        sampler: see `latentdiff.diffusion.SAMPLERS`; "diffusers:" and a class name for a scheduler object.
         seed: of the first image; image i has seed + i.
         num_images: per prompt.
         strength: above 0, up to 1; how much of an initial image is drawn anew. 1 without one.
@@ -76,7 +75,7 @@ class Settings:
                 raise InputError(f"guidance_interval must be two noise levels, got {interval!r}; try (0.3, 5.0)")
             for value in interval:
                 check_number("guidance_interval", value, 0, math.inf, "try (0.3, 5.0)")
-        from latentdiff.diffusion.samplers import parse_sampler  # last, because it loads torch
+        from latentdiff.diffusion.samplers import FOREIGN, parse_sampler  # last, because it loads torch
 
         if not isinstance(self.sampler, str) or not self.sampler.startswith(FOREIGN):
             parse_sampler(self.sampler)

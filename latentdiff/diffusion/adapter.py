@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.prediction import Call, Network
-from latentdiff.diffusion.samplers import Step
+from latentdiff.diffusion.samplers import Step, skipped_steps
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
 
@@ -37,27 +37,23 @@ class SchedulerPlan:
         name = type(scheduler).__name__
         if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "step"):
             raise InputError(f"sampler must be a name or a diffusers scheduler, got {name}; try 'dpmpp_2m'")
+        remedy = f"make it with {name}.from_config(pipe.parts.schedule.to_dict())"
         theirs = scheduler.config.get("prediction_type", "epsilon")
         if theirs != schedule.prediction_type:
             raise InputError(
                 f"{name} takes the network's output for {theirs}, the model predicts {schedule.prediction_type}; "
-                f"make it with {name}.from_config(pipe.parts.schedule.to_dict())"
+                f"{remedy}"
             )
         found = getattr(scheduler, "alphas_cumprod", None)
         if found is not None and (
             len(found) != schedule.num_train_timesteps
             or not torch.allclose(found.double().cpu(), schedule.alphas_cumprod, atol=1e-4)
         ):
-            raise InputError(
-                f"{name} has another noise schedule than the model; "
-                f"make it with {name}.from_config(pipe.parts.schedule.to_dict())"
-            )
+            raise InputError(f"{name} has another noise schedule than the model; {remedy}")
         self.scheduler = copy.deepcopy(scheduler)
         self.scheduler.set_timesteps(num_inference_steps)
-        self.first = (num_inference_steps - int(num_inference_steps * strength)) * getattr(self.scheduler, "order", 1)
+        self.first = skipped_steps(num_inference_steps, strength) * getattr(self.scheduler, "order", 1)
         self.timesteps = self.scheduler.timesteps[self.first :].cpu().double()
-        if len(self.timesteps) == 0:
-            raise InputError(f"strength must leave at least one of {num_inference_steps} steps, got {strength}")
         # Its own noise levels may differ where it interpolates; guidance intervals need no more than this.
         places = self.timesteps.clamp(0, schedule.num_train_timesteps - 1).round().long()
         self.sigmas = schedule.sigmas[places]

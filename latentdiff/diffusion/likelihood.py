@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from latentdiff.diffusion.prediction import Call, Denoise
+from latentdiff.diffusion.samplers import draw_noise, require_one_each
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
 
@@ -125,13 +127,12 @@ def variational_bound(
     """
     if schedule.ends_in_pure_noise:
         raise InputError("the bound needs some signal at the last timestep, got zero terminal SNR; use the ODE instead")
-    if len(generators) != len(x0):
-        raise InputError(f"one generator per image is needed, got {len(generators)} for {len(x0)} images")
+    require_one_each(generators, x0)
     terms = []
     for timestep in range(schedule.num_train_timesteps):
-        noise = torch.stack([torch.randn(x0.shape[1:], generator=one, dtype=torch.float32) for one in generators])
+        noise = draw_noise(generators, x0.shape[1:]).to(x0)
         timesteps = torch.full((len(x0),), timestep, device=x0.device)
-        terms.append(bound_term(denoise, schedule, x0, noise.to(x0), timesteps, variance))
+        terms.append(bound_term(denoise, schedule, x0, noise, timesteps, variance))
     return Bound(prior_term(schedule, x0), torch.stack(terms))
 
 
@@ -152,8 +153,8 @@ def ode_likelihood(
         denoise: see `prediction.as_denoiser`; differentiable in x.
         x0: (B, C, H, W).
         generators: one per image, for the probes.
-        steps: 1 or more; each is two calls of the network with gradients, times `probes`.
-        probes: 1 or more; two or more give a standard error.
+        steps: 1 or more; each is two calls of the network.
+        probes: 1 or more, each a backward pass of every call; two or more give a standard error.
 
     Raises:
         InputError: steps or probes below 1, or not as many generators as images.
@@ -164,42 +165,38 @@ def ode_likelihood(
     for name, value in (("steps", steps), ("probes", probes)):
         if value < 1:
             raise InputError(f"{name} must be 1 or more, got {value}; try 200 steps and 2 probes")
-    if len(generators) != len(x0):
-        raise InputError(f"one generator per image is needed, got {len(generators)} for {len(x0)} images")
+    require_one_each(generators, x0)
     levels = schedule.sampling_grid(steps + 1, "dpm", "karras").sigmas[:-1].flip(0)
     timesteps = schedule.timesteps_of(levels).tolist()
-    volumes = []
-    for _ in range(probes):
-        signs = [torch.randint(0, 2, x0.shape[1:], generator=one) for one in generators]
-        probe = torch.stack(signs).to(x0) * 2 - 1
-        x, volume = x0, x0.new_zeros(len(x0), dtype=torch.float64)
-        slope, divergence = _slope(denoise, x, float(levels[0]), timesteps[0], probe)
-        for (sigma, following), timestep in zip(zip(levels.tolist(), levels.tolist()[1:]), timesteps[1:]):
-            step = following - sigma
-            ahead = _slope(denoise, x + step * slope, following, timestep, probe)
-            x, volume = x + step / 2 * (slope + ahead[0]), volume + step / 2 * (divergence + ahead[1])
-            slope, divergence = _slope(denoise, x, following, timestep, probe)
-        volumes.append(volume)
-    spread = torch.stack(volumes)
+    signs = [
+        torch.stack([torch.randint(0, 2, x0.shape[1:], generator=one) for one in generators]) for _ in range(probes)
+    ]
+    directions = torch.stack(signs).to(x0) * 2 - 1  # (P, B, C, H, W)
+    x, volumes = x0, x0.new_zeros(probes, len(x0), dtype=torch.float64)
+    places = list(zip(levels.tolist(), timesteps))
+    for (sigma, timestep), (following, next_timestep) in pairwise(places):
+        step = following - sigma
+        slope, divergence = _slope(denoise, x, sigma, timestep, directions)
+        ahead = _slope(denoise, x + step * slope, following, next_timestep, directions)
+        x, volumes = x + step / 2 * (slope + ahead[0]), volumes + step / 2 * (divergence + ahead[1])
     variance = 1 + float(levels[-1]) ** 2  # of x at the last level, whose VP form is standard normal
     dimensions = x0[0].numel()
-    # x at the end does not depend on the probe.
     prior = -0.5 * (
         x.double().square().flatten(1).sum(dim=1) / variance + dimensions * math.log(2 * math.pi * variance)
     )
-    error = spread.std(dim=0) / math.sqrt(probes) if probes > 1 else torch.full_like(prior, math.nan)
-    return OdeLikelihood(prior + spread.mean(dim=0), error, dimensions)
+    error = volumes.std(dim=0) / math.sqrt(probes) if probes > 1 else torch.full_like(prior, math.nan)
+    return OdeLikelihood(prior + volumes.mean(dim=0), error, dimensions)
 
 
-def _slope(denoise: Denoise, x: Tensor, sigma: float, timestep: float, probe: Tensor) -> tuple[Tensor, Tensor]:
-    """Return dx/dsigma (B, C, H, W) and its divergence (B,), estimated along `probe`."""
+def _slope(denoise: Denoise, x: Tensor, sigma: float, timestep: float, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return dx/dsigma (B, C, H, W) and its divergence (P, B), estimated along each of `directions` (P, B, C, H, W)."""
     places = torch.arange(len(x), device=x.device)
     sigmas, timesteps = (torch.full((len(x),), value, dtype=x.dtype, device=x.device) for value in (sigma, timestep))
     with torch.enable_grad():
         inputs = x.detach().requires_grad_()
         slope = (inputs - denoise(inputs, Call(0, places, torch.zeros_like(places), sigmas, timesteps))) / sigma
-        (product,) = torch.autograd.grad((slope * probe).sum(), inputs)
-    return slope.detach(), (product * probe).double().flatten(1).sum(dim=1)
+        products = [torch.autograd.grad((slope * one).sum(), inputs, retain_graph=True)[0] for one in directions]
+    return slope.detach(), (torch.stack(products) * directions).double().flatten(2).sum(dim=2)
 
 
 def _discretised(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from latentdiff.diffusion.spacing import SIGMA_SPACINGS
 from latentdiff.errors import InputError, suggest
 
 __all__ = [
+    "FOREIGN",
     "SAMPLERS",
     "Known",
     "Plan",
@@ -40,6 +41,9 @@ __all__ = [
     "sample",
     "start",
 ]
+
+
+FOREIGN = "diffusers:"  # in settings, before the class of a scheduler object that stood in for a sampler
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +74,7 @@ def parse_sampler(name: str) -> tuple[Sampler, str | None]:
     Raises:
         InputError: unknown name; the nearest one is offered.
     """
-    if str(name).startswith("diffusers:"):
+    if str(name).startswith(FOREIGN):
         raise InputError(f"{name} was a scheduler object, which only Python can pass again; pass sampler=scheduler")
     base, spacing = str(name), None
     if base not in SAMPLERS and "_" in base:
@@ -102,14 +106,7 @@ def make_plan(
         raise InputError(f"eta must be a number from 0 to 1, got {eta}; try 0")
     if eta and "eta" not in solver.takes:
         raise InputError(f"eta is an option of ddim, got eta={eta} with {sampler}; leave it out or choose ddim")
-    if not 0 < strength <= 1:
-        raise InputError(f"strength must be a number above 0 and up to 1, got {strength}; try 0.6")
-    skipped = num_inference_steps - int(num_inference_steps * strength)
-    if skipped == num_inference_steps:
-        raise InputError(
-            f"strength must leave at least one of {num_inference_steps} steps, got {strength}; "
-            f"try strength {math.ceil(100 / num_inference_steps) / 100} or more steps"
-        )
+    skipped = skipped_steps(num_inference_steps, strength)
     sigmas = grid.sigmas[skipped:]
     offered = {"eta": eta, "timesteps": grid.timesteps[skipped:]}
     matrices, noise, levels, between = solver.table(sigmas, **{name: offered[name] for name in solver.takes})
@@ -119,6 +116,23 @@ def make_plan(
     nearest = (levels[:, None] - grid.sigmas[:-1]).abs().argmin(dim=1)  # on the grid, but for rounding
     timesteps = torch.where(between, schedule.timesteps_of(levels), grid.timesteps[nearest])
     return Plan(timesteps, levels, matrices * landing[:, :, None], noise * landing, grid.init_noise_sigma)
+
+
+def skipped_steps(num_inference_steps: int, strength: float) -> int:
+    """Return how many steps image-to-image leaves out.
+
+    Raises:
+        InputError: strength is out of range or leaves no step.
+    """
+    if not 0 < strength <= 1:
+        raise InputError(f"strength must be a number above 0 and up to 1, got {strength}; try 0.6")
+    skipped = num_inference_steps - int(num_inference_steps * strength)
+    if skipped == num_inference_steps:
+        raise InputError(
+            f"strength must leave at least one of {num_inference_steps} steps, got {strength}; "
+            f"try strength {math.ceil(100 / num_inference_steps) / 100} or more steps"
+        )
+    return skipped
 
 
 def make_inversion_plan(schedule: NoiseSchedule, num_inference_steps: int, iterations: int = 1) -> Plan:
@@ -159,6 +173,12 @@ def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> T
     return torch.stack(
         [torch.randn(tuple(shape), generator=generator, dtype=torch.float32) for generator in generators]
     )
+
+
+def require_one_each(generators: Sequence[torch.Generator], images: Tensor) -> None:
+    """Raise InputError unless there are as many generators as images."""
+    if len(generators) != len(images):
+        raise InputError(f"one generator per image is needed, got {len(generators)} for {len(images)} images")
 
 
 def start(plans: Plan | Sequence[Plan], noise: Tensor, image_latents: Tensor | None = None) -> Tensor:
@@ -243,8 +263,8 @@ def sample(
     each = _one_per_image(plans, x)
     if generators is None and any(plan.noise.any() for plan in each):
         raise InputError("this sampler draws noise and needs one generator per image, got none; pass generators")
-    if generators is not None and len(generators) != len(x):
-        raise InputError(f"one generator per image is needed, got {len(generators)} for {len(x)} images")
+    if generators is not None:
+        require_one_each(generators, x)
     denoiser = denoise if isinstance(denoise, Denoiser) else Denoiser(denoise, None)
     if known is not None and (known.latents.shape != x.shape or known.mask.shape != (len(x), 1, *x.shape[2:])):
         shapes = f"{tuple(known.latents.shape)} and {tuple(known.mask.shape)}"
@@ -266,14 +286,15 @@ def _run(
     for end in sorted({len(plan) for plan in plans}):  # between two ends the same images run
         images = torch.tensor(running, device=x.device)
         sigmas, timesteps, c_next, of_input, of_output, noise, *columns = batch.rows(begin, end, images)
+        latents, mask = (None, None) if known is None else (known.latents[images], known.mask[images])
         numbers = torch.arange(begin, end, device=x.device)[:, None].expand(-1, len(running)).unbind()
         for row, index in enumerate(range(begin, end)):
             call = Call(index, images, numbers[row], sigmas[row], timesteps[row])
             inputs = slots[0]
             output = denoiser.network(inputs, call).to(x.dtype)  # (b, C, H, W)
-            if known is not None:
-                exact = (known.latents[images] - of_input[row] * inputs) / of_output[row]
-                output = torch.lerp(exact, output, known.mask[images])
+            if latents is not None and mask is not None:
+                exact = (latents - of_input[row] * inputs) / of_output[row]
+                output = torch.lerp(exact, output, mask)
             slots = _advance([column[row] for column in columns], slots, output)
             if any(draws[image][index] for image in running):
                 drawing = [generators[image] if draws[image][index] else None for image in running]
