@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentdiff.checkpoints import Parts, load_pipeline
 from latentdiff.devices import resolve_device, resolve_dtype
-from latentdiff.diffusion.samplers import FOREIGN
+from latentdiff.diffusion.plan import FOREIGN
 from latentdiff.drawing import OUTPUT_TYPES, Callback, Drawing, device_of, dtype_of, native_size
 from latentdiff.errors import InputError, suggest
 from latentdiff.models.unet import UNet2DConditionModel

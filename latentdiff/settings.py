@@ -75,7 +75,7 @@ class Settings:
                 raise InputError(f"guidance_interval must be two noise levels, got {interval!r}; try (0.3, 5.0)")
             for value in interval:
                 check_number("guidance_interval", value, 0, math.inf, "try (0.3, 5.0)")
-        from latentdiff.diffusion.samplers import FOREIGN, parse_sampler  # last, because it loads torch
+        from latentdiff.diffusion.plan import FOREIGN, parse_sampler  # last, because it loads torch
 
         if not isinstance(self.sampler, str) or not self.sampler.startswith(FOREIGN):
             parse_sampler(self.sampler)

@@ -12,21 +12,11 @@ from __future__ import annotations
 
 from latentdiff.diffusion.adapter import SchedulerPlan
 from latentdiff.diffusion.guidance import classifier_free, guidance_scales
+from latentdiff.diffusion.plan import Plan, make_inversion_plan, make_plan, parse_sampler
 from latentdiff.diffusion.prediction import Call, as_denoiser, preconditioning
-from latentdiff.diffusion.samplers import (
-    SAMPLERS,
-    Known,
-    Plan,
-    Step,
-    draw_noise,
-    image_generator,
-    make_inversion_plan,
-    make_plan,
-    parse_sampler,
-    sample,
-    start,
-)
+from latentdiff.diffusion.samplers import Known, Step, draw_noise, image_generator, sample, start
 from latentdiff.diffusion.schedule import Grid, NoiseSchedule
+from latentdiff.diffusion.solvers import SAMPLERS
 
 __all__ = [
     "SAMPLERS",

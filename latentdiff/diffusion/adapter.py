@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.diffusion.plan import skipped_steps
 from latentdiff.diffusion.prediction import Call, Network
-from latentdiff.diffusion.samplers import Step, skipped_steps
+from latentdiff.diffusion.samplers import Step, require_finite
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
 
@@ -95,6 +96,7 @@ class SchedulerPlan:
             x = result.prev_sample
             denoised = getattr(result, "pred_original_sample", None)
             yield Step(index, len(timesteps), _given(x), _given(x if denoised is None else denoised))
+        require_finite(x)
 
 
 def _given(value: Tensor) -> Any:

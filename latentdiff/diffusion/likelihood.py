@@ -14,12 +14,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.prediction import Call, Denoise
+from latentdiff.diffusion.prediction import Call, Denoise, Denoiser
 from latentdiff.diffusion.samplers import draw_noise, require_one_each
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
 
-__all__ = ["Bound", "OdeLikelihood", "bound_term", "ode_likelihood", "prior_term", "variational_bound"]
+__all__ = ["Bound", "OdeLikelihood", "bound_nats", "bound_term", "ode_likelihood", "prior_term", "variational_bound"]
 
 LEVELS = 255  # steps between the 8-bit values of [-1, 1]
 
@@ -84,14 +84,18 @@ def bound_term(
     timesteps: Tensor,
     variance: str = "fixed_small",
 ) -> Tensor:
-    """Return one sample of L_{t-1} for each image, of L_0 where its timestep is 0, in bits per dimension (B,).
+    """Return one sample of L_{t-1} for each image, or of L_0 where its timestep is 0, in bits per dimension (B,).
 
     Args:
         denoise: see `prediction.as_denoiser`; called in sigma coordinates.
         x0: (B, C, H, W) data; 8-bit values scaled to [-1, 1] where L_0 is asked for.
         noise: (B, C, H, W) standard normal.
         timesteps: (B,) int64.
-        variance: of the reverse process, see `NoiseSchedule.posterior`.
+        variance: of the reverse process: "fixed_small", "fixed_large", or "learned_range" where `denoise` is a `Denoiser`
+            whose network says it.
+
+    Raises:
+        InputError: the variance is to be learned, but the network does not.
 
     Source: Ho et al. 2020, arXiv 2006.11239, Eq. 5 and 13; Nichol & Dhariwal 2021, arXiv 2102.09672, section 2.1.
     """
@@ -100,13 +104,31 @@ def bound_term(
     places = torch.arange(len(x0), device=x0.device)
     sigmas = schedule.sigmas.to(x0.device, x0.dtype)[timesteps]
     call = Call(0, places, torch.zeros_like(places), sigmas, timesteps.to(x0.dtype))
-    estimate = denoise(x_t / alpha_bar.sqrt(), call)
+    denoiser = denoise if isinstance(denoise, Denoiser) else Denoiser(denoise, None)
+    estimate, share = denoiser.with_variance(x_t / alpha_bar.sqrt(), call)
+    if variance == "learned_range" and share is None:
+        raise InputError("learned_range needs a network of twice the channels, got one of as many; use fixed_small")
+    learned = share if variance == "learned_range" and share is not None else variance
+    nats = bound_nats(schedule, x0, x_t, estimate, timesteps, learned)
+    return nats.flatten(1).mean(dim=1) / math.log(2)
+
+
+def bound_nats(
+    schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, estimate: Tensor, timesteps: Tensor, variance: str | Tensor
+) -> Tensor:
+    """Return L_{t-1}, or L_0 where the timestep is 0, of every dimension in nats: (B, C, H, W).
+
+    Args:
+        x0, x_t, estimate: (B, C, H, W) data, what the forward process made of it, and the network's x0 estimate.
+        timesteps: (B,) int64.
+        variance: see `NoiseSchedule.posterior`.
+    """
     true_mean, true_log = schedule.posterior(x0, x_t, timesteps)
     mean, log_variance = schedule.posterior(estimate, x_t, timesteps, variance)
     kl = 0.5 * (log_variance - true_log + (true_log - log_variance).exp() - 1)
     kl = kl + 0.5 * (true_mean - mean).square() * (-log_variance).exp()
-    nats = torch.where(call.timesteps.reshape(alpha_bar.shape) == 0, -_discretised(x0, mean, log_variance), kl)
-    return nats.flatten(1).mean(dim=1) / math.log(2)
+    first = (timesteps == 0).reshape(-1, *[1] * (x0.ndim - 1))
+    return torch.where(first, -_discretised(x0, mean, log_variance), kl)
 
 
 def variational_bound(

@@ -26,11 +26,12 @@ __all__ = [
     "Preconditioning",
     "Prediction",
     "as_denoiser",
+    "halves",
     "preconditioning",
 ]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Call:
     """Where the images of one network call stand; the tensors are on the device of x, b images are still running.
 
@@ -51,7 +52,8 @@ class Call:
 
 # (x (b, ...) in sigma coordinates, call) -> x0 estimate (b, ...)
 Denoise = Callable[[Tensor, Call], Tensor]
-# (model_input (b, ...) of unit variance, call) -> model_output (b, ...), guidance already applied
+# (model_input (b, ...) of unit variance, call) -> model_output (b, ...), guidance already applied; twice the channels
+# where the network learns its variance, and its input has twice the channels where it is conditioned on itself
 Network = Callable[[Tensor, Call], Tensor]
 
 
@@ -136,18 +138,27 @@ class Denoiser:
     Attributes:
         network: see `Network`.
         prediction_type: what the network outputs; None for an x0 estimate from x itself, in sigma coordinates.
+        self_conditioning: whether the network is also given the x0 estimate of the call before, zeros at first.
     """
 
     network: Network
     prediction_type: str | None
+    self_conditioning: bool = False
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
-        """Return the x0 estimate (b, C, H, W) of x (b, C, H, W), in the dtype of x.
+        """Return the x0 estimate (b, C, H, W) of x (b, C, H, W), in the dtype of x, without an earlier estimate."""
+        return self.with_variance(x, call)[0]
 
-        Source: Karras et al. 2022, arXiv 2206.00364, Eq. 7.
+    def with_variance(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Return the same and where between the small and the large variance, -1 to 1, a step is, if that is learned.
+
+        Source: Karras et al. 2022, arXiv 2206.00364, Eq. 7; Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 15.
         """
         c_skip, c_out, c_in = self.factors(call.sigmas.reshape(-1, *[1] * (x.ndim - 1)))  # (b, 1, 1, 1)
-        return c_skip * x + c_out * self.network(c_in * x, call).to(x.dtype)
+        inputs = c_in * x
+        output = self.network(torch.cat([inputs, torch.zeros_like(x)], 1) if self.self_conditioning else inputs, call)
+        output, share = (output, None) if output.shape[1] == x.shape[1] else halves(output)
+        return c_skip * x + c_out * output.to(x.dtype), None if share is None else share.to(x.dtype)
 
     def factors(self, sigmas: Tensor) -> Preconditioning:
         """Return the factors at some noise levels, each of their shape."""
@@ -156,15 +167,24 @@ class Denoiser:
         return preconditioning(self.prediction_type, sigmas)
 
 
-def as_denoiser(network: Network, prediction_type: str) -> Denoiser:
+def halves(output: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the output (B, 2C, H, W) of a network that learns its variance into prediction and variance."""
+    prediction, share = output.chunk(2, dim=1)
+    return prediction, share
+
+
+def as_denoiser(network: Network, prediction_type: str, self_conditioning: bool = False) -> Denoiser:
     """Wrap a network as the one function that samplers call.
 
     Args:
         network: (model_input (b, C, H, W), call) -> model_output (b, C, H, W). It may run in half precision; the
             estimate is made in the dtype of x, because c_out multiplies every rounding error by sigma.
         prediction_type: what the network outputs.
+        self_conditioning: whether the input has the x0 estimate of the call before in a second half of channels.
 
     Returns:
         denoise(x (b, C, H, W), call) -> x0 estimate (b, C, H, W).
+
+    Source: self-conditioning: Chen et al. 2022, arXiv 2208.04202, algorithm 2.
     """
-    return Denoiser(network, prediction_type)
+    return Denoiser(network, prediction_type, self_conditioning)

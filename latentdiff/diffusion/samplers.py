@@ -11,7 +11,6 @@ different samplers and step counts can share a batch. Tables are float64, applie
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -21,140 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.prediction import Call, Denoise, Denoiser
-from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.diffusion.solvers import SAMPLERS, Sampler, ddim_inversion
-from latentdiff.diffusion.spacing import SIGMA_SPACINGS
-from latentdiff.errors import InputError, suggest
+from latentdiff.diffusion.plan import Plan
+from latentdiff.diffusion.prediction import Call, Denoise, Denoiser, halves
+from latentdiff.errors import InputError
 
 __all__ = [
-    "FOREIGN",
-    "SAMPLERS",
     "Known",
-    "Plan",
     "Step",
     "draw_noise",
     "image_generator",
-    "make_inversion_plan",
-    "make_plan",
-    "parse_sampler",
+    "require_finite",
+    "require_one_each",
     "sample",
     "start",
 ]
-
-
-FOREIGN = "diffusers:"  # in settings, before the class of a scheduler object that stood in for a sampler
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """All the numbers of one image's sampling run, float64 on the CPU, R rows with one network call each.
-
-    Attributes:
-        timesteps: (R,), what the network is told.
-        sigmas: (R,), noise level of x when the network is called.
-        matrices: (R, S, S + 1).
-        noise: (R, S).
-        init_noise_sigma: factor that makes standard normal noise the initial x of text-to-image.
-    """
-
-    timesteps: Tensor
-    sigmas: Tensor
-    matrices: Tensor
-    noise: Tensor
-    init_noise_sigma: float
-
-    def __len__(self) -> int:
-        return len(self.sigmas)
-
-
-def parse_sampler(name: str) -> tuple[Sampler, str | None]:
-    """Return the sampler called `name` and the sigma spacing that a suffix such as `_karras` asks for, or None.
-
-    Raises:
-        InputError: unknown name; the nearest one is offered.
-    """
-    if str(name).startswith(FOREIGN):
-        raise InputError(f"{name} was a scheduler object, which only Python can pass again; pass sampler=scheduler")
-    base, spacing = str(name), None
-    if base not in SAMPLERS and "_" in base:
-        base, spacing = base.rsplit("_", 1)
-    if base not in SAMPLERS or spacing not in {None, *SIGMA_SPACINGS}:
-        ending = f"_{spacing}" if spacing in SIGMA_SPACINGS else ""
-        raise InputError(f"sampler {name!r} is unknown{suggest(str(name), [key + ending for key in SAMPLERS])}")
-    return SAMPLERS[base], spacing
-
-
-def make_plan(
-    schedule: NoiseSchedule, sampler: str, num_inference_steps: int, *, eta: float = 0.0, strength: float = 1.0
-) -> Plan:
-    """Make the table of a sampling run.
-
-    Args:
-        schedule: of the model.
-        sampler: a key of `SAMPLERS`, optionally followed by `_` and a key of `SIGMA_SPACINGS`, as in dpmpp_2m_karras.
-        num_inference_steps: 1 to schedule.num_train_timesteps.
-        eta: 0 to 1, for ddim only: 0 is deterministic, 1 as noisy as ddpm.
-        strength: above 0, up to 1; image-to-image skips the first rows, keeping int(num_inference_steps * strength).
-
-    Raises:
-        InputError: a value out of range, an unknown sampler, or a strength that leaves no row.
-    """
-    solver, spacing = parse_sampler(sampler)
-    grid = schedule.sampling_grid(num_inference_steps, solver.rule, spacing)
-    if not 0 <= eta <= 1:
-        raise InputError(f"eta must be a number from 0 to 1, got {eta}; try 0")
-    if eta and "eta" not in solver.takes:
-        raise InputError(f"eta is an option of ddim, got eta={eta} with {sampler}; leave it out or choose ddim")
-    skipped = skipped_steps(num_inference_steps, strength)
-    sigmas = grid.sigmas[skipped:]
-    offered = {"eta": eta, "timesteps": grid.timesteps[skipped:]}
-    matrices, noise, levels, between = solver.table(sigmas, **{name: offered[name] for name in solver.takes})
-    # Land in VP coordinates, x / sqrt(1 + sigma^2): a change only where the schedule does not end at sigma 0.
-    landing = torch.ones_like(noise)
-    landing[-1, 0] = 1 / math.hypot(1, float(sigmas[-1]))
-    nearest = (levels[:, None] - grid.sigmas[:-1]).abs().argmin(dim=1)  # on the grid, but for rounding
-    timesteps = torch.where(between, schedule.timesteps_of(levels), grid.timesteps[nearest])
-    return Plan(timesteps, levels, matrices * landing[:, :, None], noise * landing, grid.init_noise_sigma)
-
-
-def skipped_steps(num_inference_steps: int, strength: float) -> int:
-    """Return how many steps image-to-image leaves out.
-
-    Raises:
-        InputError: strength is out of range or leaves no step.
-    """
-    if not 0 < strength <= 1:
-        raise InputError(f"strength must be a number above 0 and up to 1, got {strength}; try 0.6")
-    skipped = num_inference_steps - int(num_inference_steps * strength)
-    if skipped == num_inference_steps:
-        raise InputError(
-            f"strength must leave at least one of {num_inference_steps} steps, got {strength}; "
-            f"try strength {math.ceil(100 / num_inference_steps) / 100} or more steps"
-        )
-    return skipped
-
-
-def make_inversion_plan(schedule: NoiseSchedule, num_inference_steps: int, iterations: int = 1) -> Plan:
-    """Make the table that turns scaled latents into the noise from which `ddim` makes them again.
-
-    Run it with `sample(denoise, plan, latents)`; the last x is what `start` takes as `noise`.
-
-    Args:
-        schedule: of the model.
-        num_inference_steps: of the run to invert.
-        iterations: 1 or more network calls a step; see `solvers.ddim_inversion`.
-
-    Raises:
-        InputError: a number out of range.
-    """
-    if iterations < 1:
-        raise InputError(f"iterations must be 1 or more, got {iterations}; try 3")
-    grid = schedule.sampling_grid(num_inference_steps, SAMPLERS["ddim"].rule)
-    matrices, noise, levels, _ = ddim_inversion(grid.sigmas, iterations)
-    matrices[-1, 0] /= grid.init_noise_sigma
-    timesteps = grid.timesteps.flip(0).repeat_interleave(iterations)
-    return Plan(timesteps, levels, matrices, noise, grid.init_noise_sigma)
 
 
 def image_generator(seed: int) -> torch.Generator:
@@ -197,7 +76,7 @@ def start(plans: Plan | Sequence[Plan], noise: Tensor, image_latents: Tensor | N
     return image_latents + noise * _column([float(plan.sigmas[0]) for plan in each], noise)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Step:
     """The state of a batch after one row; images whose plan has ended stay as they were.
 
@@ -258,7 +137,8 @@ def sample(
         known: for inpainting; x must then come from `start` with the known latents as the images to start from.
 
     Raises:
-        InputError: not as many plans or generators as images, or known latents of another shape than x.
+        InputError: not as many plans or generators as images, or known latents of another shape than x; at the end, if
+            the result is not finite.
     """
     each = _one_per_image(plans, x)
     if generators is None and any(plan.noise.any() for plan in each):
@@ -272,6 +152,12 @@ def sample(
     return _run(denoiser, each, x.to(torch.promote_types(x.dtype, torch.float32)), generators or [], known)
 
 
+def require_finite(x: Tensor) -> None:
+    """Raise InputError if a sampled x is not finite."""
+    if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
+        raise InputError("the network's output became NaN or infinite; use dtype float32 or a lower guidance_scale")
+
+
 def _run(
     denoiser: Denoiser,
     plans: Sequence[Plan],
@@ -280,73 +166,90 @@ def _run(
     known: Known | None,
 ) -> Iterator[Step]:
     batch, draws = _folded(denoiser, plans, x), [plan.noise.any(dim=1).tolist() for plan in plans]
-    total, size, denoised = max(len(plan) for plan in plans), batch.noise.shape[1], torch.zeros_like(x)
+    total, size, channels = max(len(plan) for plan in plans), batch.noise.shape[1], x.shape[1]
+    denoised = torch.zeros_like(x)
     slots = torch.stack([x * batch.c_in[0], *[denoised] * (size - 1)])  # (S, B, C, H, W)
     begin, running = 0, list(range(len(x)))
     for end in sorted({len(plan) for plan in plans}):  # between two ends the same images run
         images = torch.tensor(running, device=x.device)
-        sigmas, timesteps, c_next, of_input, of_output, noise, *columns = batch.rows(begin, end, images)
-        latents, mask = (None, None) if known is None else (known.latents[images], known.mask[images])
+        part = batch.part(begin, end, images)
+        sigmas, timesteps, *columns = (table.unbind() for table in (part.sigmas, part.timesteps, *part.columns()))
         numbers = torch.arange(begin, end, device=x.device)[:, None].expand(-1, len(running)).unbind()
+        latents, mask = (None, None) if known is None else (known.latents[images], known.mask[images])
+        estimate = denoised[images] if denoiser.self_conditioning else None
+        noisy = {row for row in range(begin, end) for image in running if draws[image][row]}
         for row, index in enumerate(range(begin, end)):
             call = Call(index, images, numbers[row], sigmas[row], timesteps[row])
-            inputs = slots[0]
-            output = denoiser.network(inputs, call).to(x.dtype)  # (b, C, H, W)
+            places = [slots[place] for place in range(size)]
+            inputs = places[0]
+            output = denoiser.network(inputs if estimate is None else torch.cat([inputs, estimate], dim=1), call)
+            output, share = (output.to(x.dtype), None) if output.shape[1] == channels else halves(output.to(x.dtype))
             if latents is not None and mask is not None:
-                exact = (latents - of_input[row] * inputs) / of_output[row]
+                exact = (latents - part.of_input[row] * inputs) / part.of_output[row]
                 output = torch.lerp(exact, output, mask)
-            slots = _advance([column[row] for column in columns], slots, output)
-            if any(draws[image][index] for image in running):
+            slots = _advance([column[row] for column in columns], places, output)
+            if index in noisy:
                 drawing = [generators[image] if draws[image][index] else None for image in running]
-                slots = torch.addcmul(slots, noise[row], _fresh_noise(drawing, x))
+                noise = _fresh_noise(drawing, x)
+                if share is not None:
+                    noise = noise * (part.noise_range[row] * (share + 1) / 2).exp()
+                slots.addcmul_(part.noise[row], noise)
             step = Step(
                 index,
                 total,
-                partial(_replaced, x, images, torch.div, slots[0], c_next[row]),
-                partial(_replaced, denoised, images, _estimate, inputs, output, of_input[row], of_output[row]),
+                partial(_next_x, x, images, part, row, slots),
+                partial(_next_denoised, denoised, images, part, row, inputs, output),
             )
+            if estimate is not None:
+                estimate = part.estimate(row, inputs, output)
             yield step
-        x, denoised = step.x, step.denoised  # of the images that have ended; those of the others are not looked at
-        staying = [place for place, image in enumerate(running) if len(plans[image]) > end]
-        begin, running, slots = end, [running[place] for place in staying], slots[:, staying]
+        if end < total:
+            x, denoised = step.x, step.denoised  # of the images that have ended; those of the others are not looked at
+            staying = [place for place, image in enumerate(running) if len(plans[image]) > end]
+            begin, running, slots = end, [running[place] for place in staying], slots[:, staying]
+    require_finite(step.x)
 
 
-def _estimate(inputs: Tensor, output: Tensor, of_input: Tensor, of_output: Tensor) -> Tensor:
-    return of_input * inputs + of_output * output
+def _next_x(x: Tensor, images: Tensor, part: _Batch, row: int, slots: Tensor) -> Tensor:
+    return _replaced(x, images, slots[0] / part.c_next[row])
 
 
-def _replaced(batch: Tensor, images: Tensor, make: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-    """Return the batch with what `make` returns in place of some of its images."""
-    values = make(*arguments)
+def _next_denoised(denoised: Tensor, images: Tensor, part: _Batch, row: int, inputs: Tensor, output: Tensor) -> Tensor:
+    return _replaced(denoised, images, part.estimate(row, inputs, output))
+
+
+def _replaced(batch: Tensor, images: Tensor, values: Tensor) -> Tensor:
+    """Return the batch with `values` in place of some of its images."""
     return values if len(values) == len(batch) else batch.index_copy(0, images, values)
 
 
-def _advance(columns: Sequence[Tensor], slots: Tensor, output: Tensor) -> Tensor:
-    """Return one row of a table, its columns (S, b, 1, 1, 1), applied to slots (S, b, C, H, W) and output (b, C, H, W).
+def _advance(columns: Sequence[Tensor], slots: Sequence[Tensor], output: Tensor) -> Tensor:
+    """Return one row of a table, its columns (S, b, 1, 1, 1), applied to slots and output, each (b, C, H, W).
 
     Column by column, so that an image gets the same additions in the same order in every batch, and neither TF32 nor
     autocast rounds x.
     """
     advanced = columns[-1] * output  # (S, b, C, H, W)
     for column, slot in zip(columns, slots):
-        advanced = torch.addcmul(advanced, column, slot)
+        advanced.addcmul_(column, slot)
     return advanced
 
 
 def _fresh_noise(generators: Sequence[torch.Generator | None], x: Tensor) -> Tensor:
     """Draw (b, C, H, W) on the CPU in float32, zeros for images without a generator, and bring it to x."""
-    shape = x.shape[1:]
-    noise = torch.stack([torch.zeros(shape) if one is None else draw_noise([one], shape)[0] for one in generators])
-    if x.device.type == "cuda":
-        noise = noise.pin_memory()  # the copy then waits for nothing
+    noise = torch.zeros(len(generators), *x.shape[1:], pin_memory=x.device.type == "cuda")  # so that its copy is async
+    for one, generator in zip(noise, generators):
+        if generator is not None:
+            one.normal_(generator=generator)
     return noise.to(x.device, x.dtype, non_blocking=True)
 
 
 class _Batch(NamedTuple):
     """The tables of a batch for a network's own inputs and outputs: slot 0 is what the network is given.
 
-    sigmas, timesteps, c_in, c_next, of_input, of_output: (R, B, 1, 1, 1), the first two without the ones; c_next is the
-    c_in of the next row, and denoised = of_input * input + of_output * output.
+    sigmas, timesteps: (R, B).
+    c_in, c_next, of_input, of_output, noise_range: (R, B, 1, 1, 1); c_next is the c_in of the next row, and denoised =
+        of_input * input + of_output * output.
     noise: (R, S, B, 1, 1, 1).
     matrices: (R, S, S + 1, B, 1, 1, 1).
     """
@@ -357,16 +260,25 @@ class _Batch(NamedTuple):
     c_next: Tensor
     of_input: Tensor
     of_output: Tensor
+    noise_range: Tensor
     noise: Tensor
     matrices: Tensor
 
-    def rows(self, begin: int, end: int, images: Tensor) -> list[Sequence[Tensor]]:
-        """Return sigmas, timesteps, c_next, of_input, of_output, noise and each column as one tensor a row."""
-        tables = [self.sigmas, self.timesteps, self.c_next, self.of_input, self.of_output]
-        picked = [table[begin:end].index_select(1, images) for table in tables]
-        noise = self.noise[begin:end].index_select(2, images)
-        columns = self.matrices[begin:end].index_select(3, images).unbind(2)
-        return [table.unbind() for table in (*picked, noise, *columns)]
+    def part(self, begin: int, end: int, images: Tensor) -> _Batch:
+        """Return some rows of some images."""
+        if begin == 0 and end == len(self.sigmas) and len(images) == self.sigmas.shape[1]:
+            return self
+        *tables, noise, matrices = (table[begin:end] for table in self)
+        picked = [table.index_select(1, images) for table in tables]
+        return _Batch._make([*picked, noise.index_select(2, images), matrices.index_select(3, images)])
+
+    def columns(self) -> tuple[Tensor, ...]:
+        """Return each column of the matrices, (R, S, B, 1, 1, 1)."""
+        return self.matrices.unbind(2)
+
+    def estimate(self, row: int, inputs: Tensor, output: Tensor) -> Tensor:
+        """Return the x0 estimates (B, C, H, W) of a row."""
+        return self.of_input[row] * inputs + self.of_output[row] * output
 
 
 def _folded(denoiser: Denoiser, plans: Sequence[Plan], x: Tensor) -> _Batch:
@@ -375,26 +287,21 @@ def _folded(denoiser: Denoiser, plans: Sequence[Plan], x: Tensor) -> _Batch:
     With D = c_skip x + c_out F and the network's input u = c_in x, a row on (x, ..., D) becomes one on (u, ..., F).
     """
     rows, size = max(len(plan) for plan in plans), max(plan.noise.shape[1] for plan in plans)
-    sigmas, timesteps = torch.zeros(2, rows, len(plans), dtype=torch.float64)
-    matrices = torch.zeros(rows, size, size + 1, len(plans), dtype=torch.float64)
-    noise = torch.zeros(rows, size, len(plans), dtype=torch.float64)
-    for image, plan in enumerate(plans):
-        count, slots = plan.noise.shape
-        sigmas[:count, image], timesteps[:count, image] = plan.sigmas, plan.timesteps
-        matrices[:count, :slots, :slots, image] = plan.matrices[:, :, :-1]
-        matrices[:count, :slots, -1, image] = plan.matrices[:, :, -1]
-        noise[:count, :slots, image] = plan.noise
-    c_skip, c_out, c_in = denoiser.factors(sigmas)  # (R, B)
-    c_next = torch.cat([c_in[1:], torch.ones_like(c_in[:1])])
+    each = [plan.padded(rows, size) for plan in plans]
+    sigmas, timesteps, noise_range, noise, matrices = (  # in NumPy, whose small operations are quicker
+        np.stack([getattr(plan, name).numpy() for plan in each], axis=-1)
+        for name in ("sigmas", "timesteps", "noise_range", "noise", "matrices")
+    )
+    c_skip, c_out, c_in = (factor.numpy() for factor in denoiser.factors(torch.from_numpy(sigmas)))  # (R, B)
+    c_next = np.append(c_in[1:], np.ones_like(c_in[:1]), axis=0)
     c_next[[len(plan) - 1 for plan in plans], range(len(plans))] = 1  # the last row lands in VP coordinates
     matrices[:, :, 0] = (matrices[:, :, 0] + matrices[:, :, -1] * c_skip[:, None]) / c_in[:, None]
     matrices[:, :, -1] *= c_out[:, None]
     matrices[:, 0] *= c_next[:, None]
     noise[:, 0] *= c_next
-    ones = [1] * (x.ndim - 1)
-    tables = (c_in, c_next, c_skip / c_in, c_out, noise, matrices)
-    shaped = [table.reshape(*table.shape, *ones) for table in tables]
-    return _Batch(*(table.to(x.dtype).to(x.device) for table in (sigmas, timesteps, *shaped)))
+    tables = (c_in, c_next, c_skip / c_in, c_out, noise_range, noise, matrices)
+    shaped = [table.reshape(*table.shape, *[1] * (x.ndim - 1)) for table in tables]
+    return _Batch(*(torch.from_numpy(table).to(x.dtype).to(x.device) for table in (sigmas, timesteps, *shaped)))
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ see nothing but a list of falling sigmas. Tables are float64; they are applied i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ __all__ = ["GRID_RULES", "TIMESTEP_SPACINGS", "VARIANCES", "Grid", "GridRule", "
 
 
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
-VARIANCES = ("fixed_small", "fixed_large")
+VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 LCM_TIMESTEPS = 50  # at which consistency models are distilled, unless the checkpoint says otherwise
 
 
@@ -88,7 +88,6 @@ _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "timestep_type": ("discrete", None),
     "trained_betas": (None,),
     "use_flow_sigmas": (False, None),
-    "variance_type": ("fixed_small", "fixed_small_log", None),
 }
 
 
@@ -115,6 +114,8 @@ class NoiseSchedule:
         steps_offset: added to the timesteps of leading spacing (less where it would pass the last one).
         set_alpha_to_one: DDIM ends at noise level 0 (True) or at that of the first timestep (False).
         rescale_betas_zero_snr: shift the schedule so that the last timestep is pure noise.
+        variance_type: of the steps of ddpm: "fixed_small", "fixed_large", or "learned_range" where the network's second
+            half of channels says where between the two.
         class_name, extra: diffusers' class and the keys that are none of ours, kept for `to_dict`.
 
     Raises:
@@ -130,12 +131,14 @@ class NoiseSchedule:
     steps_offset: int = 0
     set_alpha_to_one: bool = True
     rescale_betas_zero_snr: bool = False
+    variance_type: str = "fixed_small"
     class_name: str = "DDIMScheduler"
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _require_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         _require_choice("prediction_type", self.prediction_type, PREDICTIONS)
+        _require_choice("variance_type", self.variance_type, VARIANCES)
         if self.timestep_spacing is not None:
             _require_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
         _require_integer("num_train_timesteps", self.num_train_timesteps, 1, 1_000_000, "1000")
@@ -167,6 +170,9 @@ class NoiseSchedule:
         """
         ours = {item.name for item in fields(cls)} - {"class_name", "extra"}
         known = {key: value for key, value in config.items() if key in ours}
+        variance = known.pop("variance_type", None)
+        if variance is not None:
+            known["variance_type"] = str(variance).removesuffix("_log")  # of a fixed one, where that is no difference
         extra = {key: value for key, value in config.items() if key not in ours and key != "_class_name"}
         if "_class_name" not in config:
             for key in extra:
@@ -194,6 +200,8 @@ class NoiseSchedule:
         }
         if self.timestep_spacing is None:
             del ours["timestep_spacing"]
+        if self.variance_type == "fixed_small":  # which is what those that have one default to
+            del ours["variance_type"]
         # Latents have no range to clip to, but diffusers' DDIM and DDPM clip unless told.
         return {"_class_name": self.class_name, "clip_sample": False, **ours, **self.extra}
 
@@ -250,17 +258,18 @@ class NoiseSchedule:
         return torch.from_numpy(np.interp(np.log(sigmas.numpy()), table, np.arange(len(table))))
 
     def posterior(
-        self, x0: Tensor, x_t: Tensor, timesteps: Tensor, variance: str = "fixed_small"
+        self, x0: Tensor, x_t: Tensor, timesteps: Tensor, variance: str | Tensor = "fixed_small"
     ) -> tuple[Tensor, Tensor]:
         """Return mean and log variance of q(x_{t-1} | x_t, x_0), in VP coordinates.
 
         Args:
             x0, x_t: (B, C, H, W).
             timesteps: (B,) int64; at 0 the mean is x0, and the variance, which would be 0, the small one of timestep 1.
-            variance: "fixed_small", that of the posterior, or "fixed_large", beta, of which learned ones lie between.
+            variance: "fixed_small", that of the posterior, "fixed_large", beta, or (B, C, H, W) as a network learns it,
+                -1 for the small and 1 for the large one.
 
         Returns:
-            (B, C, H, W) and (B, 1, 1, 1).
+            (B, C, H, W) and (B, 1, 1, 1), or (B, C, H, W) where learned.
 
         Raises:
             InputError: unknown variance.
@@ -268,17 +277,23 @@ class NoiseSchedule:
         Source: Ho et al. 2020, arXiv 2006.11239, Eq. 6 and 7, section 3.2; Nichol & Dhariwal 2021, arXiv 2102.09672,
         Eq. 15.
         """
-        _require_choice("variance", variance, VARIANCES)
+        of_x0, of_x_t, small, large = (self._at(table, timesteps, x0) for table in self._posterior_tables)
+        mean = of_x0 * x0 + of_x_t * x_t  # Eq. 7
+        if isinstance(variance, Tensor):
+            return mean, torch.lerp(small.expand_as(variance), large.expand_as(variance), (variance + 1) / 2)  # Eq. 15
+        _require_choice("variance", variance, VARIANCES[:2])
+        return mean, small if variance == "fixed_small" else large
+
+    @cached_property
+    def _posterior_tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Factors of x_0 and x_t in the posterior mean, logarithms of the small and the large variance, each (T,)."""
         after = self.alphas_cumprod  # alpha-bar at t
         before = torch.cat([after.new_ones(1), after[:-1]])  # at t - 1
         betas = 1 - after / before
         small = betas * (1 - before) / (1 - after)  # Eq. 7
         small[0] = small[1] if len(small) > 1 else betas[0]
         of_x0, of_x_t = before.sqrt() * betas / (1 - after), (after / before).sqrt() * (1 - before) / (1 - after)
-        log_variance = (small if variance == "fixed_small" else torch.cat([small[:1], betas[1:]])).log()
-        tables = (of_x0, of_x_t, log_variance)
-        first, second, last = (self._at(table, timesteps, x0) for table in tables)
-        return first * x0 + second * x_t, last
+        return of_x0, of_x_t, small.log(), torch.cat([small[:1], betas[1:]]).log()
 
     def sampling_grid(self, num_inference_steps: int, rule: str = "ddim", sigma_spacing: str | None = None) -> Grid:
         """Choose the noise levels that a sampling run visits.
@@ -311,6 +326,27 @@ class NoiseSchedule:
         vp_start = habits.unit_variance_start or spacing == "leading"
         init_noise_sigma = math.hypot(1, sigmas[0]) if vp_start else float(sigmas[0])
         return Grid(torch.from_numpy(timesteps), torch.from_numpy(np.append(sigmas, last)), init_noise_sigma)
+
+    def grid_of(self, sigmas: Sequence[float], rule: str = "ddim") -> Grid:
+        """Return the grid of noise levels that were chosen by hand.
+
+        Args:
+            sigmas: falling, within what the model was trained on; a last one of 0 is added where it is missing.
+            rule: as in `sampling_grid`.
+
+        Raises:
+            InputError: the levels do not fall, or leave the range.
+        """
+        levels = torch.tensor([float(sigma) for sigma in sigmas], dtype=torch.float64)
+        if len(levels) and float(levels[-1]) > 0:
+            levels = torch.cat([levels, levels.new_zeros(1)])
+        highest = float(self.sigmas[-1]) * (1 + 1e-6)  # of a level that was rounded on its way
+        if len(levels) < 2 or not (levels.diff() < 0).all() or not 0 <= levels[-1] < levels[0] <= highest:
+            got = ", ".join(f"{level:.4g}" for level in levels[:6].tolist())
+            raise InputError(f"sigmas must fall from at most {highest:.4g} to at least 0, got {got or 'none'}")
+        timesteps = self.timesteps_of(levels[:-1])
+        unit = GRID_RULES[rule].unit_variance_start
+        return Grid(timesteps, levels, math.hypot(1, float(levels[0])) if unit else float(levels[0]))
 
     def _spaced(self, steps: int, spacing: str, habits: GridRule) -> np.ndarray:
         """Return the timesteps (N,), falling. Source: Lin et al. 2023, arXiv 2305.08891, table 2."""

@@ -40,9 +40,26 @@ def ddim(sigmas: Tensor, eta: float = 0.0) -> Table:
     return rows.table()
 
 
-def ddpm(sigmas: Tensor) -> Table:
-    """Ancestral sampling with the small posterior variance. Source: Ho et al. 2020, arXiv 2006.11239, Eq. 6 and 7."""
-    return ddim(sigmas, eta=1.0)
+def ddpm(sigmas: Tensor, variance: str = "fixed_small") -> Table:
+    """Ancestral sampling: the mean of the posterior, then noise.
+
+    Args:
+        sigmas: (N + 1,) float64, falling.
+        variance: "fixed_small", that of the posterior; "fixed_large", beta; or "learned_range", between the two.
+
+    Source: Ho et al. 2020, arXiv 2006.11239, Eq. 6 and 7, section 3.2; Nichol & Dhariwal 2021, arXiv 2102.09672,
+    Eq. 15.
+    """
+    rows = Rows(1)
+    for sigma, following in _steps(sigmas):
+        x, D = rows.state
+        down, up = _ancestral(sigma, following)
+        # beta = 1 - (1 + following^2) / (1 + sigma^2), divided by the next signal rate
+        large = up and math.sqrt((sigma**2 - following**2) * (1 + following**2) / (1 + sigma**2))
+        span = math.log(large / up) if up and variance == "learned_range" else 0.0
+        mean = D + down / sigma * (x - D)
+        rows.add(sigma, mean, noise=large if variance == "fixed_large" else up, noise_range=span)
+    return rows.table()
 
 
 def euler(sigmas: Tensor) -> Table:
@@ -332,7 +349,7 @@ class Sampler:
 
     Attributes:
         table: sigmas (N + 1,) -> Table.
-        takes: what else the table is made of: "eta", "timesteps".
+        takes: what else the table is made of: "eta", "timesteps", "variance".
     """
 
     table: Callable[..., Table]
@@ -341,7 +358,7 @@ class Sampler:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(ddpm, rule="ddpm"),
+    "ddpm": Sampler(ddpm, rule="ddpm", takes=("variance",)),
     "ddim": Sampler(ddim, rule="ddim", takes=("eta",)),
     "euler": Sampler(euler, rule="euler"),
     "euler_a": Sampler(euler_a, rule="euler"),

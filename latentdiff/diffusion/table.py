@@ -21,12 +21,15 @@ class Table(NamedTuple):
         noise: (R, S), factors of the fresh noise that joins them.
         sigmas: (R,), the noise level of slot 0 when the network is called; a step may take several calls.
         between: (R,) bool, whether that is a level of the solver's own and not one of the grid.
+        noise_range: (R,), natural logarithm of how many times larger the noise of slot 0 may be where the network
+            learns its variance; 0 where that makes no difference.
     """
 
     matrices: Tensor
     noise: Tensor
     sigmas: Tensor
     between: Tensor
+    noise_range: Tensor
 
 
 class Rows:
@@ -42,6 +45,7 @@ class Rows:
         self.noise: list[list[float]] = []
         self.sigmas: list[float] = []
         self.between: list[bool] = []
+        self.noise_range: list[float] = []
 
     @property
     def state(self) -> Vector:
@@ -49,7 +53,13 @@ class Rows:
         return np.eye(self.slots + 1)
 
     def add(
-        self, sigma: float, *slots: Vector, noise: float = 0.0, keep_noise: bool = False, between: bool = False
+        self,
+        sigma: float,
+        *slots: Vector,
+        noise: float = 0.0,
+        noise_range: float = 0.0,
+        keep_noise: bool = False,
+        between: bool = False,
     ) -> None:
         """Add the row whose network call is at `sigma`.
 
@@ -57,7 +67,7 @@ class Rows:
             slots: what the slots become; those left out become 0.
             noise: factor of the fresh noise that joins slot 0.
             keep_noise: remember the noise itself in the last slot.
-            between: see `Table`.
+            noise_range, between: see `Table`.
         """
         row = np.zeros((self.slots, self.slots + 1))
         row[: len(slots)] = slots
@@ -65,8 +75,9 @@ class Rows:
         self.noise.append([noise, *[0.0] * (self.slots - 2), *[float(keep_noise)] * (self.slots > 1)])
         self.sigmas.append(sigma)
         self.between.append(between)
+        self.noise_range.append(noise_range)
 
     def table(self) -> Table:
         """Return all rows."""
-        numbers = (np.stack(self.matrices), np.array(self.noise), np.array(self.sigmas), np.array(self.between))
-        return Table(*map(torch.from_numpy, numbers))
+        numbers = (self.noise, self.sigmas, self.between, self.noise_range)
+        return Table(*(torch.from_numpy(np.array(column)) for column in (self.matrices, *numbers)))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion import Call, NoiseSchedule, image_generator
+from latentdiff.diffusion import Call, NoiseSchedule, as_denoiser, image_generator
 from latentdiff.diffusion.likelihood import bound_term, ode_likelihood, prior_term, variational_bound
+from latentdiff.diffusion.prediction import Denoiser
 from latentdiff.errors import InputError
 
 MEAN, STD = 0.1, 0.25
@@ -50,6 +51,26 @@ def test_standard_error_is_that_of_the_probes() -> None:
     spread = torch.stack([found.nats for found in errors]).std()
     claimed = torch.stack([found.standard_error for found in errors]).mean()
     assert 0.3 < float(spread / claimed) < 3
+
+
+def test_learned_variance_lies_between_the_fixed_ones() -> None:
+    """With both ends learned the bound is that of the fixed variances, and a network that learns none is refused."""
+    x0, timesteps = data(3, 8), torch.tensor([0, 40, 700])
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def learning(share: float) -> Denoiser:
+        def network(x: Tensor, call: Call) -> Tensor:
+            sigma = call.sigmas.reshape(-1, 1, 1, 1)
+            inner = x * (1 + sigma**2).sqrt()
+            return torch.cat([(inner - denoise(inner, call)) / sigma, torch.full_like(x, share)], dim=1)
+
+        return as_denoiser(network, "epsilon")
+
+    for share, variance in ((-1.0, "fixed_small"), (1.0, "fixed_large")):
+        ours = bound_term(learning(share), SCHEDULE, x0, noise, timesteps, "learned_range")
+        torch.testing.assert_close(ours, bound_term(denoise, SCHEDULE, x0, noise, timesteps, variance))
+    with pytest.raises(InputError, match="learned_range needs a network of twice the channels"):
+        bound_term(denoise, SCHEDULE, x0, noise, timesteps, "learned_range")
 
 
 def estimate_variance(timesteps: Tensor) -> Tensor:

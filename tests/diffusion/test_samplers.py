@@ -60,7 +60,7 @@ def gaussian_solution(x: Tensor, sigma_from: float, sigma_to: float) -> Tensor:
 
 
 def table_plan(table: Table) -> Plan:
-    return Plan(torch.zeros_like(table.sigmas), table.sigmas, table.matrices, table.noise, 1.0)
+    return Plan(torch.zeros_like(table.sigmas), table.sigmas, table.matrices, table.noise, 1.0, table.noise_range)
 
 
 def network(x: Tensor, call: Call) -> Tensor:
@@ -296,6 +296,107 @@ def test_float32_is_accurate_at_the_huge_first_sigmas(sampler: str, zero_snr: bo
     for single, double, sigma in zip(*runs, [*plan.sigmas[1:].tolist(), 0.0]):
         scale = (1 + sigma**2) ** 0.5
         torch.testing.assert_close(single / scale, double / scale, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_learned_variance_has_the_fixed_ones_as_its_ends(variance: str) -> None:
+    learned, fixed = (replace(COSINE, variance_type=name) for name in ("learned_range", variance))
+    share = -1.0 if variance == "fixed_small" else 1.0
+
+    def twice(x: Tensor, call: Call) -> Tensor:
+        return torch.cat([network(x, call), torch.full_like(x, share)], dim=1)
+
+    generators = [[image_generator(0)] for _ in range(2)]
+    plans = [make_plan(schedule, "ddpm", 7) for schedule in (learned, fixed)]
+    x = start(plans[0], torch.ones(1, *SHAPE))
+    *_, ours = sample(as_denoiser(twice, "v_prediction"), plans[0], x, generators[0])
+    *_, expected = sample(as_denoiser(network, "v_prediction"), plans[1], x, generators[1])
+    torch.testing.assert_close(ours.x, expected.x, atol=1e-5, rtol=1e-5)
+    *_, other = sample(as_denoiser(twice, "v_prediction"), make_plan(learned, "dpmpp_2m", 7), x)  # the rest is left out
+    *_, plain = sample(as_denoiser(network, "v_prediction"), make_plan(fixed, "dpmpp_2m", 7), x)
+    assert torch.equal(other.x, plain.x)
+
+
+def test_self_conditioning_gives_the_estimate_before() -> None:
+    """Each image is given its own, in batches whose images end at different rows too; the first call gets zeros."""
+    plans, given = [make_plan(COSINE, "dpmpp_2m", 4), make_plan(COSINE, "ddim", 6)], []
+
+    def conditioned(inputs: Tensor, call: Call) -> Tensor:
+        x, estimate = inputs.chunk(2, dim=1)
+        given.append(estimate)
+        return network(x, call) + 0.3 * estimate
+
+    denoise = as_denoiser(conditioned, "v_prediction", self_conditioning=True)
+    x = start(plans, draw_noise([image_generator(0), image_generator(1)], SHAPE))
+    estimates = [step.denoised for step in sample(denoise, plans, x)]
+    assert not given[0].any()
+    for row in range(1, 6):
+        assert torch.equal(given[row], estimates[row - 1][[0, 1] if row < 4 else [1]])
+
+
+def test_resampling_takes_every_step_several_times() -> None:
+    """At eta 0 on a network that always gives the same estimate, x keeps the variance that its level has."""
+    once, thrice = (make_plan(COSINE, "dpmpp_2m", 5, resampling=times) for times in (1, 3))
+    assert len(thrice) == 15 and torch.equal(thrice.timesteps, once.timesteps.repeat_interleave(3))
+    assert torch.equal(thrice.matrices[2::3], once.matrices) and torch.equal(thrice.noise[2::3], once.noise)
+    sigmas = [*once.sigmas.tolist(), 0.0]
+    torch.testing.assert_close(thrice.noise[0::3, 0] ** 2, -torch.tensor(sigmas, dtype=torch.float64).square().diff())
+    for sampler in ("heun", "dpmpp_sde", "unipc", "dpm2_a"):
+        with pytest.raises(InputError, match="resampling needs a sampler that calls the network once a step"):
+            make_plan(COSINE, sampler, 5, resampling=2)
+    with pytest.raises(InputError, match="resampling must be an integer from 1 to 100, got 0"):
+        make_plan(COSINE, "ddim", 5, resampling=0)
+
+
+def test_resampled_gaussian_keeps_its_variance() -> None:
+    """Noising back and stepping again leaves the distribution of x at its level: the exact one stays exact."""
+    schedule = NoiseSchedule(timestep_spacing="trailing")
+    plans = [make_plan(schedule, "ddpm", 500, resampling=times) for times in (1, 4)]
+    errors = [abs(gaussian_moments(plan)[1] / STD**2 - 1) for plan in plans]
+    assert errors[1] < 2 * errors[0] < 0.1
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "ddim", "heun"])
+def test_sigmas_by_hand(sampler: str) -> None:
+    chosen = make_plan(COSINE, sampler, 8)
+    levels = COSINE.sampling_grid(8, SAMPLERS[sampler].rule).sigmas.tolist()
+    by_hand = make_plan(COSINE, sampler, sigmas=levels[:-1] if sampler == "ddim" else levels)
+    torch.testing.assert_close(by_hand.matrices, chosen.matrices)
+    torch.testing.assert_close(by_hand.timesteps, chosen.timesteps, atol=1e-3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "got"),
+    [
+        ([1.0, 2.0, 0.0], "1, 2, 0"),
+        ([2.0, 2.0, 0.0], "2, 2, 0"),
+        ([float("nan"), 1.0], "nan, 1"),
+        ([3.0, 1.0, -1.0], "3, 1, -1"),
+        ([1e9, 1.0], "1e.09, 1, 0"),
+        ([], "none"),
+        ([0.0], "0"),
+    ],
+)
+def test_sigmas_that_do_not_fall_are_refused(sigmas: list[float], got: str) -> None:
+    with pytest.raises(InputError, match=f"sigmas must fall from at most .* to at least 0, got {got}"):
+        make_plan(NoiseSchedule(), "euler", sigmas=sigmas)
+
+
+def test_steps_and_sigmas_exclude_each_other() -> None:
+    with pytest.raises(InputError, match="either num_inference_steps or sigmas"):
+        make_plan(COSINE, "euler")
+    with pytest.raises(InputError, match="either num_inference_steps or sigmas"):
+        make_plan(COSINE, "euler", 5, sigmas=[2.0, 1.0])
+    with pytest.raises(InputError, match="sigmas are given, so euler_karras cannot space them; leave _karras out"):
+        make_plan(COSINE, "euler_karras", sigmas=[2.0, 1.0])
+
+
+def test_output_that_is_not_finite_is_an_error() -> None:
+    plan = make_plan(COSINE, "ddim", 3)
+    for value in (math.nan, math.inf):
+        steps = sample(lambda x, call, value=value: torch.full_like(x, value), plan, torch.ones(1, *SHAPE))
+        with pytest.raises(InputError, match="the network's output became NaN or infinite; use dtype float32"):
+            list(steps)
 
 
 def test_half_precision_x_is_raised() -> None:

@@ -181,7 +181,7 @@ def test_bad_values(values: dict[str, Any], message: str) -> None:
         ({"_class_name": 3}, "variance-preserving"),
         ({"thresholding": True}, "thresholding=True, supported: False"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
-        ({"variance_type": "learned_range"}, "variance_type=learned_range, supported: 'fixed_small'"),
+        ({"variance_type": "learned"}, "variance_type 'learned' is unknown; did you mean 'learned_range'"),
         ({"timestep_type": "continuous"}, "timestep_type"),
         ({"use_flow_sigmas": True}, "use_flow_sigmas"),
     ],

@@ -202,6 +202,36 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "randn_tensor", draw, raising=False)  # not all draw noise
 
 
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("betas", list(BETAS))
+@pytest.mark.parametrize("steps", [8, 1000])
+@pytest.mark.usefixtures("float64")
+def test_variances_of_ddpm(variance: str, betas: str, steps: int) -> None:
+    """A network that learns its variance has twice the channels; with fixed ones diffusers takes no such network."""
+    values = config(betas, timestep_spacing="leading", variance_type=variance)
+    schedule, scheduler = NoiseSchedule.from_dict({**values, "_class_name": "DDPMScheduler"}), peer("ddpm", values)
+
+    def outputs(x: Tensor, timesteps: Any) -> Tensor:
+        prediction = network(x, timesteps)
+        return torch.cat([prediction, prediction.roll(1, 1).tanh()], dim=1) if "learned" in variance else prediction
+
+    plan, runs = make_plan(schedule, "ddpm", steps), []
+    for ours in (True, False):
+        generators = [image_generator(seed) for seed in SEEDS]
+        noise = draw_noise(generators, SHAPE).double()
+        if ours:
+            denoise = as_denoiser(lambda x, call: outputs(x, call.timesteps), "epsilon")
+            *_, final = sample(denoise, plan, start(plan, noise), generators)
+            runs.append(final.x)
+        else:
+            scheduler.set_timesteps(steps)
+            x = noise
+            for timestep in scheduler.timesteps:
+                x = scheduler.step(outputs(x, timestep), timestep, x, generator=generators).prev_sample
+            runs.append(x)
+    assert float((runs[0] - runs[1]).abs().max() / runs[1].abs().max().clamp(min=1)) < TOLERANCE
+
+
 def cases() -> list[Any]:
     """sampler x schedule x prediction x spacing x steps, where both are defined (exceptions: the quirks below)."""
     chosen = []
