@@ -26,16 +26,7 @@ if TYPE_CHECKING:
 
 NO_SPACE = 4
 INTERRUPTED = 130
-REPLAYED = (
-    "negative_prompt",
-    "num_inference_steps",
-    "guidance_scale",
-    "guidance_rescale",
-    "guidance_interval",
-    "sampler",
-    "height",
-    "width",
-)
+NOT_REPLAYED = ("prompts", "seed", "variation_seed", "num_images", "strength")  # as they are, that is
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,6 +135,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", help="PNG, JPEG or WebP to start from")
     parser.add_argument("--strength", type=float, help="above 0, up to 1: how much of --image is drawn anew")
     parser.add_argument("--mask", help="picture of the size of --image: what is white is drawn anew, the rest stays")
+    parser.add_argument("--outpaint", metavar="left=N,top=N,...", help="pixels to draw around --image, multiples of 8")
     _add_machine(parser)
 
 
@@ -167,8 +159,9 @@ def _generate(options: argparse.Namespace) -> None:
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
     chosen["width"], chosen["height"] = _size(options.size)
-    for name, value, says in (("strength", options.strength, "how much"), ("mask", options.mask, "which part")):
-        if value is not None and options.image is None:
+    chosen |= {} if options.outpaint is None else {"outpaint": _sides(options.outpaint)}
+    for name, says in {"strength": "how much", "mask": "which part", "outpaint": "how much around it"}.items():
+        if getattr(options, name) is not None and options.image is None:
             raise InputError(f"--{name} says {says} of --image is drawn anew, got no --image; add it")
     # Everything that can be wrong without a model is found before one is loaded.
     settings = Settings(prompts=tuple(options.prompts), **chosen)
@@ -210,7 +203,10 @@ def _replay(options: argparse.Namespace) -> None:
     settings = Settings.from_record(record)
     remedy = "use the file as latentdiff wrote it"
     size = check_integer("batch_size", record.get("batch_size"), 1, 1024, remedy)
-    row = check_integer("batch_index", record.get("batch_index"), 0, min(size, settings.seed + 1) - 1, remedy)
+    counted = "variation_seed" if settings.variation_strength else "seed"  # what differs from image to image
+    seeds = {"seed": settings.seed, "variation_seed": settings.variation_seed}
+    row = check_integer("batch_index", record.get("batch_index"), 0, min(size, seeds[counted] + 1) - 1, remedy)
+    seeds[counted] -= row
     initial = _initial_image(record, settings.strength, options.force)
     source = Path(options.image)
     (path,) = _output_paths(options.out or str(source.with_name(f"{source.stem}-replay.png")), [settings.prompts[0]])
@@ -227,11 +223,11 @@ def _replay(options: argparse.Namespace) -> None:
     result = _draw(
         pipe,
         settings.prompts,
-        seed=settings.seed - row,
         num_images=size,
         batch_size=size,
+        **seeds,
         **initial,
-        **{name: getattr(settings, name) for name in REPLAYED},
+        **{name: value for name, value in vars(settings).items() if name not in NOT_REPLAYED},
     )
     result.write(row, path)
     identical = pixel_hash(result.images[row]) == pixel_hash(open_image(source))
@@ -353,6 +349,14 @@ def _data(options: argparse.Namespace) -> None:
     from training import cli_data_emoji
 
     cli_data_emoji(options.out, options.size)
+
+
+def _sides(text: str) -> dict[str, int]:
+    """Return the pixels of each side of "left=16,top=8"."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(equals and value.strip().isdecimal() for _, equals, value in pairs):
+        raise InputError(f"--outpaint must be sides with pixels, got {text!r}; try left=16,right=16")
+    return {side.strip(): int(value) for side, _, value in pairs}
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +11,12 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from latentdiff import __version__
+from latentdiff.canvas import make_canvas
 from latentdiff.checkpoints import Parts
 from latentdiff.diffusion import (
     Call,
@@ -26,26 +24,28 @@ from latentdiff.diffusion import (
     Plan,
     SchedulerPlan,
     Step,
+    adaptive_projected,
     as_denoiser,
     classifier_free,
     draw_noise,
     guidance_scales,
     image_generator,
+    make_inversion_plan,
     make_plan,
+    preconditioning,
+    rescaled,
     sample,
+    slerp,
     start,
 )
-from latentdiff.diffusion.prediction import Network
+from latentdiff.diffusion.prediction import Denoiser, Network
 from latentdiff.errors import InputError
-from latentdiff.images import fit, from_tensor, open_image, pixel_hash, to_rgb, to_tensor, to_unit_range
-from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.images import from_tensor, to_unit_range
 from latentdiff.models.text import encode_prompts
 from latentdiff.result import Result
-from latentdiff.settings import SIZE_MULTIPLE, Settings, check_size
+from latentdiff.settings import Settings
 
 __all__ = ["OUTPUT_TYPES", "Callback", "Drawing", "device_of", "dtype_of", "native_size"]
-
-MAX_SCALE = 4  # sides of up to this many times the model's own are drawn
 
 # images (B, 3, H, W) in [-1, 1] -> what `Result.images` is; "latent" skips the autoencoder.
 OUTPUT_TYPES: dict[str, Callable[[Tensor], Any]] = {
@@ -68,52 +68,58 @@ class Drawing:
         image, mask: see `Pipeline.__call__`.
         noise: standard normal noise to start from instead of that of the seeds, or None.
         scheduler: of diffusers, or None for the sampler of the settings.
+        opaque: refuse an image with transparent parts.
     """
 
     def __init__(
-        self, parts: Parts, settings: Settings, image: Any, mask: Any, noise: Tensor | None, scheduler: Any
+        self,
+        parts: Parts,
+        settings: Settings,
+        image: Any,
+        mask: Any = None,
+        noise: Tensor | None = None,
+        scheduler: Any = None,
+        *,
+        opaque: bool = False,
     ) -> None:
         assert parts.unet is not None
         self.parts, self.unet, self.autoencoder = parts, parts.unet, parts.autoencoder
         self.device, self.dtype = device_of(parts), dtype_of(parts)
-        self.noise, self.notes = noise, list[str]()
-        picture = _open(image, "image")
-        height, width = self._size(settings, picture)
-        self.settings = settings = replace(settings, height=height, width=width)
+        self.notes = list[str]()
         factor = parts.autoencoder.config.downsample_factor
-        self.shape = (parts.autoencoder.config.latent_channels, height // factor, width // factor)
-        if noise is not None and noise.shape != (settings.count, *self.shape):
-            expected = (settings.count, *self.shape)
-            raise InputError(f"latents must have shape {expected}, got {tuple(noise.shape)}; one for each image")
-        if noise is not None and not torch.isfinite(noise).all():
-            raise InputError("latents must be finite, got NaN or infinity; pass standard normal noise")
-        steps, strength = settings.num_inference_steps, settings.strength
-        self.plan: Plan | SchedulerPlan = (
-            make_plan(parts.schedule, settings.sampler, steps, strength=strength)
-            if scheduler is None
-            else SchedulerPlan(scheduler, parts.schedule, steps, strength)
-        )
-        scales = guidance_scales(self.plan.sigmas, settings.guidance_scale, settings.guidance_interval)
-        self.scales: list[float] = scales.tolist()
-        encoded = {
-            text: encode_prompts([text], parts.text_encoder, parts.tokenizer)
-            for text in dict.fromkeys(["", settings.negative_prompt, *settings.prompts])
-        }
+        self.canvas = canvas = make_canvas(settings, image, mask, native_size(parts), factor, opaque=opaque)
+        left, top, right, bottom = settings.outpaint or (0, 0, 0, 0)
+        height, width = canvas.height - top - bottom, canvas.width - left - right
+        self.settings = settings = replace(settings, height=height, width=width)
+        self.shape = (parts.autoencoder.config.latent_channels, canvas.height // factor, canvas.width // factor)
+        self.noise = None if noise is None else _checked_noise(noise, (settings.count, *self.shape))
+        self.plan = self._plan(scheduler)
+        texts = dict.fromkeys(["", settings.negative_prompt, settings.blend_prompt, *settings.prompts])
+        encoded = {text: encode_prompts([text], parts.text_encoder, parts.tokenizer) for text in texts}
         self.windows = {text: states[0] for text, (states, _) in encoded.items()}  # each (n, L, D)
         self.counts = {text: counts[0] for text, (_, counts) in encoded.items()}
-        self.given: dict[str, Any] = {"image": None, "mask": None}
-        self.pixels: Tensor | None = None  # of the image, (1, 3, H, W)
+        self.pixels, self.mask = (x if x is None else x.to(self.device) for x in (canvas.pixels, canvas.mask))
         self.image_latents: Tensor | None = None
-        self.mask: Tensor | None = None  # (1, 1, H, W), 1 where the picture is drawn
-        if picture is not None:
-            self.pixels = to_tensor([fit(picture, width, height)]).to(self.device)
+        if self.pixels is not None:
             latents = self._finite(lambda model, x: model.encode(x).mode(), self.pixels)  # (1, C, h, w)
             self.image_latents = latents * parts.autoencoder.config.scaling_factor
-            self.given["image"] = _trace(image, picture)
-        opened = _open(mask, "mask")
-        if opened is not None:
-            self.mask = self._mask(opened, picture, scheduler).to(self.device)
-            self.given["mask"] = _trace(mask, opened)
+
+    def _plan(self, scheduler: Any) -> Plan | SchedulerPlan:
+        settings, schedule, steps = self.settings, self.parts.schedule, self.settings.num_inference_steps
+        if scheduler is None:
+            strength, resampling = settings.strength, settings.resampling
+            return make_plan(
+                schedule, settings.sampler, steps, eta=settings.eta, strength=strength, resampling=resampling
+            )
+        needing = {
+            "a mask": self.canvas.mask is not None,
+            "resampling": settings.resampling > 1,
+            "eta": settings.eta > 0,
+            "this self-conditioned model": self.unet.config.self_conditioning,
+        }
+        for what in (name for name, given in needing.items() if given):
+            raise InputError(f"{what} needs one of our samplers, got a scheduler object; pass its name instead")
+        return SchedulerPlan(scheduler, schedule, steps, settings.strength)
 
     def draw(self, output_type: str, batch_size: int, callback: Callback | None, progress: bool) -> Result:
         """Return all images."""
@@ -137,17 +143,15 @@ class Drawing:
         """Return the scaled latents (b, C, h, w) float32 of some of the images.
 
         Raises:
-            InputError: the U-Net overflowed.
+            InputError: the network's output was not finite.
         """
-        generators = [image_generator(self.settings.seed + index) for index in images]
-        noise = draw_noise(generators, self.shape) if self.noise is None else self.noise[list(images)]
-        noise = noise.to(self.device, torch.float32)
+        generators = [image_generator(self.settings.seeds(index)[0]) for index in images]
+        noise = self._initial_noise(images, generators).to(self.device, torch.float32)
         latents = None if self.image_latents is None else self.image_latents.expand_as(noise)
-        network = self._network(images)
+        network = self._network(images, self.plan)
         if isinstance(self.plan, SchedulerPlan):
             steps = self.plan.run(network, noise, generators, latents)
         else:
-            denoise = as_denoiser(network, self.parts.schedule.prediction_type)
             x, known = start(self.plan, noise, latents), None
             if self.mask is not None and latents is not None:
                 factor = self.autoencoder.config.downsample_factor
@@ -155,10 +159,26 @@ class Drawing:
                 known = Known(mask, latents)
                 if self.settings.strength == 1:  # nothing of the image is left where it is drawn anew
                     x = torch.lerp(x, start(self.plan, noise), mask)
-            steps = sample(denoise, self.plan, x, generators, known)
+            steps = sample(self._denoiser(network), self.plan, x, generators, known)
         for step in steps:
             on_step(step)
         return step.x
+
+    def invert(self, iterations: int) -> Tensor:
+        """Return the noise (1, C, h, w) float32 from which the sampler ddim draws the image."""
+        assert self.image_latents is not None
+        plan = make_inversion_plan(self.parts.schedule, self.settings.num_inference_steps, iterations)
+        *_, step = sample(self._denoiser(self._network([0], plan)), plan, self.image_latents)
+        return step.x
+
+    def _initial_noise(self, images: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+        noise, settings = draw_noise(generators, self.shape), self.settings
+        if self.noise is not None:
+            return self.noise[list(images)]
+        if not settings.variation_strength:
+            return noise
+        others = [image_generator(settings.seeds(index)[1]) for index in images]
+        return slerp(noise, draw_noise(others, self.shape), settings.variation_strength)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return images (B, 3, H, W) float32 of scaled latents; where nothing is drawn, the pixels of the image."""
@@ -166,7 +186,7 @@ class Drawing:
         images = self._finite(lambda model, x: model.decode(x), latents / scaling_factor)
         return images if self.mask is None or self.pixels is None else torch.lerp(self.pixels, images, self.mask)
 
-    def _finite(self, run: Callable[[AutoencoderKL, Tensor], Tensor], x: Tensor) -> Tensor:
+    def _finite(self, run: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
         """Run the autoencoder, once more in float32 where its own dtype overflows, and note that."""
         autoencoder, dtype = self.autoencoder, self.dtype
         output = run(autoencoder, x.to(dtype)).float()
@@ -182,11 +202,11 @@ class Drawing:
         """Return the pictures with everything that makes each of them again, to the bit on the same machine."""
         places = {index: (len(batch), row) for batch in batches for row, index in enumerate(batch)}
         records = [self.settings.record(index) for index in range(self.settings.count)]
-        own = [{key: record.pop(key) for key in ("prompt", "seed")} for record in records]
+        own = [{key: record.pop(key) for key in ("prompt", "seed", "variation_seed")} for record in records]
         for index, one in enumerate(own):
             one["batch_size"], one["batch_index"] = places[index]
         made_with = {
-            **self.given,
+            **self.canvas.given,
             "latents_given": self.noise is not None,
             "model": self.parts.name,
             "model_hash": self.parts.model_hash,
@@ -205,71 +225,71 @@ class Drawing:
             notes=self.notes,
         )
 
-    def _network(self, images: Sequence[int]) -> Network:
+    def _denoiser(self, network: Network) -> Denoiser:
+        return as_denoiser(network, self.parts.schedule.prediction_type, self.unet.config.self_conditioning)
+
+    def _network(self, images: Sequence[int], plan: Plan | SchedulerPlan) -> Network:
         """Return the guided network for a batch of images, text and time computed once."""
-        count = len(images)
+        count, settings = len(images), self.settings
+        interval, course = settings.guidance_interval, settings.guidance_schedule
+        scales = guidance_scales(plan.sigmas, settings.guidance_scale, interval, course).tolist()
         wanted = self._window_count(images[0])
-        positive = [self._context(self._prompt(index), wanted) for index in images]
-        negative = [self._context(self.settings.negative_prompt, wanted)] * count
+        positive = [self._blended(self._prompt(index), wanted) for index in images]
+        negative = [self._context(settings.negative_prompt, wanted)] * count
         context = torch.stack([*negative, *positive])  # (2b, n * L, D)
-        prepared = self.unet.prepare(self.plan.timesteps.to(self.device, torch.float32), context)
+        prepared = self.unet.prepare(plan.timesteps.to(self.device, torch.float32), context)
         unguided = prepared.rows(slice(count, 2 * count))
 
         def network(model_input: Tensor, call: Call) -> Tensor:
-            scale, inputs = self.scales[call.index], model_input.to(self.dtype)
+            scale, inputs = scales[call.index], model_input.to(self.dtype)
             if scale == 1:
                 return unguided(inputs, call.rows).float()
             both = prepared(torch.cat([inputs, inputs]), call.rows.repeat(2)).float()  # (2b, C, h, w)
             unconditional, conditional = both.chunk(2)
-            return classifier_free(conditional, unconditional, scale, self.settings.guidance_rescale)
+            return self._guided(conditional, unconditional, scale, model_input, call)
 
         return network
+
+    def _guided(self, conditional: Tensor, unconditional: Tensor, scale: float, inputs: Tensor, call: Call) -> Tensor:
+        """Return the guided output (b, C, h, w); where the network learns its variance, that of the conditional one."""
+        settings, channels = self.settings, self.shape[0]
+        shares = conditional[:, channels:]  # none, or (b, C, h, w)
+        conditional, unconditional = conditional[:, :channels], unconditional[:, :channels]
+        if settings.guidance_parallel == 1 and settings.guidance_limit is None:
+            guided = classifier_free(conditional, unconditional, scale, settings.guidance_rescale)
+            return torch.cat([guided, shares], dim=1)
+        sigmas = call.sigmas.reshape(-1, 1, 1, 1)
+        c_skip, c_out, c_in = preconditioning(self.parts.schedule.prediction_type, sigmas)
+        skipped = c_skip / c_in * inputs[:, :channels]
+        guided = adaptive_projected(  # of x0 estimates
+            skipped + c_out * conditional,
+            skipped + c_out * unconditional,
+            scale,
+            parallel=settings.guidance_parallel,
+            limit=settings.guidance_limit,
+        )
+        guided = (guided - skipped) / c_out
+        return torch.cat([rescaled(guided, conditional, settings.guidance_rescale), shares], dim=1)
 
     def _prompt(self, index: int) -> str:
         return self.settings.prompts[index // self.settings.num_images]
 
     def _window_count(self, index: int) -> int:
-        """Return how many text windows an image needs: as many as the longer of its two prompts."""
-        return max(len(self.windows[self._prompt(index)]), len(self.windows[self.settings.negative_prompt]))
+        """Return how many text windows an image needs: as many as the longest of its texts."""
+        texts = (self._prompt(index), self.settings.negative_prompt, self.settings.blend_prompt)
+        return max(len(self.windows[text]) for text in texts)
+
+    def _blended(self, prompt: str, wanted: int) -> Tensor:
+        """Return the text states (wanted * L, D) of a prompt, on their way to those of the second one."""
+        states = self._context(prompt, wanted)
+        if not self.settings.blend:
+            return states
+        return torch.lerp(states, self._context(self.settings.blend_prompt, wanted), self.settings.blend)
 
     def _context(self, text: str, wanted: int) -> Tensor:
         """Return the text states (wanted * L, D) of a text, filled up with windows of the empty one."""
         windows = self.windows[text]
         return torch.cat([windows, *[self.windows[""]] * (wanted - len(windows))]).flatten(0, 1)
-
-    def _size(self, settings: Settings, picture: Image.Image | None) -> tuple[int, int]:
-        """Return height and width in pixels: as asked for, else the shape of the picture at the model's own area."""
-        native = native_size(self.parts)
-        multiple = math.lcm(SIZE_MULTIPLE, self.autoencoder.config.downsample_factor)
-        height, width = native
-        if picture is not None and settings.height is None and settings.width is None:
-            scale = math.sqrt(native[0] * native[1] / (picture.width * picture.height))
-            sides = (picture.height * scale, picture.width * scale)
-            limits = (native[0] * MAX_SCALE, native[1] * MAX_SCALE)
-            height, width = (
-                min(max(round(side / multiple), 1) * multiple, limit) for side, limit in zip(sides, limits)
-            )
-        height, width = settings.height or height, settings.width or width
-        check_size("height", height, multiple, native[0] * MAX_SCALE)
-        check_size("width", width, multiple, native[1] * MAX_SCALE)
-        return height, width
-
-    def _mask(self, mask: Image.Image, picture: Image.Image | None, scheduler: Any) -> Tensor:
-        """Return a mask as (1, 1, H, W) in [0, 1], scaled and cut as the image is."""
-        if picture is None:
-            raise InputError("a mask says which part of an image is drawn anew, got no image; pass an image too")
-        if scheduler is not None:
-            raise InputError("a mask needs one of our samplers, got a scheduler object; pass its name instead")
-        if mask.size != picture.size:
-            sizes = [f"{one.width}x{one.height}" for one in (picture, mask)]
-            raise InputError(f"the mask must have the size of the image, {sizes[0]}, got {sizes[1]}; scale it first")
-        low, high = mask.convert("L").getextrema()
-        if high < 128:  # type: ignore[operator]  # one band
-            raise InputError("the mask is black everywhere, so nothing would be drawn; paint white what is to be")
-        if low > 127:  # type: ignore[operator]
-            raise InputError("the mask is white everywhere, so nothing of the image is kept; leave image and mask out")
-        fitted = fit(mask, self.settings.width or 0, self.settings.height or 0)
-        return to_unit_range(to_tensor([fitted])).mean(dim=1, keepdim=True)
 
 
 def device_of(parts: Parts) -> torch.device:
@@ -308,16 +328,9 @@ def _counted_steps(total: int, callback: Callback | None, progress: bool) -> Ite
         yield on_step
 
 
-def _trace(given: Any, picture: Image.Image) -> dict[str, Any]:
-    """Return what a record keeps of a picture that was passed in: its path, where it has one, and the hash of it."""
-    return {"path": None if isinstance(given, Image.Image) else os.fspath(given), "hash": pixel_hash(picture)}
-
-
-def _open(image: object, name: str) -> Image.Image | None:
-    if image is None:
-        return None
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if isinstance(image, (str, os.PathLike)):
-        return open_image(image)
-    raise InputError(f"{name} must be a PIL image or a path, got {type(image).__name__}; convert it first")
+def _checked_noise(noise: Tensor, expected: tuple[int, ...]) -> Tensor:
+    if noise.shape != expected:
+        raise InputError(f"latents must have shape {expected}, got {tuple(noise.shape)}; one for each image")
+    if not torch.isfinite(noise).all():
+        raise InputError("latents must be finite, got NaN or infinity; pass standard normal noise")
+    return noise

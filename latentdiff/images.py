@@ -50,8 +50,12 @@ SIGNATURES: tuple[tuple[bytes, int, type], ...] = (  # bytes, where they stand, 
 )
 
 
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
+def open_image(path: str | os.PathLike[str], *, opaque: bool = False) -> Image.Image:
     """Open a PNG, JPEG or WebP file as an upright sRGB picture.
+
+    Args:
+        path: of the file.
+        opaque: refuse transparent parts instead of laying them over white.
 
     Returns:
         An image of mode "RGB".
@@ -65,7 +69,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
         image.load()
     except Exception as error:  # a decoder may fail in any way on a hostile file
         raise InputError(f"{name} is truncated or broken ({error}); save it again from its source") from error
-    return to_rgb(image)
+    return to_rgb(image, opaque=opaque)
 
 
 def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -120,11 +124,11 @@ def _parse(data: bytes, name: str) -> Image.Image:
     return image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return any decoded picture as upright 8-bit sRGB (mode "RGB"), transparent parts over white.
+def to_rgb(image: Image.Image, *, opaque: bool = False) -> Image.Image:
+    """Return any decoded picture as upright 8-bit sRGB (mode "RGB"), transparent parts over white unless `opaque`.
 
     Raises:
-        InputError: the mode has no defined range (32-bit floating point).
+        InputError: the mode has no defined range (32-bit floating point), or transparent parts are refused.
     """
     profile = image.info.get("icc_profile")
     image = ImageOps.exif_transpose(image)
@@ -135,6 +139,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     color = color if color.mode == "RGB" else color.convert("RGB")
     if alpha is None:
         return color
+    if opaque and alpha.getextrema()[0] < 255:  # type: ignore[operator]  # one band
+        raise InputError("image must be opaque here, got transparent parts; lay it on a background first")
     return Image.composite(color, Image.new("RGB", color.size, "white"), alpha)
 
 

@@ -9,7 +9,7 @@ A pipeline keeps no state between calls, so threads may share one.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,9 +103,19 @@ class Pipeline:
         guidance_scale: float = Settings.guidance_scale,
         guidance_rescale: float = Settings.guidance_rescale,
         guidance_interval: tuple[float, float] | None = Settings.guidance_interval,
+        guidance_schedule: str = Settings.guidance_schedule,
+        guidance_parallel: float = Settings.guidance_parallel,
+        guidance_limit: float | None = Settings.guidance_limit,
         sampler: Any = Settings.sampler,
+        eta: float = Settings.eta,
         seed: int = Settings.seed,
         num_images: int = Settings.num_images,
+        resampling: int = Settings.resampling,
+        outpaint: Mapping[str, int] | Sequence[int] | None = Settings.outpaint,
+        variation_strength: float = Settings.variation_strength,
+        variation_seed: int = Settings.variation_seed,
+        blend_prompt: str = Settings.blend_prompt,
+        blend: float = Settings.blend,
         height: int | None = None,
         width: int | None = None,
         latents: Tensor | None = None,
@@ -120,7 +130,7 @@ class Pipeline:
             image: a picture, or its path, to start from; it is scaled to cover the size and cut evenly. Without height
                 and width the result has its shape and the model's own area. `strength` is then 0.8 unless given.
             mask: a picture of the size of `image`, or its path: what is white there is drawn anew (inpainting), the
-                rest keeps its pixels. `strength` is then 1 unless given.
+                rest keeps its pixels. `strength` is then 1 unless given, as it is with `outpaint`.
             sampler: a name, or any scheduler object of diffusers; pictures of those cannot be replayed.
             latents: standard normal noise (B, C, h, w) to start from instead of that of the seeds.
             output_type: "pil", "pt", "np" or "latent"; see `Result.images`.
@@ -141,16 +151,67 @@ class Pipeline:
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
             guidance_interval=guidance_interval,
+            guidance_schedule=guidance_schedule,
+            guidance_parallel=guidance_parallel,
+            guidance_limit=guidance_limit,
             sampler=sampler if isinstance(sampler, str) else FOREIGN + type(sampler).__name__,
+            eta=eta,
             seed=seed,
             num_images=num_images,
-            strength=_strength(strength, image, mask),
+            strength=_strength(strength, image, mask or outpaint),
+            resampling=resampling,
+            outpaint=outpaint,  # type: ignore[arg-type]  # checked and made a tuple there
+            variation_strength=variation_strength,
+            variation_seed=variation_seed,
+            blend_prompt=blend_prompt,
+            blend=blend,
             height=height,
             width=width,
         )
         scheduler = None if isinstance(sampler, str) else sampler
         drawing = Drawing(self.parts, settings, image, mask, latents, scheduler)
         return drawing.draw(output_type, batch_size, callback, progress)
+
+    @torch.no_grad()
+    def invert(
+        self,
+        image: str | os.PathLike[str] | Image.Image,
+        prompt: str,
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        iterations: int = 3,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Tensor:
+        """Find the noise that draws a picture (DDIM inversion), to draw it again with another prompt.
+
+        noise = pipe.invert("fox.png", "a red fox")
+        pipe("a blue fox", latents=noise, sampler="ddim", num_inference_steps=50, guidance_scale=1.0)
+
+        Args:
+            image: the picture, or its path; opaque.
+            prompt: what it shows.
+            num_inference_steps: of the run that will draw it.
+            guidance_scale: of that run; above 1 it is found less exactly.
+            iterations: calls of the network for each step; more are more exact.
+            height, width: in pixels; None for the shape of the picture at the model's own area.
+
+        Returns:
+            Noise (1, C, h, w) float32, for `latents`.
+
+        Raises:
+            InputError: something that cannot be used, with what can.
+        """
+        settings = Settings(
+            prompts=(prompt,),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            sampler="ddim",
+            height=height,
+            width=width,
+        )
+        return Drawing(self.parts, settings, image, opaque=True).invert(iterations)
 
 
 def _strength(strength: float | None, image: object, mask: object) -> float:

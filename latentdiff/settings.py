@@ -8,18 +8,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from latentdiff.errors import InputError
+from latentdiff.errors import InputError, suggest
 from latentdiff.prompts import check_prompt, check_prompts
 
-__all__ = ["SIZE_MULTIPLE", "Settings", "check_integer", "check_number", "check_size", "parameters_text"]
+__all__ = ["SIDES", "SIZE_MULTIPLE", "Settings", "check_integer", "check_number", "check_size", "parameters_text"]
 
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 1000
 MAX_SIDE = 16384
 SIZE_MULTIPLE = 8  # of height and width, or the autoencoder's factor where that is more
+SIDES = ("left", "top", "right", "bottom")
+# Settings from 0 to 1, each with a value to try.
+SHARES = {
+    "guidance_rescale": "try 0",
+    "guidance_parallel": "try 0",
+    "eta": "try 0",
+    "strength": "try 0.6",
+    "variation_strength": "try 0.3",
+    "blend": "try 0.5",
+}
+# Settings that pictures drawn before there were such settings do without.
+LATER = (
+    *("guidance_schedule", "guidance_parallel", "guidance_limit", "eta", "resampling", "outpaint"),
+    *("variation_strength", "variation_seed", "blend_prompt", "blend"),
+)
 
 
 @dataclass(frozen=True)
@@ -29,15 +44,27 @@ class Settings:
     Attributes:
         prompts: one or more texts; a single one may be given as it is.
         negative_prompt: what to steer away from; may be empty.
-        num_inference_steps: 1 to 1000 calls of the network.
+        num_inference_steps: 1 to 1000.
         guidance_scale: 0 to 50; 1 and below draw without guidance.
         guidance_rescale: 0 to 1, how far guided contrast is drawn back.
         guidance_interval: (low, high) in sigmas, guided only between them; None guides everywhere.
+        guidance_schedule: how guidance changes over the steps, see `diffusion.guidance.GUIDANCE_SCHEDULES`.
+        guidance_parallel: 0 to 1, how much of the guidance along the prediction itself is kept, which raises contrast
+            and little else; 1 is classifier-free guidance, 0 the projected one of Sadat et al. 2024, arXiv 2410.02416.
+        guidance_limit: above 0, largest length of the guidance in the latents of one image; None for no limit.
         sampler: see `latentdiff.diffusion.SAMPLERS`; "diffusers:" and a class name for a scheduler object.
+        eta: 0 to 1, the noise of the sampler ddim.
         seed: of the first image; image i has seed + i.
         num_images: per prompt.
         strength: above 0, up to 1; how much of an initial image is drawn anew. 1 without one.
-        height, width: pixels, multiples of 8; None for the model's own.
+        resampling: 1 to 100, how often each step is taken; more than once lets what is drawn fit what is kept.
+        outpaint: {"left": 16, ...}: pixels of the result, multiples of 8, that are drawn around the image.
+        variation_strength: 0 to 1, how far the initial noise is turned towards that of `variation_seed`.
+        variation_seed: of the first image; image i has variation_seed + i, and while the strength is above 0 all have
+            the same `seed`: they are variations of its picture.
+        blend_prompt: a second text, to draw something between.
+        blend: 0 to 1, how far each prompt's states are moved towards those of `blend_prompt`.
+        height, width: pixels, multiples of 8; None for the model's own. Of the image, where it is outpainted.
 
     Raises:
         InputError: a value that cannot be used, with what can.
@@ -49,34 +76,54 @@ class Settings:
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
+    guidance_schedule: str = "constant"
+    guidance_parallel: float = 1.0
+    guidance_limit: float | None = None
     sampler: str = "dpmpp_2m"
+    eta: float = 0.0
     seed: int = 0
     num_images: int = 1
     strength: float = 1.0
+    resampling: int = 1
+    outpaint: tuple[int, int, int, int] | None = None
+    variation_strength: float = 0.0
+    variation_seed: int = 0
+    blend_prompt: str = ""
+    blend: float = 0.0
     height: int | None = None
     width: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", tuple(check_prompts(self.prompts)))
+        object.__setattr__(self, "outpaint", check_sides(self.outpaint))
         check_prompt(self.negative_prompt, what="negative_prompt", allow_empty=True)
+        check_prompt(self.blend_prompt, what="blend_prompt", allow_empty=True)
         check_integer("num_inference_steps", self.num_inference_steps, 1, 1000, "try 25")
         check_number("guidance_scale", self.guidance_scale, 0, 50, "try 7.5")
-        check_number("guidance_rescale", self.guidance_rescale, 0, 1, "try 0")
-        check_number("strength", self.strength, 0, 1, "try 0.6")
+        for name, remedy in SHARES.items():
+            check_number(name, getattr(self, name), 0, 1, remedy)
+        check_integer("resampling", self.resampling, 1, 100, "try 5")
         check_integer("num_images", self.num_images, 1, MAX_IMAGES, "try 4")
         check_integer("number of images in all", self.count, 1, MAX_IMAGES, "draw them in several runs")
-        check_integer("seed", self.seed, 0, MAX_SEED + 1 - self.count, "try 0")
+        for name in ("seed", "variation_seed"):
+            check_integer(name, getattr(self, name), 0, MAX_SEED + 1 - self.count, "try 0")
         for name in ("height", "width"):
             if getattr(self, name) is not None:
                 check_size(name, getattr(self, name), SIZE_MULTIPLE, MAX_SIDE)
+        if self.guidance_limit is not None:
+            check_number("guidance_limit", self.guidance_limit, 1e-6, math.inf, "try 15")
         if self.guidance_interval is not None:
             interval = self.guidance_interval
             if not isinstance(interval, (tuple, list)) or len(interval) != 2:
                 raise InputError(f"guidance_interval must be two noise levels, got {interval!r}; try (0.3, 5.0)")
             for value in interval:
                 check_number("guidance_interval", value, 0, math.inf, "try (0.3, 5.0)")
-        from latentdiff.diffusion.plan import FOREIGN, parse_sampler  # last, because it loads torch
+        if self.blend and not self.blend_prompt:
+            raise InputError(f"blend says how far to go towards blend_prompt, got {self.blend} without it; add it")
+        from latentdiff.diffusion.guidance import guidance_scales  # last, because these load torch
+        from latentdiff.diffusion.plan import FOREIGN, parse_sampler
 
+        guidance_scales([], 1.0, guidance_schedule=self.guidance_schedule)
         if not isinstance(self.sampler, str) or not self.sampler.startswith(FOREIGN):
             parse_sampler(self.sampler)
 
@@ -85,21 +132,24 @@ class Settings:
         """How many images the request asks for."""
         return len(self.prompts) * self.num_images
 
+    def seeds(self, index: int) -> tuple[int, int]:
+        """Return seed and variation seed of image `index`."""
+        own = int(self.seed) if self.variation_strength else int(self.seed) + index
+        return own, int(self.variation_seed) + (index if self.variation_strength else 0)
+
     def record(self, index: int) -> dict[str, Any]:
         """Return, JSON-ready, the settings of image `index` alone."""
-        return {
-            "prompt": self.prompts[index // self.num_images],
-            "negative_prompt": self.negative_prompt,
-            "num_inference_steps": int(self.num_inference_steps),
-            "guidance_scale": float(self.guidance_scale),
-            "guidance_rescale": float(self.guidance_rescale),
-            "guidance_interval": None if self.guidance_interval is None else list(self.guidance_interval),
-            "sampler": self.sampler,
-            "seed": int(self.seed) + index,
-            "strength": float(self.strength),
-            "height": self.height,
-            "width": self.width,
-        }
+        values: dict[str, Any] = {"prompt": self.prompts[index // self.num_images]}
+        for item in fields(self):
+            if item.name not in ("prompts", "num_images"):
+                value = getattr(self, item.name)
+                if isinstance(value, tuple):
+                    value = list(value)
+                elif value is not None and not isinstance(value, str):
+                    value = float(value) if item.type in ("float", "float | None") else int(value)
+                values[item.name] = value
+        values["seed"], values["variation_seed"] = self.seeds(index)
+        return values
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Settings:
@@ -108,20 +158,15 @@ class Settings:
         Raises:
             InputError: a key is missing or a value cannot be used.
         """
-        keys = ("num_inference_steps", "guidance_scale", "guidance_rescale", "sampler", "seed", "strength")
-        needed = ("prompt", "negative_prompt", *keys, "height", "width", "guidance_interval")
-        missing = [key for key in needed if key not in record]
-        if missing:
-            raise InputError(f"the settings must have {missing[0]!r}, got none; use a picture as latentdiff wrote it")
-        interval = record["guidance_interval"]
-        return cls(
-            prompts=(record["prompt"],),
-            negative_prompt=record["negative_prompt"],
-            guidance_interval=tuple(interval) if isinstance(interval, list) else interval,
-            height=record["height"],
-            width=record["width"],
-            **{key: record[key] for key in keys},
-        )
+        values: dict[str, Any] = {}
+        for item in fields(cls):
+            key = "prompt" if item.name == "prompts" else item.name
+            if key in record:
+                value = record[key]
+                values[item.name] = tuple(value) if isinstance(value, list) else value
+            elif item.name not in ("num_images", *LATER):
+                raise InputError(f"the settings must have {key!r}, got none; use a picture as latentdiff wrote it")
+        return cls(**values)
 
 
 def check_number(name: str, value: object, low: float, high: float, remedy: str) -> None:
@@ -137,6 +182,31 @@ def check_integer(name: str, value: Any, low: int, high: int, remedy: str) -> in
     if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value <= high:
         raise InputError(f"{name} must be a whole number from {low} to {high}, got {value!r:.80}; {remedy}")
     return int(value)
+
+
+def check_sides(sides: Any) -> tuple[int, int, int, int] | None:
+    """Return pixels to draw left, above, right and below, from names with numbers or four numbers; None for none.
+
+    Raises:
+        InputError: an unknown side, or a number that is no multiple of 8.
+    """
+    if sides is None:
+        return None
+    if isinstance(sides, Mapping):
+        for name in sides:
+            if name not in SIDES:
+                raise InputError(f"outpaint has no side {name!r}{suggest(str(name), SIDES)}")
+        sides = [sides.get(name, 0) for name in SIDES]
+    if not isinstance(sides, (tuple, list)) or len(sides) != len(SIDES):
+        raise InputError(f'outpaint must be sides with pixels, got {sides!r:.80}; try {{"left": 16, "right": 16}}')
+    for name, value in zip(SIDES, sides):
+        check_integer(f"outpaint {name}", value, 0, MAX_SIDE, "try 16")
+        if value:
+            check_size(f"outpaint {name}", value, SIZE_MULTIPLE, MAX_SIDE)
+    if not any(sides):
+        raise InputError('outpaint must add pixels on some side, got none; try {"left": 16, "right": 16}')
+    left, top, right, bottom = map(int, sides)
+    return left, top, right, bottom
 
 
 def check_size(name: str, value: Any, multiple: int, limit: int) -> None:

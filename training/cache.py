@@ -15,13 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from latentdiff.checkpoints import Parts
 from latentdiff.errors import StorageError
 from latentdiff.images import to_tensor
-from latentdiff.models.autoencoder import AutoencoderKL
-from latentdiff.models.bert import BertModel
-from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.text import encode_prompts
-from latentdiff.models.tokenizer import Tokenizer
 from training.augment import render_variant
 from training.config import DataConfig
 from training.dataset import CaptionedImages
@@ -48,9 +45,7 @@ def cached_latents(
     data: CaptionedImages,
     config: DataConfig,
     seed: int,
-    autoencoder: AutoencoderKL,
-    text_encoder: BertModel | CLIPTextModel,
-    tokenizer: Tokenizer,
+    parts: Parts,
     folder: Path,
 ) -> LatentSet:
     """Return the latents and text states of every variant of every picture, from `folder` when they are there.
@@ -71,14 +66,14 @@ def cached_latents(
     digest = hashlib.sha256("\n".join(captions).encode())
     for picture, _ in rendered:
         digest.update(picture.tobytes())
-    digest.update(str(autoencoder.config.scaling_factor).encode())
-    for model in (autoencoder, text_encoder):
+    digest.update(str(parts.autoencoder.config.scaling_factor).encode())
+    for model in (parts.autoencoder, parts.text_encoder):
         for weight in model.state_dict().values():
             digest.update(weight.detach().float().cpu().numpy().tobytes())
     place = folder / digest.hexdigest()[:16]
     try:
         if not (place / "captions.json").exists():
-            _write(place, [picture for picture, _ in rendered], captions, autoencoder, text_encoder, tokenizer)
+            _write(place, [picture for picture, _ in rendered], captions, parts)
     except OSError as error:
         raise StorageError(f"could not write the cache {place}: {error}; free space or set another `cache`") from error
     shape = json.loads((place / "captions.json").read_text())
@@ -87,18 +82,12 @@ def cached_latents(
 
 
 @torch.no_grad()
-def _write(
-    place: Path,
-    pictures: list[np.ndarray],
-    captions: list[str],
-    autoencoder: AutoencoderKL,
-    text_encoder: BertModel | CLIPTextModel,
-    tokenizer: Tokenizer,
-) -> None:
+def _write(place: Path, pictures: list[np.ndarray], captions: list[str], parts: Parts) -> None:
     """Encode everything into a temporary folder that takes its name only when it is whole."""
     temporary = place.with_name(place.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    autoencoder = parts.autoencoder
     device = next(autoencoder.parameters()).device
     shapes: dict[str, list[int]] = {}
     with (temporary / "latents.f16").open("wb") as stream:
@@ -110,7 +99,7 @@ def _write(
     too_long = 0
     with (temporary / "contexts.f16").open("wb") as stream:
         for start in tqdm(range(0, len(captions), 256), desc="captions", unit="batch"):
-            windows, counts = encode_prompts(captions[start : start + 256], text_encoder, tokenizer)
+            windows, counts = encode_prompts(captions[start : start + 256], parts.text_encoder, parts.tokenizer)
             states = windows[:, 0]  # (B, L, D)
             too_long += sum(count > states.shape[1] for count in counts)
             stream.write(states.half().cpu().numpy().tobytes())

@@ -124,9 +124,10 @@ def prepare_data(config: DiffusionTraining, parts: Parts, folder: Path) -> Laten
     """
     images = load_images(config.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    autoencoder, text_encoder = parts.autoencoder.to(device), parts.text_encoder.to(device)
+    for network in (parts.autoencoder, parts.text_encoder):
+        network.to(device)
     cache = Path(config.cache) if config.cache else folder / "cache"
-    data = cached_latents(images, config.data, config.run.seed, autoencoder, text_encoder, parts.tokenizer, cache)
+    data = cached_latents(images, config.data, config.run.seed, parts, cache)
     plain = data.latents[:, 0].float()
     mean, std = plain.mean(dim=(0, 2, 3)), plain.std(dim=(0, 2, 3))
     if mean.abs().max() > 0.3 or std.max() > 1.5 or std.min() < 0.6:

@@ -54,10 +54,11 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "pipeline": (
         "StableDiffusionPipeline",
         "StableDiffusionImg2ImgPipeline",
+        "LatentdiffPipeline",
     ),
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("BertModel", "CLIPTextModel"),
+    "vae": ("AutoencoderKL", "PixelSpace"),
+    "text_encoder": ("BertModel", "CLIPTextModel", "LabelEncoder"),
     "tokenizer": ("BertTokenizer", "BertTokenizerFast", "CLIPTokenizer", "CLIPTokenizerFast"),
 }
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -158,6 +159,8 @@ def _keys(tree: Any) -> Iterator[str]:
 def read_index(root: Path) -> dict[str, str]:
     """Read model_index.json and return the class name of every component, with that of the pipeline.
 
+    A model that knows classes instead of text has no tokenizer.
+
     Raises:
         ModelConfigError: a component is missing, or of a class that is not in `CLASSES`.
         ModelLoadError: the file cannot be used; see `read_json`.
@@ -170,6 +173,8 @@ def read_index(root: Path) -> dict[str, str]:
     for component in COMPONENTS:
         entry = tree.get(component)
         named[component] = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    if named["text_encoder"] == "LabelEncoder" and named["tokenizer"] is None:
+        del named["tokenizer"]
     found = {}
     for component, name in named.items():
         choices = CLASSES.get(component)

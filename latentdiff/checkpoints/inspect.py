@@ -57,13 +57,13 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def _family(text_class: str, width: Any) -> str:
-    if text_class == "BertModel":
+    if text_class in ("BertModel", "LabelEncoder"):
         return "latentdiff"
     return FAMILIES.get(width if isinstance(width, int) else 0, "Stable Diffusion layout")
 
 
 def _image_size(unet: dict[str, Any], vae: dict[str, Any]) -> int | None:
-    side, blocks = unet.get("sample_size"), vae.get("block_out_channels")
+    side, blocks = unet.get("sample_size"), vae.get("block_out_channels", [1])  # none in a pixel space
     return side * 2 ** (len(blocks) - 1) if isinstance(side, int) and isinstance(blocks, list) else None
 
 

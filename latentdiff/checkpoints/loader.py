@@ -34,12 +34,14 @@ from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.bert import BertConfig, BertModel
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.config import ModelConfig
+from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
 from latentdiff.models.tokenizer import Tokenizer
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 
 __all__ = ["KINDS", "Kind", "Parts", "load_autoencoder", "load_pipeline", "load_text_encoder"]
 
-TextEncoder = BertModel | CLIPTextModel
+Autoencoder = AutoencoderKL | PixelSpace
+TextEncoder = BertModel | CLIPTextModel | LabelEncoder
 
 # How many layers a configuration asks for is the product of these keys; each layer has at least one tensor.
 COUNT_KEYS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
@@ -64,6 +66,8 @@ KINDS: dict[str, Kind] = {
     "AutoencoderKL": Kind(AutoencoderConfig, AutoencoderKL, "diffusion_pytorch_model"),
     "BertModel": Kind(BertConfig, BertModel, "model"),
     "CLIPTextModel": Kind(CLIPTextConfig, CLIPTextModel, "model"),
+    "PixelSpace": Kind(PixelSpaceConfig, PixelSpace, "diffusion_pytorch_model"),
+    "LabelEncoder": Kind(LabelConfig, LabelEncoder, "model"),
 }
 
 
@@ -73,14 +77,15 @@ class Parts:
 
     Attributes:
         unet: None only while it is being made.
+        tokenizer: None where the text encoder needs none.
         name: how settings refer to the model.
         folder: where the parts were loaded from; None when they were not, or are no longer what is there.
     """
 
     unet: UNet2DConditionModel | None
-    autoencoder: AutoencoderKL
+    autoencoder: Autoencoder
     text_encoder: TextEncoder
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     schedule: NoiseSchedule
     name: str = "unsaved"
     folder: Path | None = None
@@ -117,7 +122,7 @@ def load_pipeline(
         unet=networks["unet"],
         autoencoder=networks["vae"],
         text_encoder=networks["text_encoder"],
-        tokenizer=_load_tokenizer(folder),
+        tokenizer=_load_tokenizer(folder) if "tokenizer" in classes else None,
         schedule=load_schedule(folder),
         name=name,
         folder=folder,
@@ -300,16 +305,19 @@ def load_schedule(root: Path) -> NoiseSchedule:
 def _check_fit(folder: Path, parts: Parts) -> None:
     """Raise ModelConfigError where the parts cannot work together."""
     assert parts.unet is not None
-    unet, autoencoder, text = parts.unet.config, parts.autoencoder.config, parts.text_encoder.config
+    unet, text, channels = parts.unet.config, parts.text_encoder.config, parts.autoencoder.config.latent_channels
+    learned = parts.schedule.variance_type == "learned_range"
     width = unet.cross_attention_dim if isinstance(unet.cross_attention_dim, int) else unet.cross_attention_dim[0]
     pairs = {
-        "latent channels of unet and vae": (unet.in_channels, autoencoder.latent_channels),
-        "input and output channels of unet": (unet.in_channels, unet.out_channels),
+        "input channels of unet and those of vae": (unet.in_channels, channels * (1 + unet.self_conditioning)),
+        "output channels of unet and those of vae": (unet.out_channels, channels * (1 + learned)),
         "width of unet's context and of text_encoder": (width, text.hidden_size),
     }
     for what, (ours, theirs) in pairs.items():
         if ours != theirs:
             raise ModelConfigError(f"{folder}: {what} must be equal for text-to-image, got {ours} and {theirs}")
+    if parts.tokenizer is None or isinstance(text, LabelConfig):
+        return
     window, longest = parts.tokenizer.model_max_length, text.max_position_embeddings
     if window > longest:
         raise ModelConfigError(f"{folder}: tokenizer windows of {window} tokens exceed the text encoder's {longest}")

@@ -20,6 +20,15 @@ from latentdiff.errors import InputError, ModelValueError, StorageError
 __all__ = ["save_model", "save_pipeline"]
 
 TOKENIZER_CLASS = {"BertModel": "BertTokenizer", "CLIPTextModel": "CLIPTokenizer"}
+# Whose class a component's name in model_index.json is, unless it is one that only this package has.
+LIBRARIES = {
+    "scheduler": "diffusers",
+    "text_encoder": "transformers",
+    "tokenizer": "transformers",
+    "unet": "diffusers",
+    "vae": "diffusers",
+}
+OWN_CLASSES = ("PixelSpace", "LabelEncoder")
 
 
 def save_model(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
@@ -38,7 +47,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dt
 
 
 def save_pipeline(parts: Parts, folder: str | os.PathLike[str], dtype: torch.dtype | None = torch.float16) -> None:
-    """Write a whole model, which `diffusers.StableDiffusionPipeline.from_pretrained` loads as well.
+    """Write a whole model; `diffusers.StableDiffusionPipeline.from_pretrained` loads it too, if it is of that kind.
 
     Files at the top of an older model in the same folder that are not part of a model (its card) are kept.
 
@@ -55,23 +64,25 @@ def save_pipeline(parts: Parts, folder: str | os.PathLike[str], dtype: torch.dty
     if parts.unet is None:
         raise InputError("a pipeline to save needs a U-Net, got none; pass all parts")
     networks = {"unet": parts.unet, "vae": parts.autoencoder, "text_encoder": parts.text_encoder}
-    text_class = type(parts.text_encoder).__name__
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", parts.schedule.to_dict()["_class_name"]],
-        "text_encoder": ["transformers", text_class],
-        "tokenizer": ["transformers", TOKENIZER_CLASS[text_class]],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+    classes = {component: type(network).__name__ for component, network in networks.items()}
+    classes["scheduler"] = parts.schedule.to_dict()["_class_name"]
+    if parts.tokenizer is not None:
+        classes["tokenizer"] = TOKENIZER_CLASS[classes["text_encoder"]]
+    index: dict[str, Any] = {
+        component: ["latentdiff" if name in OWN_CLASSES else LIBRARIES[component], name]
+        for component, name in sorted(classes.items())
     }
+    if any(name in OWN_CLASSES for name in classes.values()):
+        index = {"_class_name": "LatentdiffPipeline", **index}
+    else:
+        absent = {"feature_extractor": [None, None], "requires_safety_checker": False, "safety_checker": [None, None]}
+        index = {"_class_name": "StableDiffusionPipeline", **absent, **index}
 
     def write(place: Path) -> None:
         for component, network in networks.items():
             _write_model(network, place / component, dtype)
-        parts.tokenizer.save(place / "tokenizer")
+        if parts.tokenizer is not None:
+            parts.tokenizer.save(place / "tokenizer")
         (place / "scheduler").mkdir()
         _write_json(place / "scheduler" / "scheduler_config.json", parts.schedule.to_dict())
         _write_json(place / "model_index.json", index)

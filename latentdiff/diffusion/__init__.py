@@ -11,10 +11,10 @@ latents = step.x
 from __future__ import annotations
 
 from latentdiff.diffusion.adapter import SchedulerPlan
-from latentdiff.diffusion.guidance import classifier_free, guidance_scales
+from latentdiff.diffusion.guidance import adaptive_projected, classifier_free, guidance_scales, rescaled
 from latentdiff.diffusion.plan import Plan, make_inversion_plan, make_plan, parse_sampler
 from latentdiff.diffusion.prediction import Call, as_denoiser, preconditioning
-from latentdiff.diffusion.samplers import Known, Step, draw_noise, image_generator, sample, start
+from latentdiff.diffusion.samplers import Known, Step, draw_noise, image_generator, sample, slerp, start
 from latentdiff.diffusion.schedule import Grid, NoiseSchedule
 from latentdiff.diffusion.solvers import SAMPLERS
 
@@ -27,6 +27,7 @@ __all__ = [
     "Plan",
     "SchedulerPlan",
     "Step",
+    "adaptive_projected",
     "as_denoiser",
     "classifier_free",
     "draw_noise",
@@ -36,6 +37,8 @@ __all__ = [
     "make_plan",
     "parse_sampler",
     "preconditioning",
+    "rescaled",
     "sample",
+    "slerp",
     "start",
 ]

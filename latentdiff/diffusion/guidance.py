@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from latentdiff.errors import InputError, suggest
 
-__all__ = ["GUIDANCE_SCHEDULES", "adaptive_projected", "classifier_free", "guidance_scales"]
+__all__ = ["GUIDANCE_SCHEDULES", "adaptive_projected", "classifier_free", "guidance_scales", "rescaled"]
 
 
 def classifier_free(
@@ -33,15 +33,28 @@ def classifier_free(
     Source: Ho & Salimans 2022, arXiv 2207.12598, Eq. 6 with scale = 1 + w; Lin et al. 2023, arXiv 2305.08891.
     """
     guided = unconditional + _per_image(scale, conditional) * (conditional - unconditional)  # Ho & Salimans Eq. 6
+    return rescaled(guided, conditional, rescale)
+
+
+def rescaled(guided: Tensor, conditional: Tensor, rescale: float | Tensor) -> Tensor:
+    """Draw the standard deviation of guided outputs (B, C, H, W) back to that of the conditional ones.
+
+    Source: Lin et al. 2023, arXiv 2305.08891, Eq. 14 to 16.
+    """
     if not isinstance(rescale, Tensor) and rescale == 0:
         return guided
     axes = tuple(range(1, guided.ndim))
-    ratio = conditional.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True)  # Lin et al. Eq. 14
-    return torch.lerp(guided, guided * ratio, _per_image(rescale, guided))  # Lin et al. Eq. 15 and 16
+    ratio = conditional.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True)  # Eq. 14
+    return torch.lerp(guided, guided * ratio, _per_image(rescale, guided))  # Eq. 15 and 16
 
 
 def adaptive_projected(
-    conditional: Tensor, unconditional: Tensor, scale: float | Tensor, *, parallel: float = 0.0, limit: float = math.inf
+    conditional: Tensor,
+    unconditional: Tensor,
+    scale: float | Tensor,
+    *,
+    parallel: float = 0.0,
+    limit: float | None = None,
 ) -> Tensor:
     """Combine two x0 estimates so that a high scale sharpens without over-saturating: adaptive projected guidance.
 
@@ -52,7 +65,7 @@ def adaptive_projected(
         conditional, unconditional: (B, C, H, W) x0 estimates with the prompt and with the negative (or empty) prompt.
         scale: guidance scale, one number or (B,); 1 gives the conditional estimate back.
         parallel: how much of the parallel part is kept; 1 without a limit is classifier-free guidance.
-        limit: largest length of each image's difference.
+        limit: largest length of each image's difference, or None.
 
     Returns:
         (B, C, H, W).
@@ -61,8 +74,9 @@ def adaptive_projected(
     """
     axes = tuple(range(1, conditional.ndim))
     difference = (conditional - unconditional).double()
-    length = difference.square().sum(dim=axes, keepdim=True).sqrt()
-    difference = difference * (limit / length.clamp(min=1e-12)).clamp(max=1)
+    if limit is not None:
+        length = difference.square().sum(dim=axes, keepdim=True).sqrt()
+        difference = difference * (limit / length.clamp(min=1e-12)).clamp(max=1)
     direction = conditional.double() / conditional.double().square().sum(dim=axes, keepdim=True).sqrt().clamp(min=1e-12)
     along = (difference * direction).sum(dim=axes, keepdim=True) * direction
     update = (difference - along + parallel * along).to(conditional.dtype)
@@ -78,7 +92,7 @@ GUIDANCE_SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def guidance_scales(
-    sigmas: Tensor,
+    sigmas: Tensor | Sequence[float],
     guidance_scale: float,
     guidance_interval: tuple[float, float] | None = None,
     guidance_schedule: str = "constant",
@@ -106,6 +120,7 @@ def guidance_scales(
         raise InputError(
             f"guidance_schedule {guidance_schedule!r} is unknown{suggest(str(guidance_schedule), GUIDANCE_SCHEDULES)}"
         )
+    sigmas = torch.as_tensor(sigmas)
     done = torch.linspace(0, 1, len(sigmas), dtype=torch.float64)
     scales = 1 + (max(float(guidance_scale), 1.0) - 1) * GUIDANCE_SCHEDULES[guidance_schedule](done)  # (R,)
     if guidance_interval is None:

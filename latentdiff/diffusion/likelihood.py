@@ -91,8 +91,7 @@ def bound_term(
         x0: (B, C, H, W) data; 8-bit values scaled to [-1, 1] where L_0 is asked for.
         noise: (B, C, H, W) standard normal.
         timesteps: (B,) int64.
-        variance: of the reverse process: "fixed_small", "fixed_large", or "learned_range" where `denoise` is a `Denoiser`
-            whose network says it.
+        variance: "fixed_small", "fixed_large", or "learned_range" where the network of a `Denoiser` says it.
 
     Raises:
         InputError: the variance is to be learned, but the network does not.

@@ -32,6 +32,7 @@ __all__ = [
     "require_finite",
     "require_one_each",
     "sample",
+    "slerp",
     "start",
 ]
 
@@ -52,6 +53,22 @@ def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> T
     return torch.stack(
         [torch.randn(tuple(shape), generator=generator, dtype=torch.float32) for generator in generators]
     )
+
+
+def slerp(first: Tensor, second: Tensor, amount: float) -> Tensor:
+    """Turn noise (B, C, H, W) towards other noise along the great circle: in between it keeps the length of noise.
+
+    Args:
+        amount: 0 gives the first, 1 the second.
+
+    Source: Shoemake 1985, SIGGRAPH, section 3.3.
+    """
+    axes = tuple(range(1, first.ndim))
+    norms = [x.double().square().sum(dim=axes, keepdim=True).sqrt() for x in (first, second)]
+    cosine = (first.double() * second.double()).sum(dim=axes, keepdim=True) / (norms[0] * norms[1])
+    angle = cosine.clamp(-1 + 1e-9, 1 - 1e-9).acos()
+    turned = ((1 - amount) * angle).sin() * first + (amount * angle).sin() * second
+    return (turned / angle.sin()).to(first.dtype)
 
 
 def require_one_each(generators: Sequence[torch.Generator], images: Tensor) -> None:

@@ -55,11 +55,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gel
 
 
 @torch.no_grad()
-def encode_prompts(texts: Sequence[str], text_encoder: Any, tokenizer: Tokenizer) -> tuple[Tensor, list[int]]:
+def encode_prompts(texts: Sequence[str], text_encoder: Any, tokenizer: Tokenizer | None) -> tuple[Tensor, list[int]]:
     """Return the token states (B, n, L, D) of texts, n windows of L tokens each, and the number of tokens of each.
 
-    Padding is hidden from the encoder only where its config says `use_attention_mask`, as diffusers does.
+    Padding is hidden from the encoder only where its config says `use_attention_mask`, as diffusers does. An encoder
+    that comes without a tokenizer (`pixels.LabelEncoder`) takes the texts as they are.
     """
+    if tokenizer is None:
+        return text_encoder.encode(texts)
     tokens = tokenizer(list(texts))
     windows = (len(texts) * tokens.n_chunks, -1)
     device = next(text_encoder.parameters()).device

@@ -43,6 +43,8 @@ class UNetConfig(ModelConfig):
         class_embed_type: None, "timestep" or "projection"; with None, `num_class_embeds` asks for a learned table.
         addition_embed_type: None, or "text_time" for pooled text and picture sizes as in Stable Diffusion XL.
         time_cond_proj_dim: width of the embedded guidance scale of latent consistency models.
+        self_conditioning: whether the second half of the input channels is the x0 estimate of the call before; a key of
+            ours, written only where true.
     """
 
     class_name: ClassVar[str] = "UNet2DConditionModel"
@@ -97,6 +99,14 @@ class UNetConfig(ModelConfig):
     addition_time_embed_dim: int | None = None
     upcast_attention: bool | None = False
     time_cond_proj_dim: int | None = None
+    self_conditioning: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of a config.json that the reference class reads."""
+        values = super().to_dict()
+        if not self.self_conditioning:
+            del values["self_conditioning"]
+        return values
 
     @property
     def time_channels(self) -> int:
