@@ -110,10 +110,21 @@ def _parser() -> argparse.ArgumentParser:
 
     data = command("data", _data, "Build a captioned data set.")
     data.add_argument(
-        "name", choices=["emoji"], metavar="NAME", help="emoji: six openly licensed styles, fetched by npm"
+        "name",
+        choices=["emoji", "digits"],
+        metavar="NAME",
+        help="emoji: six openly licensed styles, fetched by npm; digits: the 8x8 ones that come with scikit-learn",
     )
     data.add_argument("out", help="folder; a build that was broken off goes on where it stopped")
-    data.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default 64)")
+    data.add_argument("--size", type=int, help="side of the pictures in pixels (default 64; digits have 8)")
+
+    evaluate = command("evaluate", _evaluate, "Measure how good a model is on captioned pictures.")
+    evaluate.add_argument("model", help="model folder, or `embedded`")
+    evaluate.add_argument("--data", required=True, help="folder of captioned pictures, or of splits with such")
+    evaluate.add_argument("--metrics", default="nll", help="nll: bits per dimension (the only one so far)")
+    evaluate.add_argument("--split", default="test", help="train, validation or test (default)")
+    evaluate.add_argument("--images", type=int, default=32, help="how many pictures are measured (default 32)")
+    _add_machine(evaluate)
     return parser
 
 
@@ -346,9 +357,55 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _data(options: argparse.Namespace) -> None:
-    from training import cli_data_emoji
+    from training import cli_data_digits, cli_data_emoji
 
-    cli_data_emoji(options.out, options.size)
+    if options.name == "emoji":
+        cli_data_emoji(options.out, options.size or 64)
+    elif options.size not in (None, 8):
+        raise InputError(f"--size of the digits is 8, got {options.size}; leave it out")
+    else:
+        cli_data_digits(options.out)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from latentdiff.evaluate import METRICS
+    from latentdiff.images import to_tensor
+    from latentdiff.settings import check_integer
+
+    wanted = options.metrics.split(",")
+    for name in wanted:
+        if name not in METRICS:
+            raise InputError(f"metric {name!r} is unknown{suggest(name, METRICS)}")
+    count = check_integer("--images", options.images, 1, 1_000_000, "try 32")
+    pipe = _load(options.model, options.device, options.dtype)
+    height, width = pipe.native_size
+    if height != width:
+        raise InputError(f"only models of square pictures can be measured, got {width}x{height}")
+    from training.config import DataConfig
+    from training.dataset import composite, load_images
+
+    data = load_images(DataConfig(folder=options.data, size=height), options.split)
+    images = to_tensor(composite(data.images[:count], (255, 255, 255))).to(pipe.device)
+    captions = [row["captions"][0] for row in data.rows[:count]]
+    figures = {name: METRICS[name](pipe.parts, images, captions, progress=sys.stderr.isatty()) for name in wanted}
+    if options.json:
+        print(json.dumps({"model": pipe.parts.name, "model_hash": pipe.parts.model_hash, **figures}))
+        return
+    for name, values in figures.items():
+        print("\n".join(_lines(values, name)))
+
+
+def _lines(tree: dict[str, Any], name: str) -> list[str]:
+    """Return one line for each figure of a tree: its path, mean and standard error."""
+    lines = []
+    for key, value in tree.items():
+        if isinstance(value, dict) and "mean" in value:
+            lines.append(f"{name}.{key}: {value['mean']:.4f} +- {value['standard_error']:.4f}")
+        elif isinstance(value, dict):
+            lines += _lines(value, f"{name}.{key}")
+        else:
+            lines.append(f"{name}.{key}: {value}")
+    return lines
 
 
 def _sides(text: str) -> dict[str, int]:

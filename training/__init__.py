@@ -28,6 +28,15 @@ def cli_train(config: str, overrides: list[str], resume: bool, out: str | None) 
         train_diffusion(parsed, resume)
 
 
+def cli_data_digits(out: str) -> None:
+    """Write the digits of scikit-learn; the command line's `latentdiff data digits`."""
+    import json
+
+    from training.digits import build
+
+    print(json.dumps(build(out)))
+
+
 def cli_data_emoji(out: str, size: int, workers: int | None = None) -> None:
     """Build the captioned emoji set; the command line's `latentdiff data emoji`."""
     import json

@@ -85,14 +85,17 @@ class AutoencoderTraining(Section):
 
 
 class DiffusionTraining(Section):
-    """`stage: diffusion`: text-to-image in the latent space of a trained autoencoder."""
+    """`stage: diffusion`: text-to-image in the latent space of a trained autoencoder, or classes, or in pixels."""
 
     stage: Literal["diffusion"]
     data: DataConfig
     run: RunConfig
-    # Run or model folder whose autoencoder is used.
-    autoencoder: str
-    # Folder with text_encoder/ and tokenizer/; "embedded" takes those of the model that ships with the package.
+    # Run or model folder whose autoencoder is used; null for diffusion of the pixels themselves.
+    autoencoder: str | None
+    # Of the pixels, where there is no autoencoder: 3 for colour, 1 for shades of grey.
+    channels: Literal[1, 3] = 3
+    # Folder with text_encoder/ and tokenizer/; "embedded" takes those of the model that ships with the package,
+    # "labels" makes each different caption a class, "none" trains without any condition.
     text_encoder: str = "embedded"
     # Keys of `latentdiff.models.unet.UNetConfig`; in_channels, out_channels and sample_size follow from the latents.
     model: dict[str, Any]
@@ -102,7 +105,16 @@ class DiffusionTraining(Section):
     schedule: dict[str, Any]
     optimizer: OptimizerConfig = OptimizerConfig()
     caption_dropout: float = Field(0.1, ge=0, le=1)
-    # Cap of the signal-to-noise ratio in the loss weight; 0 weighs all timesteps alike (Hang et al. 2023).
+    # simple: squared error; hybrid: with the variational bound for a learned variance (schedule.variance_type
+    # learned_range); vlb: the bound alone.
+    loss: Literal["simple", "hybrid", "vlb"] = "simple"
+    # Of the bound, in bits per dimension, in the hybrid loss.
+    vlb_weight: float = Field(0.001, ge=0)
+    # How timesteps are drawn: alike, or more often where the loss is large (for the noisy loss vlb).
+    timesteps: Literal["uniform", "importance"] = "uniform"
+    # Give the network its own estimate of the step before, in twice the channels.
+    self_conditioning: bool = False
+    # Cap of the signal-to-noise ratio in the weight of the squared error; 0 weighs all timesteps alike.
     min_snr_gamma: float = Field(5.0, ge=0)
     prompts: list[str] = ["a red fox", "a green tree", "a house", "a blue car"]
     guidance_scale: float = Field(4.0, ge=0, le=50)

@@ -26,13 +26,17 @@ from latentdiff.checkpoints import (
 )
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
+from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from latentdiff.pipeline import Pipeline
+from latentdiff.settings import Settings
 from training.cache import LatentSet, cached_latents
 from training.checkpointing import gather, restore, save_checkpoint
 from training.config import DiffusionTraining
 from training.dataset import batch_indices, load_images
 from training.ema import Ema
+from training.objective import diffusion_losses, model_inputs, require_trainable
+from training.process import show_process
 from training.run import (
     Log,
     StepGuard,
@@ -47,6 +51,7 @@ from training.run import (
     set_learning_rate,
     stop_on_signal,
 )
+from training.timesteps import ImportanceSampler, stratified_timesteps
 
 
 def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
@@ -60,14 +65,17 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     run, folder = config.run, Path(config.run.out)
     accelerator = Accelerator(mixed_precision=mixed_precision(run), cpu=not torch.cuda.is_available())
     parts = load_parts(config)
+    require_trainable(config, parts.schedule)
     data = prepare_data(config, parts, folder)
     torch.manual_seed(run.seed)
-    unet: Any = network_to_train(config, data)
+    unet: Any = network_to_train(config, data, parts.schedule)
     optimizer: Any = adamw(unet, config.optimizer)
     plain: UNet2DConditionModel = unet
     parts = replace(parts, unet=plain)
-    ema = Ema(unet, run.ema_decay)
+    ema, importance = Ema(unet, run.ema_decay), ImportanceSampler(parts.schedule.num_train_timesteps)
     modules, optimizers = {"model": unet}, {"optimizer": optimizer}
+    if config.timesteps == "importance":
+        modules["importance"] = importance
     first = restore(checkpoint, modules, optimizers, ema)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     ema.to(accelerator.device)
@@ -75,19 +83,17 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     if run.compile:
         latents, context, _ = (part.to(accelerator.device) for part in draw_batch(data, config, first))
         timesteps = torch.zeros(len(latents), dtype=torch.int64, device=accelerator.device)
-        compile_checked(plain, latents, timesteps, context, autocast=accelerator.autocast())
+        inputs = model_inputs(latents, config)
+        compile_checked(plain, inputs, timesteps, context, autocast=accelerator.autocast())
     with stop_on_signal() as stopped, fast_attention():
         for step in range(first, run.steps):
             latents, context, nulls = (part.to(accelerator.device) for part in draw_batch(data, config, step))
             generator = seeded(run.seed, step, 1)
-            timesteps = stratified_timesteps(len(latents), parts.schedule.num_train_timesteps, generator)
-            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-            timesteps = timesteps.to(latents.device)
+            drawn, weights = draw_timesteps(importance, config, len(latents), generator)
+            timesteps = drawn.to(latents.device)
             with accelerator.autocast():
-                output = unet(parts.schedule.add_noise(latents, noise, timesteps), timesteps, context)
-            target = parts.schedule.target(latents, noise, timesteps)
-            errors = (output.float() - target).square().mean(dim=(1, 2, 3))  # (B,)
-            loss = (errors * loss_weight(parts.schedule, timesteps, config.min_snr_gamma)).mean()
+                losses = diffusion_losses(unet, parts, config, latents, context, timesteps, generator)  # (B,)
+            loss = (losses * weights.to(losses)).mean()
             set_learning_rate(optimizer, learning_rate(config.optimizer, step, run.steps))
             optimizer.zero_grad()
             accelerator.backward(loss)
@@ -95,9 +101,10 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
             if guard.allows(loss, norm, step):
                 optimizer.step()
                 ema.update(plain)
-            log.step(
-                step, {"loss": loss, "grad_norm": norm, "null": nulls.float().mean(), "skipped": guard.bad_steps > 0}
-            )
+            if config.timesteps == "importance":
+                importance.update(drawn, losses)
+            values = {"loss": loss, "grad_norm": norm, "null": nulls.float().mean(), "skipped": guard.bad_steps > 0}
+            log.step(step, values)
             done = step + 1
             if done % run.sample_every == 0 or done == run.steps:
                 with ema.swapped_into(plain):
@@ -109,15 +116,31 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
                 log.close()
                 return folder
     log.close()
-    model = folder / "model"
     with ema.swapped_into(plain):
-        save_pipeline(parts, model, torch.float16)
+        return export(parts, config, folder)
+
+
+def export(parts: Parts, config: DiffusionTraining, folder: Path) -> Path:
+    """Save the model, say how to use it, and show what it learnt where it was trained on pixels."""
+    model = folder / "model"
+    save_pipeline(parts, model, torch.float16)
+    if config.autoencoder is None:
+        show_process(parts, config, folder)
     print(f"saved {model}; try: latentdiff generate {config.prompts[0]!r} --model {model}")
     return model
 
 
+def draw_timesteps(
+    importance: ImportanceSampler, config: DiffusionTraining, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return timesteps (count,) int64 of a batch and the weights (count,) of their losses."""
+    if config.timesteps == "importance":
+        return importance.draw(count, generator)
+    return stratified_timesteps(count, len(importance.losses), generator), torch.ones(count)
+
+
 def prepare_data(config: DiffusionTraining, parts: Parts, folder: Path) -> LatentSet:
-    """Load the pictures, encode them and their captions (from the cache where it has them), and check the latents.
+    """Load the pictures, encode them and their captions (from the cache where it has them), and check latents.
 
     Raises:
         InputError: the latents' mean or standard deviation is far from 0 and 1.
@@ -128,6 +151,8 @@ def prepare_data(config: DiffusionTraining, parts: Parts, folder: Path) -> Laten
         network.to(device)
     cache = Path(config.cache) if config.cache else folder / "cache"
     data = cached_latents(images, config.data, config.run.seed, parts, cache)
+    if isinstance(parts.autoencoder, PixelSpace):
+        return data
     plain = data.latents[:, 0].float()
     mean, std = plain.mean(dim=(0, 2, 3)), plain.std(dim=(0, 2, 3))
     if mean.abs().max() > 0.3 or std.max() > 1.5 or std.min() < 0.6:
@@ -138,14 +163,19 @@ def prepare_data(config: DiffusionTraining, parts: Parts, folder: Path) -> Laten
     return data
 
 
-def network_to_train(config: DiffusionTraining, data: LatentSet) -> UNet2DConditionModel:
+def network_to_train(config: DiffusionTraining, data: LatentSet, schedule: NoiseSchedule) -> UNet2DConditionModel:
     """Return a new U-Net that fits the latents and contexts, or the one of the model that `start_from` names.
 
     Raises:
         InputError: that model's U-Net has another shape than the config asks for.
     """
     channels, side = data.latents.shape[2], data.latents.shape[-1]
-    follows = {"in_channels": channels, "out_channels": channels, "sample_size": side}
+    follows = {
+        "in_channels": channels * (1 + config.self_conditioning),
+        "out_channels": channels * (1 + (schedule.variance_type == "learned_range")),
+        "sample_size": side,
+        "self_conditioning": config.self_conditioning,
+    }
     shape = UNetConfig.from_dict({"cross_attention_dim": data.contexts.shape[-1], **config.model, **follows})
     unet = UNet2DConditionModel(shape)
     if config.start_from is not None:
@@ -178,49 +208,33 @@ def draw_batch(data: LatentSet, config: DiffusionTraining, step: int) -> tuple[T
     return latents, data.contexts[chosen].float(), chosen == 0
 
 
-def stratified_timesteps(count: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
-    """Draw one timestep from each of `count` equal strata, shuffled: uniform, with less variance in the loss.
-
-    Returns:
-        (count,) int64.
-
-    Source: Kingma et al. 2021, arXiv 2107.00630, appendix I.1.
-    """
-    offsets = torch.rand((), generator=generator) + torch.randperm(count, generator=generator)
-    return (offsets / count * num_train_timesteps).long().clamp_max(num_train_timesteps - 1)
-
-
-def loss_weight(schedule: NoiseSchedule, timesteps: Tensor, gamma: float) -> Tensor:
-    """Return the min-SNR weight (B,) of each timestep: min(SNR, gamma) on the x0 error, whatever the network predicts.
-
-    Source: Hang et al. 2023, arXiv 2303.09556, Eq. 4 and section 3.4.
-    """
-    if gamma == 0:
-        return torch.ones(len(timesteps), device=timesteps.device)
-    snr = schedule.snr(timesteps).to(timesteps.device, torch.float32)
-    clipped = snr.clamp_max(gamma)
-    of_error = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
-    return clipped / of_error[schedule.prediction_type]
-
-
 def draw_samples(parts: Parts, config: DiffusionTraining, file: Path) -> None:
     """Draw the config's prompts, one row of pictures each eight, with fixed seeds."""
-    result = Pipeline(parts)(config.prompts, guidance_scale=config.guidance_scale, seed=0, output_type="pt")
+    steps = min(Settings.num_inference_steps, parts.schedule.num_train_timesteps)
+    options: dict[str, Any] = {"guidance_scale": config.guidance_scale, "num_inference_steps": steps}
+    result = Pipeline(parts)(config.prompts, seed=0, output_type="pt", **options)
     save_grid(result.images * 2 - 1, file, columns=8)
 
 
 def load_parts(config: DiffusionTraining) -> Parts:
-    """Load the frozen halves: autoencoder, text encoder, tokenizer and schedule; the U-Net comes later."""
-    text = embedded_model() if config.text_encoder == "embedded" else Path(config.text_encoder)
-    text_encoder, tokenizer = load_text_encoder(text)
+    """Load the frozen halves: autoencoder, text encoder, tokenizer and schedule; the U-Net comes later.
+
+    Without an autoencoder latents are pixels; without a text encoder each different caption is a class.
+    """
     schedule = NoiseSchedule.from_dict(config.schedule)
-    return Parts(
-        unet=None,
-        autoencoder=load_autoencoder(Path(config.autoencoder)),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        schedule=schedule,
-    )
+    if config.autoencoder is None:
+        space: Any = PixelSpace(PixelSpaceConfig(latent_channels=config.channels))
+    else:
+        space = load_autoencoder(Path(config.autoencoder))
+    if config.text_encoder in ("labels", "none"):
+        labels: tuple[str, ...] = ()
+        if config.text_encoder == "labels":
+            labels = tuple(sorted({caption for row in load_images(config.data).rows for caption in row["captions"]}))
+        encoder: Any = LabelEncoder(LabelConfig(labels=labels, hidden_size=max(1, len(labels))))
+        return Parts(None, space.requires_grad_(False), encoder.requires_grad_(False), None, schedule)
+    text = embedded_model() if config.text_encoder == "embedded" else Path(config.text_encoder)
+    encoder, tokenizer = load_text_encoder(text)
+    return Parts(None, space.requires_grad_(False), encoder, tokenizer, schedule)
 
 
 def _short(values: Tensor) -> str:

@@ -83,15 +83,18 @@ def bound_term(
     noise: Tensor,
     timesteps: Tensor,
     variance: str = "fixed_small",
+    *,
+    eight_bit: bool = True,
 ) -> Tensor:
     """Return one sample of L_{t-1} for each image, or of L_0 where its timestep is 0, in bits per dimension (B,).
 
     Args:
         denoise: see `prediction.as_denoiser`; called in sigma coordinates.
-        x0: (B, C, H, W) data; 8-bit values scaled to [-1, 1] where L_0 is asked for.
+        x0: (B, C, H, W) data.
         noise: (B, C, H, W) standard normal.
         timesteps: (B,) int64.
         variance: "fixed_small", "fixed_large", or "learned_range" where the network of a `Denoiser` says it.
+        eight_bit: see `bound_nats`.
 
     Raises:
         InputError: the variance is to be learned, but the network does not.
@@ -108,12 +111,19 @@ def bound_term(
     if variance == "learned_range" and share is None:
         raise InputError("learned_range needs a network of twice the channels, got one of as many; use fixed_small")
     learned = share if variance == "learned_range" and share is not None else variance
-    nats = bound_nats(schedule, x0, x_t, estimate, timesteps, learned)
+    nats = bound_nats(schedule, x0, x_t, estimate, timesteps, learned, eight_bit=eight_bit)
     return nats.flatten(1).mean(dim=1) / math.log(2)
 
 
 def bound_nats(
-    schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, estimate: Tensor, timesteps: Tensor, variance: str | Tensor
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    x_t: Tensor,
+    estimate: Tensor,
+    timesteps: Tensor,
+    variance: str | Tensor,
+    *,
+    eight_bit: bool = True,
 ) -> Tensor:
     """Return L_{t-1}, or L_0 where the timestep is 0, of every dimension in nats: (B, C, H, W).
 
@@ -121,13 +131,17 @@ def bound_nats(
         x0, x_t, estimate: (B, C, H, W) data, what the forward process made of it, and the network's x0 estimate.
         timesteps: (B,) int64.
         variance: see `NoiseSchedule.posterior`.
+        eight_bit: whether x0 are 8-bit values scaled to [-1, 1]; of others, such as latents, L_0 is a density.
     """
     true_mean, true_log = schedule.posterior(x0, x_t, timesteps)
     mean, log_variance = schedule.posterior(estimate, x_t, timesteps, variance)
     kl = 0.5 * (log_variance - true_log + (true_log - log_variance).exp() - 1)
     kl = kl + 0.5 * (true_mean - mean).square() * (-log_variance).exp()
-    first = (timesteps == 0).reshape(-1, *[1] * (x0.ndim - 1))
-    return torch.where(first, -_discretised(x0, mean, log_variance), kl)
+    if eight_bit:
+        decoder = -discretised(x0, mean, log_variance)
+    else:
+        decoder = 0.5 * (math.log(2 * math.pi) + log_variance + (x0 - mean).square() * (-log_variance).exp())
+    return torch.where((timesteps == 0).reshape(-1, *[1] * (x0.ndim - 1)), decoder, kl)
 
 
 def variational_bound(
@@ -136,11 +150,13 @@ def variational_bound(
     x0: Tensor,
     generators: Sequence[torch.Generator],
     variance: str = "fixed_small",
+    *,
+    eight_bit: bool = True,
 ) -> Bound:
     """Return every term of the bound, one noise sample for each timestep and image: T calls of the network.
 
     Args:
-        denoise, x0, variance: see `bound_term`.
+        denoise, x0, variance, eight_bit: see `bound_term`.
         generators: one per image.
 
     Raises:
@@ -153,7 +169,7 @@ def variational_bound(
     for timestep in range(schedule.num_train_timesteps):
         noise = draw_noise(generators, x0.shape[1:]).to(x0)
         timesteps = torch.full((len(x0),), timestep, device=x0.device)
-        terms.append(bound_term(denoise, schedule, x0, noise, timesteps, variance))
+        terms.append(bound_term(denoise, schedule, x0, noise, timesteps, variance, eight_bit=eight_bit))
     return Bound(prior_term(schedule, x0), torch.stack(terms))
 
 
@@ -220,7 +236,7 @@ def _slope(denoise: Denoise, x: Tensor, sigma: float, timestep: float, direction
     return slope.detach(), (torch.stack(products) * directions).double().flatten(2).sum(dim=2)
 
 
-def _discretised(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+def discretised(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Return the log probability of 8-bit values scaled to [-1, 1], a Gaussian integrated over each value's interval.
 
     Source: Ho et al. 2020, arXiv 2006.11239, Eq. 13.

@@ -28,6 +28,7 @@ __all__ = [
     "as_denoiser",
     "halves",
     "preconditioning",
+    "x0_estimate",
 ]
 
 
@@ -127,6 +128,18 @@ def preconditioning(prediction_type: str, sigmas: Tensor) -> Preconditioning:
     prediction = PREDICTIONS[prediction_type]
     c_in = 1 / (1 + sigmas**prediction.power) ** (1 / prediction.power)
     return Preconditioning(prediction.c_skip(sigmas), prediction.c_out(sigmas), c_in)
+
+
+def x0_estimate(prediction_type: str, model_input: Tensor, output: Tensor, sigmas: Tensor) -> Tensor:
+    """Return the x0 estimate (B, C, H, W) of what a network was given and what it gave.
+
+    Args:
+        prediction_type: a key of `PREDICTIONS`.
+        model_input, output: (B, C, H, W).
+        sigmas: (B, 1, 1, 1), finite.
+    """
+    c_skip, c_out, c_in = preconditioning(prediction_type, sigmas)
+    return c_skip / c_in * model_input + c_out * output
 
 
 @dataclass(frozen=True)

@@ -264,9 +264,9 @@ class NoiseSchedule:
 
         Args:
             x0, x_t: (B, C, H, W).
-            timesteps: (B,) int64; at 0 the mean is x0, and the variance, which would be 0, the small one of timestep 1.
+            timesteps: (B,) int64; at 0 the mean is x0, and a fixed variance, which would be 0, is the small one at 1.
             variance: "fixed_small", that of the posterior, "fixed_large", beta, or (B, C, H, W) as a network learns it,
-                -1 for the small and 1 for the large one.
+                -1 for the small one and 1 for beta.
 
         Returns:
             (B, C, H, W) and (B, 1, 1, 1), or (B, C, H, W) where learned.
@@ -277,23 +277,23 @@ class NoiseSchedule:
         Source: Ho et al. 2020, arXiv 2006.11239, Eq. 6 and 7, section 3.2; Nichol & Dhariwal 2021, arXiv 2102.09672,
         Eq. 15.
         """
-        of_x0, of_x_t, small, large = (self._at(table, timesteps, x0) for table in self._posterior_tables)
+        of_x0, of_x_t, small, large, beta = (self._at(table, timesteps, x0) for table in self._posterior_tables)
         mean = of_x0 * x0 + of_x_t * x_t  # Eq. 7
         if isinstance(variance, Tensor):
-            return mean, torch.lerp(small.expand_as(variance), large.expand_as(variance), (variance + 1) / 2)  # Eq. 15
+            return mean, torch.lerp(small.expand_as(variance), beta.expand_as(variance), (variance + 1) / 2)  # Eq. 15
         _require_choice("variance", variance, VARIANCES[:2])
         return mean, small if variance == "fixed_small" else large
 
     @cached_property
-    def _posterior_tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Factors of x_0 and x_t in the posterior mean, logarithms of the small and the large variance, each (T,)."""
+    def _posterior_tables(self) -> tuple[Tensor, ...]:
+        """Factors of x_0 and x_t in the posterior mean, logarithms of small and large variance and of beta, (T,)."""
         after = self.alphas_cumprod  # alpha-bar at t
         before = torch.cat([after.new_ones(1), after[:-1]])  # at t - 1
         betas = 1 - after / before
         small = betas * (1 - before) / (1 - after)  # Eq. 7
         small[0] = small[1] if len(small) > 1 else betas[0]
         of_x0, of_x_t = before.sqrt() * betas / (1 - after), (after / before).sqrt() * (1 - before) / (1 - after)
-        return of_x0, of_x_t, small.log(), torch.cat([small[:1], betas[1:]]).log()
+        return of_x0, of_x_t, small.log(), torch.cat([small[:1], betas[1:]]).log(), betas.log()
 
     def sampling_grid(self, num_inference_steps: int, rule: str = "ddim", sigma_spacing: str | None = None) -> Grid:
         """Choose the noise levels that a sampling run visits.

@@ -55,7 +55,7 @@ def test_standard_error_is_that_of_the_probes() -> None:
 
 def test_learned_variance_lies_between_the_fixed_ones() -> None:
     """With both ends learned the bound is that of the fixed variances, and a network that learns none is refused."""
-    x0, timesteps = data(3, 8), torch.tensor([0, 40, 700])
+    x0, timesteps = data(3, 8), torch.tensor([1, 40, 700])
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def learning(share: float) -> Denoiser:
@@ -71,6 +71,31 @@ def test_learned_variance_lies_between_the_fixed_ones() -> None:
         torch.testing.assert_close(ours, bound_term(denoise, SCHEDULE, x0, noise, timesteps, variance))
     with pytest.raises(InputError, match="learned_range needs a network of twice the channels"):
         bound_term(denoise, SCHEDULE, x0, noise, timesteps, "learned_range")
+
+
+def test_with_the_exact_variance_the_bound_is_the_entropy() -> None:
+    """For Gaussian data each reverse step is Gaussian; told its variance, all terms add up to the bits of the data."""
+    schedule = NoiseSchedule(beta_schedule="squaredcos_cap_v2", num_train_timesteps=200)
+
+    def network(x: Tensor, call: Call) -> Tensor:
+        sigma, timesteps = call.sigmas.reshape(-1, 1, 1, 1), call.timesteps.long()
+        inner = x * (1 + sigma**2).sqrt()
+        unit, nothing = torch.ones_like(x[:, :1]), torch.zeros_like(x[:, :1])
+        of_x0 = schedule.posterior(unit, nothing, timesteps)[0] - schedule.posterior(nothing, nothing, timesteps)[0]
+        low, high = (schedule.posterior(x, x, timesteps, share * unit)[1] for share in (-1.0, 1.0))
+        spread = STD**2 * sigma**2 / (STD**2 + sigma**2)
+        first = (timesteps == 0).reshape(-1, 1, 1, 1)
+        wanted = torch.where(first, spread.log(), (low.exp() + of_x0**2 * spread).log())
+        share = torch.where(first & (high == low), 0.0, 2 * (wanted - low) / (high - low) - 1)
+        return torch.cat([(inner - denoise(inner, call)) / sigma, share.expand_as(x)], dim=1)
+
+    generator = torch.Generator().manual_seed(0)
+    values = MEAN + STD * torch.randn(4, 1, 128, 128, generator=generator, dtype=torch.float64)
+    x0 = ((values.clamp(-1, 1) + 1) * 127.5).round().div(127.5).sub(1)
+    generators = [image_generator(seed) for seed in range(4)]
+    bound = variational_bound(as_denoiser(network, "epsilon"), schedule, x0, generators, "learned_range")
+    truth = -true_nats(x0) / x0[0].numel() / math.log(2) + math.log2(255 / 2)
+    assert (bound.total - truth).mean().abs() < 0.01
 
 
 def estimate_variance(timesteps: Tensor) -> Tensor:

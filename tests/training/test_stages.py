@@ -20,7 +20,7 @@ from training.autoencoder import fold_statistics, loss_terms
 from training.checkpointing import load_latest
 from training.config import AutoencoderTraining, load_config
 from training.dataset import load_images
-from training.diffusion import draw_batch, loss_weight, network_to_train, prepare_data, stratified_timesteps
+from training.diffusion import draw_batch, network_to_train, prepare_data
 from training.diffusion import load_parts as diffusion_parts
 from training.losses import psnr
 
@@ -192,17 +192,6 @@ def test_batches_depend_on_seed_and_step_alone_and_drop_captions(tmp_path: Path)
     assert latents.shape == (60, 4, 8, 8)
 
 
-def test_timesteps_are_stratified_and_weights_follow_the_snr_cap(tmp_path: Path) -> None:
-    drawn = stratified_timesteps(10, 1000, torch.Generator().manual_seed(0))
-    assert sorted(int(t) // 100 for t in drawn) == list(range(10))
-    from latentdiff.diffusion.schedule import NoiseSchedule
-
-    timesteps = torch.tensor([0, 500, 999])
-    schedule = NoiseSchedule(prediction_type="sample")
-    assert torch.allclose(loss_weight(schedule, timesteps, 5.0), schedule.snr(timesteps).clamp_max(5.0))
-    assert torch.equal(loss_weight(schedule, timesteps, 0.0), torch.ones(3))
-
-
 def test_autoencoder_with_other_statistics_is_refused(tmp_path: Path) -> None:
     pictures(tmp_path / "pictures", 6)
     torch.manual_seed(0)
@@ -223,8 +212,9 @@ def test_training_goes_on_from_the_weights_of_another_model(tmp_path: Path) -> N
     cli_train(file, [], False, None)
     first = f"start_from={tmp_path / 'diffusion/model'}"
     config: Any = load_config(file, [first])
-    data = prepare_data(config, diffusion_parts(config), tmp_path / "diffusion")
-    unet = network_to_train(config, data)
+    parts = diffusion_parts(config)
+    data = prepare_data(config, parts, tmp_path / "diffusion")
+    unet = network_to_train(config, data, parts.schedule)
     trained = Pipeline.from_pretrained(tmp_path / "diffusion/model").parts.unet
     assert trained is not None
     assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in unet.state_dict().items())

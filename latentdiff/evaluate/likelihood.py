@@ -1,0 +1,132 @@
+"""Bits per dimension of pictures under a model; for a latent one of its latents, and of its autoencoder apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from latentdiff.checkpoints import Parts
+from latentdiff.diffusion import as_denoiser, draw_noise, image_generator
+from latentdiff.diffusion.likelihood import LEVELS, discretised, ode_likelihood, variational_bound
+from latentdiff.diffusion.prediction import Denoiser
+from latentdiff.models.pixels import PixelSpace
+from latentdiff.models.text import encode_prompts
+
+__all__ = ["negative_log_likelihood", "network_of"]
+
+BATCH = 64
+
+
+def negative_log_likelihood(
+    parts: Parts,
+    images: Tensor,
+    captions: Sequence[str],
+    *,
+    seed: int = 0,
+    ode_steps: int = 100,
+    probes: int = 2,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Return how many bits per dimension pictures cost, given their captions: mean and standard error over them.
+
+    A model of pixels gets the variational bound with the discretised decoder, and the probability-flow ODE on pixels
+    with uniform noise of one level added; both are bits per 8-bit value. For a latent model both are of the density of
+    latents, in bits per latent value, which is no likelihood of pictures and may be negative; what the autoencoder
+    costs stands beside it and is not added: bits per 8-bit value of the picture given its latents, by a Gaussian of the
+    measured error, and the entropy of the latents given the picture.
+
+    Args:
+        parts: of the model.
+        images: (N, 3, H, W) in [-1, 1], 8-bit values.
+        captions: one of each.
+        seed: image i draws its noise from seed + i.
+        ode_steps: of the ODE, two network calls each.
+        probes: of Hutchinson's estimator.
+        progress: show a bar on stderr.
+
+    Source: Ho et al. 2020, arXiv 2006.11239, section 3.3; Song et al. 2021, arXiv 2011.13456, section 4.3.
+    """
+    in_pixels = isinstance(parts.autoencoder, PixelSpace)
+    bounds: dict[str, list[Tensor]] = {}
+    ode, errors, shares = [], [], []
+    for start in tqdm(range(0, len(images), BATCH), disable=not progress, unit="batch"):
+        batch, texts = images[start : start + BATCH], captions[start : start + BATCH]
+        generators = [image_generator(seed + start + row) for row in range(len(batch))]
+        latents, share = _latents(parts, batch, generators)
+        shares.append(share)
+        denoise = network_of(parts, texts)
+        variance = parts.schedule.variance_type
+        if not parts.schedule.ends_in_pure_noise:
+            bound = variational_bound(denoise, parts.schedule, latents, generators, variance, eight_bit=in_pixels)
+            terms = {"L_T": bound.prior, "L_t": bound.terms[1:].sum(dim=0), "L_0": bound.terms[0], "total": bound.total}
+            for name, values in terms.items():
+                bounds.setdefault(name, []).append(values)
+        if in_pixels:
+            jitter = torch.stack([torch.rand(latents.shape[1:], generator=one) for one in generators])
+            latents = latents + (jitter.to(latents) - 0.5) * 2 / LEVELS
+        steps = min(ode_steps, parts.schedule.num_train_timesteps - 1)
+        found = ode_likelihood(denoise, parts.schedule, latents, generators, steps=steps, probes=probes)
+        ode.append(found.bits_per_dim(2 / LEVELS if in_pixels else 1.0))
+        errors.append(found.standard_error / found.dimensions / math.log(2))
+    kind = "pixels" if in_pixels else "latents"
+    figures: dict[str, Any] = {"images": len(images), "of": kind}
+    if bounds:
+        figures["bound"] = {name: _mean(torch.cat(values)) for name, values in bounds.items()}
+    hutchinson = float(torch.cat(errors).square().mean().sqrt() / math.sqrt(len(images)))
+    figures["ode"] = {**_mean(torch.cat(ode)), "standard_error_of_probes": hutchinson}
+    if not in_pixels:
+        figures["autoencoder"] = _autoencoder_terms(torch.cat([error for error, _ in shares]), images, shares)
+    return figures
+
+
+def network_of(parts: Parts, texts: Sequence[str]) -> Denoiser:
+    """Return the denoiser of a batch of images with a text each, without guidance."""
+    assert parts.unet is not None
+    unet, dtype = parts.unet, parts.unet.conv_in.weight.dtype
+    windows = [encode_prompts([text], parts.text_encoder, parts.tokenizer)[0][0, 0] for text in texts]
+    context = torch.stack(windows).to(dtype)  # (B, L, D)
+    return as_denoiser(
+        lambda x, call: unet(x.to(dtype), call.timesteps, context).float(),
+        parts.schedule.prediction_type,
+        unet.config.self_conditioning,
+    )
+
+
+@torch.no_grad()
+def _latents(
+    parts: Parts, images: Tensor, generators: Sequence[torch.Generator]
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return scaled latents (B, C, h, w) drawn from their distribution, with the decoder's errors and their entropy."""
+    autoencoder, scale = parts.autoencoder, parts.autoencoder.config.scaling_factor
+    weight = next(autoencoder.parameters())
+    images = images.to(weight)
+    posterior = autoencoder.encode(images)
+    if isinstance(autoencoder, PixelSpace):
+        return posterior.mode().float(), (images[:0], images[:0])
+    latents = posterior.sample(draw_noise(generators, posterior.mean.shape[1:]))
+    errors = images - autoencoder.decode(latents)
+    # Of a Gaussian, in nats: half the logarithm of 2 pi e times its variance, measured in scaled latents.
+    entropy = 0.5 * (posterior.logvar.float() + math.log(2 * math.pi * math.e)) + math.log(scale)
+    return latents.float() * scale, (errors.float(), entropy.flatten(1).mean(dim=1) / math.log(2))
+
+
+def _autoencoder_terms(
+    errors: Tensor, images: Tensor, shares: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, dict[str, float]]:
+    log_variance = errors.square().mean().log()
+    pixels = images.to(errors)
+    nats = -discretised(pixels, pixels - errors, log_variance)
+    return {
+        "bits_per_pixel_value": _mean(nats.flatten(1).mean(dim=1) / math.log(2)),
+        "entropy_per_latent_value": _mean(torch.cat([entropy for _, entropy in shares])),
+    }
+
+
+def _mean(values: Tensor) -> dict[str, float]:
+    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return {"mean": float(values.mean()), "standard_error": error}

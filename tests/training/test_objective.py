@@ -1,0 +1,173 @@
+"""The losses of diffusion training, the drawing of timesteps, and runs that use each of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from latentdiff import Pipeline
+from latentdiff.checkpoints import Parts
+from latentdiff.diffusion.likelihood import bound_term
+from latentdiff.diffusion.prediction import as_denoiser
+from latentdiff.errors import InputError
+from tests.models.test_pixels import UNET, parts
+from tests.training.test_stages import pictures, weights_of
+from training import cli_train
+from training.config import load_config
+from training.digits import build
+from training.objective import diffusion_losses, loss_weight
+from training.timesteps import HISTORY, ImportanceSampler, stratified_timesteps
+
+ROOT = Path(__file__).parents[2]
+SIZE = 16
+
+
+def recipe(tmp_path: Path, **changes: Any) -> str:
+    """Write a tiny config of diffusion in pixels over tmp_path/pictures."""
+    model = {key: value for key, value in UNET.items() if key != "sample_size"}
+    tree: dict[str, Any] = {
+        "stage": "diffusion",
+        "data": {"folder": str(tmp_path / "pictures"), "size": SIZE},
+        "run": {"out": str(tmp_path / "run"), "steps": 4, "batch_size": 4, "precision": "no", "save_every": 2},
+        "optimizer": {"learning_rate": 0.003, "warmup_steps": 5},
+        "autoencoder": None,
+        "text_encoder": "labels",
+        "model": model,
+        "schedule": {"beta_schedule": "linear", "num_train_timesteps": 20, "beta_end": 0.4},
+        "prompts": ["a", "b"],
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(tree | changes))
+    return str(file)
+
+
+LEARNED = {"beta_schedule": "linear", "num_train_timesteps": 20, "beta_end": 0.4, "variance_type": "learned_range"}
+
+
+def losses(given: Parts, loss: str, unet: Any, timesteps: Tensor) -> Tensor:
+    config: Any = load_config(ROOT / "configs/digits-ddpm.yaml", [f"loss={loss}", "vlb_weight=1"])
+    latents = torch.linspace(-1, 1, 3 * 64).reshape(3, 1, 8, 8)
+    context = torch.zeros(3, 1, 3)
+    return diffusion_losses(unet, given, config, latents, context, timesteps, torch.Generator().manual_seed(0))
+
+
+def test_the_bound_in_training_is_the_bound_in_evaluation() -> None:
+    given = parts()
+    assert given.unet is not None
+    unet, timesteps = given.unet, torch.tensor([0, 300, 999])
+    ours = losses(given, "vlb", unet, timesteps) / 1000
+    latents = torch.linspace(-1, 1, 3 * 64).reshape(3, 1, 8, 8)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    denoise = as_denoiser(lambda x, call: unet(x, call.timesteps, torch.zeros(3, 1, 3)), "epsilon")
+    theirs = bound_term(denoise, given.schedule, latents, noise, timesteps, "learned_range")
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)  # L_0 amplifies how x_t was rounded
+
+
+def test_hybrid_loss_trains_the_variance_by_the_bound_and_the_rest_by_the_error() -> None:
+    given = parts()
+    assert given.unet is not None
+    timesteps, gradients = torch.tensor([5, 300, 999]), {}
+    last = given.unet.conv_out.requires_grad_(True)
+    for loss in ("simple", "hybrid"):
+        last.zero_grad()
+        losses(given, loss, given.unet, timesteps).mean().backward()
+        assert last.weight.grad is not None
+        gradients[loss] = last.weight.grad.clone()
+    torch.testing.assert_close(gradients["hybrid"][:1], gradients["simple"][:1])
+    assert not gradients["simple"][1:].any() and gradients["hybrid"][1:].any()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+def test_min_snr_weighs_the_error_of_x0_alike_for_every_prediction(prediction_type: str) -> None:
+    """A given error of the x0 estimate costs the same whatever is predicted."""
+    from latentdiff.diffusion import NoiseSchedule
+    from latentdiff.diffusion.prediction import preconditioning
+
+    schedule, timesteps = NoiseSchedule(prediction_type=prediction_type), torch.tensor([10, 400, 900])
+    sigmas = schedule.sigmas[timesteps].float()
+    error_of_output = 1 / preconditioning(prediction_type, sigmas).c_out ** 2  # for an x0 error of 1
+    expected = schedule.snr(timesteps).clamp_max(5.0)
+    torch.testing.assert_close(loss_weight(schedule, timesteps, 5.0) * error_of_output, expected, rtol=1e-4, atol=0)
+
+
+def test_importance_sampling_is_unbiased_and_prefers_large_losses() -> None:
+    sampler, generator = ImportanceSampler(10), torch.Generator().manual_seed(0)
+    assert torch.equal(sampler.probabilities(), torch.full((10,), 0.1))
+    true = torch.arange(1.0, 11.0) ** 2
+    for _ in range(HISTORY):
+        sampler.update(torch.arange(10), true)
+    probabilities = sampler.probabilities()
+    torch.testing.assert_close(probabilities, true / true.sum(), atol=2e-3, rtol=0)
+    timesteps, weights = sampler.draw(200_000, generator)
+    torch.testing.assert_close((true[timesteps] * weights).mean(), true.mean(), rtol=0.01, atol=0)
+    sampler.update(torch.tensor([3]), torch.tensor([torch.nan]))
+    assert torch.equal(sampler.probabilities(), probabilities)
+
+
+def test_timesteps_are_stratified() -> None:
+    drawn = stratified_timesteps(10, 1000, torch.Generator().manual_seed(0))
+    assert sorted(int(t) // 100 for t in drawn) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "hybrid", "schedule": LEARNED},
+        {"loss": "vlb", "timesteps": "importance", "text_encoder": "none", "channels": 1},
+        {"self_conditioning": True},
+    ],
+    ids=["hybrid", "vlb", "self-conditioned"],
+)
+def test_runs_in_pixels_resume_to_the_bit_and_show_what_they_learnt(
+    tmp_path: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures(tmp_path / "pictures", 6)
+    file = recipe(tmp_path, **changes)
+    cli_train(file, [], False, str(tmp_path / "run"))
+    cli_train(file, [], False, str(tmp_path / "resumed"))
+    next((tmp_path / "resumed/checkpoints").glob("step-00000004/manifest.json")).unlink()
+    cli_train(file, [], True, str(tmp_path / "resumed"))
+    unbroken, resumed = weights_of(tmp_path / "run"), weights_of(tmp_path / "resumed")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in unbroken.items())
+    output = capsys.readouterr().out
+    assert "variational bound of 6 train pictures: " in output and "(L_0)" in output and "ODE: " in output
+    with Image.open(tmp_path / "run/samples/denoising.gif") as animation:
+        assert getattr(animation, "n_frames", 1) > 10
+    with Image.open(tmp_path / "run/samples/process.png") as strip:
+        assert strip.size[0] > 9 * 128
+    drawn = Pipeline.from_pretrained(tmp_path / "run/model")("a", num_inference_steps=3).images[0]
+    assert drawn.size == (SIZE, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": "hybrid"}, "loss: hybrid trains the variance, which needs schedule.variance_type learned_range"),
+        ({"schedule": LEARNED}, "variance_type learned_range is not trained by loss: simple; choose loss: hybrid"),
+        (
+            {"loss": "vlb", "schedule": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}},
+            "loss: vlb needs some signal at the last timestep",
+        ),
+    ],
+)
+def test_configs_that_do_not_fit_together(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    pictures(tmp_path / "pictures", 4)
+    with pytest.raises(InputError, match=message):
+        cli_train(recipe(tmp_path, **changes), [], False, None)
+
+
+def test_digits_are_a_captioned_folder(tmp_path: Path) -> None:
+    assert build(str(tmp_path / "digits")) == {"train": 1437, "test": 360}
+    from training.config import DataConfig
+    from training.dataset import load_images
+
+    data = load_images(DataConfig(folder=str(tmp_path / "digits"), size=8), "test")
+    assert data.images.shape == (360, 8, 8, 4) and data.rows[0]["captions"] == ["0"]
+    with pytest.raises(InputError, match="is not empty; choose another folder"):
+        build(str(tmp_path / "digits"))

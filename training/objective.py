@@ -1,0 +1,105 @@
+"""What diffusion training minimises: the loss of one batch, and what of a config has to fit together for it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.checkpoints import Parts
+from latentdiff.diffusion.likelihood import bound_nats
+from latentdiff.diffusion.prediction import halves, x0_estimate
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.errors import InputError
+from latentdiff.models.pixels import PixelSpace
+from training.config import DiffusionTraining
+
+
+def require_trainable(config: DiffusionTraining, schedule: NoiseSchedule) -> None:
+    """Raise InputError where loss, variance and schedule of a config do not fit together."""
+    learned = schedule.variance_type == "learned_range"
+    if config.loss == "hybrid" and not learned:
+        raise InputError(
+            "loss: hybrid trains the variance, which needs schedule.variance_type learned_range, got "
+            f"{schedule.variance_type}; choose that, or loss: simple"
+        )
+    if config.loss == "simple" and learned:
+        raise InputError("schedule.variance_type learned_range is not trained by loss: simple; choose loss: hybrid")
+    if config.loss != "simple" and schedule.ends_in_pure_noise:
+        raise InputError(f"loss: {config.loss} needs some signal at the last timestep; choose loss: simple")
+
+
+def model_inputs(noisy: Tensor, config: DiffusionTraining, estimate: Tensor | None = None) -> Tensor:
+    """Return what the network is given of noisy latents (B, C, h, w): with self-conditioning an estimate besides."""
+    if not config.self_conditioning:
+        return noisy
+    return torch.cat([noisy, torch.zeros_like(noisy) if estimate is None else estimate], dim=1)
+
+
+def diffusion_losses(
+    unet: Any,
+    parts: Parts,
+    config: DiffusionTraining,
+    latents: Tensor,
+    context: Tensor,
+    timesteps: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Return the loss (B,) of each image of a batch.
+
+    Args:
+        unet: called as the network is; may run in half precision.
+        parts: schedule and autoencoder are looked at.
+        latents: (B, C, h, w), scaled.
+        context: (B, L, D).
+        timesteps: (B,) int64.
+        generator: draws the noise, on the CPU.
+
+    Source: Ho et al. 2020, arXiv 2006.11239, Eq. 14 (simple); Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 16 (hybrid)
+    and section 3.3 (vlb); Chen et al. 2022, arXiv 2208.04202, algorithm 1 (self-conditioning).
+    """
+    schedule, channels = parts.schedule, latents.shape[1]
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    sigmas = schedule.sigmas.to(latents.device, torch.float32)[timesteps].reshape(-1, 1, 1, 1)
+    estimate = None
+    if config.self_conditioning and torch.rand((), generator=generator) < 0.5:
+        with torch.no_grad():
+            output = unet(model_inputs(noisy, config), timesteps, context).float()[:, :channels]
+        estimate = x0_estimate(schedule.prediction_type, noisy, output, sigmas)
+    prediction = unet(model_inputs(noisy, config, estimate), timesteps, context).float()
+    variance: str | Tensor = "fixed_small"
+    if prediction.shape[1] > channels:
+        prediction, variance = halves(prediction)
+    errors = (prediction - schedule.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))  # (B,)
+    simple = errors * loss_weight(schedule, timesteps, config.min_snr_gamma)
+    if config.loss == "simple":
+        return simple
+    # Hybrid: the bound trains the variance alone, so that its noisy gradient leaves the prediction in peace.
+    judged = prediction.detach() if config.loss == "hybrid" else prediction
+    x0 = x0_estimate(schedule.prediction_type, noisy, judged, sigmas)
+    x_t = (latents + sigmas * noise) / (1 + sigmas**2).sqrt()  # in VP coordinates, whatever the network sees
+    in_pixels = isinstance(parts.autoencoder, PixelSpace)
+    nats = bound_nats(schedule, latents, x_t, x0, timesteps, variance, eight_bit=in_pixels)
+    bound = schedule.num_train_timesteps * nats.mean(dim=(1, 2, 3)) / math.log(2)  # (B,) bits per dimension
+    return bound if config.loss == "vlb" else simple + config.vlb_weight * bound
+
+
+def loss_weight(schedule: NoiseSchedule, timesteps: Tensor, gamma: float) -> Tensor:
+    """Return the min-SNR weight (B,) of each timestep: min(SNR, gamma) on the x0 error, whatever the network predicts.
+
+    Source: Hang et al. 2023, arXiv 2303.09556, Eq. 4 and section 3.4.
+    """
+    if gamma == 0:
+        return torch.ones(len(timesteps), device=timesteps.device)
+    snr = schedule.snr(timesteps).to(timesteps.device, torch.float32)
+    clipped = snr.clamp_max(gamma)
+    of_error = {
+        "epsilon": snr,
+        "v_prediction": snr + 1,
+        "sample": torch.ones_like(snr),
+        "flow_prediction": (snr.sqrt() + 1) ** 2,
+    }
+    return clipped / of_error[schedule.prediction_type]
