@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-import latentdiff.cli
+import latentdiff.commands
 from latentdiff import Pipeline
 from latentdiff.cli import main
 from latentdiff.images import open_image, read_texts
@@ -182,7 +182,7 @@ def test_output_is_checked_before_the_model_is_loaded(draw: Any, monkeypatch: py
     def never(*arguments: Any) -> Pipeline:
         raise AssertionError("model loaded")
 
-    monkeypatch.setattr(latentdiff.cli, "_load", never)
+    monkeypatch.setattr(latentdiff.commands, "_load", never)
     assert draw("fox", "-o", "none/a.png") == 4
     assert draw("fox", "--sampler", "dimm") == 2
 
@@ -331,7 +331,7 @@ def test_replay_of_a_forged_record_is_refused(
 def test_plan_prints_the_table(built_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--sampler", "euler", "--steps", "3", "--model", str(built_model)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("euler, 3 steps, 1 slot;")
+    assert lines[0].startswith("euler, 3 rows, 1 slot;")
     assert len(lines) == 5
     assert main(["plan", "--sampler", "ddpm", "--steps", "4", "--model", str(built_model), "--json"]) == 0
     table = json.loads(capsys.readouterr().out)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.diffusion.solvers import SAMPLERS, Sampler, ddim_inversion
+from latentdiff.diffusion.solvers import SAMPLERS, Sampler
 from latentdiff.diffusion.spacing import SIGMA_SPACINGS
 from latentdiff.diffusion.table import Table
 from latentdiff.errors import InputError, suggest
@@ -19,7 +19,6 @@ from latentdiff.errors import InputError, suggest
 __all__ = [
     "FOREIGN",
     "Plan",
-    "make_inversion_plan",
     "make_plan",
     "parse_sampler",
     "skipped_steps",
@@ -188,25 +187,3 @@ def skipped_steps(num_inference_steps: int, strength: float) -> int:
             f"try strength {math.ceil(100 / num_inference_steps) / 100} or more steps"
         )
     return skipped
-
-
-def make_inversion_plan(schedule: NoiseSchedule, num_inference_steps: int, iterations: int = 1) -> Plan:
-    """Make the table that turns scaled latents into the noise from which `ddim` makes them again.
-
-    Run it with `sample(denoise, plan, latents)`; the last x is what `start` takes as `noise`.
-
-    Args:
-        schedule: of the model.
-        num_inference_steps: of the run to invert.
-        iterations: 1 or more network calls a step; see `solvers.ddim_inversion`.
-
-    Raises:
-        InputError: a number out of range.
-    """
-    if iterations < 1:
-        raise InputError(f"iterations must be 1 or more, got {iterations}; try 3")
-    grid = schedule.sampling_grid(num_inference_steps, SAMPLERS["ddim"].rule)
-    table = ddim_inversion(grid.sigmas, iterations)
-    table.matrices[-1, 0] /= grid.init_noise_sigma
-    timesteps = grid.timesteps.flip(0).repeat_interleave(iterations)
-    return Plan(timesteps, table.sigmas, table.matrices, table.noise, grid.init_noise_sigma, table.noise_range)

@@ -284,34 +284,6 @@ def deis(sigmas: Tensor) -> Table:
     return rows.table()
 
 
-def ddim_inversion(sigmas: Tensor, iterations: int = 1) -> Table:
-    """The way back of `ddim` at eta 0, from data to noise: the levels are climbed in the opposite order.
-
-    Each step solves the equation that the forward step is for the x it started from: a Newton iteration, in which the
-    estimate is taken to change with x as that of standard normal data does. It begins where the last noise estimate
-    leads.
-
-    Args:
-        sigmas: (N + 1,) float64, falling, as those of the forward run.
-        iterations: network calls a step; one is the usual approximation, more come closer to what the run started from.
-
-    Source: Mokady et al. 2023, arXiv 2211.09794, section 3.1; Pan et al. 2023, arXiv 2309.04907, Eq. 8 (iterations).
-    """
-    rows, levels = Rows(2), sigmas.flip(0).tolist()
-    for index, (start, sigma) in enumerate(pairwise(levels)):
-        share = (sigma - start) / sigma
-        slope = 1 - share * (1 - 1 / (1 + sigma**2))  # of the residual, over x
-        for iteration in range(iterations):
-            x, base, D = rows.state
-            base = base if index or iteration else x
-            solution = x - (x - base - share * (x - D)) / slope
-            if iteration < iterations - 1 or index == len(levels) - 2:
-                rows.add(sigma, solution, base)
-            else:
-                rows.add(sigma, solution + (levels[index + 2] - sigma) * (x - D) / sigma, solution)
-    return rows.table()
-
-
 def plms(sigmas: Tensor) -> Table:
     """PLMS: the last four noise estimates in Adams-Bashforth weights; the first step is done again as Heun would.
 

@@ -1,0 +1,285 @@
+"""What the commands do that draw with a model or look at one; `cli.py` says what their options are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentdiff.errors import InputError, suggest
+
+if TYPE_CHECKING:
+    from latentdiff.pipeline import Pipeline
+    from latentdiff.result import Result
+
+__all__ = ["evaluate", "generate", "inspect", "plan", "replay"]
+
+NOT_REPLAYED = ("prompts", "seed", "variation_seed", "num_images", "strength")  # as they are, that is
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Draw pictures of prompts."""
+    from latentdiff.settings import Settings
+
+    chosen = {
+        "negative_prompt": options.negative,
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance,
+        "sampler": options.sampler,
+        "seed": options.seed,
+        "num_images": options.num_images,
+        "strength": options.strength,
+    }
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    chosen["width"], chosen["height"] = _size(options.size)
+    chosen |= {} if options.outpaint is None else {"outpaint": _sides(options.outpaint)}
+    for name, says in {"strength": "how much", "mask": "which part", "outpaint": "how much around it"}.items():
+        if getattr(options, name) is not None and options.image is None:
+            raise InputError(f"--{name} says {says} of --image is drawn anew, got no --image; add it")
+    # Everything that can be wrong without a model is found before one is loaded.
+    settings = Settings(prompts=tuple(options.prompts), **chosen)
+    paths = _output_paths(options.out, [settings.record(index)["prompt"] for index in range(settings.count)])
+    started = time.perf_counter()
+    pipe = _load(options.model, options.device, options.dtype)
+    result = _draw(pipe, options.prompts, image=options.image, mask=options.mask, **chosen)
+    for index, path in enumerate(paths):
+        result.write(index, path)
+    _report(options, result, dict(enumerate(paths)), seconds=round(time.perf_counter() - started, 3))
+
+
+def _output_paths(out: str | None, prompts: list[str]) -> list[Path]:
+    """Return where each picture goes, all of them writable; names made from prompts never hit an existing file."""
+    from latentdiff.images import check_writable, numbered
+    from latentdiff.prompts import slug
+
+    folder = Path(out or ".")
+    if out is not None and not folder.is_dir():
+        if folder.suffix.lower() != ".png":
+            raise InputError(f"-o must name a PNG file or a folder, got {out!r}; try {folder.stem or 'picture'}.png")
+        paths = list(islice(numbered(folder), len(prompts)))
+    else:
+        paths = []
+        for prompt in prompts:
+            names = numbered(folder / f"{slug(prompt)}.png")
+            paths.append(next(path for path in names if path not in paths and not path.exists()))
+    for path in paths:
+        check_writable(path)
+    return paths
+
+
+def replay(options: argparse.Namespace) -> None:
+    """Draw a picture again from the settings in its file."""
+    from latentdiff.images import open_image, pixel_hash
+    from latentdiff.result import read_record
+    from latentdiff.settings import Settings, check_integer
+
+    record = read_record(options.image)
+    settings = Settings.from_record(record)
+    remedy = "use the file as latentdiff wrote it"
+    size = check_integer("batch_size", record.get("batch_size"), 1, 1024, remedy)
+    counted = "variation_seed" if settings.variation_strength else "seed"  # what differs from image to image
+    seeds = {"seed": settings.seed, "variation_seed": settings.variation_seed}
+    row = check_integer("batch_index", record.get("batch_index"), 0, min(size, seeds[counted] + 1) - 1, remedy)
+    seeds[counted] -= row
+    initial = _initial_image(record, settings.strength, options.force)
+    source = Path(options.image)
+    (path,) = _output_paths(options.out or str(source.with_name(f"{source.stem}-replay.png")), [settings.prompts[0]])
+    started = time.perf_counter()
+    recorded = {key: str(record.get(key)) for key in ("model", "model_hash", "device", "dtype", "torch")}
+    pipe = _load(**{key: getattr(options, key) or recorded[key] for key in ("model", "device", "dtype")})
+    if pipe.parts.model_hash != recorded["model_hash"] and not options.force:
+        raise InputError(
+            f"{source} was made by model {recorded['model_hash'][:10]}, got {pipe.parts.model_hash[:10]}; "
+            "pass that one as --model, or add --force"
+        )
+    _use_threads(record.get("threads"))
+    # The batch it was drawn in had this many rows; what was in the others does not matter, how many does.
+    result = _draw(
+        pipe,
+        settings.prompts,
+        num_images=size,
+        batch_size=size,
+        **seeds,
+        **initial,
+        **{name: value for name, value in vars(settings).items() if name not in NOT_REPLAYED},
+    )
+    result.write(row, path)
+    identical = pixel_hash(result.images[row]) == pixel_hash(open_image(source))
+    if not identical:
+        now = f"torch {result.settings['torch']} on {result.settings['device']}"
+        then = f"torch {recorded['torch']} on {recorded['device']}"
+        print(f"latentdiff: the pixels differ from {source}, which {then} drew; this is {now}", file=sys.stderr)
+    _report(options, result, {row: path}, seconds=round(time.perf_counter() - started, 3), identical=identical)
+
+
+def _initial_image(record: dict[str, Any], strength: float, force: bool) -> dict[str, Any]:
+    """Return the arguments that replay what was drawn from pictures, if those are still what they were."""
+    from latentdiff.images import open_image, pixel_hash
+
+    if record.get("latents_given"):
+        raise InputError(
+            "the picture was drawn from latents that were passed in, which no file keeps; draw it in Python"
+        )
+    pictures = {name: record[name] for name in ("image", "mask") if record.get(name) is not None}
+    for name, used in pictures.items():
+        path = used.get("path") if isinstance(used, dict) else None
+        if not isinstance(path, str):
+            raise InputError("the picture was drawn from an image in memory, which no file keeps; draw it in Python")
+        if pixel_hash(open_image(path)) != used.get("hash") and not force:
+            raise InputError(f"{path} is no longer the {name} this one was made from; restore it, or add --force")
+        pictures[name] = path
+    return {**pictures, "strength": strength} if pictures else {}
+
+
+def _use_threads(count: object) -> None:
+    """Compute with as many threads as a picture was drawn with, where this machine has them: sums depend on it."""
+    import torch
+
+    if isinstance(count, int) and 1 <= count <= (os.cpu_count() or 1):
+        torch.set_num_threads(count)
+
+
+def _load(model: str | None, device: str | None, dtype: str | None) -> Pipeline:
+    from latentdiff.pipeline import Pipeline
+
+    return Pipeline.from_pretrained(model, device=device, dtype=dtype)
+
+
+def _draw(pipe: Pipeline, prompts: Sequence[str], **settings: Any) -> Result:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the result's notes say the same in one line
+        result = pipe(prompts, progress=sys.stderr.isatty(), **settings)
+    for note in result.notes:
+        print(f"latentdiff: {note}", file=sys.stderr)
+    return result
+
+
+def _report(options: argparse.Namespace, result: Result, written: dict[int, Path], **more: Any) -> None:
+    """Say which images, by number, went where."""
+    if options.json:
+        pictures = {
+            "files": [str(path) for path in written.values()],
+            "prompts": [result.own[index]["prompt"] for index in written],
+            "seeds": [result.seeds[index] for index in written],
+            "token_counts": [result.token_counts[index] for index in written],
+        }
+        print(json.dumps({**pictures, "settings": result.settings, "notes": result.notes, **more}))
+    else:
+        print("\n".join(map(str, written.values())))
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Print a sampler's table."""
+    from latentdiff.checkpoints import find_model, load_schedule
+    from latentdiff.diffusion import make_plan
+
+    folder, _ = find_model(options.model)
+    table = make_plan(load_schedule(folder), options.sampler, options.steps)
+    if options.json:
+        numbers = {
+            "timesteps": table.timesteps,
+            "sigmas": table.sigmas,
+            "matrices": table.matrices,
+            "noise": table.noise,
+        }
+        print(json.dumps({name: value.tolist() for name, value in numbers.items()}))
+        return
+    slots = table.noise.shape[1]
+    counted = f"{len(table)} rows, {slots} slot{'s' * (slots > 1)}"
+    print(f"{options.sampler}, {counted}; initial noise x {table.init_noise_sigma:.6g}")
+    print("  i  timestep       sigma  new slots as sums of the old ones and D = denoise(slot 0, sigma)")
+    for i in range(len(table)):
+        rows = [_sum(table.matrices[i, k].tolist(), float(table.noise[i, k])) for k in range(slots)]
+        print(f"{i:3d} {table.timesteps[i]:9.2f} {table.sigmas[i]:11.5g}  " + "   ".join(rows))
+
+
+def _sum(weights: list[float], noise: float) -> str:
+    names = [*(f"s{k}" for k in range(len(weights) - 1)), "D"]
+    terms = [f"{weight:+.6g} {name}" for weight, name in zip(weights, names) if weight] or ["0"]
+    return " ".join([*terms, *([f"{noise:+.6g} noise"] if noise else [])])
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Say what a model folder, weight file or drawn picture is."""
+    path = Path(options.path) if options.path else None
+    if path and path.suffix.lower() == ".png":
+        from latentdiff.result import read_record
+
+        described = {"kind": "picture", **read_record(path)}
+    else:
+        from latentdiff.checkpoints import find_model
+        from latentdiff.checkpoints.inspect import describe_file, describe_folder
+
+        described = describe_file(path) if path and path.is_file() else describe_folder(find_model(options.path)[0])
+    if options.json:
+        print(json.dumps(described))
+        return
+    for key, value in described.items():
+        print(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Measure how good a model is."""
+    from latentdiff.evaluate import METRICS
+    from latentdiff.images import to_tensor
+    from latentdiff.settings import check_integer
+
+    wanted = options.metrics.split(",")
+    for name in wanted:
+        if name not in METRICS:
+            raise InputError(f"metric {name!r} is unknown{suggest(name, METRICS)}")
+    count = check_integer("--images", options.images, 1, 1_000_000, "try 32")
+    pipe = _load(options.model, options.device, options.dtype)
+    height, width = pipe.native_size
+    if height != width:
+        raise InputError(f"only models of square pictures can be measured, got {width}x{height}")
+    from training.config import DataConfig
+    from training.dataset import composite, load_images
+
+    data = load_images(DataConfig(folder=options.data, size=height), options.split)
+    images = to_tensor(composite(data.images[:count], (255, 255, 255))).to(pipe.device)
+    captions = [row["captions"][0] for row in data.rows[:count]]
+    figures = {name: METRICS[name](pipe.parts, images, captions, progress=sys.stderr.isatty()) for name in wanted}
+    if options.json:
+        print(json.dumps({"model": pipe.parts.name, "model_hash": pipe.parts.model_hash, **figures}))
+        return
+    for name, values in figures.items():
+        print("\n".join(_lines(values, name)))
+
+
+def _lines(tree: dict[str, Any], name: str) -> list[str]:
+    """Return one line for each figure of a tree: its path, mean and standard error."""
+    lines = []
+    for key, value in tree.items():
+        if isinstance(value, dict) and "mean" in value:
+            lines.append(f"{name}.{key}: {value['mean']:.4f} +- {value['standard_error']:.4f}")
+        elif isinstance(value, dict):
+            lines += _lines(value, f"{name}.{key}")
+        else:
+            lines.append(f"{name}.{key}: {value}")
+    return lines
+
+
+def _sides(text: str) -> dict[str, int]:
+    """Return the pixels of each side of "left=16,top=8"."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(equals and value.strip().isdecimal() for _, equals, value in pairs):
+        raise InputError(f"--outpaint must be sides with pixels, got {text!r}; try left=16,right=16")
+    return {side.strip(): int(value) for side, _, value in pairs}
+
+
+def _size(text: str | None) -> tuple[int | None, int | None]:
+    """Return (width, height) of "64x48", or (None, None)."""
+    if text is None:
+        return None, None
+    width, cross, height = text.lower().partition("x")
+    if not cross or not width.isdecimal() or not height.isdecimal():
+        raise InputError(f"--size must be WIDTHxHEIGHT in pixels, got {text!r}; try 64x64")
+    return int(width), int(height)
