@@ -41,6 +41,7 @@ from latentdiff.diffusion import (
 from latentdiff.diffusion.prediction import Denoiser, Network
 from latentdiff.errors import InputError
 from latentdiff.images import from_tensor, to_unit_range
+from latentdiff.models.pixels import PixelSpace
 from latentdiff.models.text import encode_prompts
 from latentdiff.result import Result
 from latentdiff.settings import Settings
@@ -226,7 +227,8 @@ class Drawing:
         )
 
     def _denoiser(self, network: Network) -> Denoiser:
-        return as_denoiser(network, self.parts.schedule.prediction_type, self.unet.config.self_conditioning)
+        limit = 1.0 if isinstance(self.autoencoder, PixelSpace) else None
+        return as_denoiser(network, self.parts.schedule.prediction_type, self.unet.config.self_conditioning, limit)
 
     def _network(self, images: Sequence[int], plan: Plan | SchedulerPlan) -> Network:
         """Return the guided network for a batch of images, text and time computed once."""

@@ -152,11 +152,13 @@ class Denoiser:
         network: see `Network`.
         prediction_type: what the network outputs; None for an x0 estimate from x itself, in sigma coordinates.
         self_conditioning: whether the network is also given the x0 estimate of the call before, zeros at first.
+        limit: largest absolute value that data has, to which estimates are clamped: 1 for pixels; None for no limit.
     """
 
     network: Network
     prediction_type: str | None
     self_conditioning: bool = False
+    limit: float | None = None
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
         """Return the x0 estimate (b, C, H, W) of x (b, C, H, W), in the dtype of x, without an earlier estimate."""
@@ -171,7 +173,10 @@ class Denoiser:
         inputs = c_in * x
         output = self.network(torch.cat([inputs, torch.zeros_like(x)], 1) if self.self_conditioning else inputs, call)
         output, share = (output, None) if output.shape[1] == x.shape[1] else halves(output)
-        return c_skip * x + c_out * output.to(x.dtype), None if share is None else share.to(x.dtype)
+        estimate = c_skip * x + c_out * output.to(x.dtype)
+        if self.limit is not None:
+            estimate = estimate.clamp(-self.limit, self.limit)
+        return estimate, None if share is None else share.to(x.dtype)
 
     def factors(self, sigmas: Tensor) -> Preconditioning:
         """Return the factors at some noise levels, each of their shape."""
@@ -186,7 +191,9 @@ def halves(output: Tensor) -> tuple[Tensor, Tensor]:
     return prediction, share
 
 
-def as_denoiser(network: Network, prediction_type: str, self_conditioning: bool = False) -> Denoiser:
+def as_denoiser(
+    network: Network, prediction_type: str, self_conditioning: bool = False, limit: float | None = None
+) -> Denoiser:
     """Wrap a network as the one function that samplers call.
 
     Args:
@@ -194,10 +201,11 @@ def as_denoiser(network: Network, prediction_type: str, self_conditioning: bool 
             estimate is made in the dtype of x, because c_out multiplies every rounding error by sigma.
         prediction_type: what the network outputs.
         self_conditioning: whether the input has the x0 estimate of the call before in a second half of channels.
+        limit: largest absolute value that data has, None where it has no range, as latents.
 
     Returns:
         denoise(x (b, C, H, W), call) -> x0 estimate (b, C, H, W).
 
     Source: self-conditioning: Chen et al. 2022, arXiv 2208.04202, algorithm 2.
     """
-    return Denoiser(network, prediction_type, self_conditioning)
+    return Denoiser(network, prediction_type, self_conditioning, limit)

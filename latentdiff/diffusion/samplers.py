@@ -201,9 +201,11 @@ def _run(
             inputs = places[0]
             output = denoiser.network(inputs if estimate is None else torch.cat([inputs, estimate], dim=1), call)
             output, share = (output.to(x.dtype), None) if output.shape[1] == channels else halves(output.to(x.dtype))
+            if denoiser.limit is not None:
+                estimates = part.estimate(row, inputs, output).clamp(-denoiser.limit, denoiser.limit)
+                output = part.output(row, inputs, estimates)
             if latents is not None and mask is not None:
-                exact = (latents - part.of_input[row] * inputs) / part.of_output[row]
-                output = torch.lerp(exact, output, mask)
+                output = torch.lerp(part.output(row, inputs, latents), output, mask)
             slots = _advance([column[row] for column in columns], places, output)
             if index in noisy:
                 drawing = [generators[image] if draws[image][index] else None for image in running]
@@ -296,6 +298,10 @@ class _Batch(NamedTuple):
     def estimate(self, row: int, inputs: Tensor, output: Tensor) -> Tensor:
         """Return the x0 estimates (B, C, H, W) of a row."""
         return self.of_input[row] * inputs + self.of_output[row] * output
+
+    def output(self, row: int, inputs: Tensor, estimate: Tensor) -> Tensor:
+        """Return the outputs (B, C, H, W) of a row that would give these x0 estimates."""
+        return (estimate - self.of_input[row] * inputs) / self.of_output[row]
 
 
 def _folded(denoiser: Denoiser, plans: Sequence[Plan], x: Tensor) -> _Batch:

@@ -94,6 +94,7 @@ def network_of(parts: Parts, texts: Sequence[str]) -> Denoiser:
         lambda x, call: unet(x.to(dtype), call.timesteps, context).float(),
         parts.schedule.prediction_type,
         unet.config.self_conditioning,
+        limit=1.0 if isinstance(parts.autoencoder, PixelSpace) else None,
     )
 
 

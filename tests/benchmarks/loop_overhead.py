@@ -1,5 +1,7 @@
 """Time one step of the sampling loop without its network, against diffusers' scheduler.step, in turns.
 
+What happens before and in the first step (tables here, timesteps there) is timed apart.
+
 python tests/benchmarks/loop_overhead.py
 python tests/benchmarks/loop_overhead.py --steps 50 --rounds 20
 """
@@ -39,50 +41,64 @@ def main() -> None:
     figures: dict[str, Any] = {"device": "cpu", "dtype": "float32", "shape": SHAPE, "threads": torch.get_num_threads()}
     for sampler, peer in PEERS.items():
         runs = [ours(sampler, arguments.steps, output, noise), diffusers(peer, arguments.steps, output, noise)]
-        times: list[list[float]] = [[], []]
+        times: list[list[tuple[float, float]]] = [[], []]
         for round_ in range(arguments.rounds + 2):  # the first two warm up
             for place, run in enumerate(runs):
-                seconds = run()
+                prepared, stepped = run()
                 if round_ >= 2:
-                    times[place].append(seconds / arguments.steps * 1e6)
-        medians = [statistics.median(one) for one in times]
-        ranges = [f"{min(one):.0f}-{max(one):.0f}" for one in times]
-        print(
-            f"{sampler:9} {medians[0]:5.0f} us a step ({ranges[0]}), diffusers {medians[1]:5.0f} us ({ranges[1]}):"
-            f" {medians[1] / medians[0]:.1f} times as long"
+                    times[place].append((prepared * 1e6, stepped / (arguments.steps - 1) * 1e6))
+        (prepare, step), (their_prepare, their_step) = (
+            [statistics.median(one) for one in zip(*measured)] for measured in times
         )
-        figures[sampler] = {"ours_us": medians[0], "diffusers_us": medians[1], "ratio": medians[1] / medians[0]}
+        low, high = ([extreme(one[1] for one in measured) for measured in times] for extreme in (min, max))
+        print(
+            f"{sampler:9} {step:5.0f} us a step ({low[0]:.0f}-{high[0]:.0f}), diffusers {their_step:5.0f} us"
+            f" ({low[1]:.0f}-{high[1]:.0f}): {their_step / step:.1f} times as long;"
+            f" before that {prepare:.0f} us and {their_prepare:.0f} us"
+        )
+        figures[sampler] = {
+            "ours_us": step,
+            "diffusers_us": their_step,
+            "ratio": their_step / step,
+            "ours_before_us": prepare,
+            "diffusers_before_us": their_prepare,
+        }
     print(json.dumps(figures))
 
 
-def ours(sampler: str, steps: int, output: Tensor, noise: Tensor) -> Callable[[], float]:
-    """Return a timed run of our loop whose network gives `output` at once; the plan is made beforehand."""
-    plan = make_plan(NoiseSchedule(**VALUES), sampler, steps)
+def ours(sampler: str, steps: int, output: Tensor, noise: Tensor) -> Callable[[], tuple[float, float]]:
+    """Return a run of our loop whose network gives `output` at once: seconds through the first step, and after it."""
+    schedule = NoiseSchedule(**VALUES)
     denoise = as_denoiser(lambda x, call: output, "epsilon")
 
-    def run() -> float:
+    def run() -> tuple[float, float]:
         begin = time.perf_counter()
-        for _ in sample(denoise, plan, start(plan, noise), [image_generator(0)]):
+        plan = make_plan(schedule, sampler, steps)
+        loop = sample(denoise, plan, start(plan, noise), [image_generator(0)])
+        next(loop)
+        middle = time.perf_counter()
+        for _ in loop:
             pass
-        return time.perf_counter() - begin
+        return middle - begin, time.perf_counter() - middle
 
     return run
 
 
-def diffusers(name: str, steps: int, output: Tensor, noise: Tensor) -> Callable[[], float]:
-    """Return the same run by a diffusers scheduler, timed after its timesteps are set."""
+def diffusers(name: str, steps: int, output: Tensor, noise: Tensor) -> Callable[[], tuple[float, float]]:
+    """Return the same run by a diffusers scheduler."""
     import diffusers as library
 
     scheduler = getattr(library, name)(**VALUES)
 
-    def run() -> float:
+    def run() -> tuple[float, float]:
+        begin, middle = time.perf_counter(), 0.0
         scheduler.set_timesteps(steps)
-        begin = time.perf_counter()
         x = noise * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
             scheduler.scale_model_input(x, timestep)
             x = scheduler.step(output, timestep, x).prev_sample
-        return time.perf_counter() - begin
+            middle = middle or time.perf_counter()
+        return middle - begin, time.perf_counter() - middle
 
     return run
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from latentdiff.diffusion import (
     SAMPLERS,
+    Call,
     NoiseSchedule,
     as_denoiser,
     draw_noise,
@@ -20,7 +22,15 @@ from latentdiff.diffusion import (
     start,
 )
 from latentdiff.errors import InputError
-from tests.diffusion.test_samplers import COSINE, SHAPE, STD, gaussian_moments, network
+from tests.diffusion.test_samplers import (
+    COSINE,
+    SHAPE,
+    STD,
+    gaussian_denoise,
+    gaussian_moments,
+    gaussian_solution,
+    network,
+)
 
 
 def test_resampling_takes_every_step_several_times() -> None:
@@ -52,6 +62,23 @@ def test_sigmas_by_hand(sampler: str) -> None:
     by_hand = make_plan(COSINE, sampler, sigmas=levels[:-1] if sampler == "ddim" else levels)
     torch.testing.assert_close(by_hand.matrices, chosen.matrices)
     torch.testing.assert_close(by_hand.timesteps, chosen.timesteps, atol=1e-3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "heun"])
+def test_sampling_with_another_schedule_than_that_of_training(sampler: str) -> None:
+    """A network that knows its own timesteps alone is told the right ones for the levels of another schedule."""
+    trained, other = COSINE, NoiseSchedule(beta_schedule="scaled_linear", timestep_spacing="trailing")
+    table = trained.sigmas.log().numpy()
+
+    def denoise(x: torch.Tensor, call: Call) -> torch.Tensor:
+        sigmas = np.exp(np.interp(call.timesteps.double().numpy(), np.arange(len(table)), table))
+        return gaussian_denoise(x, torch.from_numpy(sigmas).reshape(-1, 1, 1, 1))
+
+    levels = other.sampling_grid(200).sigmas
+    plan = make_plan(trained, sampler, sigmas=levels.tolist())
+    x = start(plan, draw_noise([image_generator(0)], SHAPE).double())
+    *_, final = sample(denoise, plan, x)
+    torch.testing.assert_close(final.x, gaussian_solution(x, float(levels[0]), 0.0), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,28 @@ def test_variances_of_ddpm(variance: str, betas: str, steps: int) -> None:
     assert float((runs[0] - runs[1]).abs().max() / runs[1].abs().max().clamp(min=1)) < TOLERANCE
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("betas", list(BETAS))
+@pytest.mark.usefixtures("float64")
+def test_estimates_of_pixels_are_clamped(sampler: str, betas: str) -> None:
+    """What diffusers calls clip_sample."""
+    values = config(betas, timestep_spacing="leading")
+    schedule, scheduler = NoiseSchedule(**values), PEERS[sampler](**values, clip_sample=True)
+    plan, generators = make_plan(schedule, sampler, 20), [image_generator(seed) for seed in SEEDS]
+    noise = draw_noise(generators, SHAPE).double()
+    denoise = as_denoiser(lambda x, call: network(x, call.timesteps), "epsilon", limit=1.0)
+    *_, final = sample(denoise, plan, start(plan, noise), generators)
+    assert final.x.abs().max() <= 1 + 1e-9
+    generators = [image_generator(seed) for seed in SEEDS]
+    x = draw_noise(generators, SHAPE).double()
+    # Unless told, its DDIM clamps the estimate but keeps the noise that goes with the other one.
+    options: dict[str, Any] = {"generator": generators} if sampler == "ddpm" else {"use_clipped_model_output": True}
+    scheduler.set_timesteps(20)
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(network(x, timestep), timestep, x, **options).prev_sample
+    torch.testing.assert_close(final.x, x, atol=TOLERANCE, rtol=0)
+
+
 def cases() -> list[Any]:
     """sampler x schedule x prediction x spacing x steps, where both are defined (exceptions: the quirks below)."""
     chosen = []
