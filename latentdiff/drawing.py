@@ -173,9 +173,9 @@ class Drawing:
         return step.x
 
     def _initial_noise(self, images: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-        noise, settings = draw_noise(generators, self.shape), self.settings
+        settings, noise = self.settings, draw_noise(generators, self.shape)
         if self.noise is not None:
-            return self.noise[list(images)]
+            noise = self.noise[list(images)]
         if not settings.variation_strength:
             return noise
         others = [image_generator(settings.seeds(index)[1]) for index in images]

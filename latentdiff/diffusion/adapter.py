@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.plan import skipped_steps
-from latentdiff.diffusion.prediction import Call, Network
+from latentdiff.diffusion.prediction import Call, Network, halves
 from latentdiff.diffusion.samplers import Step, require_finite
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
@@ -86,12 +86,17 @@ class SchedulerPlan:
         else:
             x = scheduler.add_noise(image_latents, noise, timesteps[:1].repeat(len(noise)))
         options = {"generator": list(generators)} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        # A config keeps keys that its class does not know.
+        knows_variance = "variance_type" in inspect.signature(type(scheduler)).parameters
+        learned = knows_variance and "learned" in str(scheduler.config["variance_type"])
         images = torch.arange(len(x), device=x.device)
         for index, timestep in enumerate(timesteps):
             levels = (timestep, self.sigmas[index])
             told, sigmas = (torch.full((len(x),), float(level), device=x.device) for level in levels)
             inputs = scheduler.scale_model_input(x, timestep)
             output = network(inputs, Call(index, images, torch.full_like(images, index), sigmas, told))
+            if output.shape[1] > x.shape[1] and not learned:
+                output = halves(output)[0]
             result = scheduler.step(output.to(x.dtype), timestep, x, **options)
             x = result.prev_sample
             denoised = getattr(result, "pred_original_sample", None)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import Parts, load_pipeline, save_pipeline
@@ -95,6 +96,17 @@ def test_a_model_of_pixels_is_a_model(channels: int, tmp_path: Path, capsys: pyt
     assert out.read_bytes() == (tmp_path / "b.png").read_bytes()
     assert main(["generate", "tow", "--model", str(folder), "-o", str(out)]) == 2
     assert "did you mean 'two'" in capsys.readouterr().err
+
+
+def test_schedulers_of_diffusers_take_a_network_that_learns_its_variance() -> None:
+    pipe = Pipeline(parts())
+    config = pipe.parts.schedule.to_dict()
+    ours = pipe("one", sampler="ddim", num_inference_steps=4, output_type="latent").images
+    theirs = [
+        pipe("one", sampler=kind.from_config(config, **options), num_inference_steps=4, output_type="latent").images
+        for kind, options in ((DDIMScheduler, {"clip_sample": False}), (DDPMScheduler, {"clip_sample": True}))
+    ]
+    assert all(torch.isfinite(latents).all() and latents.shape == ours.shape for latents in theirs)
 
 
 def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
