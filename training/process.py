@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from latentdiff.checkpoints import Parts
 from latentdiff.diffusion import draw_noise, image_generator, make_plan, sample, start
@@ -18,6 +19,7 @@ from training.config import DiffusionTraining
 from training.dataset import composite, load_images
 from training.run import save_grid
 
+MEASURED = 128  # pictures whose bits are counted; `latentdiff evaluate` takes more
 COLUMNS = 9  # of the strip
 FRAMES = 60  # of the animation
 SIDE = 128  # of a picture in it, in pixels
@@ -30,8 +32,8 @@ def show_process(parts: Parts, config: DiffusionTraining, folder: Path) -> None:
     """
     split = "test" if (Path(config.data.folder) / "test").is_dir() else "train"
     data = load_images(config.data, split)
-    images = to_tensor(composite(data.images, (255, 255, 255)))  # (N, 3, H, W)
-    captions = [row["captions"][0] for row in data.rows]
+    images = to_tensor(composite(data.images[:MEASURED], (255, 255, 255)))  # (N, 3, H, W)
+    captions = [row["captions"][0] for row in data.rows[:MEASURED]]
     figures = negative_log_likelihood(parts, images, captions)
     if "bound" in figures:
         terms = " + ".join(f"{figures['bound'][name]['mean']:.4f} ({name})" for name in ("L_T", "L_t", "L_0"))
@@ -83,7 +85,7 @@ def save_animation(frames: list[Tensor], file: Path) -> None:
     """Save frames (N, 3, H, W), each a grid of four columns, as a GIF that rests on the last one."""
     sheets = []
     for frame in frames:
-        rows = [torch.cat(list(row), dim=-1) for row in frame.split(4)]
+        rows = [torch.cat(list(row), dim=-1) for row in pad(frame, (0, 4, 0, 4), value=1.0).split(4)]
         sheets.append(from_tensor(torch.cat(rows, dim=-2)[None])[0].quantize(64, Image.Quantize.MEDIANCUT))
     durations = [60] * (len(sheets) - 1) + [2000]
     sheets[0].save(file, save_all=True, append_images=sheets[1:], duration=durations, loop=0)
