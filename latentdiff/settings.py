@@ -234,5 +234,8 @@ def parameters_text(record: Mapping[str, Any]) -> str:
     }
     if record.get("image"):
         pairs["Denoising strength"] = f"{record['strength']:g}"
+    if record.get("variation_strength"):
+        pairs["Variation seed"] = record["variation_seed"]
+        pairs["Variation seed strength"] = f"{record['variation_strength']:g}"
     lines.append(", ".join(f"{key}: {value}" for key, value in pairs.items()) + f", Version: {record['version']}")
     return "\n".join(lines)
