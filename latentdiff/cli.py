@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_machine(replay)
 
     plan = command("plan", commands.plan, "Print a sampler's table.")
-    plan.add_argument("--sampler", default="dpmpp_2m")
+    plan.add_argument("--sampler", default="euler_a")
     plan.add_argument("--steps", type=int, default=25)
     plan.add_argument("--model", help="model folder whose noise schedule is used; the embedded one by default")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
@@ -130,7 +130,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative", default="", metavar="TEXT", help="what to steer away from")
     parser.add_argument("--steps", type=int, help="calls of the network")
     parser.add_argument("--guidance", type=float, help="how strictly to follow the prompt; 1 is not guided")
-    parser.add_argument("--sampler", help="dpmpp_2m, ddim, euler_a, unipc, ...; a wrong name lists them all")
+    parser.add_argument("--sampler", help="euler_a, dpmpp_2m, ddim, unipc, ...; a wrong name lists them all")
     parser.add_argument("--seed", type=int, help="of the first picture; picture i has seed + i (default 0)")
     parser.add_argument("-n", "--num-images", type=int, help="pictures of each prompt")
     parser.add_argument("--size", metavar="WxH", help="in pixels, multiples of 8")

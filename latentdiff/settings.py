@@ -79,7 +79,7 @@ class Settings:
     guidance_schedule: str = "constant"
     guidance_parallel: float = 1.0
     guidance_limit: float | None = None
-    sampler: str = "dpmpp_2m"
+    sampler: str = "euler_a"
     eta: float = 0.0
     seed: int = 0
     num_images: int = 1

@@ -51,7 +51,7 @@ def test_draws_a_picture_and_says_where(draw: Any, workplace: Path, capsys: pyte
     assert capsys.readouterr() == ("fox.png\n", "")
     assert names(workplace) == ["fox.png"]
     assert pixels("fox.png").shape == (32, 32, 3)
-    assert read_texts("fox.png")["parameters"].startswith("a red fox\nSteps: 2, Sampler: dpmpp_2m")
+    assert read_texts("fox.png")["parameters"].startswith("a red fox\nSteps: 2, Sampler: euler_a")
 
 
 def test_same_seed_same_file(draw: Any) -> None:
