@@ -42,44 +42,47 @@ def main() -> None:
     parser.add_argument("--plot", help="PNG file to draw")
     parser.add_argument("--compared", type=int, default=32, help="pictures compared with the exact ones")
     parser.add_argument("--prompts", type=int, default=100, help="prompts of the retrieval")
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt's picture")
     arguments = parser.parse_args()
     file = Path(arguments.figures)
     if arguments.data:
-        file.write_text(json.dumps(measure(arguments.data, arguments.compared, arguments.prompts), indent=1) + "\n")
+        file.write_text(
+            json.dumps(measure(arguments.data, arguments.compared, arguments.prompts, arguments.seed), indent=1) + "\n"
+        )
     figures = json.loads(file.read_text())
     if arguments.plot:
         plot(figures, arguments.plot)
     print(json.dumps(figures))
 
 
-def measure(folder: str, compared: int, prompts: int) -> dict[str, Any]:
+def measure(folder: str, compared: int, prompts: int, seed: int) -> dict[str, Any]:
     """Return for each sampler its network calls with what they reach."""
     pipe = Pipeline.from_pretrained()
     trained = load_config(ROOT / "configs/emoji-diffusion.yaml").data
     things = concepts_asked(trained.model_copy(update={"folder": folder}), max(compared, prompts))
     texts = [thing for _, thing in things]
-    exact = drawn(pipe, texts[:compared], *EXACT)
+    exact = drawn(pipe, texts[:compared], *EXACT, seed)
     distances: dict[str, list[list[float]]] = {}
     for sampler in tqdm(DETERMINISTIC, desc="distances"):
         for calls in CALLS:
             steps, made = steps_for(pipe, sampler, calls)
-            error = (drawn(pipe, texts[:compared], sampler, steps) - exact).square().mean().sqrt()
+            error = (drawn(pipe, texts[:compared], sampler, steps, seed) - exact).square().mean().sqrt()
             distances.setdefault(sampler, []).append([made, float(error)])
     drawings, concepts = whole_set(folder, trained.size, pipe.autoencoder)
     shares: dict[str, list[list[float]]] = {}
     for sampler in tqdm(RETRIEVED, desc="retrieval"):
         for calls in RETRIEVED_CALLS:
             steps, made = steps_for(pipe, sampler, calls)
-            images = drawn(pipe, texts[:prompts], sampler, steps, "pt") * 2 - 1
+            images = drawn(pipe, texts[:prompts], sampler, steps, seed, "pt") * 2 - 1
             pairs = zip(things, encode(pipe.autoencoder, images))
             hits = sum(concept in nearest(latent, drawings, concepts) for (concept, _), latent in pairs)
             shares.setdefault(sampler, []).append([made, hits / prompts])
     return {"compared": compared, "prompts": prompts, "exact": EXACT, "distance": distances, "top5": shares}
 
 
-def drawn(pipe: Pipeline, texts: list[str], sampler: str, steps: int, output_type: str = "latent") -> Tensor:
+def drawn(pipe: Pipeline, texts: list[str], sampler: str, steps: int, seed: int, output_type: str = "latent") -> Tensor:
     options: dict[str, Any] = {"sampler": sampler, "num_inference_steps": steps, "output_type": output_type}
-    return pipe(texts, batch_size=BATCH, **options).images
+    return pipe(texts, seed=seed, batch_size=BATCH, **options).images
 
 
 def steps_for(pipe: Pipeline, sampler: str, calls: int) -> tuple[int, int]:
@@ -112,7 +115,7 @@ def plot(figures: dict[str, Any], file: str) -> None:
         axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     left.set_yscale("log")
     left.set_ylabel(f"distance to {figures['exact'][1]:,} steps (RMS of a latent)")
-    right.set_ylabel(f"concept among the 5 nearest, % of {figures['prompts']} prompts")
+    right.set_ylabel(f"concept among 5 nearest, % of {figures['prompts']}")
     figure.savefig(file, dpi=110)
 
 
