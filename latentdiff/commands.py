@@ -40,9 +40,9 @@ def generate(options: argparse.Namespace) -> None:
     chosen = {name: value for name, value in chosen.items() if value is not None}
     chosen["width"], chosen["height"] = _size(options.size)
     chosen |= {} if options.outpaint is None else {"outpaint": _sides(options.outpaint)}
-    for name, says in {"strength": "how much", "mask": "which part", "outpaint": "how much around it"}.items():
+    for name, says in {"strength": "how much of", "mask": "which part of", "outpaint": "how much around"}.items():
         if getattr(options, name) is not None and options.image is None:
-            raise InputError(f"--{name} says {says} of --image is drawn anew, got no --image; add it")
+            raise InputError(f"--{name} says {says} --image is drawn anew, got no --image; add it")
     # Everything that can be wrong without a model is found before one is loaded.
     settings = Settings(prompts=tuple(options.prompts), **chosen)
     paths = _output_paths(options.out, [settings.record(index)["prompt"] for index in range(settings.count)])
