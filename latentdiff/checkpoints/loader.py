@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from latentdiff.checkpoints.folder import (
+    NETWORKS,
     child,
     find_model,
     model_hash,
@@ -66,6 +67,7 @@ KINDS: dict[str, Kind] = {
     "AutoencoderKL": Kind(AutoencoderConfig, AutoencoderKL, "diffusion_pytorch_model"),
     "BertModel": Kind(BertConfig, BertModel, "model"),
     "CLIPTextModel": Kind(CLIPTextConfig, CLIPTextModel, "model"),
+    "CLIPTextModelWithProjection": Kind(CLIPTextConfig, CLIPTextModel, "model"),
     "PixelSpace": Kind(PixelSpaceConfig, PixelSpace, "diffusion_pytorch_model"),
     "LabelEncoder": Kind(LabelConfig, LabelEncoder, "model"),
 }
@@ -78,6 +80,8 @@ class Parts:
     Attributes:
         unet: None only while it is being made.
         tokenizer: None where the text encoder needs none.
+        text_encoder_2, tokenizer_2: the second ones of Stable Diffusion XL; its refiner's only ones are the first here.
+        force_zeros: whether the empty negative prompt is the zero vector, not what the encoders make of it.
         name: how settings refer to the model.
         folder: where the parts were loaded from; None when they were not, or are no longer what is there.
     """
@@ -87,6 +91,9 @@ class Parts:
     text_encoder: TextEncoder
     tokenizer: Tokenizer | None
     schedule: NoiseSchedule
+    text_encoder_2: CLIPTextModel | None = None
+    tokenizer_2: Tokenizer | None = None
+    force_zeros: bool = False
     name: str = "unsaved"
     folder: Path | None = None
 
@@ -116,14 +123,20 @@ def load_pipeline(
     classes = read_index(folder)
     networks = {
         component: _load(folder, component, (classes[component],), dtype, device)
-        for component in ("unet", "vae", "text_encoder")
+        for component in NETWORKS
+        if component in classes
     }
+    tokenizers = [_load_tokenizer(folder, name) for name in ("tokenizer", "tokenizer_2") if name in classes]
+    encoders = [networks[name] for name in ("text_encoder", "text_encoder_2") if name in networks]
     parts = Parts(
         unet=networks["unet"],
         autoencoder=networks["vae"],
-        text_encoder=networks["text_encoder"],
-        tokenizer=_load_tokenizer(folder) if "tokenizer" in classes else None,
+        text_encoder=encoders[0],
+        tokenizer=tokenizers[0] if tokenizers else None,
         schedule=load_schedule(folder),
+        text_encoder_2=encoders[1] if len(encoders) > 1 else None,
+        tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else None,
+        force_zeros=read_json(child(folder, "model_index.json")).get("force_zeros_for_empty_prompt") is True,
         name=name,
         folder=folder,
     )
@@ -284,9 +297,9 @@ def _read(
     return weights
 
 
-def _load_tokenizer(root: Path) -> Tokenizer:
-    files = {path.name: path.read_bytes() for path in tokenizer_files(root)}
-    return Tokenizer(files, str(root / "tokenizer"))
+def _load_tokenizer(root: Path, component: str = "tokenizer") -> Tokenizer:
+    files = {path.name: path.read_bytes() for path in tokenizer_files(root, component)}
+    return Tokenizer(files, str(root / component))
 
 
 def load_schedule(root: Path) -> NoiseSchedule:
@@ -305,19 +318,26 @@ def load_schedule(root: Path) -> NoiseSchedule:
 def _check_fit(folder: Path, parts: Parts) -> None:
     """Raise ModelConfigError where the parts cannot work together."""
     assert parts.unet is not None
-    unet, text, channels = parts.unet.config, parts.text_encoder.config, parts.autoencoder.config.latent_channels
+    unet, channels = parts.unet.config, parts.autoencoder.config.latent_channels
     learned = parts.schedule.variance_type == "learned_range"
     width = unet.cross_attention_dim if isinstance(unet.cross_attention_dim, int) else unet.cross_attention_dim[0]
+    encoders = [encoder for encoder in (parts.text_encoder, parts.text_encoder_2) if encoder is not None]
     pairs = {
         "input channels of unet and those of vae": (unet.in_channels, channels * (1 + unet.self_conditioning)),
         "output channels of unet and those of vae": (unet.out_channels, channels * (1 + learned)),
-        "width of unet's context and of text_encoder": (width, text.hidden_size),
+        "width of unet's context and of text_encoder": (width, sum(encoder.config.hidden_size for encoder in encoders)),
     }
     for what, (ours, theirs) in pairs.items():
         if ours != theirs:
             raise ModelConfigError(f"{folder}: {what} must be equal for text-to-image, got {ours} and {theirs}")
-    if parts.tokenizer is None or isinstance(text, LabelConfig):
-        return
-    window, longest = parts.tokenizer.model_max_length, text.max_position_embeddings
-    if window > longest:
-        raise ModelConfigError(f"{folder}: tokenizer windows of {window} tokens exceed the text encoder's {longest}")
+    pooled = encoders[-1].config
+    if unet.addition_embed_type is not None and not (isinstance(pooled, CLIPTextConfig) and pooled.with_projection):
+        raise ModelConfigError(f"{folder}: unet expects pooled text, so the last text encoder must have a projection")
+    for encoder, tokenizer in zip(encoders, (parts.tokenizer, parts.tokenizer_2)):
+        if tokenizer is None or isinstance(encoder.config, LabelConfig):
+            continue
+        window, longest = tokenizer.model_max_length, encoder.config.max_position_embeddings
+        if window > longest:
+            raise ModelConfigError(
+                f"{folder}: tokenizer windows of {window} tokens exceed the text encoder's {longest}"
+            )
