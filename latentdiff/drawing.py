@@ -102,6 +102,19 @@ class Drawing:
         if self.pixels is not None:
             latents = self._finite(lambda model, x: model.encode(x).mode(), self.pixels)  # (1, C, h, w)
             self.image_latents = latents * parts.autoencoder.config.scaling_factor
+        self.kept = self._kept() if self.unet.config.in_channels == 2 * self.shape[0] + 1 else None
+
+    def _kept(self) -> Tensor:
+        """Return what an inpainting network sees besides x: the mask and the latents of what is kept, (1, 1 + C, h, w).
+
+        Source: Rombach et al. 2022, arXiv 2112.10752, section 4.5, as the published inpainting models have it.
+        """
+        factor, size = self.autoencoder.config.downsample_factor, (1, 1, self.canvas.height, self.canvas.width)
+        mask = torch.ones(size, device=self.device) if self.mask is None else (self.mask >= 0.5).float()
+        pixels = torch.zeros(1, 3, *size[2:], device=self.device) if self.pixels is None else self.pixels
+        latents = self._finite(lambda model, x: model.encode(x).mode(), pixels * (mask == 0))
+        latents = latents * self.autoencoder.config.scaling_factor
+        return torch.cat([F.interpolate(mask, scale_factor=1 / factor, mode="nearest"), latents], dim=1)
 
     def _plan(self, scheduler: Any) -> Plan | SchedulerPlan:
         settings, schedule, steps = self.settings, self.parts.schedule, self.settings.num_inference_steps
@@ -147,12 +160,14 @@ class Drawing:
         generators = [image_generator(self.settings.seeds(index)[0]) for index in images]
         noise = self._initial_noise(images, generators).to(self.device, torch.float32)
         latents = None if self.image_latents is None else self.image_latents.expand_as(noise)
+        if self.kept is not None and self.settings.strength == 1:
+            latents = None  # the network itself sees what to keep
         network = self._network(images, self.plan)
         if isinstance(self.plan, SchedulerPlan):
             steps = self.plan.run(network, noise, generators, latents)
         else:
             x, known = start(self.plan, noise, latents), None
-            if self.mask is not None and latents is not None:
+            if self.mask is not None and latents is not None and self.kept is None:
                 factor = self.autoencoder.config.downsample_factor
                 mask = F.max_pool2d(self.mask, factor).expand(len(noise), -1, -1, -1)  # (b, 1, h, w)
                 known = Known(mask, latents)
@@ -247,7 +262,10 @@ class Drawing:
         unguided = prepared.rows(slice(count, 2 * count))
 
         def network(model_input: Tensor, call: Call) -> Tensor:
-            scale, inputs = scales[call.index], model_input.to(self.dtype)
+            scale, inputs = scales[call.index], model_input
+            if self.kept is not None:
+                inputs = torch.cat([inputs, self.kept.expand(len(inputs), -1, -1, -1)], dim=1)
+            inputs = inputs.to(self.dtype)
             if scale == 1:
                 return unguided(inputs, call.rows).float()
             both = prepared(torch.cat([inputs, inputs]), call.rows.repeat(2)).float()  # (2b, C, h, w)

@@ -55,7 +55,9 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "pipeline": (
         "StableDiffusionPipeline",
         "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
         "StableDiffusionXLPipeline",
+        "StableDiffusionXLInpaintPipeline",
         "StableDiffusionXLImg2ImgPipeline",
         "LatentdiffPipeline",
     ),

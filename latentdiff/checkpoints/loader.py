@@ -322,8 +322,11 @@ def _check_fit(folder: Path, parts: Parts) -> None:
     learned = parts.schedule.variance_type == "learned_range"
     width = unet.cross_attention_dim if isinstance(unet.cross_attention_dim, int) else unet.cross_attention_dim[0]
     encoders = [encoder for encoder in (parts.text_encoder, parts.text_encoder_2) if encoder is not None]
+    expected = channels * (1 + unet.self_conditioning)
+    if not unet.self_conditioning and unet.in_channels == 2 * channels + 1:
+        expected = unet.in_channels  # an inpainting model, which sees a mask and the latents of what is kept
     pairs = {
-        "input channels of unet and those of vae": (unet.in_channels, channels * (1 + unet.self_conditioning)),
+        "input channels of unet and those of vae": (unet.in_channels, expected),
         "output channels of unet and those of vae": (unet.out_channels, channels * (1 + learned)),
         "width of unet's context and of text_encoder": (width, sum(encoder.config.hidden_size for encoder in encoders)),
     }

@@ -17,6 +17,7 @@ from torch import nn
 from latentdiff.checkpoints.loader import KINDS, Parts
 from latentdiff.errors import InputError, ModelValueError, StorageError
 from latentdiff.models.config import ModelConfig
+from latentdiff.models.pixels import LabelEncoder, PixelSpace
 
 __all__ = ["save_model", "save_pipeline"]
 
@@ -34,6 +35,7 @@ LIBRARIES = {
     "vae": "diffusers",
 }
 OWN_CLASSES = ("PixelSpace", "LabelEncoder")
+DIFFUSERS_VERSION = "0.31.0"  # the oldest for which folders are written; some of its pipelines ask
 
 
 def save_model(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
@@ -84,18 +86,18 @@ def save_pipeline(parts: Parts, folder: str | os.PathLike[str], dtype: torch.dty
         component: ["latentdiff" if name in OWN_CLASSES else LIBRARIES[component.removesuffix("_2")], name]
         for component, name in sorted(classes.items())
     }
-    if any(name in OWN_CLASSES for name in classes.values()):
-        index = {"_class_name": "LatentdiffPipeline", **index}
-    elif large:
-        kind = "StableDiffusionXLImg2ImgPipeline" if alone else "StableDiffusionXLPipeline"
-        absent: dict[str, Any] = {"feature_extractor": [None, None], "image_encoder": [None, None]}
-        absent |= {"text_encoder": [None, None], "tokenizer": [None, None]} if alone else {}
-        options = {"force_zeros_for_empty_prompt": parts.force_zeros}
+    kind = _pipeline_class(parts, alone)
+    options: dict[str, Any] = {"_diffusers_version": DIFFUSERS_VERSION}
+    absent = (
+        () if kind == "LatentdiffPipeline" else ("feature_extractor", "image_encoder" if large else "safety_checker")
+    )
+    options |= {name: [None, None] for name in (*absent, *(("text_encoder", "tokenizer") if alone else ()))}
+    if large:
+        options |= {"force_zeros_for_empty_prompt": parts.force_zeros}
         options |= {"requires_aesthetics_score": True} if alone else {}
-        index = {"_class_name": kind, **absent, **options, **index}
-    else:
-        absent = {"feature_extractor": [None, None], "requires_safety_checker": False, "safety_checker": [None, None]}
-        index = {"_class_name": "StableDiffusionPipeline", **absent, **index}
+    elif absent:
+        options["requires_safety_checker"] = False
+    index = {"_class_name": kind, **options, **index}
 
     def write(place: Path) -> None:
         for component, network in networks.items():
@@ -108,6 +110,16 @@ def save_pipeline(parts: Parts, folder: str | os.PathLike[str], dtype: torch.dty
         _write_json(place / "model_index.json", index)
 
     _replace_folder(Path(folder), "model_index.json", write)
+
+
+def _pipeline_class(parts: Parts, alone: bool) -> str:
+    """Return the class of diffusers that runs a model, or the name under which only we do."""
+    assert parts.unet is not None
+    if isinstance(parts.autoencoder, PixelSpace) or isinstance(parts.text_encoder, LabelEncoder):
+        return "LatentdiffPipeline"
+    size = "XL" if parts.unet.config.addition_embed_type is not None else ""
+    task = "Inpaint" if parts.unet.config.in_channels == 2 * parts.autoencoder.config.latent_channels + 1 else ""
+    return f"StableDiffusion{size}{'Img2Img' if alone else task}Pipeline"
 
 
 def _class_name(network: nn.Module) -> str:
