@@ -274,13 +274,13 @@ def model_files(root: Path) -> list[Path]:
 
 
 def model_hash(root: Path) -> str:
-    """Return the SHA-256 over names, sizes and contents of `model_files`.
+    """Return the SHA-256 over names, sizes and contents of `model_files`, or of a single file.
 
     Raises:
         ModelLoadError: a file is missing or cannot be read.
     """
     digest = hashlib.sha256()
-    for path in model_files(root):
+    for path in [root] if root.is_file() else model_files(root):
         try:
             digest.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
             with path.open("rb") as file:

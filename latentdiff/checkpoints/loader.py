@@ -83,7 +83,7 @@ class Parts:
         text_encoder_2, tokenizer_2: the second ones of Stable Diffusion XL; its refiner's only ones are the first here.
         force_zeros: whether the empty negative prompt is the zero vector, not what the encoders make of it.
         name: how settings refer to the model.
-        folder: where the parts were loaded from; None when they were not, or are no longer what is there.
+        folder: folder or file that the parts were loaded from; None when they were not, or are no longer what is there.
     """
 
     unet: UNet2DConditionModel | None
@@ -111,7 +111,8 @@ def load_pipeline(
     """Load all parts of a text-to-image model.
 
     Args:
-        model: folder in diffusers' layout; None or "embedded" for the model that comes with the package.
+        model: folder in diffusers' layout, or a safetensors file of the original one; None or "embedded" for the model
+            that comes with the package.
         dtype: of the weights in memory, whatever it is in the files.
         device: where the weights go.
 
@@ -119,6 +120,10 @@ def load_pipeline(
         InputError: there is no such folder.
         ModelLoadError: the model was refused; the subclass says why.
     """
+    if model is not None and Path(model).is_file():
+        from latentdiff.checkpoints.single_file import load_single_file  # which needs this module
+
+        return load_single_file(Path(model), dtype, device)
     folder, name = find_model(model)
     classes = read_index(folder)
     networks = {
@@ -140,7 +145,7 @@ def load_pipeline(
         name=name,
         folder=folder,
     )
-    _check_fit(folder, parts)
+    check_fit(folder, parts)
     return parts
 
 
@@ -182,7 +187,7 @@ def _load(root: Path, component: str, classes: tuple[str, ...], dtype: torch.dty
         if placed is not None and placed != headers[file].keys():
             raise ModelMismatchError(f"{file}: {_differences(placed, headers[file].keys())} by the index")
     tensors = {name: info for header in headers.values() for name, info in header.items()}
-    network = _build(path, KINDS[named], data, len(tensors), dtype)
+    network = build(path, KINDS[named], data, len(tensors), dtype)
     names = {_current_name(name, named): name for name in tensors if name not in IGNORED_TENSORS}
     _check_tensors(root / component, network.state_dict(), {new: tensors[old] for new, old in names.items()})
     weights: dict[str, Tensor] = {}
@@ -192,7 +197,7 @@ def _load(root: Path, component: str, classes: tuple[str, ...], dtype: torch.dty
     return network.requires_grad_(False).eval()
 
 
-def _build(path: Path, kind: Kind, data: dict[str, Any], tensor_count: int, dtype: torch.dtype) -> nn.Module:
+def build(path: Path, kind: Kind, data: dict[str, Any], tensor_count: int, dtype: torch.dtype) -> nn.Module:
     """Build a network without memory, if its configuration asks for nothing absurd."""
     numbers = {key: _numbers(value) for key, value in data.items()}
     if any(abs(number) > MAX_NUMBER for found in numbers.values() for number in found):
@@ -288,13 +293,18 @@ def _read(
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise ModelLoadError(f"{file}: cannot be read ({str(error).splitlines()[0][:120]})") from error
+    require_finite_weights(file, weights, dtype)
+    return weights
+
+
+def require_finite_weights(file: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Raise ModelValueError if a weight is not finite."""
     for name, tensor in weights.items():
         # A sum is finite only if every summand is; counting is for the error alone.
         if not torch.isfinite(tensor.sum(dtype=torch.float32)):
             count = int((~torch.isfinite(tensor)).sum())
             if count:
                 raise ModelValueError(f"{file}: {name} has {count} values that are NaN or infinite in {dtype}")
-    return weights
 
 
 def _load_tokenizer(root: Path, component: str = "tokenizer") -> Tokenizer:
@@ -315,7 +325,7 @@ def load_schedule(root: Path) -> NoiseSchedule:
         raise ModelConfigError(f"{path}: {error}") from error
 
 
-def _check_fit(folder: Path, parts: Parts) -> None:
+def check_fit(folder: Path, parts: Parts) -> None:
     """Raise ModelConfigError where the parts cannot work together."""
     assert parts.unet is not None
     unet, channels = parts.unet.config, parts.autoencoder.config.latent_channels
