@@ -42,7 +42,7 @@ from latentdiff.diffusion.prediction import Denoiser, Network
 from latentdiff.errors import InputError
 from latentdiff.images import from_tensor, to_unit_range
 from latentdiff.models.pixels import PixelSpace
-from latentdiff.models.text import encode_prompts
+from latentdiff.models.text import Encoded, encode_penultimate, encode_prompts
 from latentdiff.result import Result
 from latentdiff.settings import Settings
 
@@ -96,14 +96,25 @@ class Drawing:
         self.noise = None if noise is None else _checked_noise(noise, (settings.count, *self.shape))
         self.plan = self._plan(scheduler)
         texts = dict.fromkeys(["", settings.negative_prompt, settings.blend_prompt, *settings.prompts])
-        encoded = {text: encode_prompts([text], parts.text_encoder, parts.tokenizer) for text in texts}
-        self.windows = {text: states[0] for text, (states, _) in encoded.items()}  # each (n, L, D)
-        self.counts = {text: counts[0] for text, (_, counts) in encoded.items()}
+        self.encoded = {text: encode(parts, text) for text in texts}
         self.pixels, self.mask = (x if x is None else x.to(self.device) for x in (canvas.pixels, canvas.mask))
         self.image_latents: Tensor | None = None
         if self.pixels is not None:
             latents = self._finite(lambda model, x: model.encode(x).mode(), self.pixels)  # (1, C, h, w)
             self.image_latents = latents * parts.autoencoder.config.scaling_factor
+        self.kept = self._kept() if self.unet.config.in_channels == 2 * self.shape[0] + 1 else None
+
+    def _kept(self) -> Tensor:
+        """Return what an inpainting network sees besides x: the mask and the latents of what is kept, (1, 1 + C, h, w).
+
+        Source: Rombach et al. 2022, arXiv 2112.10752, section 4.5, as the published inpainting models have it.
+        """
+        factor, size = self.autoencoder.config.downsample_factor, (1, 1, self.canvas.height, self.canvas.width)
+        mask = torch.ones(size, device=self.device) if self.mask is None else (self.mask >= 0.5).float()
+        pixels = torch.zeros(1, 3, *size[2:], device=self.device) if self.pixels is None else self.pixels
+        latents = self._finite(lambda model, x: model.encode(x).mode(), pixels * (mask == 0))
+        latents = latents * self.autoencoder.config.scaling_factor
+        return torch.cat([F.interpolate(mask, scale_factor=1 / factor, mode="nearest"), latents], dim=1)
 
     def _plan(self, scheduler: Any) -> Plan | SchedulerPlan:
         settings, schedule, steps = self.settings, self.parts.schedule, self.settings.num_inference_steps
@@ -149,12 +160,14 @@ class Drawing:
         generators = [image_generator(self.settings.seeds(index)[0]) for index in images]
         noise = self._initial_noise(images, generators).to(self.device, torch.float32)
         latents = None if self.image_latents is None else self.image_latents.expand_as(noise)
+        if self.kept is not None and self.settings.strength == 1:
+            latents = None  # the network itself sees what to keep
         network = self._network(images, self.plan)
         if isinstance(self.plan, SchedulerPlan):
             steps = self.plan.run(network, noise, generators, latents)
         else:
             x, known = start(self.plan, noise, latents), None
-            if self.mask is not None and latents is not None:
+            if self.mask is not None and latents is not None and self.kept is None:
                 factor = self.autoencoder.config.downsample_factor
                 mask = F.max_pool2d(self.mask, factor).expand(len(noise), -1, -1, -1)  # (b, 1, h, w)
                 known = Known(mask, latents)
@@ -222,7 +235,7 @@ class Drawing:
             seeds=[one["seed"] for one in own],
             settings=records[0] | made_with,
             own=own,
-            token_counts=[self.counts[one["prompt"]] for one in own],
+            token_counts=[self.encoded[one["prompt"]].tokens for one in own],
             notes=self.notes,
         )
 
@@ -237,13 +250,22 @@ class Drawing:
         scales = guidance_scales(plan.sigmas, settings.guidance_scale, interval, course).tolist()
         wanted = self._window_count(images[0])
         positive = [self._blended(self._prompt(index), wanted) for index in images]
-        negative = [self._context(settings.negative_prompt, wanted)] * count
-        context = torch.stack([*negative, *positive])  # (2b, n * L, D)
-        prepared = self.unet.prepare(plan.timesteps.to(self.device, torch.float32), context)
+        negative = self._encoded(settings.negative_prompt, wanted)
+        if self.parts.force_zeros and not settings.negative_prompt:
+            negative = negative._replace(
+                states=torch.zeros_like(negative.states),
+                pooled=None if negative.pooled is None else torch.zeros_like(negative.pooled),
+            )
+        texts = [negative] * count + positive
+        context = torch.stack([text.states for text in texts])  # (2b, n * L, D)
+        prepared = self.unet.prepare(plan.timesteps.to(self.device, torch.float32), context, added=self._added(texts))
         unguided = prepared.rows(slice(count, 2 * count))
 
         def network(model_input: Tensor, call: Call) -> Tensor:
-            scale, inputs = scales[call.index], model_input.to(self.dtype)
+            scale, inputs = scales[call.index], model_input
+            if self.kept is not None:
+                inputs = torch.cat([inputs, self.kept.expand(len(inputs), -1, -1, -1)], dim=1)
+            inputs = inputs.to(self.dtype)
             if scale == 1:
                 return unguided(inputs, call.rows).float()
             both = prepared(torch.cat([inputs, inputs]), call.rows.repeat(2)).float()  # (2b, C, h, w)
@@ -279,19 +301,51 @@ class Drawing:
     def _window_count(self, index: int) -> int:
         """Return how many text windows an image needs: as many as the longest of its texts."""
         texts = (self._prompt(index), self.settings.negative_prompt, self.settings.blend_prompt)
-        return max(len(self.windows[text]) for text in texts)
+        return max(len(self.encoded[text].states) for text in texts)
 
-    def _blended(self, prompt: str, wanted: int) -> Tensor:
-        """Return the text states (wanted * L, D) of a prompt, on their way to those of the second one."""
-        states = self._context(prompt, wanted)
+    def _blended(self, prompt: str, wanted: int) -> Encoded:
+        """Return what a prompt is encoded as, on its way to the second one."""
+        first, second = self._encoded(prompt, wanted), self._encoded(self.settings.blend_prompt, wanted)
         if not self.settings.blend:
-            return states
-        return torch.lerp(states, self._context(self.settings.blend_prompt, wanted), self.settings.blend)
+            return first
+        states = torch.lerp(first.states, second.states, self.settings.blend)
+        if first.pooled is None or second.pooled is None:
+            return first._replace(states=states)
+        return first._replace(states=states, pooled=torch.lerp(first.pooled, second.pooled, self.settings.blend))
 
-    def _context(self, text: str, wanted: int) -> Tensor:
-        """Return the text states (wanted * L, D) of a text, filled up with windows of the empty one."""
-        windows = self.windows[text]
-        return torch.cat([windows, *[self.windows[""]] * (wanted - len(windows))]).flatten(0, 1)
+    def _encoded(self, text: str, wanted: int) -> Encoded:
+        """Return what a text is encoded as, its states (wanted * L, D) filled up with windows of the empty text."""
+        encoded, empty = self.encoded[text], self.encoded[""].states
+        states = torch.cat([encoded.states, *[empty] * (wanted - len(encoded.states))])
+        return encoded._replace(states=states.flatten(0, 1))
+
+    def _added(self, texts: Sequence[Encoded]) -> dict[str, Tensor] | None:
+        """Return what Stable Diffusion XL is told besides: pooled texts, and sizes of the picture.
+
+        Source: Podell et al. 2023, arXiv 2307.01952, section 2.2.
+        """
+        config, pooled = self.unet.config, [text.pooled for text in texts if text.pooled is not None]
+        if config.addition_embed_type is None:
+            return None
+        embeds = torch.stack(pooled)  # (2b, P)
+        size = [float(self.canvas.height), float(self.canvas.width)]
+        width = (config.projection_class_embeddings_input_dim or 0) - embeds.shape[1]
+        if width // (config.addition_time_embed_dim or 1) == 6:
+            ids = [[*size, 0.0, 0.0, *size]] * len(texts)  # size of the original, its cut, size of the result
+        else:  # the refiner: how beautiful the picture is, which the negative half is less
+            half = len(texts) // 2
+            ids = [[*size, 0.0, 0.0, score] for score in [2.5] * half + [6.0] * half]
+        return {"text_embeds": embeds, "time_ids": torch.tensor(ids, device=self.device)}
+
+
+def encode(parts: Parts, text: str) -> Encoded:
+    """Return what the text encoders of a model make of a text."""
+    assert parts.unet is not None
+    if parts.unet.config.addition_embed_type is None:
+        states, counts = encode_prompts([text], parts.text_encoder, parts.tokenizer)
+        return Encoded(states[0], None, counts[0])
+    pairs = ((parts.text_encoder, parts.tokenizer), (parts.text_encoder_2, parts.tokenizer_2))
+    return encode_penultimate(text, [(encoder, words) for encoder, words in pairs if encoder and words])
 
 
 def device_of(parts: Parts) -> torch.device:

@@ -71,7 +71,7 @@ class Pipeline:
         """Move the networks to a device, cast them, or both, in place; None leaves that as it is."""
         place = self.device if device is None else resolve_device(device)
         kind = self.dtype if dtype is None else resolve_dtype(dtype)
-        for network in (self.unet, self.autoencoder, self.text_encoder):
+        for network in filter(None, (self.unet, self.autoencoder, self.text_encoder, self.parts.text_encoder_2)):
             network.to(place, kind)
         return self
 

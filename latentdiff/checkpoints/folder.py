@@ -31,6 +31,7 @@ from latentdiff.models.tokenizer import FILES
 __all__ = [
     "CLASSES",
     "EMBEDDED",
+    "NETWORKS",
     "child",
     "embedded_model",
     "find_model",
@@ -54,14 +55,22 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "pipeline": (
         "StableDiffusionPipeline",
         "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
         "LatentdiffPipeline",
     ),
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "PixelSpace"),
     "text_encoder": ("BertModel", "CLIPTextModel", "LabelEncoder"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
     "tokenizer": ("BertTokenizer", "BertTokenizerFast", "CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+SECOND = ("text_encoder_2", "tokenizer_2")  # of Stable Diffusion XL, whose refiner has no first ones
 
 
 @cache
@@ -157,9 +166,9 @@ def _keys(tree: Any) -> Iterator[str]:
 
 
 def read_index(root: Path) -> dict[str, str]:
-    """Read model_index.json and return the class name of every component, with that of the pipeline.
+    """Read model_index.json and return the class name of every component that is there, with that of the pipeline.
 
-    A model that knows classes instead of text has no tokenizer.
+    A model that knows classes instead of text has no tokenizer; one may have a second text encoder, or it alone.
 
     Raises:
         ModelConfigError: a component is missing, or of a class that is not in `CLASSES`.
@@ -170,11 +179,15 @@ def read_index(root: Path) -> dict[str, str]:
         _refuse_pickles(root)
     tree = read_json(path)
     named = {"pipeline": tree.get("_class_name")}
-    for component in COMPONENTS:
+    for component in (*COMPONENTS, *SECOND):
         entry = tree.get(component)
         named[component] = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-    if named["text_encoder"] == "LabelEncoder" and named["tokenizer"] is None:
-        del named["tokenizer"]
+    optional = set(SECOND) if named["text_encoder_2"] is None else {"text_encoder", "tokenizer"}
+    if named["text_encoder_2"] is not None and named["text_encoder"] is not None:
+        optional = set()
+    if named["text_encoder"] == "LabelEncoder":
+        optional |= {"tokenizer"}
+    named = {component: name for component, name in named.items() if name is not None or component not in optional}
     found = {}
     for component, name in named.items():
         choices = CLASSES.get(component)
@@ -233,13 +246,13 @@ def _refuse_pickles(folder: Path) -> None:
         )
 
 
-def tokenizer_files(root: Path) -> list[Path]:
-    """Return the checked files of the tokenizer that are there, in a fixed order.
+def tokenizer_files(root: Path, component: str = "tokenizer") -> list[Path]:
+    """Return the checked files of a tokenizer that are there, in a fixed order.
 
     Raises:
         ModelLoadError: one leads out of the folder, is no regular file, is too large, or names code to run.
     """
-    paths = [child(root, "tokenizer", name) for name in FILES]
+    paths = [child(root, component, name) for name in FILES]
     files = [path for path in paths if path.exists()]
     for file in files:
         if require_regular(file) > MAX_TOKENIZER_BYTES:
@@ -251,20 +264,23 @@ def tokenizer_files(root: Path) -> list[Path]:
 
 def model_files(root: Path) -> list[Path]:
     """Return every file that decides what the model computes, in a fixed order."""
-    files = [child(root, "model_index.json")]
-    for component in ("unet", "vae", "text_encoder"):
-        files += [child(root, component, "config.json"), *weight_files(root, component)]
-    return [*files, *tokenizer_files(root), child(root, "scheduler", "scheduler_config.json")]
+    files, classes = [child(root, "model_index.json")], read_index(root)
+    for component in NETWORKS:
+        if component in classes:
+            files += [child(root, component, "config.json"), *weight_files(root, component)]
+    for component in ("tokenizer", "tokenizer_2"):
+        files += tokenizer_files(root, component) if component in classes else []
+    return [*files, child(root, "scheduler", "scheduler_config.json")]
 
 
 def model_hash(root: Path) -> str:
-    """Return the SHA-256 over names, sizes and contents of `model_files`.
+    """Return the SHA-256 over names, sizes and contents of `model_files`, or of a single file.
 
     Raises:
         ModelLoadError: a file is missing or cannot be read.
     """
     digest = hashlib.sha256()
-    for path in model_files(root):
+    for path in [root] if root.is_file() else model_files(root):
         try:
             digest.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
             with path.open("rb") as file:

@@ -8,13 +8,26 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from latentdiff.checkpoints.folder import child, model_hash, read_index, read_json, tokenizer_files, weight_files
+from latentdiff.checkpoints.folder import (
+    NETWORKS,
+    child,
+    model_hash,
+    read_index,
+    read_json,
+    tokenizer_files,
+    weight_files,
+)
 from latentdiff.checkpoints.header import DTYPE_BYTES, TensorInfo, read_header
 from latentdiff.diffusion.schedule import NoiseSchedule
 
 __all__ = ["describe_file", "describe_folder"]
 
-FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}  # by context width
+FAMILIES = {  # by width of the context
+    768: "Stable Diffusion 1.x",
+    1024: "Stable Diffusion 2.x",
+    1280: "Stable Diffusion XL refiner",
+    2048: "Stable Diffusion XL",
+}
 
 
 def describe_folder(root: Path) -> dict[str, Any]:
@@ -25,17 +38,20 @@ def describe_folder(root: Path) -> dict[str, Any]:
     """
     classes = read_index(root)
     parts, tensors = {}, []
-    for component in ("unet", "vae", "text_encoder"):
+    for component in NETWORKS:
+        if component not in classes:
+            continue
         found = [info for file in weight_files(root, component) for info in read_header(file).tensors.values()]
         parts[component] = {"class": classes[component], **_count(found)}
         tensors += found
     unet = read_json(child(root, "unet", "config.json"))
     vae = read_json(child(root, "vae", "config.json"))
     schedule = NoiseSchedule.from_dict(read_json(child(root, "scheduler", "scheduler_config.json")))
-    tokenizer_files(root)
+    for component in ("tokenizer", "tokenizer_2"):
+        tokenizer_files(root, component)
     return {
         "kind": "model folder",
-        "family": _family(classes["text_encoder"], unet.get("cross_attention_dim")),
+        "family": _family(classes.get("text_encoder", ""), unet.get("cross_attention_dim")),
         "prediction_type": schedule.prediction_type,
         "beta_schedule": schedule.beta_schedule,
         "image_size": _image_size(unet, vae),

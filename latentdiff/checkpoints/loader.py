@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from latentdiff.checkpoints.folder import (
+    NETWORKS,
     child,
     find_model,
     model_hash,
@@ -66,6 +67,7 @@ KINDS: dict[str, Kind] = {
     "AutoencoderKL": Kind(AutoencoderConfig, AutoencoderKL, "diffusion_pytorch_model"),
     "BertModel": Kind(BertConfig, BertModel, "model"),
     "CLIPTextModel": Kind(CLIPTextConfig, CLIPTextModel, "model"),
+    "CLIPTextModelWithProjection": Kind(CLIPTextConfig, CLIPTextModel, "model"),
     "PixelSpace": Kind(PixelSpaceConfig, PixelSpace, "diffusion_pytorch_model"),
     "LabelEncoder": Kind(LabelConfig, LabelEncoder, "model"),
 }
@@ -78,8 +80,10 @@ class Parts:
     Attributes:
         unet: None only while it is being made.
         tokenizer: None where the text encoder needs none.
+        text_encoder_2, tokenizer_2: the second ones of Stable Diffusion XL; its refiner's only ones are the first here.
+        force_zeros: whether the empty negative prompt is the zero vector, not what the encoders make of it.
         name: how settings refer to the model.
-        folder: where the parts were loaded from; None when they were not, or are no longer what is there.
+        folder: folder or file that the parts were loaded from; None when they were not, or are no longer what is there.
     """
 
     unet: UNet2DConditionModel | None
@@ -87,6 +91,9 @@ class Parts:
     text_encoder: TextEncoder
     tokenizer: Tokenizer | None
     schedule: NoiseSchedule
+    text_encoder_2: CLIPTextModel | None = None
+    tokenizer_2: Tokenizer | None = None
+    force_zeros: bool = False
     name: str = "unsaved"
     folder: Path | None = None
 
@@ -104,7 +111,8 @@ def load_pipeline(
     """Load all parts of a text-to-image model.
 
     Args:
-        model: folder in diffusers' layout; None or "embedded" for the model that comes with the package.
+        model: folder in diffusers' layout, or a safetensors file of the original one; None or "embedded" for the model
+            that comes with the package.
         dtype: of the weights in memory, whatever it is in the files.
         device: where the weights go.
 
@@ -112,22 +120,32 @@ def load_pipeline(
         InputError: there is no such folder.
         ModelLoadError: the model was refused; the subclass says why.
     """
+    if model is not None and Path(model).is_file():
+        from latentdiff.checkpoints.single_file import load_single_file  # which needs this module
+
+        return load_single_file(Path(model), dtype, device)
     folder, name = find_model(model)
     classes = read_index(folder)
     networks = {
         component: _load(folder, component, (classes[component],), dtype, device)
-        for component in ("unet", "vae", "text_encoder")
+        for component in NETWORKS
+        if component in classes
     }
+    tokenizers = [_load_tokenizer(folder, name) for name in ("tokenizer", "tokenizer_2") if name in classes]
+    encoders = [networks[name] for name in ("text_encoder", "text_encoder_2") if name in networks]
     parts = Parts(
         unet=networks["unet"],
         autoencoder=networks["vae"],
-        text_encoder=networks["text_encoder"],
-        tokenizer=_load_tokenizer(folder) if "tokenizer" in classes else None,
+        text_encoder=encoders[0],
+        tokenizer=tokenizers[0] if tokenizers else None,
         schedule=load_schedule(folder),
+        text_encoder_2=encoders[1] if len(encoders) > 1 else None,
+        tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else None,
+        force_zeros=read_json(child(folder, "model_index.json")).get("force_zeros_for_empty_prompt") is True,
         name=name,
         folder=folder,
     )
-    _check_fit(folder, parts)
+    check_fit(folder, parts)
     return parts
 
 
@@ -169,7 +187,7 @@ def _load(root: Path, component: str, classes: tuple[str, ...], dtype: torch.dty
         if placed is not None and placed != headers[file].keys():
             raise ModelMismatchError(f"{file}: {_differences(placed, headers[file].keys())} by the index")
     tensors = {name: info for header in headers.values() for name, info in header.items()}
-    network = _build(path, KINDS[named], data, len(tensors), dtype)
+    network = build(path, KINDS[named], data, len(tensors), dtype)
     names = {_current_name(name, named): name for name in tensors if name not in IGNORED_TENSORS}
     _check_tensors(root / component, network.state_dict(), {new: tensors[old] for new, old in names.items()})
     weights: dict[str, Tensor] = {}
@@ -179,7 +197,7 @@ def _load(root: Path, component: str, classes: tuple[str, ...], dtype: torch.dty
     return network.requires_grad_(False).eval()
 
 
-def _build(path: Path, kind: Kind, data: dict[str, Any], tensor_count: int, dtype: torch.dtype) -> nn.Module:
+def build(path: Path, kind: Kind, data: dict[str, Any], tensor_count: int, dtype: torch.dtype) -> nn.Module:
     """Build a network without memory, if its configuration asks for nothing absurd."""
     numbers = {key: _numbers(value) for key, value in data.items()}
     if any(abs(number) > MAX_NUMBER for found in numbers.values() for number in found):
@@ -275,18 +293,23 @@ def _read(
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise ModelLoadError(f"{file}: cannot be read ({str(error).splitlines()[0][:120]})") from error
+    require_finite_weights(file, weights, dtype)
+    return weights
+
+
+def require_finite_weights(file: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Raise ModelValueError if a weight is not finite."""
     for name, tensor in weights.items():
         # A sum is finite only if every summand is; counting is for the error alone.
         if not torch.isfinite(tensor.sum(dtype=torch.float32)):
             count = int((~torch.isfinite(tensor)).sum())
             if count:
                 raise ModelValueError(f"{file}: {name} has {count} values that are NaN or infinite in {dtype}")
-    return weights
 
 
-def _load_tokenizer(root: Path) -> Tokenizer:
-    files = {path.name: path.read_bytes() for path in tokenizer_files(root)}
-    return Tokenizer(files, str(root / "tokenizer"))
+def _load_tokenizer(root: Path, component: str = "tokenizer") -> Tokenizer:
+    files = {path.name: path.read_bytes() for path in tokenizer_files(root, component)}
+    return Tokenizer(files, str(root / component))
 
 
 def load_schedule(root: Path) -> NoiseSchedule:
@@ -302,22 +325,32 @@ def load_schedule(root: Path) -> NoiseSchedule:
         raise ModelConfigError(f"{path}: {error}") from error
 
 
-def _check_fit(folder: Path, parts: Parts) -> None:
+def check_fit(folder: Path, parts: Parts) -> None:
     """Raise ModelConfigError where the parts cannot work together."""
     assert parts.unet is not None
-    unet, text, channels = parts.unet.config, parts.text_encoder.config, parts.autoencoder.config.latent_channels
+    unet, channels = parts.unet.config, parts.autoencoder.config.latent_channels
     learned = parts.schedule.variance_type == "learned_range"
     width = unet.cross_attention_dim if isinstance(unet.cross_attention_dim, int) else unet.cross_attention_dim[0]
+    encoders = [encoder for encoder in (parts.text_encoder, parts.text_encoder_2) if encoder is not None]
+    expected = channels * (1 + unet.self_conditioning)
+    if not unet.self_conditioning and unet.in_channels == 2 * channels + 1:
+        expected = unet.in_channels  # an inpainting model, which sees a mask and the latents of what is kept
     pairs = {
-        "input channels of unet and those of vae": (unet.in_channels, channels * (1 + unet.self_conditioning)),
+        "input channels of unet and those of vae": (unet.in_channels, expected),
         "output channels of unet and those of vae": (unet.out_channels, channels * (1 + learned)),
-        "width of unet's context and of text_encoder": (width, text.hidden_size),
+        "width of unet's context and of text_encoder": (width, sum(encoder.config.hidden_size for encoder in encoders)),
     }
     for what, (ours, theirs) in pairs.items():
         if ours != theirs:
             raise ModelConfigError(f"{folder}: {what} must be equal for text-to-image, got {ours} and {theirs}")
-    if parts.tokenizer is None or isinstance(text, LabelConfig):
-        return
-    window, longest = parts.tokenizer.model_max_length, text.max_position_embeddings
-    if window > longest:
-        raise ModelConfigError(f"{folder}: tokenizer windows of {window} tokens exceed the text encoder's {longest}")
+    pooled = encoders[-1].config
+    if unet.addition_embed_type is not None and not (isinstance(pooled, CLIPTextConfig) and pooled.with_projection):
+        raise ModelConfigError(f"{folder}: unet expects pooled text, so the last text encoder must have a projection")
+    for encoder, tokenizer in zip(encoders, (parts.tokenizer, parts.tokenizer_2)):
+        if tokenizer is None or isinstance(encoder.config, LabelConfig):
+            continue
+        window, longest = tokenizer.model_max_length, encoder.config.max_position_embeddings
+        if window > longest:
+            raise ModelConfigError(
+                f"{folder}: tokenizer windows of {window} tokens exceed the text encoder's {longest}"
+            )

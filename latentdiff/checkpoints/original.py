@@ -81,7 +81,7 @@ class Place:
 
     def take(self, tensor: Tensor) -> Tensor:
         """Return our weight, a view of the tensor there."""
-        if self.as_convolution:
+        if self.as_convolution and tensor.ndim == 4:  # newer files have it as we do
             tensor = tensor[..., 0, 0]
         if self.transposed:
             tensor = tensor.T

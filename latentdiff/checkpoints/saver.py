@@ -16,10 +16,16 @@ from torch import nn
 
 from latentdiff.checkpoints.loader import KINDS, Parts
 from latentdiff.errors import InputError, ModelValueError, StorageError
+from latentdiff.models.config import ModelConfig
+from latentdiff.models.pixels import LabelEncoder, PixelSpace
 
 __all__ = ["save_model", "save_pipeline"]
 
-TOKENIZER_CLASS = {"BertModel": "BertTokenizer", "CLIPTextModel": "CLIPTokenizer"}
+TOKENIZER_CLASS = {
+    "BertModel": "BertTokenizer",
+    "CLIPTextModel": "CLIPTokenizer",
+    "CLIPTextModelWithProjection": "CLIPTokenizer",
+}
 # Whose class a component's name in model_index.json is, unless it is one that only this package has.
 LIBRARIES = {
     "scheduler": "diffusers",
@@ -29,6 +35,7 @@ LIBRARIES = {
     "vae": "diffusers",
 }
 OWN_CLASSES = ("PixelSpace", "LabelEncoder")
+DIFFUSERS_VERSION = "0.31.0"  # the oldest for which folders are written; some of its pipelines ask
 
 
 def save_model(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
@@ -63,31 +70,63 @@ def save_pipeline(parts: Parts, folder: str | os.PathLike[str], dtype: torch.dty
     """
     if parts.unet is None:
         raise InputError("a pipeline to save needs a U-Net, got none; pass all parts")
-    networks = {"unet": parts.unet, "vae": parts.autoencoder, "text_encoder": parts.text_encoder}
-    classes = {component: type(network).__name__ for component, network in networks.items()}
+    large = parts.unet.config.addition_embed_type is not None  # Stable Diffusion XL
+    alone = large and parts.text_encoder_2 is None  # its refiner
+    networks: dict[str, Any] = {"unet": parts.unet, "vae": parts.autoencoder}
+    networks["text_encoder_2" if alone else "text_encoder"] = parts.text_encoder
+    tokenizers = {"tokenizer_2" if alone else "tokenizer": parts.tokenizer}
+    if parts.text_encoder_2 is not None:
+        networks["text_encoder_2"], tokenizers["tokenizer_2"] = parts.text_encoder_2, parts.tokenizer_2
+    tokenizers = {component: tokenizer for component, tokenizer in tokenizers.items() if tokenizer is not None}
+    classes = {component: _class_name(network) for component, network in networks.items()}
+    for component in tokenizers:
+        classes[component] = TOKENIZER_CLASS[classes[component.replace("tokenizer", "text_encoder")]]
     classes["scheduler"] = parts.schedule.to_dict()["_class_name"]
-    if parts.tokenizer is not None:
-        classes["tokenizer"] = TOKENIZER_CLASS[classes["text_encoder"]]
     index: dict[str, Any] = {
-        component: ["latentdiff" if name in OWN_CLASSES else LIBRARIES[component], name]
+        component: ["latentdiff" if name in OWN_CLASSES else LIBRARIES[component.removesuffix("_2")], name]
         for component, name in sorted(classes.items())
     }
-    if any(name in OWN_CLASSES for name in classes.values()):
-        index = {"_class_name": "LatentdiffPipeline", **index}
-    else:
-        absent = {"feature_extractor": [None, None], "requires_safety_checker": False, "safety_checker": [None, None]}
-        index = {"_class_name": "StableDiffusionPipeline", **absent, **index}
+    kind = _pipeline_class(parts, alone)
+    options: dict[str, Any] = {"_diffusers_version": DIFFUSERS_VERSION}
+    absent = (
+        () if kind == "LatentdiffPipeline" else ("feature_extractor", "image_encoder" if large else "safety_checker")
+    )
+    options |= {name: [None, None] for name in (*absent, *(("text_encoder", "tokenizer") if alone else ()))}
+    if large:
+        options |= {"force_zeros_for_empty_prompt": parts.force_zeros}
+        options |= {"requires_aesthetics_score": True} if alone else {}
+    elif absent:
+        options["requires_safety_checker"] = False
+    index = {"_class_name": kind, **options, **index}
 
     def write(place: Path) -> None:
         for component, network in networks.items():
             _write_model(network, place / component, dtype)
-        if parts.tokenizer is not None:
-            parts.tokenizer.save(place / "tokenizer")
+        for component, tokenizer in tokenizers.items():
+            assert tokenizer is not None
+            tokenizer.save(place / component)
         (place / "scheduler").mkdir()
         _write_json(place / "scheduler" / "scheduler_config.json", parts.schedule.to_dict())
         _write_json(place / "model_index.json", index)
 
     _replace_folder(Path(folder), "model_index.json", write)
+
+
+def _pipeline_class(parts: Parts, alone: bool) -> str:
+    """Return the class of diffusers that runs a model, or the name under which only we do."""
+    assert parts.unet is not None
+    if isinstance(parts.autoencoder, PixelSpace) or isinstance(parts.text_encoder, LabelEncoder):
+        return "LatentdiffPipeline"
+    size = "XL" if parts.unet.config.addition_embed_type is not None else ""
+    task = "Inpaint" if parts.unet.config.in_channels == 2 * parts.autoencoder.config.latent_channels + 1 else ""
+    return f"StableDiffusion{size}{'Img2Img' if alone else task}Pipeline"
+
+
+def _class_name(network: nn.Module) -> str:
+    """Return the class of the reference, which for text encoders with a projection is another than ours."""
+    config = getattr(network, "config", None)
+    named: list[str] = config.header().get("architectures", []) if isinstance(config, ModelConfig) else []
+    return named[0] if named else type(network).__name__
 
 
 def _write_model(model: nn.Module, place: Path, dtype: torch.dtype | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,38 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+class Encoded(NamedTuple):
+    """What a model's text encoders make of one text.
+
+    Attributes:
+        states: (n, L, D), n windows of L tokens.
+        pooled: (P,), one vector for the whole text (its first window), where the model wants that.
+        tokens: how many, begin and end included.
+    """
+
+    states: Tensor
+    pooled: Tensor | None
+    tokens: int
+
+
+@torch.no_grad()
+def encode_penultimate(text: str, encoders: Sequence[tuple[Any, Tokenizer]]) -> Encoded:
+    """Return the states of the last layer but one of several CLIP encoders side by side, not normalised.
+
+    The pooled vector is that of the last encoder.
+
+    Source: Podell et al. 2023, arXiv 2307.01952, section 2.1.
+    """
+    states, pooled, counts = [], None, [0]
+    for encoder, tokenizer in encoders:
+        tokens = tokenizer([text])
+        rows = tokens.input_ids.reshape(tokens.n_chunks, -1).to(next(encoder.parameters()).device)
+        encoded = encoder(rows)
+        states.append(encoded.hidden_states[-2])  # (n, L, D_i)
+        pooled, counts = encoded.pooled[0], tokens.counts
+    return Encoded(torch.cat(states, dim=-1), pooled, counts[0])
 
 
 @torch.no_grad()

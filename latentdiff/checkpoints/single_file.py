@@ -1,0 +1,206 @@
+"""Load a whole model from one safetensors file of the original (CompVis, sgm) layout.
+
+The file has weights alone. Which model they are of is told by their names and shapes; its configuration and vocabulary
+come with the package (`families/`), so nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from latentdiff.checkpoints.header import TensorInfo, read_header
+from latentdiff.checkpoints.loader import FLOATS, KINDS, Parts, build, check_fit, require_finite_weights
+from latentdiff.checkpoints.original import Place, autoencoder_places, clip_places, open_clip_places, unet_places
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.errors import ModelConfigError, ModelLoadError, ModelMismatchError
+from latentdiff.models.tokenizer import Tokenizer
+
+__all__ = ["load_single_file", "recognise"]
+
+FOLDER = Path(__file__).parent / "families"
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+# A tensor that only this family has, in the order in which they are looked for.
+MARKS = {
+    "Stable Diffusion XL": "conditioner.embedders.1.model.token_embedding.weight",
+    "Stable Diffusion XL refiner": "conditioner.embedders.0.model.token_embedding.weight",
+    "Stable Diffusion 2.x": "cond_stage_model.model.token_embedding.weight",
+    "Stable Diffusion 1.x": "cond_stage_model.transformer.",
+}
+# Files of before 2023 lack this piece of the names of their text encoder.
+TEXT_MODEL = "text_model."
+NAMED = 5  # tensors in an error
+
+
+def load_single_file(
+    path: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", name: str | None = None
+) -> Parts:
+    """Load all parts of a model from one file.
+
+    Args:
+        path: of the safetensors file.
+        dtype, device: of the weights in memory.
+        name: how settings refer to the model.
+
+    Raises:
+        ModelLoadError: the file was refused; the subclass says why.
+    """
+    tensors = read_header(path).tensors
+    family = recognise(path, tensors)
+    shape = _families()[family]
+    channels = tensors[f"{UNET}input_blocks.0.0.weight"].shape[1]
+    schedule = dict(shape["schedule"])
+    if channels == 9:
+        schedule.pop("prediction_type", None)  # inpainting models all predict noise
+    if "prediction_type" in schedule:
+        warnings.warn(
+            f"{path.name} is taken for the {family} that predicts velocity (768-v); the file itself does not say. "
+            "If its pictures are noise, it predicts noise: load it, and replace parts.schedule",
+            stacklevel=4,
+        )
+    plan: list[tuple[str, str, str, dict[str, Any]]] = [
+        ("UNet2DConditionModel", "unet", UNET, {**shape["unet"], "in_channels": channels}),
+        ("AutoencoderKL", "autoencoder", VAE, shape["vae"]),
+    ]
+    plan += [
+        (text["config"]["architectures"][0], text["layout"], text["prefix"], text["config"]) for text in shape["text"]
+    ]
+    networks = [_load(path, tensors, *entry, dtype, device) for entry in plan]
+    unet, autoencoder, *encoders = networks
+    tokenizers = [_tokenizer(text["pad"]) for text in shape["text"]]
+    second = len(encoders) > 1
+    parts = Parts(
+        unet=unet,
+        autoencoder=autoencoder,
+        text_encoder=encoders[0],
+        tokenizer=tokenizers[0],
+        schedule=NoiseSchedule(**schedule),
+        text_encoder_2=encoders[1] if second else None,
+        tokenizer_2=tokenizers[1] if second else None,
+        force_zeros=shape.get("force_zeros", False),
+        name=name or str(path),
+        folder=path,
+    )
+    check_fit(path, parts)
+    return parts
+
+
+def recognise(path: Path, tensors: Mapping[str, TensorInfo]) -> str:
+    """Return the name of the family that a file of the original layout belongs to.
+
+    Raises:
+        ModelConfigError: it is none that is known.
+    """
+    first = f"{UNET}input_blocks.0.0.weight"
+    if first not in tensors:
+        raise ModelConfigError(
+            f"{path}: expected a whole model in the original layout, with {first}, got {len(tensors)} tensors such as "
+            f"{next(iter(tensors), 'none')}; pass a whole checkpoint, or a folder in diffusers' layout"
+        )
+    for family, mark in MARKS.items():
+        if any(name.startswith(mark) for name in tensors):
+            channels = tensors[first].shape[1]
+            if channels not in (4, 9):
+                raise ModelConfigError(
+                    f"{path}: {family} with {channels} input channels is not supported, only 4 and 9 (inpainting) are"
+                )
+            return family
+    raise ModelConfigError(f"{path}: has a U-Net but no text encoder of Stable Diffusion; pass a whole checkpoint")
+
+
+def _load(
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    class_name: str,
+    layout: str,
+    prefix: str,
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> Any:
+    network: nn.Module = build(path, KINDS[class_name], config, len(tensors), dtype)
+    expected = network.state_dict()
+    places = _places(network, layout)
+    if layout == "clip" and f"{prefix}{TEXT_MODEL}final_layer_norm.weight" not in tensors:
+        places = {name: Place(place.name.removeprefix(TEXT_MODEL)) for name, place in places.items()}
+    wrong = []
+    for name, place in places.items():
+        wanted, found = place.shape(tuple(expected[name].shape)), tensors.get(prefix + place.name)
+        if found is None:
+            wrong.append(f"{prefix}{place.name} is missing")
+        elif found.dtype not in FLOATS or (found.shape != wanted and found.shape != wanted[:2]):
+            wrong.append(f"{prefix}{place.name} is {found.dtype} {list(found.shape)} instead of {list(wanted)}")
+    if wrong:
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise ModelMismatchError(f"{path}: {'; '.join(wrong[:NAMED])}{more}")
+    weights: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as mapped:
+            for name, place in places.items():
+                taken = place.take(mapped.get_tensor(prefix + place.name))
+                weights[name] = taken.to(device, dtype).contiguous()
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise ModelLoadError(f"{path}: cannot be read ({str(error).splitlines()[0][:120]})") from error
+    require_finite_weights(path, weights, dtype)
+    network.load_state_dict(weights, strict=True, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def _places(network: Any, layout: str) -> dict[str, Place]:
+    names = network.state_dict()
+    if layout == "unet":
+        return unet_places(names, network.config)
+    if layout == "autoencoder":
+        return autoencoder_places(names, network.config)
+    return open_clip_places(names) if layout == "open_clip" else clip_places(names)
+
+
+@cache
+def _families() -> dict[str, Any]:
+    families: dict[str, Any] = json.loads((FOLDER / "families.json").read_text(encoding="utf-8"))
+    return families
+
+
+def _tokenizer(pad: str) -> Tokenizer:
+    """Return CLIP's tokenizer, whose windows are filled with the token `pad`.
+
+    The vocabulary is that of its merges, after all bytes alone and at the end of a word.
+    """
+    merges = gzip.decompress((FOLDER / "clip-merges.txt.gz").read_bytes())
+    pairs = merges.decode("utf-8").splitlines()[1:]
+    letters = _byte_letters()
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(pair.replace(" ", "") for pair in pairs)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": pad,
+    }
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    files = {
+        "vocab.json": json.dumps(vocabulary).encode(),
+        "merges.txt": merges,
+        "tokenizer_config.json": json.dumps(settings).encode(),
+    }
+    return Tokenizer(files, "the tokenizer that comes with the package")
+
+
+def _byte_letters() -> list[str]:
+    """Return the letter that stands for each byte, in the order of CLIP's vocabulary: printable ones for themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(len(others))]

@@ -1,0 +1,63 @@
+"""Inpainting networks (9 channels), tiny and with random weights, against diffusers' inpainting pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentdiff import Pipeline
+from latentdiff.checkpoints import load_pipeline, save_pipeline
+from latentdiff.models.unet import UNet2DConditionModel
+from tests.models.tiny import randomize
+
+SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}
+
+
+@pytest.fixture(scope="module")
+def model(built_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    parts = load_pipeline(built_model)
+    assert parts.unet is not None and not isinstance(parts.autoencoder.config, type(None))
+    unet = UNet2DConditionModel(replace(parts.unet.config, in_channels=9))
+    randomize(unet)
+    quant: Any = parts.autoencoder.quant_conv  # type: ignore[union-attr]
+    quant.weight[4:], quant.bias[4:] = 0.0, -30.0  # no spread: diffusers draws latents where we take the mode
+    folder = tmp_path_factory.mktemp("inpaint") / "model"
+    save_pipeline(replace(parts, unet=unet), folder, dtype=None)
+    return folder
+
+
+@pytest.mark.parametrize("sampler", list(SCHEDULERS))
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_same_picture_where_it_is_drawn(model: Path, sampler: str, strength: float) -> None:
+    picture = Image.effect_noise((32, 32), 80).convert("RGB")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (16, 0, 32, 32))
+    peer = diffusers.StableDiffusionInpaintPipeline.from_pretrained(
+        model, torch_dtype=torch.float32, local_files_only=True
+    )
+    peer.scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(peer.scheduler.config)
+    peer.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 4.0, "strength": strength}
+    generator = torch.Generator().manual_seed(5)
+    expected = peer(
+        "the red fox", image=picture, mask_image=mask, height=32, width=32, generator=generator, **options
+    ).images[0]
+    pipe = Pipeline.from_pretrained(model, device="cpu")
+    draws = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    noise = draws[int(strength < 1)]  # before that it draws what the latents of the picture would spread by
+    drawn = pipe("the red fox", image=picture, mask=mask, latents=noise, sampler=sampler, **options).images[0]
+    ours, theirs, before = (np.asarray(one, dtype=int) for one in (drawn, expected, picture))
+    assert np.abs(ours[:, 16:] - theirs[:, 16:]).max() <= 2
+    assert np.abs(ours[:, :16] - before[:, :16]).max() <= 1
+
+
+def test_without_an_image_everything_is_drawn(model: Path) -> None:
+    pipe = Pipeline.from_pretrained(model, device="cpu")
+    assert pipe("the red fox", num_inference_steps=3).images[0].size == (32, 32)
