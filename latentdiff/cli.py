@@ -93,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", nargs="?", help="folder or file; the embedded model by default")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 
+    convert = command("convert", commands.convert, "Write a model in another layout.")
+    convert.add_argument("source", help="model folder or safetensors file of a whole model")
+    convert.add_argument("target", help="NAME.safetensors for one file of the original layout, else a new folder")
+    convert.add_argument("--dtype", help="of the weights: float16 (default), bfloat16 or float32")
+
     train = command("train", _train, "Train the stage that a YAML config describes.")
     train.add_argument("config", help="YAML file, see configs/; the name alone finds one that came with the package")
     train.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=VALUE")

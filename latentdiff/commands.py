@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
     from latentdiff.result import Result
 
-__all__ = ["evaluate", "generate", "inspect", "plan", "replay"]
+__all__ = ["convert", "evaluate", "generate", "inspect", "plan", "replay"]
 
 NOT_REPLAYED = ("prompts", "seed", "variation_seed", "num_images", "strength")  # as they are, that is
 
@@ -223,6 +223,23 @@ def inspect(options: argparse.Namespace) -> None:
         return
     for key, value in described.items():
         print(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}")
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Write a model in another layout."""
+    from latentdiff.checkpoints import load_pipeline, save_pipeline
+    from latentdiff.checkpoints.single_file import save_single_file
+    from latentdiff.devices import resolve_dtype
+
+    dtype = resolve_dtype(options.dtype or "float16")
+    single = options.target.endswith(".safetensors")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parts = load_pipeline(options.source, dtype)
+    for warning in caught:
+        print(f"latentdiff: {warning.message}", file=sys.stderr)
+    (save_single_file if single else save_pipeline)(parts, options.target, dtype)
+    print(options.target)
 
 
 def evaluate(options: argparse.Namespace) -> None:

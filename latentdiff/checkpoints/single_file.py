@@ -1,4 +1,4 @@
-"""Load a whole model from one safetensors file of the original (CompVis, sgm) layout.
+"""Load a whole model from one safetensors file of the original (CompVis, sgm) layout, and write one.
 
 The file has weights alone. Which model they are of is told by their names and shapes; its configuration and vocabulary
 come with the package (`families/`), so nothing is fetched.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import secrets
 import warnings
 from collections.abc import Mapping
 from functools import cache
@@ -15,17 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentdiff.checkpoints.header import TensorInfo, read_header
 from latentdiff.checkpoints.loader import FLOATS, KINDS, Parts, build, check_fit, require_finite_weights
-from latentdiff.checkpoints.original import Place, autoencoder_places, clip_places, open_clip_places, unet_places
+from latentdiff.checkpoints.original import Place, autoencoder_places, clip_places, join, open_clip_places, unet_places
+from latentdiff.checkpoints.saver import flush_to_disk
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import ModelConfigError, ModelLoadError, ModelMismatchError
+from latentdiff.errors import InputError, ModelConfigError, ModelLoadError, ModelMismatchError, StorageError
+from latentdiff.images import check_writable
+from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.tokenizer import Tokenizer
 
-__all__ = ["load_single_file", "recognise"]
+__all__ = ["load_single_file", "recognise", "save_single_file"]
 
 FOLDER = Path(__file__).parent / "families"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -92,6 +99,59 @@ def load_single_file(
     )
     check_fit(path, parts)
     return parts
+
+
+def save_single_file(parts: Parts, path: str | os.PathLike[str], dtype: torch.dtype | None = torch.float16) -> None:
+    """Write a whole model as one file of the original layout, which appears under its name only when it is whole.
+
+    Schedule and configurations are not in such a file: whoever reads it takes those of the family.
+
+    Args:
+        parts: of a model with CLIP text encoders.
+        path: ending in .safetensors.
+        dtype: of the weights in the file; None keeps each as it is.
+
+    Raises:
+        InputError: the model has parts that the layout has no place for, or the path another ending.
+        ModelValueError: a weight is not finite in that dtype.
+        StorageError: the file cannot be written.
+    """
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise InputError(f"a single file must end in .safetensors, got {target.name!r}")
+    check_writable(target)
+    if parts.unet is None or not isinstance(parts.autoencoder, AutoencoderKL):
+        raise InputError("a single file holds a U-Net and an autoencoder, got a model without; save it as a folder")
+    places: dict[str, tuple[Any, dict[str, Place]]] = {}
+    places[UNET] = (parts.unet, unet_places(parts.unet.state_dict(), parts.unet.config))
+    places[VAE] = (parts.autoencoder, autoencoder_places(parts.autoencoder.state_dict(), parts.autoencoder.config))
+    for text, encoder in zip(_families()[_family_of(parts)]["text"], (parts.text_encoder, parts.text_encoder_2)):
+        assert encoder is not None
+        places[text["prefix"]] = (encoder, _places(encoder, text["layout"]))
+    tensors: dict[str, Tensor] = {}
+    for prefix, (network, found) in places.items():
+        weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in network.state_dict().items()}
+        require_finite_weights(target, weights, dtype or torch.float32)
+        tensors |= {prefix + name: tensor.contiguous() for name, tensor in join(found, weights).items()}
+    temporary = target.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)  # safetensors makes it readable by its owner alone
+        flush_to_disk(temporary)
+        os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {target}: {error}; free space or choose another place") from error
+
+
+def _family_of(parts: Parts) -> str:
+    assert parts.unet is not None
+    if not isinstance(parts.text_encoder, CLIPTextModel):
+        kind = type(parts.text_encoder).__name__
+        raise InputError(f"a single file has a place for CLIP text encoders alone, got {kind}; save it as a folder")
+    if parts.unet.config.addition_embed_type is not None:
+        return "Stable Diffusion XL" if parts.text_encoder_2 is not None else "Stable Diffusion XL refiner"
+    return "Stable Diffusion 1.x" if parts.text_encoder.config.hidden_act == "quick_gelu" else "Stable Diffusion 2.x"
 
 
 def recognise(path: Path, tensors: Mapping[str, TensorInfo]) -> str:

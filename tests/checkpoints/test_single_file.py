@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import Parts, single_file
 from latentdiff.checkpoints.original import autoencoder_places, clip_places, join, open_clip_places, unet_places
+from latentdiff.cli import main
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.errors import ModelConfigError, ModelMismatchError, ModelValueError, UnsafeModelError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -116,6 +117,34 @@ def test_a_file_is_the_model_it_was_made_of(tmp_path: Path, family: str, channel
             assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert loaded.parts.schedule == parts.schedule
     assert len(ours.settings["model_hash"]) == 64
+
+
+@pytest.mark.usefixtures("use_tiny")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_and_folders_turn_into_each_other(
+    tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a file to a folder and back: bitwise the same tensors."""
+    shape = tiny(family)
+    first, folder, second = tmp_path / "first.safetensors", tmp_path / "folder", tmp_path / "second.safetensors"
+    save_file({name: tensor.half() for name, tensor in tensors_of(parts_of(shape), shape).items()}, first)
+    assert main(["convert", str(first), str(folder)]) == 0
+    assert ("taken for the Stable Diffusion 2.x" in capsys.readouterr().err) == (family == "Stable Diffusion 2.x")
+    assert main(["convert", str(folder), str(second)]) == 0
+    before, after = load_file(first), load_file(second)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["first.safetensors", "folder", "second.safetensors"]
+
+
+def test_what_has_no_place_in_a_single_file_is_said(
+    built_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(built_model), str(tmp_path / "a.safetensors")]) == 2
+    assert "place for CLIP text encoders alone, got BertModel; save it as a folder" in capsys.readouterr().err
+    assert main(["convert", str(built_model), str(tmp_path / "none/a.safetensors")]) == 4
+    assert main(["convert", str(built_model), str(tmp_path / "copy"), "--dtype", "float32"]) == 0
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.usefixtures("use_tiny")
