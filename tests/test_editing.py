@@ -82,10 +82,10 @@ def test_variations_are_of_one_picture(pipe: Pipeline) -> None:
     result = pipe(FOX, seed=3, variation_strength=0.2, variation_seed=5, num_images=3, output_type="latent", **STEPS)
     assert result.seeds == [3, 3, 3]
     assert [result.record(index)["variation_seed"] for index in range(3)] == [5, 6, 7]
-    far = latents(pipe, seed=3, variation_strength=1.0, variation_seed=5)
+    far = latents(pipe, seed=3, variation_strength=1.0, variation_seed=5, sampler="dpmpp_2m")  # which draws no noise
     distances = (result.images - base).square().mean(dim=(1, 2, 3))
-    assert 0 < float(distances.max()) < float((far - base).square().mean())
-    assert torch.allclose(far, latents(pipe, seed=5), atol=1e-4)
+    assert 0 < float(distances.max()) < float((latents(pipe, seed=5) - base).square().mean())
+    assert torch.allclose(far, latents(pipe, seed=5, sampler="dpmpp_2m"), atol=1e-4)
     alone = latents(pipe, seed=3, variation_strength=0.2, variation_seed=7)
     assert torch.allclose(alone[0], result.images[2], atol=1e-4)
 
@@ -148,7 +148,7 @@ def test_inversion_finds_the_noise_of_a_picture(pipe: Pipeline, picture: Image.I
         assert noise.shape == (1, 4, 8, 8) and noise.dtype == torch.float32
         options: dict[str, Any] = {"sampler": "ddim", "guidance_scale": 1.0, "num_inference_steps": 20}
         errors.append(float((latents(pipe, latents=noise, **options) - encoded).abs().max()))
-    assert errors[1] < 0.01 < errors[0]
+    assert errors[1] < 0.05 and errors[1] < 0.1 * errors[0]
 
 
 def test_inversion_refuses_transparent_parts(pipe: Pipeline, picture: Image.Image, tmp_path: Path) -> None:
