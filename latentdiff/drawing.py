@@ -96,7 +96,7 @@ class Drawing:
         self.noise = None if noise is None else _checked_noise(noise, (settings.count, *self.shape))
         self.plan = self._plan(scheduler)
         texts = dict.fromkeys(["", settings.negative_prompt, settings.blend_prompt, *settings.prompts])
-        self.encoded = {text: encode(parts, text) for text in texts}
+        self.encoded = {text: encode(parts, text, settings.clip_skip) for text in texts}
         self.pixels, self.mask = (x if x is None else x.to(self.device) for x in (canvas.pixels, canvas.mask))
         self.image_latents: Tensor | None = None
         if self.pixels is not None:
@@ -338,14 +338,14 @@ class Drawing:
         return {"text_embeds": embeds, "time_ids": torch.tensor(ids, device=self.device)}
 
 
-def encode(parts: Parts, text: str) -> Encoded:
-    """Return what the text encoders of a model make of a text."""
+def encode(parts: Parts, text: str, clip_skip: int) -> Encoded:
+    """Return what the text encoders of a model make of a text, some of the last layers left out."""
     assert parts.unet is not None
     if parts.unet.config.addition_embed_type is None:
-        states, counts = encode_prompts([text], parts.text_encoder, parts.tokenizer)
+        states, counts = encode_prompts([text], parts.text_encoder, parts.tokenizer, clip_skip)
         return Encoded(states[0], None, counts[0])
     pairs = ((parts.text_encoder, parts.tokenizer), (parts.text_encoder_2, parts.tokenizer_2))
-    return encode_penultimate(text, [(encoder, words) for encoder, words in pairs if encoder and words])
+    return encode_penultimate(text, [(encoder, words) for encoder, words in pairs if encoder and words], clip_skip)
 
 
 def device_of(parts: Parts) -> torch.device:

@@ -116,6 +116,7 @@ class Pipeline:
         variation_seed: int = Settings.variation_seed,
         blend_prompt: str = Settings.blend_prompt,
         blend: float = Settings.blend,
+        clip_skip: int = Settings.clip_skip,
         height: int | None = None,
         width: int | None = None,
         latents: Tensor | None = None,
@@ -165,6 +166,7 @@ class Pipeline:
             variation_seed=variation_seed,
             blend_prompt=blend_prompt,
             blend=blend,
+            clip_skip=clip_skip,
             height=height,
             width=width,
         )

@@ -33,7 +33,7 @@ SHARES = {
 # Settings that pictures drawn before there were such settings do without.
 LATER = (
     *("guidance_schedule", "guidance_parallel", "guidance_limit", "eta", "resampling", "outpaint"),
-    *("variation_strength", "variation_seed", "blend_prompt", "blend"),
+    *("variation_strength", "variation_seed", "blend_prompt", "blend", "clip_skip"),
 )
 
 
@@ -64,6 +64,7 @@ class Settings:
             the same `seed`: they are variations of its picture.
         blend_prompt: a second text, to draw something between.
         blend: 0 to 1, how far each prompt's states are moved towards those of `blend_prompt`.
+        clip_skip: 0 to 24, how many of the last layers of CLIP text encoders are left out.
         height, width: pixels, multiples of 8; None for the model's own. Of the image, where it is outpainted.
 
     Raises:
@@ -90,6 +91,7 @@ class Settings:
     variation_seed: int = 0
     blend_prompt: str = ""
     blend: float = 0.0
+    clip_skip: int = 0
     height: int | None = None
     width: int | None = None
 
@@ -103,6 +105,7 @@ class Settings:
         for name, remedy in SHARES.items():
             check_number(name, getattr(self, name), 0, 1, remedy)
         check_integer("resampling", self.resampling, 1, 100, "try 5")
+        check_integer("clip_skip", self.clip_skip, 0, 24, "try 1")
         check_integer("num_images", self.num_images, 1, MAX_IMAGES, "try 4")
         check_integer("number of images in all", self.count, 1, MAX_IMAGES, "draw them in several runs")
         for name in ("seed", "variation_seed"):

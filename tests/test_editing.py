@@ -186,6 +186,8 @@ def test_inversion_refuses_transparent_parts(pipe: Pipeline, picture: Image.Imag
         ({"guidance_schedule": "linaer"}, "guidance_schedule 'linaer' is unknown; did you mean 'linear'"),
         ({"guidance_parallel": -1}, "guidance_parallel must be a finite number from 0 to 1"),
         ({"guidance_limit": 0.0}, "guidance_limit must be"),
+        ({"clip_skip": 1}, "clip_skip is for CLIP text encoders, got BertModel; leave it out"),
+        ({"clip_skip": -1}, "clip_skip must be a whole number from 0 to 24"),
         ({"sampler": EulerDiscreteScheduler(), "eta": 0.5}, "eta needs one of our samplers, got a scheduler object"),
         ({"sampler": EulerDiscreteScheduler(), "resampling": 2}, "resampling needs one of our samplers"),
     ],

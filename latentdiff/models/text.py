@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from latentdiff.errors import InputError
 
 if TYPE_CHECKING:
     from latentdiff.models.tokenizer import Tokenizer
@@ -69,10 +72,10 @@ class Encoded(NamedTuple):
 
 
 @torch.no_grad()
-def encode_penultimate(text: str, encoders: Sequence[tuple[Any, Tokenizer]]) -> Encoded:
+def encode_penultimate(text: str, encoders: Sequence[tuple[Any, Tokenizer]], clip_skip: int = 0) -> Encoded:
     """Return the states of the last layer but one of several CLIP encoders side by side, not normalised.
 
-    The pooled vector is that of the last encoder.
+    The pooled vector is that of the last encoder. `clip_skip` leaves out so many layers more.
 
     Source: Podell et al. 2023, arXiv 2307.01952, section 2.1.
     """
@@ -81,23 +84,35 @@ def encode_penultimate(text: str, encoders: Sequence[tuple[Any, Tokenizer]]) -> 
         tokens = tokenizer([text])
         rows = tokens.input_ids.reshape(tokens.n_chunks, -1).to(next(encoder.parameters()).device)
         encoded = encoder(rows)
-        states.append(encoded.hidden_states[-2])  # (n, L, D_i)
+        if clip_skip > len(encoded.hidden_states) - 2:
+            most = len(encoded.hidden_states) - 2
+            raise InputError(f"clip_skip must be from 0 to {most} for this model, got {clip_skip}; try 0")
+        states.append(encoded.hidden_states[-2 - clip_skip])  # (n, L, D_i)
         pooled, counts = encoded.pooled[0], tokens.counts
     return Encoded(torch.cat(states, dim=-1), pooled, counts[0])
 
 
 @torch.no_grad()
-def encode_prompts(texts: Sequence[str], text_encoder: Any, tokenizer: Tokenizer | None) -> tuple[Tensor, list[int]]:
+def encode_prompts(
+    texts: Sequence[str], text_encoder: Any, tokenizer: Tokenizer | None, clip_skip: int = 0
+) -> tuple[Tensor, list[int]]:
     """Return the token states (B, n, L, D) of texts, n windows of L tokens each, and the number of tokens of each.
 
     Padding is hidden from the encoder only where its config says `use_attention_mask`, as diffusers does. An encoder
     that comes without a tokenizer (`pixels.LabelEncoder`) takes the texts as they are.
+
+    Raises:
+        InputError: layers are to be left out (`clip_skip`) of an encoder that is not CLIP, or all of them.
     """
+    skipping = "clip_skip" in inspect.signature(text_encoder.forward).parameters
+    if clip_skip and not skipping:
+        raise InputError(f"clip_skip is for CLIP text encoders, got {type(text_encoder).__name__}; leave it out")
     if tokenizer is None:
         return text_encoder.encode(texts)
     tokens = tokenizer(list(texts))
     windows = (len(texts) * tokens.n_chunks, -1)
     device = next(text_encoder.parameters()).device
     mask = tokens.attention_mask.reshape(windows).to(device) if text_encoder.config.use_attention_mask else None
-    states = text_encoder(tokens.input_ids.reshape(windows).to(device), mask).last_hidden_state  # (B * n, L, D)
+    options = {"clip_skip": clip_skip} if skipping else {}
+    states = text_encoder(tokens.input_ids.reshape(windows).to(device), mask, **options).last_hidden_state
     return states.unflatten(0, (len(texts), tokens.n_chunks)), tokens.counts

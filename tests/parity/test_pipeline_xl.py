@@ -14,6 +14,7 @@ from latentdiff import Pipeline
 from latentdiff.checkpoints import Parts, load_pipeline, save_pipeline
 from latentdiff.checkpoints.inspect import describe_folder
 from latentdiff.diffusion import NoiseSchedule
+from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
@@ -98,6 +99,20 @@ def test_same_picture(model: Path, sampler: str, scheduler: str, negative: str) 
         expected = peer("the red fox", latents=noise, height=32, width=32, **peers).images
     assert (drawn - expected).abs().max() <= 2 / 255
     assert drawn.std() > 0.05
+
+
+def test_same_picture_with_layers_left_out(model: Path) -> None:
+    pipe, peer = Pipeline.from_pretrained(model, device="cpu"), theirs(model, "DDIMScheduler")
+    if "XLImg2Img" in type(peer).__name__:
+        pytest.skip("compared by the base model")
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {**SETTINGS, "latents": noise, "clip_skip": 1, "output_type": "pt"}
+    drawn = pipe("the red fox", sampler="ddim", **options).images
+    expected = peer("the red fox", height=32, width=32, **options).images
+    assert (drawn - expected).abs().max() <= 2 / 255
+    assert not torch.allclose(drawn, pipe("the red fox", sampler="ddim", **{**options, "clip_skip": 0}).images)
+    with pytest.raises(InputError, match="clip_skip must be from 0 to 2 for this model, got 9"):
+        pipe("the red fox", clip_skip=9)
 
 
 def test_round_trip(model: Path, tmp_path: Path) -> None:
