@@ -25,7 +25,6 @@ from latentdiff.diffusion import (
     SchedulerPlan,
     Step,
     adaptive_projected,
-    as_denoiser,
     classifier_free,
     draw_noise,
     guidance_scales,
@@ -38,10 +37,9 @@ from latentdiff.diffusion import (
     slerp,
     start,
 )
-from latentdiff.diffusion.prediction import Denoiser, Network
+from latentdiff.diffusion.prediction import Network
 from latentdiff.errors import InputError
 from latentdiff.images import from_tensor, to_unit_range
-from latentdiff.models.pixels import PixelSpace
 from latentdiff.models.text import Encoded, encode_penultimate, encode_prompts
 from latentdiff.result import Result
 from latentdiff.settings import Settings
@@ -102,7 +100,7 @@ class Drawing:
         if self.pixels is not None:
             latents = self._finite(lambda model, x: model.encode(x).mode(), self.pixels)  # (1, C, h, w)
             self.image_latents = latents * parts.autoencoder.config.scaling_factor
-        self.kept = self._kept() if self.unet.config.in_channels == 2 * self.shape[0] + 1 else None
+        self.kept = self._kept() if parts.inpaints else None
 
     def _kept(self) -> Tensor:
         """Return what an inpainting network sees besides x: the mask and the latents of what is kept, (1, 1 + C, h, w).
@@ -173,7 +171,7 @@ class Drawing:
                 known = Known(mask, latents)
                 if self.settings.strength == 1:  # nothing of the image is left where it is drawn anew
                     x = torch.lerp(x, start(self.plan, noise), mask)
-            steps = sample(self._denoiser(network), self.plan, x, generators, known)
+            steps = sample(self.parts.denoiser(network), self.plan, x, generators, known)
         for step in steps:
             on_step(step)
         return step.x
@@ -182,7 +180,7 @@ class Drawing:
         """Return the noise (1, C, h, w) float32 from which the sampler ddim draws the image."""
         assert self.image_latents is not None
         plan = make_inversion_plan(self.parts.schedule, self.settings.num_inference_steps, iterations)
-        *_, step = sample(self._denoiser(self._network([0], plan)), plan, self.image_latents)
+        *_, step = sample(self.parts.denoiser(self._network([0], plan)), plan, self.image_latents)
         return step.x
 
     def _initial_noise(self, images: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
@@ -238,10 +236,6 @@ class Drawing:
             token_counts=[self.encoded[one["prompt"]].tokens for one in own],
             notes=self.notes,
         )
-
-    def _denoiser(self, network: Network) -> Denoiser:
-        limit = 1.0 if isinstance(self.autoencoder, PixelSpace) else None
-        return as_denoiser(network, self.parts.schedule.prediction_type, self.unet.config.self_conditioning, limit)
 
     def _network(self, images: Sequence[int], plan: Plan | SchedulerPlan) -> Network:
         """Return the guided network for a batch of images, text and time computed once."""

@@ -29,6 +29,7 @@ from latentdiff.checkpoints.folder import (
     weight_files,
 )
 from latentdiff.checkpoints.header import TensorInfo, read_header
+from latentdiff.diffusion.prediction import Denoiser, Network, as_denoiser
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import ModelConfigError, ModelLoadError, ModelMismatchError, ModelValueError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -96,6 +97,19 @@ class Parts:
     force_zeros: bool = False
     name: str = "unsaved"
     folder: Path | None = None
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the U-Net sees a mask and the latents of what is kept beside its own."""
+        assert self.unet is not None
+        config = self.unet.config
+        return not config.self_conditioning and config.in_channels == 2 * self.autoencoder.config.latent_channels + 1
+
+    def denoiser(self, network: Network) -> Denoiser:
+        """Return a function that gives this model's U-Net's outputs, guided or not, as samplers call it."""
+        assert self.unet is not None
+        limit = 1.0 if isinstance(self.autoencoder, PixelSpace) else None
+        return as_denoiser(network, self.schedule.prediction_type, self.unet.config.self_conditioning, limit)
 
     @cached_property
     def model_hash(self) -> str:
@@ -332,9 +346,7 @@ def check_fit(folder: Path, parts: Parts) -> None:
     learned = parts.schedule.variance_type == "learned_range"
     width = unet.cross_attention_dim if isinstance(unet.cross_attention_dim, int) else unet.cross_attention_dim[0]
     encoders = [encoder for encoder in (parts.text_encoder, parts.text_encoder_2) if encoder is not None]
-    expected = channels * (1 + unet.self_conditioning)
-    if not unet.self_conditioning and unet.in_channels == 2 * channels + 1:
-        expected = unet.in_channels  # an inpainting model, which sees a mask and the latents of what is kept
+    expected = 2 * channels + 1 if parts.inpaints else channels * (1 + unet.self_conditioning)
     pairs = {
         "input channels of unet and those of vae": (unet.in_channels, expected),
         "output channels of unet and those of vae": (unet.out_channels, channels * (1 + learned)),

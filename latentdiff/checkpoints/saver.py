@@ -118,7 +118,7 @@ def _pipeline_class(parts: Parts, alone: bool) -> str:
     if isinstance(parts.autoencoder, PixelSpace) or isinstance(parts.text_encoder, LabelEncoder):
         return "LatentdiffPipeline"
     size = "XL" if parts.unet.config.addition_embed_type is not None else ""
-    task = "Inpaint" if parts.unet.config.in_channels == 2 * parts.autoencoder.config.latent_channels + 1 else ""
+    task = "Inpaint" if parts.inpaints else ""
     return f"StableDiffusion{size}{'Img2Img' if alone else task}Pipeline"
 
 

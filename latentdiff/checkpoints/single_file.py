@@ -48,15 +48,12 @@ TEXT_MODEL = "text_model."
 NAMED = 5  # tensors in an error
 
 
-def load_single_file(
-    path: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", name: str | None = None
-) -> Parts:
+def load_single_file(path: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Parts:
     """Load all parts of a model from one file.
 
     Args:
         path: of the safetensors file.
         dtype, device: of the weights in memory.
-        name: how settings refer to the model.
 
     Raises:
         ModelLoadError: the file was refused; the subclass says why.
@@ -94,7 +91,7 @@ def load_single_file(
         text_encoder_2=encoders[1] if second else None,
         tokenizer_2=tokenizers[1] if second else None,
         force_zeros=shape.get("force_zeros", False),
-        name=name or str(path),
+        name=str(path),
         folder=path,
     )
     check_fit(path, parts)
@@ -197,7 +194,7 @@ def _load(
         wanted, found = place.shape(tuple(expected[name].shape)), tensors.get(prefix + place.name)
         if found is None:
             wrong.append(f"{prefix}{place.name} is missing")
-        elif found.dtype not in FLOATS or (found.shape != wanted and found.shape != wanted[:2]):
+        elif found.dtype not in FLOATS or found.shape not in (wanted, wanted[:2] if place.as_convolution else wanted):
             wrong.append(f"{prefix}{place.name} is {found.dtype} {list(found.shape)} instead of {list(wanted)}")
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.checkpoints import Parts
-from latentdiff.diffusion import as_denoiser, draw_noise, image_generator
+from latentdiff.diffusion import draw_noise, image_generator
 from latentdiff.diffusion.likelihood import LEVELS, discretised, ode_likelihood, variational_bound
 from latentdiff.diffusion.prediction import Denoiser
 from latentdiff.models.pixels import PixelSpace
@@ -90,12 +90,7 @@ def network_of(parts: Parts, texts: Sequence[str]) -> Denoiser:
     unet, dtype = parts.unet, parts.unet.conv_in.weight.dtype
     windows = [encode_prompts([text], parts.text_encoder, parts.tokenizer)[0][0, 0] for text in texts]
     context = torch.stack(windows).to(dtype)  # (B, L, D)
-    return as_denoiser(
-        lambda x, call: unet(x.to(dtype), call.timesteps, context).float(),
-        parts.schedule.prediction_type,
-        unet.config.self_conditioning,
-        limit=1.0 if isinstance(parts.autoencoder, PixelSpace) else None,
-    )
+    return parts.denoiser(lambda x, call: unet(x.to(dtype), call.timesteps, context).float())
 
 
 @torch.no_grad()

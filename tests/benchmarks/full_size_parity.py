@@ -27,6 +27,8 @@ from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.models.tiny import relative_error
 from tests.parity.published import AUTOENCODERS, CLIPS, UNETS
+from tests.parity.test_clip import renamed
+from tests.parity.test_unet import call
 
 LATENTS = (16, 16)  # height and width
 POOLED = 1280  # width of the pooled text of Stable Diffusion XL
@@ -70,16 +72,7 @@ def unet(config: dict[str, Any]) -> dict[str, float]:
     shape = UNetConfig.from_dict(config)
     ours = ours_of(lambda: UNet2DConditionModel(shape), reference.state_dict())
     inputs = inputs_of(shape)
-    added = inputs.get("added") or {}
-    expected = reference(
-        inputs["sample"],
-        inputs["timesteps"],
-        inputs["context"],
-        class_labels=inputs.get("class_labels"),
-        timestep_cond=added.get("timestep_cond"),
-        added_cond_kwargs=added,
-    ).sample
-    return {"output": relative_error(ours(**inputs), expected)}
+    return {"output": relative_error(ours(**inputs), call(reference, inputs))}
 
 
 def inputs_of(shape: UNetConfig) -> dict[str, Any]:
@@ -120,10 +113,7 @@ def text_encoder(config: dict[str, Any]) -> dict[str, float]:
 
     shape = CLIPTextConfig.from_dict(config)
     reference: Any = (Projected if shape.with_projection else Plain)(TheirConfig(**config)).eval()
-    kept = ("text_model.", "text_projection.")
-    states = reference.state_dict()
-    weights = {name if name.startswith(kept) else f"text_model.{name}": tensor for name, tensor in states.items()}
-    ours = ours_of(lambda: CLIPTextModel(shape), weights)
+    ours = ours_of(lambda: CLIPTextModel(shape), renamed(reference.state_dict()))
     ids = torch.tensor([[49406, 320, 1125, 539, 320, 2368, *[49407] * 71]])
     expected, found = reference(ids, output_hidden_states=True), ours(ids)
     pooled = expected.text_embeds if shape.with_projection else expected.pooler_output
