@@ -169,6 +169,7 @@ def _report(options: argparse.Namespace, result: Result, written: dict[int, Path
             "prompts": [result.own[index]["prompt"] for index in written],
             "seeds": [result.seeds[index] for index in written],
             "token_counts": [result.token_counts[index] for index in written],
+            "window_counts": [result.window_counts[index] for index in written],
         }
         print(json.dumps({**pictures, "settings": result.settings, "notes": result.notes, **more}))
     else:

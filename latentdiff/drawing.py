@@ -40,7 +40,7 @@ from latentdiff.diffusion import (
 from latentdiff.diffusion.prediction import Network
 from latentdiff.errors import InputError
 from latentdiff.images import from_tensor, to_unit_range
-from latentdiff.models.text import Encoded, encode_penultimate, encode_prompts
+from latentdiff.models.encoding import Encoded
 from latentdiff.result import Result
 from latentdiff.settings import Settings
 
@@ -94,7 +94,9 @@ class Drawing:
         self.noise = None if noise is None else _checked_noise(noise, (settings.count, *self.shape))
         self.plan = self._plan(scheduler)
         texts = dict.fromkeys(["", settings.negative_prompt, settings.blend_prompt, *settings.prompts])
-        self.encoded = {text: encode(parts, text, settings.clip_skip) for text in texts}
+        options: dict[str, Any] = {"clip_skip": settings.clip_skip, "weighted": settings.prompt_weights}
+        # One by one, so that no text has a say in the rounding of another.
+        self.encoded = {text: parts.prompt_encoder([text], **options)[0] for text in texts}
         self.pixels, self.mask = (x if x is None else x.to(self.device) for x in (canvas.pixels, canvas.mask))
         self.image_latents: Tensor | None = None
         if self.pixels is not None:
@@ -234,6 +236,7 @@ class Drawing:
             settings=records[0] | made_with,
             own=own,
             token_counts=[self.encoded[one["prompt"]].tokens for one in own],
+            window_counts=[len(self.encoded[one["prompt"]].states) for one in own],
             notes=self.notes,
         )
 
@@ -330,16 +333,6 @@ class Drawing:
             half = len(texts) // 2
             ids = [[*size, 0.0, 0.0, score] for score in [2.5] * half + [6.0] * half]
         return {"text_embeds": embeds, "time_ids": torch.tensor(ids, device=self.device)}
-
-
-def encode(parts: Parts, text: str, clip_skip: int) -> Encoded:
-    """Return what the text encoders of a model make of a text, some of the last layers left out."""
-    assert parts.unet is not None
-    if parts.unet.config.addition_embed_type is None:
-        states, counts = encode_prompts([text], parts.text_encoder, parts.tokenizer, clip_skip)
-        return Encoded(states[0], None, counts[0])
-    pairs = ((parts.text_encoder, parts.tokenizer), (parts.text_encoder_2, parts.tokenizer_2))
-    return encode_penultimate(text, [(encoder, words) for encoder, words in pairs if encoder and words], clip_skip)
 
 
 def device_of(parts: Parts) -> torch.device:

@@ -117,6 +117,7 @@ class Pipeline:
         blend_prompt: str = Settings.blend_prompt,
         blend: float = Settings.blend,
         clip_skip: int = Settings.clip_skip,
+        prompt_weights: bool = Settings.prompt_weights,
         height: int | None = None,
         width: int | None = None,
         latents: Tensor | None = None,
@@ -167,6 +168,7 @@ class Pipeline:
             blend_prompt=blend_prompt,
             blend=blend,
             clip_skip=clip_skip,
+            prompt_weights=prompt_weights,
             height=height,
             width=width,
         )

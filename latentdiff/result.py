@@ -29,6 +29,7 @@ class Result:
         settings: what all images have in common.
         own: what each image has besides, its place in its batch included; see `record`.
         token_counts: tokens of each image's prompt, begin and end included.
+        window_counts: in how many windows of the text encoder that prompt was encoded; 1 unless it is long.
         notes: what the caller should know, such as a picture that had to be decoded in float32.
     """
 
@@ -37,6 +38,7 @@ class Result:
     settings: dict[str, Any]
     own: list[dict[str, Any]]
     token_counts: list[int]
+    window_counts: list[int]
     notes: list[str]
 
     def record(self, index: int) -> dict[str, Any]:

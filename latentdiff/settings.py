@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from latentdiff.errors import InputError, suggest
-from latentdiff.prompts import check_prompt, check_prompts
+from latentdiff.prompts import check_prompt, check_prompts, parse_weights
 
 __all__ = ["SIDES", "SIZE_MULTIPLE", "Settings", "check_integer", "check_number", "check_size", "parameters_text"]
 
@@ -33,7 +33,7 @@ SHARES = {
 # Settings that pictures drawn before there were such settings do without.
 LATER = (
     *("guidance_schedule", "guidance_parallel", "guidance_limit", "eta", "resampling", "outpaint"),
-    *("variation_strength", "variation_seed", "blend_prompt", "blend", "clip_skip"),
+    *("variation_strength", "variation_seed", "blend_prompt", "blend", "clip_skip", "prompt_weights"),
 )
 
 
@@ -65,6 +65,7 @@ class Settings:
         blend_prompt: a second text, to draw something between.
         blend: 0 to 1, how far each prompt's states are moved towards those of `blend_prompt`.
         clip_skip: 0 to 24, how many of the last layers of CLIP text encoders are left out.
+        prompt_weights: read `(fox:1.3)` in the texts as a fox of weight 1.3, see `prompts.parse_weights`.
         height, width: pixels, multiples of 8; None for the model's own. Of the image, where it is outpainted.
 
     Raises:
@@ -92,6 +93,7 @@ class Settings:
     blend_prompt: str = ""
     blend: float = 0.0
     clip_skip: int = 0
+    prompt_weights: bool = True
     height: int | None = None
     width: int | None = None
 
@@ -106,6 +108,11 @@ class Settings:
             check_number(name, getattr(self, name), 0, 1, remedy)
         check_integer("resampling", self.resampling, 1, 100, "try 5")
         check_integer("clip_skip", self.clip_skip, 0, 24, "try 1")
+        if not isinstance(self.prompt_weights, bool):
+            raise InputError(f"prompt_weights must be True or False, got {self.prompt_weights!r:.80}; leave it out")
+        if self.prompt_weights:
+            for text in (*self.prompts, self.negative_prompt, self.blend_prompt):
+                parse_weights(text)
         check_integer("num_images", self.num_images, 1, MAX_IMAGES, "try 4")
         check_integer("number of images in all", self.count, 1, MAX_IMAGES, "draw them in several runs")
         for name in ("seed", "variation_seed"):
@@ -148,7 +155,7 @@ class Settings:
                 value = getattr(self, item.name)
                 if isinstance(value, tuple):
                     value = list(value)
-                elif value is not None and not isinstance(value, str):
+                elif value is not None and not isinstance(value, (str, bool)):
                     value = float(value) if item.type in ("float", "float | None") else int(value)
                 values[item.name] = value
         values["seed"], values["variation_seed"] = self.seeds(index)
@@ -161,7 +168,7 @@ class Settings:
         Raises:
             InputError: a key is missing or a value cannot be used.
         """
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = {"prompt_weights": False}  # brackets were plain text before there was such a setting
         for item in fields(cls):
             key = "prompt" if item.name == "prompts" else item.name
             if key in record:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from latentdiff.errors import InputError, suggest
-from latentdiff.prompts import MAX_PROMPT_LENGTH, check_prompt, check_prompts, slug
+from latentdiff.prompts import MAX_PROMPT_LENGTH, check_prompt, check_prompts, parse_weights, slug
 
 
 @pytest.mark.parametrize(
@@ -55,3 +57,43 @@ def test_suggest_names_the_nearest_or_all() -> None:
     assert suggest("EULER", ["ddim", "euler"]) == "; did you mean 'euler'?"
     assert suggest("qqq", ["ddim", "euler"]) == "; choose one of ddim, euler"
     assert suggest("qqq", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces"),
+    [
+        ("a red fox", [("a red fox", 1.0)]),
+        ("", [("", 1.0)]),
+        ("a (red) fox", [("a ", 1.0), ("red", 1.1), (" fox", 1.0)]),
+        ("a [red] fox", [("a ", 1.0), ("red", 1 / 1.1), (" fox", 1.0)]),
+        ("a (red:1.3) fox", [("a ", 1.0), ("red", 1.3), (" fox", 1.0)]),
+        ("(red: .5 )", [("red", 0.5)]),
+        ("(a (b:2) c)", [("a ", 1.1), ("b", 2.2), (" c", 1.1)]),
+        ("((a))", [("a", 1.1 * 1.1)]),
+        (r"a \(red\) fox \[x\] \\", [("a (red) fox [x] \\", 1.0)]),
+        ("(a [b", [("a ", 1.1), ("b", 1 / 1.1 * 1.1)]),
+        ("a) b] c:2) 16:9", [("a) b] c:2) 16:9", 1.0)]),
+        ("[a:0.5]", [("a:0.5", 1 / 1.1)]),
+        (r"a \n b", [(r"a \n b", 1.0)]),
+    ],
+)
+def test_weights(prompt: str, pieces: list[tuple[str, float]]) -> None:
+    found = parse_weights(prompt)
+    assert [text for text, _ in found] == [text for text, _ in pieces]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in pieces])
+
+
+def test_weights_beyond_reason_are_refused() -> None:
+    with pytest.raises(InputError, match="must be from -10 to 10, got 11 for 'fox'"):
+        parse_weights("a (fox:11)")
+
+
+@given(st.text(alphabet="ab ()[]:\\.123"))
+def test_any_prompt_has_weights(prompt: str) -> None:
+    try:
+        pieces = parse_weights(prompt)
+    except InputError:
+        return
+    assert all(-10 <= weight <= 10 for _, weight in pieces)
+    if not set(prompt) & set("()[]\\"):
+        assert pieces == [(prompt, 1.0)]

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from latentdiff.checkpoints import Parts
 from latentdiff.errors import StorageError
 from latentdiff.images import to_tensor
-from latentdiff.models.text import encode_prompts
 from training.augment import render_variant
 from training.config import DataConfig
 from training.dataset import CaptionedImages
@@ -99,9 +98,9 @@ def _write(place: Path, pictures: list[np.ndarray], captions: list[str], parts: 
     too_long = 0
     with (temporary / "contexts.f16").open("wb") as stream:
         for start in tqdm(range(0, len(captions), 256), desc="captions", unit="batch"):
-            windows, counts = encode_prompts(captions[start : start + 256], parts.text_encoder, parts.tokenizer)
-            states = windows[:, 0]  # (B, L, D)
-            too_long += sum(count > states.shape[1] for count in counts)
+            encoded = parts.prompt_encoder(captions[start : start + 256])
+            states = torch.stack([caption.states[0] for caption in encoded])  # (B, L, D)
+            too_long += sum(len(caption.states) > 1 for caption in encoded)
             stream.write(states.half().cpu().numpy().tobytes())
             shapes["contexts"] = [len(captions), *states.shape[1:]]
     if too_long:

@@ -63,9 +63,11 @@ CLASSES: dict[str, tuple[str, ...]] = {
     ),
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "PixelSpace"),
-    "text_encoder": ("BertModel", "CLIPTextModel", "LabelEncoder"),
+    "text_encoder": ("BertModel", "CLIPTextModel", "LabelEncoder", "T5EncoderModel"),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "tokenizer": ("BertTokenizer", "BertTokenizerFast", "CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer": (
+        *("BertTokenizer", "BertTokenizerFast", "CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast"),
+    ),
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")

@@ -36,21 +36,23 @@ from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.bert import BertConfig, BertModel
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.config import ModelConfig
+from latentdiff.models.encoding import PenultimateStates, PromptEncoder, TokenStates
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
+from latentdiff.models.t5 import T5Config, T5EncoderModel
 from latentdiff.models.tokenizer import Tokenizer
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 
 __all__ = ["KINDS", "Kind", "Parts", "load_autoencoder", "load_pipeline", "load_text_encoder"]
 
 Autoencoder = AutoencoderKL | PixelSpace
-TextEncoder = BertModel | CLIPTextModel | LabelEncoder
+TextEncoder = BertModel | CLIPTextModel | LabelEncoder | T5EncoderModel
 
 # How many layers a configuration asks for is the product of these keys; each layer has at least one tensor.
-COUNT_KEYS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
+COUNT_KEYS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers", "num_layers")
 MAX_NUMBER = 2**24  # of any whole number in a configuration
 FLOATS = ("F16", "BF16", "F32", "F64")
-# Tables that older files carry and no network needs.
-IGNORED_TENSORS = ("embeddings.position_ids", "text_model.embeddings.position_ids")
+# Tables that older files carry and no network needs, and weights that stand there twice.
+IGNORED_TENSORS = ("embeddings.position_ids", "text_model.embeddings.position_ids", "encoder.embed_tokens.weight")
 # Names of the attention layer in autoencoders published before 2023.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -71,6 +73,7 @@ KINDS: dict[str, Kind] = {
     "CLIPTextModelWithProjection": Kind(CLIPTextConfig, CLIPTextModel, "model"),
     "PixelSpace": Kind(PixelSpaceConfig, PixelSpace, "diffusion_pytorch_model"),
     "LabelEncoder": Kind(LabelConfig, LabelEncoder, "model"),
+    "T5EncoderModel": Kind(T5Config, T5EncoderModel, "model"),
 }
 
 
@@ -97,6 +100,17 @@ class Parts:
     force_zeros: bool = False
     name: str = "unsaved"
     folder: Path | None = None
+
+    @property
+    def prompt_encoder(self) -> PromptEncoder:
+        """What turns prompts into context, with the encoders that the U-Net was trained with."""
+        if isinstance(self.text_encoder, LabelEncoder):
+            return self.text_encoder
+        assert self.tokenizer is not None
+        if self.unet is None or self.unet.config.addition_embed_type is None:
+            return TokenStates(self.text_encoder, self.tokenizer)
+        pairs: tuple[Any, ...] = ((self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2))
+        return PenultimateStates([pair for pair in pairs if pair[0] is not None])
 
     @property
     def inpaints(self) -> bool:
@@ -186,7 +200,9 @@ def load_text_encoder(
         ModelLoadError: see `load_pipeline`.
     """
     folder = Path(path)
-    return _load(folder, "text_encoder", ("BertModel", "CLIPTextModel"), dtype, device), _load_tokenizer(folder)
+    return _load(
+        folder, "text_encoder", ("BertModel", "CLIPTextModel", "T5EncoderModel"), dtype, device
+    ), _load_tokenizer(folder)
 
 
 def _load(root: Path, component: str, classes: tuple[str, ...], dtype: torch.dtype, device: str | torch.device) -> Any:

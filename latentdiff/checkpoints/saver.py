@@ -25,6 +25,7 @@ TOKENIZER_CLASS = {
     "BertModel": "BertTokenizer",
     "CLIPTextModel": "CLIPTokenizer",
     "CLIPTextModelWithProjection": "CLIPTokenizer",
+    "T5EncoderModel": "T5Tokenizer",
 }
 # Whose class a component's name in model_index.json is, unless it is one that only this package has.
 LIBRARIES = {

@@ -15,7 +15,6 @@ from latentdiff.diffusion import draw_noise, image_generator
 from latentdiff.diffusion.likelihood import LEVELS, discretised, ode_likelihood, variational_bound
 from latentdiff.diffusion.prediction import Denoiser
 from latentdiff.models.pixels import PixelSpace
-from latentdiff.models.text import encode_prompts
 
 __all__ = ["negative_log_likelihood", "network_of"]
 
@@ -88,8 +87,7 @@ def network_of(parts: Parts, texts: Sequence[str]) -> Denoiser:
     """Return the denoiser of a batch of images with a text each, without guidance."""
     assert parts.unet is not None
     unet, dtype = parts.unet, parts.unet.conv_in.weight.dtype
-    windows = [encode_prompts([text], parts.text_encoder, parts.tokenizer)[0][0, 0] for text in texts]
-    context = torch.stack(windows).to(dtype)  # (B, L, D)
+    context = torch.stack([encoded.states[0] for encoded in parts.prompt_encoder(texts)]).to(dtype)  # (B, L, D)
     return parts.denoiser(lambda x, call: unet(x.to(dtype), call.timesteps, context).float())
 
 

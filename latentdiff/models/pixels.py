@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from latentdiff.errors import InputError, suggest
 from latentdiff.models.autoencoder import DiagonalGaussian
 from latentdiff.models.config import ModelConfig, require, require_positive
+from latentdiff.models.encoding import Encoded
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,14 @@ class LabelEncoder(nn.Module):
             self.embedding.weight.copy_(torch.eye(config.hidden_size + 1)[: len(config.labels) + 1, 1:])
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> tuple[Tensor, list[int]]:
-        """Return the states (B, 1, 1, D) of labels, and how many tokens each has: 1, or 0 for the empty text.
+    def forward(self, texts: Sequence[str], *, clip_skip: int = 0, weighted: bool = False) -> list[Encoded]:
+        """Return labels as prompts of one token, or none for the empty text; see `encoding.PromptEncoder`.
 
         Raises:
-            InputError: a text is none of the labels; the nearest one is offered.
+            InputError: a text is none of the labels; the nearest one is offered. Layers are to be left out.
         """
+        if clip_skip:
+            raise InputError("clip_skip is for CLIP text encoders, got classes; leave it out")
         numbers = []
         for text in texts:
             known = text in self.config.labels
@@ -113,4 +116,5 @@ class LabelEncoder(nn.Module):
                 )
             numbers.append(self.config.labels.index(text) + 1 if known else 0)
         rows = torch.tensor(numbers, device=self.embedding.weight.device)
-        return self.embedding(rows)[:, None, None], [int(number > 0) for number in numbers]
+        states, mask = self.embedding(rows)[:, None, None], (rows > 0)[:, None, None]  # (B, 1, 1, D), (B, 1, 1)
+        return [Encoded(states[i], mask[i], None, int(number > 0)) for i, number in enumerate(numbers)]

@@ -1,20 +1,13 @@
-"""What the text encoders share: prompts to states, their result, multi-head attention, the activations configs name."""
+"""What the text encoders share: their result, multi-head attention, the activations that configs name."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from latentdiff.errors import InputError
-
-if TYPE_CHECKING:
-    from latentdiff.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -23,12 +16,12 @@ class TextStates:
 
     Attributes:
         last_hidden_state: one vector per token, (B, L, D).
-        pooled: one vector per prompt, (B, P).
+        pooled: one vector per prompt, (B, P); None where the encoder has none.
         hidden_states: the embeddings and the output of each layer, each (B, L, D), before any final norm.
     """
 
     last_hidden_state: Tensor
-    pooled: Tensor
+    pooled: Tensor | None
     hidden_states: tuple[Tensor, ...]
 
 
@@ -55,64 +48,3 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
-
-
-class Encoded(NamedTuple):
-    """What a model's text encoders make of one text.
-
-    Attributes:
-        states: (n, L, D), n windows of L tokens.
-        pooled: (P,), one vector for the whole text (its first window), where the model wants that.
-        tokens: how many, begin and end included.
-    """
-
-    states: Tensor
-    pooled: Tensor | None
-    tokens: int
-
-
-@torch.no_grad()
-def encode_penultimate(text: str, encoders: Sequence[tuple[Any, Tokenizer]], clip_skip: int = 0) -> Encoded:
-    """Return the states of the last layer but one of several CLIP encoders side by side, not normalised.
-
-    The pooled vector is that of the last encoder. `clip_skip` leaves out so many layers more.
-
-    Source: Podell et al. 2023, arXiv 2307.01952, section 2.1.
-    """
-    states, pooled, counts = [], None, [0]
-    for encoder, tokenizer in encoders:
-        tokens = tokenizer([text])
-        rows = tokens.input_ids.reshape(tokens.n_chunks, -1).to(next(encoder.parameters()).device)
-        encoded = encoder(rows)
-        if clip_skip > len(encoded.hidden_states) - 2:
-            most = len(encoded.hidden_states) - 2
-            raise InputError(f"clip_skip must be from 0 to {most} for this model, got {clip_skip}; try 0")
-        states.append(encoded.hidden_states[-2 - clip_skip])  # (n, L, D_i)
-        pooled, counts = encoded.pooled[0], tokens.counts
-    return Encoded(torch.cat(states, dim=-1), pooled, counts[0])
-
-
-@torch.no_grad()
-def encode_prompts(
-    texts: Sequence[str], text_encoder: Any, tokenizer: Tokenizer | None, clip_skip: int = 0
-) -> tuple[Tensor, list[int]]:
-    """Return the token states (B, n, L, D) of texts, n windows of L tokens each, and the number of tokens of each.
-
-    Padding is hidden from the encoder only where its config says `use_attention_mask`, as diffusers does. An encoder
-    that comes without a tokenizer (`pixels.LabelEncoder`) takes the texts as they are.
-
-    Raises:
-        InputError: layers are to be left out (`clip_skip`) of an encoder that is not CLIP, or all of them.
-    """
-    skipping = "clip_skip" in inspect.signature(text_encoder.forward).parameters
-    if clip_skip and not skipping:
-        raise InputError(f"clip_skip is for CLIP text encoders, got {type(text_encoder).__name__}; leave it out")
-    if tokenizer is None:
-        return text_encoder.encode(texts)
-    tokens = tokenizer(list(texts))
-    windows = (len(texts) * tokens.n_chunks, -1)
-    device = next(text_encoder.parameters()).device
-    mask = tokens.attention_mask.reshape(windows).to(device) if text_encoder.config.use_attention_mask else None
-    options = {"clip_skip": clip_skip} if skipping else {}
-    states = text_encoder(tokens.input_ids.reshape(windows).to(device), mask, **options).last_hidden_state
-    return states.unflatten(0, (len(texts), tokens.n_chunks)), tokens.counts

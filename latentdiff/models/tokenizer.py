@@ -1,4 +1,4 @@
-"""Prompts to token numbers, on the `tokenizers` library alone: what transformers' Bert- and CLIPTokenizer give.
+"""Prompts to token numbers, on the `tokenizers` library alone: what transformers' tokenizers of BERT, CLIP and T5 give.
 
 A prompt longer than the text encoder's window becomes several windows; nothing is cut off.
 """
@@ -36,7 +36,7 @@ FILES = (
 )
 TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TOKEN_FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
-# Special tokens where the folder names none, by the model inside tokenizer.json: WordPiece is BERT, BPE is CLIP.
+# Special tokens where the folder names none, by the model inside tokenizer.json: that of BERT, CLIP and T5.
 SPECIAL_TOKENS = {
     "WordPiece": {
         "cls_token": "[CLS]",
@@ -51,11 +51,19 @@ SPECIAL_TOKENS = {
         "pad_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
     },
+    "Unigram": {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
 }
-BEGIN_END = {"WordPiece": ("cls_token", "sep_token"), "BPE": ("bos_token", "eos_token")}
+BEGIN_END = {
+    "WordPiece": ("cls_token", "sep_token"),
+    "BPE": ("bos_token", "eos_token"),
+    "Unigram": (None, "eos_token"),
+}
 # What CLIP takes for a word: endings after an apostrophe, runs of letters, single digits, runs of other signs.
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 LONGEST_WINDOW = 100_000
+
+Pieces = Sequence[tuple[str, float]]
+"""A prompt in pieces, each with its weight."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +73,18 @@ class TokenBatch:
     Attributes:
         input_ids: (B, n_chunks * L) int64, window after window, each with its own begin and end token and padding.
         attention_mask: (B, n_chunks * L) int64, 0 for padding.
+        weights: (B, n_chunks * L) float32, how much each token counts; 1 for those that no prompt asked for.
         n_chunks: windows per prompt, the same for all; prompts with fewer have empty ones at the end.
         counts: tokens of each prompt with one begin and one end token; above L it fills several windows.
+        windows: how many windows each prompt fills.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
+    weights: Tensor
     n_chunks: int
     counts: list[int]
+    windows: list[int]
 
 
 class Tokenizer:
@@ -132,31 +144,49 @@ class Tokenizer:
                 f"could not write the tokenizer to {folder}: {error}; free space or choose another folder"
             ) from error
 
-    def __call__(self, prompts: Sequence[str]) -> TokenBatch:
+    def __call__(self, prompts: Sequence[str | Pieces]) -> TokenBatch:
         """Return the tokens of each prompt, in as many windows as the longest one needs.
+
+        Args:
+            prompts: each a text, or pieces of one with their weights.
 
         Raises:
             InputError: `prompts` is one string instead of a list.
         """
         if isinstance(prompts, str):
             raise InputError("prompts must be a list of strings, got one string; write [prompt]")
-        contents = [self._backend.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
-        room = self.model_max_length - 2
-        n_chunks = max([1, *(-(-len(content) // room) for content in contents)])
-        ids, mask = [], []
+        contents = [self._numbers(prompt) for prompt in prompts]
+        marks = len(self._begin) + len(self._end)
+        room = self.model_max_length - marks
+        windows = [max(1, -(-len(content) // room)) for content in contents]
+        n_chunks = max([1, *windows])
+        ids, mask, weights = [], [], []
         for content in contents:
             for start in range(0, n_chunks * room, room):
-                window = [self._begin, *content[start : start + room], self._end]
+                part = content[start : start + room]
+                window = [*self._begin, *(number for number, _ in part), *self._end]
                 padding = self.model_max_length - len(window)
                 ids.append(window + [self.pad_token_id] * padding)
                 mask.append([1] * len(window) + [0] * padding)
+                own = [1.0] * len(self._begin) + [weight for _, weight in part]
+                weights.append(own + [1.0] * (self.model_max_length - len(own)))
         shape = (len(contents), n_chunks * self.model_max_length)
         return TokenBatch(
             torch.tensor(ids, dtype=torch.int64).reshape(shape),
             torch.tensor(mask, dtype=torch.int64).reshape(shape),
+            torch.tensor(weights, dtype=torch.float32).reshape(shape),
             n_chunks,
-            [len(content) + 2 for content in contents],
+            [len(content) + marks for content in contents],
+            windows,
         )
+
+    def _numbers(self, prompt: str | Pieces) -> list[tuple[int, float]]:
+        """Return the tokens of a prompt with their weights."""
+        pieces = [(prompt, 1.0)] if isinstance(prompt, str) else prompt
+        found = []
+        for text, weight in pieces:
+            found += [(number, weight) for number in self._backend.encode(text, add_special_tokens=False).ids]
+        return found
 
     def _build(self, settings: Mapping[str, Any]) -> None:
         self._backend = self._read_backend(settings)
@@ -164,11 +194,14 @@ class Tokenizer:
         self._backend.no_truncation()
         kind = type(self._backend.model).__name__
         if kind not in SPECIAL_TOKENS:
-            raise ModelConfigError(f"{self._place} must be a BERT (WordPiece) or CLIP (BPE) tokenizer, got {kind}")
+            raise ModelConfigError(
+                f"{self._place} must be a BERT (WordPiece), CLIP (BPE) or T5 (Unigram) tokenizer, got {kind}"
+            )
         special = {**SPECIAL_TOKENS[kind], **{key: settings[key] for key in TOKEN_KEYS if settings.get(key)}}
         self._add_tokens(special, settings.get("added_tokens_decoder") or {})
         begin, end = BEGIN_END[kind]
-        self._begin, self._end = self._number(special[begin]), self._number(special[end])
+        self._begin = [] if begin is None else [self._number(special[begin])]
+        self._end = [self._number(special[end])]
         self.pad_token_id = self._number(special["pad_token"])
         self.model_max_length = self._window(settings)
 

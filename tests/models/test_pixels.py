@@ -57,15 +57,18 @@ def test_pixel_space_changes_nothing(channels: int) -> None:
 
 def test_labels_are_unit_vectors_and_the_empty_prompt_is_zero() -> None:
     encoder = LabelEncoder(LabelConfig(labels=("a", "b"), hidden_size=3))
-    states, counts = encoder.encode(["b", "", "a"])
-    assert states[:, 0, 0].tolist() == [[0, 1, 0], [0, 0, 0], [1, 0, 0]]
-    assert counts == [1, 0, 1]
+    encoded = encoder(["b", "", "a"])
+    assert [one.states.tolist() for one in encoded] == [[[[0, 1, 0]]], [[[0, 0, 0]]], [[[1, 0, 0]]]]
+    assert [one.tokens for one in encoded] == [1, 0, 1]
+    assert [one.mask.tolist() for one in encoded] == [[[True]], [[False]], [[True]]]
+    with pytest.raises(InputError, match="clip_skip is for CLIP text encoders, got classes"):
+        encoder(["a"], clip_skip=1)
     with pytest.raises(InputError, match="one of which must be the prompt, got 'aa'; did you mean 'a'"):
-        encoder.encode(["aa"])
+        encoder(["aa"])
 
 
 def test_an_unconditional_model_takes_any_prompt_for_none() -> None:
-    states, _ = LabelEncoder(LabelConfig()).encode(["anything", ""])
+    states = torch.stack([one.states for one in LabelEncoder(LabelConfig())(["anything", ""])])
     assert states.shape == (2, 1, 1, 1) and not states.any()
 
 

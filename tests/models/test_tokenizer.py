@@ -121,5 +121,5 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path, settings: dict[str
 def test_another_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:
     model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
-    with pytest.raises(ModelLoadError, match=r"must be a BERT \(WordPiece\) or CLIP \(BPE\) tokenizer, got WordLevel"):
+    with pytest.raises(ModelLoadError, match=r"must be a BERT .* tokenizer, got WordLevel"):
         Tokenizer.from_folder(tmp_path)
