@@ -16,7 +16,7 @@ from latentdiff.errors import InputError
 from latentdiff.images import fit, open_image, pixel_hash, to_rgb, to_tensor, to_unit_range
 from latentdiff.settings import SIZE_MULTIPLE, Settings, check_size
 
-__all__ = ["Canvas", "make_canvas"]
+__all__ = ["Canvas", "enlarged_canvas", "make_canvas"]
 
 MAX_SCALE = 4  # sides of up to this many times the model's own are drawn
 
@@ -27,7 +27,7 @@ class Canvas:
 
     Attributes:
         height, width: of the result in pixels.
-        pixels: (1, 3, H, W) in [-1, 1], the picture to start from, or None.
+        pixels: (1, 3, H, W) in [-1, 1], the picture to start from (smaller where it is to be enlarged), or None.
         mask: (1, 1, H, W) in [0, 1], 1 where the picture is drawn anew, 0 where it stays; None for everywhere.
         given: what a record keeps of picture and mask: paths and hashes.
     """
@@ -76,6 +76,38 @@ def make_canvas(
         pixels = F.pad(pixels, sides, mode="replicate")
         drawn = F.pad(torch.zeros(1, 1, height, width), sides, value=1.0)
     return Canvas(*result, pixels, drawn, given)
+
+
+def enlarged_canvas(settings: Settings, image: Any, mask: Any, native: tuple[int, int], factor: int) -> Canvas:
+    """Return the canvas of a model that enlarges a picture: `pixels` (1, 3, H / factor, W / factor) are that picture.
+
+    Args:
+        settings: of the call.
+        image, mask: picture or path; no mask.
+        native: height and width, in pixels, that the model was trained to draw.
+        factor: how much larger the result is along each side.
+
+    Raises:
+        InputError: there is no picture, or something is asked for that such a model cannot do.
+    """
+    picture = _open(image, "image")
+    if picture is None:
+        raise InputError(f"this model draws a picture {factor} times as large, got no image; pass an image")
+    sides = {"height": picture.height * factor, "width": picture.width * factor}
+    for (name, side), limit in zip(sides.items(), native):
+        multiple = math.lcm(SIZE_MULTIPLE, factor) // factor
+        check_size(f"the {name} of the image", side // factor, multiple, limit * MAX_SCALE // factor)
+    odd = {
+        "a mask": mask is not None,
+        "outpaint": settings.outpaint is not None,
+        "strength below 1": settings.strength < 1,
+        f"height other than {sides['height']}": settings.height not in (None, sides["height"]),
+        f"width other than {sides['width']}": settings.width not in (None, sides["width"]),
+    }
+    for what in (name for name, given in odd.items() if given):
+        raise InputError(f"this model draws a picture {factor} times as large, got {what}; leave it out")
+    pixels, given = to_tensor([picture]), {"image": _trace(image, picture), "mask": None}
+    return Canvas(sides["height"], sides["width"], pixels, None, given)
 
 
 def _size(settings: Settings, picture: Image.Image | None, native: tuple[int, int], multiple: int) -> tuple[int, int]:

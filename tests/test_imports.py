@@ -17,7 +17,19 @@ ROOT = Path(__file__).parents[1]
 
 # Imports point only downwards. `evaluate`, `engine` and `serve` have their places for when they are built.
 ROOMS = (
-    *("cli", "commands", "serve", "pipeline", "drawing", "canvas", "result", "settings", "evaluate", "engine"),
+    *(
+        "cli",
+        "commands",
+        "serve",
+        "pipeline",
+        "drawing",
+        "conditioning",
+        "canvas",
+        "result",
+        "settings",
+        "evaluate",
+        "engine",
+    ),
     *("checkpoints", "models", "diffusion"),
 )
 LEAVES = ("devices", "images", "prompts", "errors")

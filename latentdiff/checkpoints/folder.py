@@ -59,6 +59,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "StableDiffusionXLPipeline",
         "StableDiffusionXLInpaintPipeline",
         "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionUpscalePipeline",
         "LatentdiffPipeline",
     ),
     "unet": ("UNet2DConditionModel",),
@@ -72,6 +73,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+LOW_RES = "low_res_scheduler"  # of the x4 upscaler
 SECOND = ("text_encoder_2", "tokenizer_2")  # of Stable Diffusion XL, whose refiner has no first ones
 
 
@@ -181,7 +183,7 @@ def read_index(root: Path) -> dict[str, str]:
         _refuse_pickles(root)
     tree = read_json(path)
     named = {"pipeline": tree.get("_class_name")}
-    for component in (*COMPONENTS, *SECOND):
+    for component in (*COMPONENTS, *SECOND, LOW_RES):
         entry = tree.get(component)
         named[component] = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
     optional = set(SECOND) if named["text_encoder_2"] is None else {"text_encoder", "tokenizer"}
@@ -189,6 +191,8 @@ def read_index(root: Path) -> dict[str, str]:
         optional = set()
     if named["text_encoder"] == "LabelEncoder":
         optional |= {"tokenizer"}
+    if named["pipeline"] != "StableDiffusionUpscalePipeline":
+        optional |= {LOW_RES}
     named = {component: name for component, name in named.items() if name is not None or component not in optional}
     found = {}
     for component, name in named.items():
@@ -272,7 +276,8 @@ def model_files(root: Path) -> list[Path]:
             files += [child(root, component, "config.json"), *weight_files(root, component)]
     for component in ("tokenizer", "tokenizer_2"):
         files += tokenizer_files(root, component) if component in classes else []
-    return [*files, child(root, "scheduler", "scheduler_config.json")]
+    schedules = [component for component in ("scheduler", LOW_RES) if component in classes]
+    return [*files, *(child(root, component, "scheduler_config.json") for component in schedules)]
 
 
 def model_hash(root: Path) -> str:

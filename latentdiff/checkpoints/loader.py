@@ -85,6 +85,7 @@ class Parts:
         unet: None only while it is being made.
         tokenizer: None where the text encoder needs none.
         text_encoder_2, tokenizer_2: the second ones of Stable Diffusion XL; its refiner's only ones are the first here.
+        low_res_schedule: how noise is put on the small picture, for a model that enlarges one; None for others.
         force_zeros: whether the empty negative prompt is the zero vector, not what the encoders make of it.
         name: how settings refer to the model.
         folder: folder or file that the parts were loaded from; None when they were not, or are no longer what is there.
@@ -97,6 +98,7 @@ class Parts:
     schedule: NoiseSchedule
     text_encoder_2: CLIPTextModel | None = None
     tokenizer_2: Tokenizer | None = None
+    low_res_schedule: NoiseSchedule | None = None
     force_zeros: bool = False
     name: str = "unsaved"
     folder: Path | None = None
@@ -118,6 +120,11 @@ class Parts:
         assert self.unet is not None
         config = self.unet.config
         return not config.self_conditioning and config.in_channels == 2 * self.autoencoder.config.latent_channels + 1
+
+    @property
+    def upscales(self) -> bool:
+        """Whether the U-Net sees a small picture beside its latents, which the result shows enlarged."""
+        return self.low_res_schedule is not None
 
     def denoiser(self, network: Network) -> Denoiser:
         """Return a function that gives this model's U-Net's outputs, guided or not, as samplers call it."""
@@ -167,6 +174,7 @@ def load_pipeline(
         text_encoder=encoders[0],
         tokenizer=tokenizers[0] if tokenizers else None,
         schedule=load_schedule(folder),
+        low_res_schedule=load_schedule(folder, "low_res_scheduler") if "low_res_scheduler" in classes else None,
         text_encoder_2=encoders[1] if len(encoders) > 1 else None,
         tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else None,
         force_zeros=read_json(child(folder, "model_index.json")).get("force_zeros_for_empty_prompt") is True,
@@ -342,13 +350,13 @@ def _load_tokenizer(root: Path, component: str = "tokenizer") -> Tokenizer:
     return Tokenizer(files, str(root / component))
 
 
-def load_schedule(root: Path) -> NoiseSchedule:
+def load_schedule(root: Path, component: str = "scheduler") -> NoiseSchedule:
     """Load the noise schedule of a model folder.
 
     Raises:
         ModelLoadError: see `load_pipeline`.
     """
-    path = child(root, "scheduler", "scheduler_config.json")
+    path = child(root, component, "scheduler_config.json")
     try:
         return NoiseSchedule.from_dict({"_class_name": "", **read_json(path)})
     except ModelConfigError as error:
@@ -363,6 +371,10 @@ def check_fit(folder: Path, parts: Parts) -> None:
     width = unet.cross_attention_dim if isinstance(unet.cross_attention_dim, int) else unet.cross_attention_dim[0]
     encoders = [encoder for encoder in (parts.text_encoder, parts.text_encoder_2) if encoder is not None]
     expected = 2 * channels + 1 if parts.inpaints else channels * (1 + unet.self_conditioning)
+    if parts.upscales:
+        expected = channels + 3
+        if unet.num_class_embeds is None:
+            raise ModelConfigError(f"{folder}: a unet that enlarges a picture needs num_class_embeds, its noise levels")
     pairs = {
         "input channels of unet and those of vae": (unet.in_channels, expected),
         "output channels of unet and those of vae": (unet.out_channels, channels * (1 + learned)),

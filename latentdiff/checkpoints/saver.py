@@ -29,6 +29,7 @@ TOKENIZER_CLASS = {
 }
 # Whose class a component's name in model_index.json is, unless it is one that only this package has.
 LIBRARIES = {
+    "low_res_scheduler": "diffusers",
     "scheduler": "diffusers",
     "text_encoder": "transformers",
     "tokenizer": "transformers",
@@ -82,7 +83,10 @@ def save_pipeline(parts: Parts, folder: str | os.PathLike[str], dtype: torch.dty
     classes = {component: _class_name(network) for component, network in networks.items()}
     for component in tokenizers:
         classes[component] = TOKENIZER_CLASS[classes[component.replace("tokenizer", "text_encoder")]]
-    classes["scheduler"] = parts.schedule.to_dict()["_class_name"]
+    schedules = {"scheduler": parts.schedule}
+    if parts.low_res_schedule is not None:
+        schedules["low_res_scheduler"] = parts.low_res_schedule
+    classes |= {component: schedule.to_dict()["_class_name"] for component, schedule in schedules.items()}
     index: dict[str, Any] = {
         component: ["latentdiff" if name in OWN_CLASSES else LIBRARIES[component.removesuffix("_2")], name]
         for component, name in sorted(classes.items())
@@ -96,7 +100,7 @@ def save_pipeline(parts: Parts, folder: str | os.PathLike[str], dtype: torch.dty
     if large:
         options |= {"force_zeros_for_empty_prompt": parts.force_zeros}
         options |= {"requires_aesthetics_score": True} if alone else {}
-    elif absent:
+    elif absent and not parts.upscales:
         options["requires_safety_checker"] = False
     index = {"_class_name": kind, **options, **index}
 
@@ -106,8 +110,9 @@ def save_pipeline(parts: Parts, folder: str | os.PathLike[str], dtype: torch.dty
         for component, tokenizer in tokenizers.items():
             assert tokenizer is not None
             tokenizer.save(place / component)
-        (place / "scheduler").mkdir()
-        _write_json(place / "scheduler" / "scheduler_config.json", parts.schedule.to_dict())
+        for component, schedule in schedules.items():
+            (place / component).mkdir()
+            _write_json(place / component / "scheduler_config.json", schedule.to_dict())
         _write_json(place / "model_index.json", index)
 
     _replace_folder(Path(folder), "model_index.json", write)
@@ -119,6 +124,8 @@ def _pipeline_class(parts: Parts, alone: bool) -> str:
     if isinstance(parts.autoencoder, PixelSpace) or isinstance(parts.text_encoder, LabelEncoder):
         return "LatentdiffPipeline"
     size = "XL" if parts.unet.config.addition_embed_type is not None else ""
+    if parts.upscales:
+        return "StableDiffusionUpscalePipeline"
     task = "Inpaint" if parts.inpaints else ""
     return f"StableDiffusion{size}{'Img2Img' if alone else task}Pipeline"
 
