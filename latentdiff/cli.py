@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = command("convert", commands.convert, "Write a model in another layout.")
     convert.add_argument("source", help="model folder or safetensors file of a whole model")
     convert.add_argument("target", help="NAME.safetensors for one file of the original layout, else a new folder")
+    _add_prediction_type(convert)
     convert.add_argument("--dtype", help="of the weights: float16 (default), bfloat16 or float32")
 
     train = command("train", _train, "Train the stage that a YAML config describes.")
@@ -131,7 +132,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--out",
         help="PNG to write (several are fox.png, fox-2.png, ...) or folder; named by the prompt otherwise",
     )
-    parser.add_argument("--model", help="model folder in diffusers' layout; the embedded model by default")
+    parser.add_argument(
+        "--model", help="folder, single safetensors file, or owner/name on a hub; the embedded model by default"
+    )
+    _add_prediction_type(parser)
     parser.add_argument("--negative", default="", metavar="TEXT", help="what to steer away from")
     parser.add_argument("--steps", type=int, help="calls of the network")
     parser.add_argument("--guidance", type=float, help="how strictly to follow the prompt; 1 is not guided")
@@ -144,6 +148,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask", help="picture of the size of --image: what is white is drawn anew, the rest stays")
     parser.add_argument("--outpaint", metavar="left=N,top=N,...", help="pixels to draw around --image, multiples of 8")
     _add_machine(parser)
+
+
+def _add_prediction_type(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prediction-type", help="epsilon or v_prediction, where the model's files do not say what it predicts"
+    )
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ def generate(options: argparse.Namespace) -> None:
     settings = Settings(prompts=tuple(options.prompts), **chosen)
     paths = _output_paths(options.out, [settings.record(index)["prompt"] for index in range(settings.count)])
     started = time.perf_counter()
-    pipe = _load(options.model, options.device, options.dtype)
+    pipe = _load(options.model, options.device, options.dtype, options.prediction_type)
     result = _draw(pipe, options.prompts, image=options.image, mask=options.mask, **chosen)
     for index, path in enumerate(paths):
         result.write(index, path)
@@ -93,7 +94,8 @@ def replay(options: argparse.Namespace) -> None:
     (path,) = _output_paths(options.out or str(source.with_name(f"{source.stem}-replay.png")), [settings.prompts[0]])
     started = time.perf_counter()
     recorded = {key: str(record.get(key)) for key in ("model", "model_hash", "device", "dtype", "torch")}
-    pipe = _load(**{key: getattr(options, key) or recorded[key] for key in ("model", "device", "dtype")})
+    chosen = {key: getattr(options, key) or recorded[key] for key in ("model", "device", "dtype")}
+    pipe = _load(**chosen, prediction_type=record.get("prediction_type"))
     if pipe.parts.model_hash != recorded["model_hash"] and not options.force:
         raise InputError(
             f"{source} was made by model {recorded['model_hash'][:10]}, got {pipe.parts.model_hash[:10]}; "
@@ -146,10 +148,21 @@ def _use_threads(count: object) -> None:
         torch.set_num_threads(count)
 
 
-def _load(model: str | None, device: str | None, dtype: str | None) -> Pipeline:
+def _load(model: str | None, device: str | None, dtype: str | None, prediction_type: str | None = None) -> Pipeline:
     from latentdiff.pipeline import Pipeline
 
-    return Pipeline.from_pretrained(model, device=device, dtype=dtype)
+    with _warnings_as_lines():
+        return Pipeline.from_pretrained(model, device=device, dtype=dtype, prediction_type=prediction_type)
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Print what is warned of inside as a line each, without the place in the source."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        print(f"latentdiff: {warning.message}", file=sys.stderr)
 
 
 def _draw(pipe: Pipeline, prompts: Sequence[str], **settings: Any) -> Result:
@@ -234,11 +247,8 @@ def convert(options: argparse.Namespace) -> None:
 
     dtype = resolve_dtype(options.dtype or "float16")
     single = options.target.endswith(".safetensors")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        parts = load_pipeline(options.source, dtype)
-    for warning in caught:
-        print(f"latentdiff: {warning.message}", file=sys.stderr)
+    with _warnings_as_lines():
+        parts = load_pipeline(options.source, dtype, prediction_type=options.prediction_type)
     (save_single_file if single else save_pipeline)(parts, options.target, dtype)
     print(options.target)
 

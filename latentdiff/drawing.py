@@ -241,6 +241,7 @@ class Drawing:
             "latents_given": self.noise is not None,
             "model": self.parts.name,
             "model_hash": self.parts.model_hash,
+            "prediction_type": self.parts.schedule.prediction_type,
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),

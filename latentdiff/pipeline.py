@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.checkpoints import Parts, load_pipeline
+from latentdiff.checkpoints import Parts, load_pipeline, save_pipeline
 from latentdiff.devices import resolve_device, resolve_dtype
 from latentdiff.diffusion.plan import FOREIGN
 from latentdiff.drawing import OUTPUT_TYPES, Callback, Drawing, device_of, dtype_of, native_size
@@ -53,19 +53,48 @@ class Pipeline:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        prediction_type: str | None = None,
     ) -> Pipeline:
         """Load a model.
 
         Args:
-            model: folder in diffusers' layout; None for the model that comes with the package.
+            model: folder in diffusers' layout, single safetensors file of the original one, or `owner/name` on a hub;
+                None for the model that comes with the package.
             device: "cpu", "cuda", "cuda:1", "mps"; None or "auto" for the fastest there is.
             dtype: "float32" (unless given), "float16" or "bfloat16".
+            prediction_type: "epsilon" or "v_prediction", where the files do not say what the model predicts.
 
         Raises:
-            InputError: there is no such folder, device or dtype.
+            InputError: there is no such folder, device, dtype or prediction type.
             ModelLoadError: the model was refused; the subclass says why.
         """
-        return cls(load_pipeline(model, resolve_dtype(dtype), resolve_device(device)))
+        return cls(load_pipeline(model, resolve_dtype(dtype), resolve_device(device), prediction_type))
+
+    @classmethod
+    def from_diffusers(cls, pipe: Any) -> Pipeline:
+        """Return a pipeline that shares the weights of one of diffusers, see `checkpoints.bridge.from_diffusers`."""
+        from latentdiff.checkpoints.bridge import from_diffusers
+
+        return cls(from_diffusers(pipe))
+
+    def to_diffusers(self) -> Any:
+        """Return a pipeline of diffusers that shares these weights, see `checkpoints.bridge.to_diffusers`."""
+        from latentdiff.checkpoints.bridge import to_diffusers
+
+        return to_diffusers(self.parts)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+        """Write the model as a folder that `from_pretrained`, here and in diffusers, loads.
+
+        Args:
+            folder: new, or one that a model was saved to before.
+            dtype: of the weights in the files; None keeps what they have.
+
+        Raises:
+            InputError: the folder holds something that is no model.
+            StorageError: the folder cannot be written.
+        """
+        save_pipeline(self.parts, folder, dtype)
 
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Pipeline:
         """Move the networks to a device, cast them, or both, in place; None leaves that as it is."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +53,7 @@ MAX_NUMBER = 2**24  # of any whole number in a configuration
 FLOATS = ("F16", "BF16", "F32", "F64")
 # Tables that older files carry and no network needs, and weights that stand there twice.
 IGNORED_TENSORS = ("embeddings.position_ids", "text_model.embeddings.position_ids", "encoder.embed_tokens.weight")
+TEXT_MODEL = "text_model."  # before the names of CLIP's weights, except where newer versions of transformers wrote them
 # Names of the attention layer in autoencoders published before 2023.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -142,6 +143,7 @@ def load_pipeline(
     model: str | os.PathLike[str] | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    prediction_type: str | None = None,
 ) -> Parts:
     """Load all parts of a text-to-image model.
 
@@ -150,15 +152,17 @@ def load_pipeline(
             that comes with the package.
         dtype: of the weights in memory, whatever it is in the files.
         device: where the weights go.
+        prediction_type: what the U-Net predicts (see `diffusion.prediction.PREDICTIONS`), where the files say it
+            wrongly or, as single files of Stable Diffusion 2.x, not at all; None for what they say.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: there is no such folder or prediction type.
         ModelLoadError: the model was refused; the subclass says why.
     """
     if model is not None and Path(model).is_file():
         from latentdiff.checkpoints.single_file import load_single_file  # which needs this module
 
-        return load_single_file(Path(model), dtype, device)
+        return load_single_file(Path(model), dtype, device, prediction_type)
     folder, name = find_model(model)
     classes = read_index(folder)
     networks = {
@@ -168,12 +172,15 @@ def load_pipeline(
     }
     tokenizers = [_load_tokenizer(folder, name) for name in ("tokenizer", "tokenizer_2") if name in classes]
     encoders = [networks[name] for name in ("text_encoder", "text_encoder_2") if name in networks]
+    schedule = load_schedule(folder)
+    if prediction_type is not None:
+        schedule = replace(schedule, prediction_type=prediction_type)
     parts = Parts(
         unet=networks["unet"],
         autoencoder=networks["vae"],
         text_encoder=encoders[0],
         tokenizer=tokenizers[0] if tokenizers else None,
-        schedule=load_schedule(folder),
+        schedule=schedule,
         low_res_schedule=load_schedule(folder, "low_res_scheduler") if "low_res_scheduler" in classes else None,
         text_encoder_2=encoders[1] if len(encoders) > 1 else None,
         tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else None,
@@ -286,6 +293,8 @@ def _memory() -> int:
 
 
 def _current_name(name: str, class_name: str) -> str:
+    if class_name.startswith("CLIPText") and not name.startswith((TEXT_MODEL, "text_projection.")):
+        return TEXT_MODEL + name
     if class_name != "AutoencoderKL" or ".attentions." not in name:
         return name
     stem, layer, leaf = name.rsplit(".", 2)

@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from latentdiff.checkpoints.loader import KINDS, Parts
+from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError, ModelValueError, StorageError
 from latentdiff.models.config import ModelConfig
 from latentdiff.models.pixels import LabelEncoder, PixelSpace
+from latentdiff.models.tokenizer import Tokenizer
 
-__all__ = ["save_model", "save_pipeline"]
+__all__ = ["flush_to_disk", "pipeline_index", "save_model", "save_pipeline"]
 
 TOKENIZER_CLASS = {
     "BertModel": "BertTokenizer",
@@ -70,16 +72,40 @@ def save_pipeline(parts: Parts, folder: str | os.PathLike[str], dtype: torch.dty
         ModelValueError: a weight is not finite in that dtype.
         StorageError: the folder cannot be written.
     """
+    index, networks, tokenizers, schedules = pipeline_index(parts)
+
+    def write(place: Path) -> None:
+        for component, network in networks.items():
+            _write_model(network, place / component, dtype)
+        for component, tokenizer in tokenizers.items():
+            tokenizer.save(place / component)
+        for component, schedule in schedules.items():
+            (place / component).mkdir()
+            _write_json(place / component / "scheduler_config.json", schedule.to_dict())
+        _write_json(place / "model_index.json", index)
+
+    _replace_folder(Path(folder), "model_index.json", write)
+
+
+def pipeline_index(
+    parts: Parts,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tokenizer], dict[str, NoiseSchedule]]:
+    """Return the content of a model_index.json, and by their names in it the networks, tokenizers and schedules.
+
+    Raises:
+        InputError: there is no U-Net.
+    """
     if parts.unet is None:
         raise InputError("a pipeline to save needs a U-Net, got none; pass all parts")
     large = parts.unet.config.addition_embed_type is not None  # Stable Diffusion XL
     alone = large and parts.text_encoder_2 is None  # its refiner
     networks: dict[str, Any] = {"unet": parts.unet, "vae": parts.autoencoder}
     networks["text_encoder_2" if alone else "text_encoder"] = parts.text_encoder
-    tokenizers = {"tokenizer_2" if alone else "tokenizer": parts.tokenizer}
-    if parts.text_encoder_2 is not None:
+    tokenizers: dict[str, Tokenizer] = {}
+    if parts.tokenizer is not None:
+        tokenizers["tokenizer_2" if alone else "tokenizer"] = parts.tokenizer
+    if parts.text_encoder_2 is not None and parts.tokenizer_2 is not None:
         networks["text_encoder_2"], tokenizers["tokenizer_2"] = parts.text_encoder_2, parts.tokenizer_2
-    tokenizers = {component: tokenizer for component, tokenizer in tokenizers.items() if tokenizer is not None}
     classes = {component: _class_name(network) for component, network in networks.items()}
     for component in tokenizers:
         classes[component] = TOKENIZER_CLASS[classes[component.replace("tokenizer", "text_encoder")]]
@@ -102,20 +128,7 @@ def save_pipeline(parts: Parts, folder: str | os.PathLike[str], dtype: torch.dty
         options |= {"requires_aesthetics_score": True} if alone else {}
     elif absent and not parts.upscales:
         options["requires_safety_checker"] = False
-    index = {"_class_name": kind, **options, **index}
-
-    def write(place: Path) -> None:
-        for component, network in networks.items():
-            _write_model(network, place / component, dtype)
-        for component, tokenizer in tokenizers.items():
-            assert tokenizer is not None
-            tokenizer.save(place / component)
-        for component, schedule in schedules.items():
-            (place / component).mkdir()
-            _write_json(place / component / "scheduler_config.json", schedule.to_dict())
-        _write_json(place / "model_index.json", index)
-
-    _replace_folder(Path(folder), "model_index.json", write)
+    return {"_class_name": kind, **options, **index}, networks, tokenizers, schedules
 
 
 def _pipeline_class(parts: Parts, alone: bool) -> str:

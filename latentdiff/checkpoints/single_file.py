@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentdiff.checkpoints.header import TensorInfo, read_header
-from latentdiff.checkpoints.loader import FLOATS, KINDS, Parts, build, check_fit, require_finite_weights
+from latentdiff.checkpoints.loader import FLOATS, KINDS, TEXT_MODEL, Parts, build, check_fit, require_finite_weights
 from latentdiff.checkpoints.original import Place, autoencoder_places, clip_places, join, open_clip_places, unet_places
 from latentdiff.checkpoints.saver import flush_to_disk
 from latentdiff.diffusion.schedule import NoiseSchedule
@@ -43,19 +43,26 @@ MARKS = {
     "Stable Diffusion 2.x": "cond_stage_model.model.token_embedding.weight",
     "Stable Diffusion 1.x": "cond_stage_model.transformer.",
 }
-# Files of before 2023 lack this piece of the names of their text encoder.
-TEXT_MODEL = "text_model."
+ENLARGING = "Stable Diffusion x4 upscaler"  # which has the text encoder of 2.x, and this many input channels:
+ENLARGING_CHANNELS = 7
 NAMED = 5  # tensors in an error
 
 
-def load_single_file(path: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Parts:
+def load_single_file(
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    prediction_type: str | None = None,
+) -> Parts:
     """Load all parts of a model from one file.
 
     Args:
         path: of the safetensors file.
         dtype, device: of the weights in memory.
+        prediction_type: what the U-Net predicts; None for that of the family.
 
     Raises:
+        InputError: there is no such prediction type.
         ModelLoadError: the file was refused; the subclass says why.
     """
     tensors = read_header(path).tensors
@@ -65,10 +72,12 @@ def load_single_file(path: Path, dtype: torch.dtype = torch.float32, device: str
     schedule = dict(shape["schedule"])
     if channels == 9:
         schedule.pop("prediction_type", None)  # inpainting models all predict noise
-    if "prediction_type" in schedule:
+    if prediction_type is not None:
+        schedule["prediction_type"] = prediction_type
+    elif "prediction_type" in schedule and family != ENLARGING:
         warnings.warn(
             f"{path.name} is taken for the {family} that predicts velocity (768-v); the file itself does not say. "
-            "If its pictures are noise, it predicts noise: load it, and replace parts.schedule",
+            'If its pictures are noise, it predicts noise: pass prediction_type="epsilon"',
             stacklevel=4,
         )
     plan: list[tuple[str, str, str, dict[str, Any]]] = [
@@ -90,6 +99,7 @@ def load_single_file(path: Path, dtype: torch.dtype = torch.float32, device: str
         schedule=NoiseSchedule(**schedule),
         text_encoder_2=encoders[1] if second else None,
         tokenizer_2=tokenizers[1] if second else None,
+        low_res_schedule=NoiseSchedule(**shape["low_res_schedule"]) if "low_res_schedule" in shape else None,
         force_zeros=shape.get("force_zeros", False),
         name=str(path),
         folder=path,
@@ -146,6 +156,8 @@ def _family_of(parts: Parts) -> str:
     if not isinstance(parts.text_encoder, CLIPTextModel):
         kind = type(parts.text_encoder).__name__
         raise InputError(f"a single file has a place for CLIP text encoders alone, got {kind}; save it as a folder")
+    if parts.upscales:
+        return ENLARGING
     if parts.unet.config.addition_embed_type is not None:
         return "Stable Diffusion XL" if parts.text_encoder_2 is not None else "Stable Diffusion XL refiner"
     return "Stable Diffusion 1.x" if parts.text_encoder.config.hidden_act == "quick_gelu" else "Stable Diffusion 2.x"
@@ -166,9 +178,11 @@ def recognise(path: Path, tensors: Mapping[str, TensorInfo]) -> str:
     for family, mark in MARKS.items():
         if any(name.startswith(mark) for name in tensors):
             channels = tensors[first].shape[1]
+            if family == "Stable Diffusion 2.x" and channels == ENLARGING_CHANNELS:
+                return ENLARGING
             if channels not in (4, 9):
                 raise ModelConfigError(
-                    f"{path}: {family} with {channels} input channels is not supported, only 4 and 9 (inpainting) are"
+                    f"{path}: {family} with {channels} input channels is not supported; 4 and 9 (inpainting) are"
                 )
             return family
     raise ModelConfigError(f"{path}: has a U-Net but no text encoder of Stable Diffusion; pass a whole checkpoint")

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentdiff import Pipeline
-from latentdiff.checkpoints import Parts, single_file
+from latentdiff.checkpoints import Parts, save_pipeline, single_file
 from latentdiff.checkpoints.original import autoencoder_places, clip_places, join, open_clip_places, unet_places
 from latentdiff.cli import main
 from latentdiff.diffusion import NoiseSchedule
-from latentdiff.errors import ModelConfigError, ModelMismatchError, ModelValueError, UnsafeModelError
+from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, ModelValueError, UnsafeModelError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.conftest import AUTOENCODER
 from tests.models.tiny import randomize
 
-FAMILIES = list(single_file.MARKS)
+FAMILIES = [*single_file.MARKS, single_file.ENLARGING]
 
 
 def tiny(family: str) -> dict[str, Any]:
@@ -48,6 +48,7 @@ def tiny(family: str) -> dict[str, Any]:
 
 
 def parts_of(shape: dict[str, Any], channels: int = 4) -> Parts:
+    channels = 7 if "low_res_schedule" in shape else channels
     unet = UNet2DConditionModel(UNetConfig.from_dict({**shape["unet"], "in_channels": channels}))
     autoencoder = AutoencoderKL(AutoencoderConfig.from_dict(shape["vae"]))
     encoders = [CLIPTextModel(CLIPTextConfig.from_dict(text["config"])) for text in shape["text"]]
@@ -67,6 +68,7 @@ def parts_of(shape: dict[str, Any], channels: int = 4) -> Parts:
         NoiseSchedule(**schedule),
         text_encoder_2=encoders[1] if second else None,
         tokenizer_2=tokenizers[1] if second else None,
+        low_res_schedule=NoiseSchedule(**shape["low_res_schedule"]) if "low_res_schedule" in shape else None,
         force_zeros=shape.get("force_zeros", False),
     )
 
@@ -107,6 +109,7 @@ def test_a_file_is_the_model_it_was_made_of(tmp_path: Path, family: str, channel
     save_file(tensors_of(parts, shape) | {"model_ema.decay": torch.zeros(1)}, tmp_path / "model.safetensors")
     loaded = load(tmp_path / "model.safetensors")
     options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "width": 32, "height": 32}
+    options |= {"image": Image.effect_noise((8, 8), 80)} if parts.upscales else {}
     ours, expected = (pipe("a photo of a cat", **options) for pipe in (loaded, Pipeline(parts)))
     torch.testing.assert_close(ours.images, expected.images, rtol=1e-3, atol=1e-3)  # memory is aligned otherwise
     assert ours.images.std() > 0.1
@@ -115,7 +118,7 @@ def test_a_file_is_the_model_it_was_made_of(tmp_path: Path, family: str, channel
         if second is not None:
             found, wanted = first.state_dict(), second.state_dict()
             assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert loaded.parts.schedule == parts.schedule
+    assert (loaded.parts.schedule, loaded.parts.low_res_schedule) == (parts.schedule, parts.low_res_schedule)
     assert len(ours.settings["model_hash"]) == 64
 
 
@@ -202,6 +205,7 @@ def test_families_are_the_published_ones() -> None:
         "Stable Diffusion 2.x": 865.9,
         "Stable Diffusion XL": 2567.5,
         "Stable Diffusion XL refiner": 2269.0,
+        "Stable Diffusion x4 upscaler": 473.4,
     }
     for family, millions in expected.items():
         with torch.device("meta"):
@@ -210,8 +214,17 @@ def test_families_are_the_published_ones() -> None:
         assert count / 1e6 == pytest.approx(millions, rel=0.01), family
 
 
-def test_parts_can_be_given_another_schedule() -> None:
-    """As the warning about what a file does not say advises."""
-    parts = parts_of(tiny("Stable Diffusion 1.x"))
-    other = replace(parts, schedule=replace(parts.schedule, prediction_type="v_prediction"))
-    assert other.schedule.prediction_type == "v_prediction"
+@pytest.mark.usefixtures("use_tiny")
+def test_what_the_network_predicts_can_be_said(tmp_path: Path) -> None:
+    """As the warning about what a file does not say advises; there is none then."""
+    shape, file = tiny("Stable Diffusion 2.x"), tmp_path / "model.safetensors"
+    save_file(tensors_of(parts_of(shape), shape), file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe = Pipeline.from_pretrained(file, device="cpu", prediction_type="epsilon")
+    assert pipe.parts.schedule.prediction_type == "epsilon"
+    save_pipeline(pipe.parts, tmp_path / "folder")
+    folder = Pipeline.from_pretrained(tmp_path / "folder", device="cpu", prediction_type="v_prediction")
+    assert folder.parts.schedule.prediction_type == "v_prediction"
+    with pytest.raises(InputError, match="prediction_type"):
+        Pipeline.from_pretrained(file, device="cpu", prediction_type="noise")
