@@ -165,8 +165,6 @@ def test_commands_and_models_with_the_nearest_name(
     assert "did you mean 'tiny'" in capsys.readouterr().err
     assert main(["data", "emojy", "x"]) == 2
     assert "did you mean 'emoji'" in capsys.readouterr().err
-    assert main(["generate", "fox", "--model", "org/name"]) == 2
-    assert "not fetched from a hub" in capsys.readouterr().err
     assert names(workplace) == []
 
 

@@ -10,31 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from latentdiff.checkpoints.header import require_regular
 from latentdiff.errors import (
-    InputError,
     ModelConfigError,
     ModelFormatError,
     ModelLoadError,
     ModelPathError,
     UnsafeModelError,
-    suggest,
 )
 from latentdiff.models.tokenizer import FILES
 
 __all__ = [
     "CLASSES",
-    "EMBEDDED",
     "NETWORKS",
     "child",
-    "embedded_model",
-    "find_model",
     "model_files",
     "model_hash",
     "read_index",
@@ -43,7 +36,6 @@ __all__ = [
     "weight_files",
 ]
 
-EMBEDDED = "embedded"  # what the model that comes with the package is called in settings
 MAX_JSON_BYTES = 16 * 2**20
 MAX_TOKENIZER_BYTES = 64 * 2**20
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
@@ -77,55 +69,20 @@ LOW_RES = "low_res_scheduler"  # of the x4 upscaler
 SECOND = ("text_encoder_2", "tokenizer_2")  # of Stable Diffusion XL, whose refiner has no first ones
 
 
-@cache
-def embedded_model() -> Path:
-    """Return the folder of the model that comes with the package: in a checkout, or inside an installed package.
-
-    Raises:
-        ModelPathError: this copy of the package came without it.
-    """
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package.parent / "assets" / "emoji", package / "_assets" / "emoji"):
-        if folder.is_dir():
-            return folder
-    raise ModelPathError("the embedded model is missing from this copy of latentdiff; pass --model or install it again")
-
-
-def find_model(model: str | os.PathLike[str] | None) -> tuple[Path, str]:
-    """Return the folder of a model, and the name under which settings refer to it.
-
-    Args:
-        model: a folder, or None or "embedded" for the embedded model.
-
-    Raises:
-        InputError: there is no such folder.
-    """
-    if model is None or model == EMBEDDED:
-        return embedded_model(), EMBEDDED
-    folder, name = Path(model), os.fspath(model)
-    try:
-        if folder.is_dir():
-            return folder, name
-        if folder.exists():
-            raise InputError(f"model must be a folder in diffusers' layout, got the file {name}; convert it first")
-        siblings = [entry.name for entry in folder.parent.iterdir() if (entry / "model_index.json").is_file()]
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        siblings = []
-    remedy = suggest(folder.name, [*siblings, EMBEDDED])
-    raise InputError(f"model {name[:200]!r} is no folder here, and models are not fetched from a hub{remedy}")
-
-
 def child(root: Path, *names: str) -> Path:
     """Return root/names..., which must lie inside `root` once every symbolic link is followed.
+
+    In the cache of huggingface_hub the files are links into the folder `blobs` of the same model, which is allowed.
 
     Raises:
         ModelPathError: it lies outside.
     """
     path = root.joinpath(*names)
     try:
-        inside = path.resolve().is_relative_to(root.resolve())
+        real = path.resolve()
+        inside = real.is_relative_to(root.resolve())
+        if not inside and root.parent.name == "snapshots":
+            inside = real.parent == (root.parent.parent / "blobs").resolve()
     except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL byte
         inside = False
     if not inside:

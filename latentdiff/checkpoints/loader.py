@@ -18,10 +18,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from latentdiff.checkpoints.find import find_model
 from latentdiff.checkpoints.folder import (
     NETWORKS,
     child,
-    find_model,
     model_hash,
     read_index,
     read_json,

@@ -16,8 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import (
-    embedded_model,
-    find_model,
     load_autoencoder,
     load_pipeline,
     load_text_encoder,
@@ -338,35 +336,6 @@ def test_missing_shards_and_wrong_indices(model_folder: Path) -> None:
     index.write_text(json.dumps({"weight_map": []}))
     with pytest.raises(ModelFormatError, match="weight_map"):
         load_pipeline(model_folder)
-
-
-def test_unknown_models_name_the_nearest(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="did you mean 'model'"):
-        find_model(model_folder.with_name("modle"))
-    with pytest.raises(InputError, match="did you mean 'embedded'"):
-        find_model("embeded")
-    with pytest.raises(InputError, match="not fetched from a hub"):
-        find_model("stabilityai/stable-diffusion-2")
-    with pytest.raises(InputError, match="must be a folder"):
-        find_model(model_folder / "model_index.json")
-    with pytest.raises(InputError, match="no folder here"):
-        find_model("a\0b")
-
-
-def test_embedded_model_is_found_in_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import latentdiff.checkpoints.folder as module
-
-    package = tmp_path / "latentdiff"
-    (package / "checkpoints").mkdir(parents=True)
-    monkeypatch.setattr(module, "__file__", str(package / "checkpoints" / "folder.py"))
-    embedded_model.cache_clear()
-    try:
-        with pytest.raises(ModelPathError, match="missing from this copy"):
-            embedded_model()
-        (package / "_assets" / "emoji").mkdir(parents=True)
-        assert embedded_model() == package / "_assets" / "emoji"
-    finally:
-        embedded_model.cache_clear()
 
 
 def test_loading_opens_nothing_outside_and_runs_nothing(built_model: Path) -> None:

@@ -1,0 +1,107 @@
+"""Which folder a model's name means: a path, the embedded model, or `owner/name` in the cache of huggingface_hub.
+
+A path opens no socket. Of a model on a hub only JSON, vocabularies and safetensors are fetched. A download that broke
+off goes on where it stopped, and HF_HUB_OFFLINE=1 takes what the cache has; both are the library's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from latentdiff.checkpoints.folder import NETWORKS, read_index, weight_files
+from latentdiff.errors import InputError, ModelPathError, suggest
+from latentdiff.models.tokenizer import FILES
+
+__all__ = ["EMBEDDED", "embedded_model", "find_model"]
+
+EMBEDDED = "embedded"  # what the model that comes with the package is called in settings
+
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+SMALL = ("model_index.json", "*/config.json", "*/scheduler_config.json", *(f"tokenizer*/{name}" for name in FILES))
+
+
+@cache
+def embedded_model() -> Path:
+    """Return the folder of the model that comes with the package: in a checkout, or inside an installed package.
+
+    Raises:
+        ModelPathError: this copy of the package came without it.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package.parent / "assets" / "emoji", package / "_assets" / "emoji"):
+        if folder.is_dir():
+            return folder
+    raise ModelPathError("the embedded model is missing from this copy of latentdiff; pass --model or install it again")
+
+
+def find_model(model: str | os.PathLike[str] | None) -> tuple[Path, str]:
+    """Return the folder of a model, and the name under which settings refer to it.
+
+    Args:
+        model: a folder; `owner/name` or `owner/name@revision` on a hub, where there is no such folder; None or
+            "embedded" for the embedded model.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    if model is None or model == EMBEDDED:
+        return embedded_model(), EMBEDDED
+    folder, name = Path(model), os.fspath(model)
+    try:
+        if folder.is_dir():
+            return folder, name
+        if folder.exists():
+            raise InputError(f"model must be a folder in diffusers' layout, got the file {name}; convert it first")
+        if NAME.fullmatch(name) and not folder.parent.is_dir():
+            return _fetch(name), name
+        siblings = [entry.name for entry in folder.parent.iterdir() if (entry / "model_index.json").is_file()]
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        siblings = []
+    remedy = suggest(folder.name, [*siblings, EMBEDDED])
+    raise InputError(f"model {name[:200]!r} is no folder here{remedy}")
+
+
+def _fetch(model: str) -> Path:
+    """Return the folder of a model in the cache, once all that is loaded of it is there.
+
+    Weights in half precision (`.fp16.`) are fetched only where there are no others.
+
+    Raises:
+        InputError: no such model, or it is not in the cache and cannot be fetched.
+        ModelLoadError: it is there, but no model that can be loaded.
+    """
+    name, _, revision = model.partition("@")
+    folder = _snapshot(name, revision, SMALL, ())
+    components = [component for component in NETWORKS if component in read_index(folder)]
+    folder = _snapshot(name, revision, _weights(components), ("*.fp16.*", "*.fp16-*", "*non_ema*"))
+    lacking = [component for component in components if not _has_weights(folder, component)]
+    return _snapshot(name, revision, _weights(lacking), ()) if lacking else folder
+
+
+def _weights(components: list[str]) -> tuple[str, ...]:
+    kinds = ("*.safetensors", "*.safetensors.index*.json")
+    return tuple(f"{component}/{kind}" for component in components for kind in kinds)
+
+
+def _has_weights(folder: Path, component: str) -> bool:
+    try:
+        return bool(weight_files(folder, component))
+    except ModelPathError:
+        return False
+
+
+def _snapshot(name: str, revision: str, allowed: tuple[str, ...], ignored: tuple[str, ...]) -> Path:
+    import huggingface_hub
+
+    patterns: dict[str, Any] = {"allow_patterns": list(allowed), "ignore_patterns": list(ignored)}
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, **patterns))
+    except (OSError, ValueError) as error:  # what all of the library's errors are
+        why = str(error).strip().partition("\n")[0][:160]
+        raise InputError(f"model {name!r} is no folder here, and huggingface_hub says: {why}; pass a folder") from error

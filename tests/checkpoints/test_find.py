@@ -1,0 +1,152 @@
+"""What a model's name means: a path, the embedded model, or a model in the cache of a hub, fetched or not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentdiff.checkpoints import embedded_model, find_model, load_pipeline
+from latentdiff.errors import InputError, ModelPathError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def put_into_cache(model: Path, cache: Path, name: str = "owner/model") -> Path:
+    """Lay a model folder out as huggingface_hub keeps it: every file a link to a blob."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "blobs").mkdir(parents=True)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(COMMIT)
+    for number, file in enumerate(sorted(path for path in model.rglob("*") if path.is_file())):
+        blob = place / "blobs" / f"{number:040x}"
+        shutil.copy(file, blob)
+        link = place / "snapshots" / COMMIT / file.relative_to(model)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return place / "snapshots" / COMMIT
+
+
+def run(code: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that is offline, as huggingface_hub has it, and may open no socket."""
+    guard = (
+        "import sys\n"
+        "def no_network(event, arguments):\n"
+        "    if event in ('socket.connect', 'socket.getaddrinfo'):\n"
+        "        raise SystemExit('network used')\n"
+        "sys.addaudithook(no_network)\n"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
+    return subprocess.run(
+        [sys.executable, "-c", guard + code, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+def test_a_cached_model_loads_offline(built_model: Path, tmp_path: Path) -> None:
+    put_into_cache(built_model, tmp_path)
+    code = "from latentdiff.cli import main\nsys.exit(main(sys.argv[1:]))"
+    for name in ("owner/model", "owner/model@main", f"owner/model@{COMMIT}"):
+        out = tmp_path / "cat.png"
+        done = run(code, tmp_path, "generate", "cat", "--model", name, "--steps", "2", "-o", str(out))
+        assert done.returncode == 0, done.stderr
+        assert out.stat().st_size > 100
+    done = run(code, tmp_path, "generate", "cat", "--model", "owner/other", "--steps", "2", "-o", str(out))
+    assert done.returncode == 2
+    assert "model 'owner/other' is no folder here, and huggingface_hub says: " in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+class Hub:
+    """Stands in for huggingface_hub: copies what the patterns allow, and keeps a list of it."""
+
+    def __init__(self, model: Path, cache: Path) -> None:
+        self.model, self.cache, self.fetched = model, cache, list[str]()
+
+    def snapshot_download(self, name: str, *, revision: str | None, **patterns: Any) -> str:
+        from huggingface_hub.utils import filter_repo_objects
+
+        files = [str(path.relative_to(self.model)) for path in sorted(self.model.rglob("*")) if path.is_file()]
+        for file in filter_repo_objects(files, **patterns):
+            (self.cache / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.model / file, self.cache / file)
+            self.fetched.append(file)
+        return str(self.cache)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_only_what_is_loaded_is_fetched(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: bool
+) -> None:
+    """Never pickles, other precisions or whole checkpoints beside the parts; half precision where there is no other."""
+    import huggingface_hub
+
+    for file in list(model_folder.rglob("*.safetensors")):
+        shutil.copy(file, file.with_suffix(".fp16.safetensors"))
+        for ending in (".bin", ".non_ema.safetensors"):
+            shutil.copy(file, file.with_suffix(ending))
+        if half:
+            file.unlink()
+    for extra in ("v1-5.safetensors", "v1-5.ckpt", "README.md", "unet/run.py", "safety_checker/model.safetensors"):
+        (model_folder / extra).parent.mkdir(exist_ok=True)
+        (model_folder / extra).write_bytes(b"x")
+    hub = Hub(model_folder, tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    folder, name = find_model("owner/model")
+    assert name == "owner/model" and load_pipeline(folder).unet is not None
+    weights = [file for file in hub.fetched if not file.endswith((".json", ".txt"))]
+    kind = ".fp16.safetensors" if half else ".safetensors"
+    stem = "diffusion_pytorch_model"
+    expected = {f"unet/{stem}{kind}", f"vae/{stem}{kind}", f"text_encoder/model{kind}"}
+    assert expected <= set(weights) and not [
+        file for file in hub.fetched if file.endswith((".bin", ".ckpt", ".py", ".md"))
+    ]
+    assert half or set(weights) == expected
+
+
+def test_a_link_out_of_the_cache_is_refused(built_model: Path, tmp_path: Path) -> None:
+    folder = put_into_cache(built_model, tmp_path)
+    assert load_pipeline(folder).unet is not None
+    secret = tmp_path / "secret.json"
+    shutil.copy(built_model / "unet" / "config.json", secret)
+    link = folder / "unet" / "config.json"
+    link.unlink()
+    link.symlink_to(secret)
+    with pytest.raises(ModelPathError, match="leads out of the model folder"):
+        load_pipeline(folder)
+
+
+def test_unknown_models_name_the_nearest(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="did you mean 'model'"):
+        find_model(model_folder.with_name("modle"))
+    with pytest.raises(InputError, match="did you mean 'embedded'"):
+        find_model("embeded")
+    with pytest.raises(InputError, match="must be a folder"):
+        find_model(model_folder / "model_index.json")
+    with pytest.raises(InputError, match="no folder here"):
+        find_model("a\0b")
+    monkeypatch.chdir(model_folder.parent)
+    Path("runs").mkdir()
+    shutil.copytree(model_folder, "runs/model")
+    with pytest.raises(InputError, match="did you mean 'model'"):
+        find_model("runs/modle")
+
+
+def test_embedded_model_is_found_in_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import latentdiff.checkpoints.find as module
+
+    package = tmp_path / "latentdiff"
+    (package / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(module, "__file__", str(package / "checkpoints" / "find.py"))
+    embedded_model.cache_clear()
+    try:
+        with pytest.raises(ModelPathError, match="missing from this copy"):
+            embedded_model()
+        (package / "_assets" / "emoji").mkdir(parents=True)
+        assert embedded_model() == package / "_assets" / "emoji"
+    finally:
+        embedded_model.cache_clear()
