@@ -23,6 +23,8 @@ __all__ = [
     "suggest",
 ]
 
+LONGEST_MESSAGE = 800  # of a model that was refused, in characters
+
 
 class LatentDiffError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what the command line ends with."""
@@ -45,9 +47,17 @@ class StorageError(LatentDiffError, OSError):
 
 
 class ModelLoadError(LatentDiffError):
-    """A model folder or file was refused; the subclasses say why."""
+    """A model folder or file was refused; the subclasses say why.
+
+    The message is one printable line, whatever the names and values in the model that it tells of.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str) -> None:
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 4 :]}"
+        super().__init__("".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in message))
 
 
 class UnsafeModelError(ModelLoadError):

@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 MAX_JSON_BYTES = 16 * 2**20
+MAX_DEPTH = 64  # of objects and lists within each other
 MAX_TOKENIZER_BYTES = 64 * 2**20
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".gguf", ".onnx")
@@ -115,15 +116,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _keys(tree: Any) -> Iterator[str]:
+def _keys(tree: Any, depth: int = 0) -> Iterator[str]:
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deeply")
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield key
-            yield from _keys(value)
+            yield from _keys(value, depth + 1)
     elif isinstance(tree, list):
         for item in tree:
             if isinstance(item, (dict, list)):
-                yield from _keys(item)
+                yield from _keys(item, depth + 1)
 
 
 def read_index(root: Path) -> dict[str, str]:

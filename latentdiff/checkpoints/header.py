@@ -65,10 +65,11 @@ UNSAFE = (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file: its dtype (a key of `DTYPE_BYTES`) and shape."""
+    """One tensor of a file: its dtype (a key of `DTYPE_BYTES`), shape, and where in the file its bytes start."""
 
     dtype: str
     shape: tuple[int, ...]
+    start: int
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def read_header(path: Path) -> Header:
         raise ModelPathError(f"{path}: cannot be read ({error.strerror})") from error
     if len(raw) != length or raw.count(b'"') > MAX_QUOTES:
         raise _bad(path, "its header is cut off or holds too many strings")
-    return _check(path, _parse(path, raw), size - 8 - length)
+    return _check(path, _parse(path, raw), 8 + length, size)
 
 
 def _refuse(path: Path, start: bytes, length: int, size: int) -> None:
@@ -149,11 +150,16 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
             raise ValueError("a name twice")
+        for text in (*found, *found.values()):
+            if isinstance(text, str):
+                text.encode()  # half of a surrogate pair is no text, and raises
         return found
 
     def whole(digits: str) -> int:
         if len(digits) > MAX_DIGITS:
             raise ValueError("a number too large")
+        if digits == "-0":
+            raise ValueError("-0, which is no whole number")
         return int(digits)
 
     def never(text: str) -> Any:
@@ -173,7 +179,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     return tree
 
 
-def _check(path: Path, tree: dict[str, Any], data_bytes: int) -> Header:
+def _check(path: Path, tree: dict[str, Any], data_start: int, size: int) -> Header:
     metadata = tree.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _bad(path, "its __metadata__ must map text to text")
@@ -181,19 +187,21 @@ def _check(path: Path, tree: dict[str, Any], data_bytes: int) -> Header:
         raise _bad(path, f"it holds {len(tree)} tensors, which must be 1 to {MAX_TENSORS}")
     tensors, places = {}, []
     for name, entry in tree.items():
-        tensors[name], place = _entry(path, name, entry)
-        places.append((*place, name))
+        dtype, shape, begin, end = _entry(path, name, entry)
+        tensors[name] = TensorInfo(dtype, shape, data_start + begin)
+        places.append((begin, end, name))
     position = 0
     for begin, end, name in sorted(places):
         if begin != position:
             raise _bad(path, f"{'a hole' if begin > position else 'an overlap'} before tensor {_short(name)}")
         position = end
-    if position != data_bytes:
-        raise _bad(path, f"its tensors take {position} bytes, but {data_bytes} follow the header")
+    if position != size - data_start:
+        raise _bad(path, f"its tensors take {position} bytes, but {size - data_start} follow the header")
     return Header(tensors, metadata)
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
+def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """Return dtype, shape, and the first byte and that behind the last, counted from the end of the header."""
     label = f"tensor {_short(name)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _bad(path, f"{label} must have dtype, shape and data_offsets and nothing else")
@@ -204,10 +212,12 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, in
         raise _bad(path, f"{label} must have a shape of at most {MAX_RANK} whole numbers")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _bad(path, f"{label} must have two rising data_offsets")
+    if prod(side or 1 for side in shape) * DTYPE_BYTES[dtype] >= 2**63:  # possible where another side is 0
+        raise _bad(path, f"{label} has a shape that no memory can address")
     implied = prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != implied:
         raise _bad(path, f"{label} takes {offsets[1] - offsets[0]} bytes, but its shape implies {implied}")
-    return TensorInfo(dtype, tuple(shape)), (offsets[0], offsets[1])
+    return dtype, tuple(shape), offsets[0], offsets[1]
 
 
 def _whole_numbers(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Load models from folders in diffusers' layout. Neither diffusers nor transformers is imported.
 
 A network is built without memory (on the "meta" device), its configuration and the headers of its files are compared,
-and only then are the tensors mapped from disk, cast, checked to be finite and put in.
+and only then are the tensors read, cast, checked to be finite and put in.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -29,9 +28,10 @@ from latentdiff.checkpoints.folder import (
     weight_files,
 )
 from latentdiff.checkpoints.header import TensorInfo, read_header
+from latentdiff.checkpoints.weights import FLOATS, read_weights
 from latentdiff.diffusion.prediction import Denoiser, Network, as_denoiser
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import ModelConfigError, ModelLoadError, ModelMismatchError, ModelValueError
+from latentdiff.errors import ModelConfigError, ModelMismatchError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.bert import BertConfig, BertModel
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
@@ -50,7 +50,6 @@ TextEncoder = BertModel | CLIPTextModel | LabelEncoder | T5EncoderModel
 # How many layers a configuration asks for is the product of these keys; each layer has at least one tensor.
 COUNT_KEYS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers", "num_layers")
 MAX_NUMBER = 2**24  # of any whole number in a configuration
-FLOATS = ("F16", "BF16", "F32", "F64")
 # Tables that older files carry and no network needs, and weights that stand there twice.
 IGNORED_TENSORS = ("embeddings.position_ids", "text_model.embeddings.position_ids", "encoder.embed_tokens.weight")
 TEXT_MODEL = "text_model."  # before the names of CLIP's weights, except where newer versions of transformers wrote them
@@ -237,7 +236,8 @@ def _load(root: Path, component: str, classes: tuple[str, ...], dtype: torch.dty
     _check_tensors(root / component, network.state_dict(), {new: tensors[old] for new, old in names.items()})
     weights: dict[str, Tensor] = {}
     for file, header in headers.items():
-        weights |= _read(file, header, dtype, device)
+        wanted = {name: info for name, info in header.items() if name not in IGNORED_TENSORS}
+        weights |= read_weights(file, wanted, dtype, device)
     network.load_state_dict({new: weights[old] for new, old in names.items()}, strict=True, assign=True)
     return network.requires_grad_(False).eval()
 
@@ -245,8 +245,8 @@ def _load(root: Path, component: str, classes: tuple[str, ...], dtype: torch.dty
 def build(path: Path, kind: Kind, data: dict[str, Any], tensor_count: int, dtype: torch.dtype) -> nn.Module:
     """Build a network without memory, if its configuration asks for nothing absurd."""
     numbers = {key: _numbers(value) for key, value in data.items()}
-    if any(abs(number) > MAX_NUMBER for found in numbers.values() for number in found):
-        raise ModelConfigError(f"{path}: expected no number above {MAX_NUMBER}")
+    if not all(abs(number) <= MAX_NUMBER for found in numbers.values() for number in found):
+        raise ModelConfigError(f"{path}: expected no number above {MAX_NUMBER} and none that is not finite")
     layers = 1.0
     for key in COUNT_KEYS:
         layers *= max(numbers.get(key) or [1])
@@ -320,38 +320,6 @@ def _differences(expected: Any, found: Any) -> str:
     rows += [f"{name[:100]} is not expected" for name in sorted(found - expected)]
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
     return f"{'; '.join(rows[:5])}{more}"
-
-
-def _read(
-    file: Path, header: Mapping[str, TensorInfo], dtype: torch.dtype, device: str | torch.device
-) -> dict[str, Tensor]:
-    """Map a checked file and return its tensors, cast, on `device`.
-
-    Raises:
-        ModelValueError: one is not finite.
-    """
-    weights = {}
-    try:
-        with safe_open(file, framework="pt") as mapped:
-            for name in header:
-                if name not in IGNORED_TENSORS:
-                    weights[name] = mapped.get_tensor(name).to(device, dtype)
-    except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
-        raise ModelLoadError(f"{file}: cannot be read ({str(error).splitlines()[0][:120]})") from error
-    require_finite_weights(file, weights, dtype)
-    return weights
-
-
-def require_finite_weights(file: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Raise ModelValueError if a weight is not finite."""
-    for name, tensor in weights.items():
-        # A sum is finite only if every summand is; counting is for the error alone.
-        if not torch.isfinite(tensor.sum(dtype=torch.float32)):
-            count = int((~torch.isfinite(tensor)).sum())
-            if count:
-                raise ModelValueError(f"{file}: {name} has {count} values that are NaN or infinite in {dtype}")
 
 
 def _load_tokenizer(root: Path, component: str = "tokenizer") -> Tokenizer:

@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentdiff.checkpoints.header import TensorInfo, read_header
-from latentdiff.checkpoints.loader import FLOATS, KINDS, TEXT_MODEL, Parts, build, check_fit, require_finite_weights
+from latentdiff.checkpoints.loader import KINDS, TEXT_MODEL, Parts, build, check_fit
 from latentdiff.checkpoints.original import Place, autoencoder_places, clip_places, join, open_clip_places, unet_places
 from latentdiff.checkpoints.saver import flush_to_disk
+from latentdiff.checkpoints.weights import FLOATS, read_weights, require_finite_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import InputError, ModelConfigError, ModelLoadError, ModelMismatchError, StorageError
+from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, StorageError
 from latentdiff.images import check_writable
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.clip import CLIPTextModel
@@ -210,20 +211,15 @@ def _load(
             wrong.append(f"{prefix}{place.name} is missing")
         elif found.dtype not in FLOATS or found.shape not in (wanted, wanted[:2] if place.as_convolution else wanted):
             wrong.append(f"{prefix}{place.name} is {found.dtype} {list(found.shape)} instead of {list(wanted)}")
+    if layout == "unet":  # of the other networks, files carry what no picture needs
+        known = {prefix + place.name for place in places.values()}
+        wrong += [f"{name[:100]} is not expected" for name in tensors if name.startswith(prefix) and name not in known]
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise ModelMismatchError(f"{path}: {'; '.join(wrong[:NAMED])}{more}")
-    weights: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="pt") as mapped:
-            for name, place in places.items():
-                taken = place.take(mapped.get_tensor(prefix + place.name))
-                weights[name] = taken.to(device, dtype).contiguous()
-    except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
-        raise ModelLoadError(f"{path}: cannot be read ({str(error).splitlines()[0][:120]})") from error
-    require_finite_weights(path, weights, dtype)
+    there = {prefix + place.name: tensors[prefix + place.name] for place in places.values()}
+    read = read_weights(path, there, dtype, device)
+    weights = {name: place.take(read[prefix + place.name]).contiguous() for name, place in places.items()}
     network.load_state_dict(weights, strict=True, assign=True)
     return network.requires_grad_(False).eval()
 
