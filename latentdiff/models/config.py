@@ -6,6 +6,7 @@ import json
 import types
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from latentdiff.errors import ModelConfigError, suggest
@@ -29,7 +30,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check the types of all values, then what `check` demands."""
-        hints = get_type_hints(type(self))
+        hints = _hints(type(self))
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if not _fits(value, hints[field.name]):
@@ -75,6 +76,12 @@ class ModelConfig:
     def header(self) -> dict[str, Any]:
         """Return what names the reference class in its config.json."""
         return {"_class_name": self.class_name}
+
+
+@cache
+def _hints(config: type[ModelConfig]) -> dict[str, Any]:
+    """Return the types of all fields, whose texts Python compiles anew whenever it is asked."""
+    return get_type_hints(config)
 
 
 def require(condition: bool, message: str) -> None:

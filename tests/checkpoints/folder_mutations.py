@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from latentdiff.errors import ModelLoadError, UnsafeModelError
-from tests.checkpoints.header_mutations import MUTATIONS, WORDS, archives, join, recoded, same, split
+from tests.checkpoints.header_mutations import MUTATIONS, archives, join, recoded, same, split
 from tests.checkpoints.oracle import FLOATS, finite, rules, tensor
 from tests.checkpoints.small_models import UNET, Weights
 
@@ -270,7 +270,7 @@ def damaged_index(rng: random.Random, place: Path, tree: dict[str, Any], folder:
     if change == 0:
         placed[name] = rng.choice(OUTSIDE)
     elif change == 1:
-        placed[rng.choice((*WORDS, "conv_in.weightx"))] = placed[name]
+        placed[rng.choice(("", "x", "\0", "conv_in.weightx", name + "\n"))] = placed[name]
     elif change == 2:
         del placed[name]
         return ModelLoadError
