@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from latentdiff.checkpoints.folder import (
     NETWORKS,
@@ -18,10 +20,12 @@ from latentdiff.checkpoints.folder import (
     weight_files,
 )
 from latentdiff.checkpoints.header import DTYPE_BYTES, TensorInfo, read_header
+from latentdiff.checkpoints.single_file import UNET, fit, recognise
 from latentdiff.diffusion.schedule import NoiseSchedule
 
 __all__ = ["describe_file", "describe_folder"]
 
+NAMED_UNUSED = 20  # tensors
 FAMILIES = {  # by width of the context
     768: "Stable Diffusion 1.x",
     1024: "Stable Diffusion 2.x",
@@ -68,8 +72,35 @@ def describe_file(path: Path) -> dict[str, Any]:
         ModelLoadError: the file was refused.
     """
     header = read_header(path)
-    counted = _count(header.tensors.values())
-    return {"kind": "safetensors file", "tensors": len(header.tensors), **counted, "metadata": header.metadata}
+    counted = {"tensors": len(header.tensors), **_count(header.tensors.values())}
+    if any(name.startswith(UNET) for name in header.tensors):
+        return _describe_single_file(path, header.tensors, counted)
+    return {"kind": "safetensors file", **counted, "metadata": header.metadata}
+
+
+def _describe_single_file(path: Path, tensors: Mapping[str, TensorInfo], counted: dict[str, Any]) -> dict[str, Any]:
+    """Return what a whole model in one file of the original layout is, and which tensors no part of it needs."""
+    family, schedule, sections = recognise(path, tensors)
+    used: set[str] = set()
+    parts, configs = {}, {section.component: section.config for section in sections}
+    for section in sections:
+        _, places = fit(path, tensors, section, torch.float32)
+        own = {place.name for place in places.values()}
+        parts[section.component] = {"class": section.class_name, **_count(tensors[name] for name in own)}
+        used |= own
+    unused = [name for name in tensors if name not in used]
+    return {
+        "kind": "single file of the original layout",
+        "family": family + (" (inpainting)" if configs["unet"]["in_channels"] == 9 else ""),
+        "assumed": "configuration, schedule and prediction type are those of the family; the file does not say",
+        "prediction_type": schedule.prediction_type,
+        "beta_schedule": schedule.beta_schedule,
+        "image_size": _image_size(configs["unet"], configs["vae"]),
+        **counted,
+        "model_hash": model_hash(path),
+        "components": parts,
+        "unused": {"tensors": len(unused), "first": unused[:NAMED_UNUSED]},
+    }
 
 
 def _family(text_class: str, width: Any) -> str:

@@ -12,9 +12,10 @@ import os
 import secrets
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -33,7 +34,7 @@ from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.tokenizer import Tokenizer
 
-__all__ = ["load_single_file", "recognise", "save_single_file"]
+__all__ = ["families", "fit", "load_single_file", "recognise", "save_single_file"]
 
 FOLDER = Path(__file__).parent / "families"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -67,29 +68,17 @@ def load_single_file(
         ModelLoadError: the file was refused; the subclass says why.
     """
     tensors = read_header(path).tensors
-    family = recognise(path, tensors)
-    shape = _families()[family]
-    channels = tensors[f"{UNET}input_blocks.0.0.weight"].shape[1]
-    schedule = dict(shape["schedule"])
-    if channels == 9:
-        schedule.pop("prediction_type", None)  # inpainting models all predict noise
+    family, schedule, sections = recognise(path, tensors)
+    shape = families()[family]
     if prediction_type is not None:
-        schedule["prediction_type"] = prediction_type
-    elif "prediction_type" in schedule and family != ENLARGING:
+        schedule = replace(schedule, prediction_type=prediction_type)
+    elif schedule.prediction_type != "epsilon" and family != ENLARGING:
         warnings.warn(
             f"{path.name} is taken for the {family} that predicts velocity (768-v); the file itself does not say. "
             'If its pictures are noise, it predicts noise: pass prediction_type="epsilon"',
             stacklevel=4,
         )
-    plan: list[tuple[str, str, str, dict[str, Any]]] = [
-        ("UNet2DConditionModel", "unet", UNET, {**shape["unet"], "in_channels": channels}),
-        ("AutoencoderKL", "autoencoder", VAE, shape["vae"]),
-    ]
-    plan += [
-        (text["config"]["architectures"][0], text["layout"], text["prefix"], text["config"]) for text in shape["text"]
-    ]
-    networks = [_load(path, tensors, *entry, dtype, device) for entry in plan]
-    unet, autoencoder, *encoders = networks
+    unet, autoencoder, *encoders = [_load(path, tensors, section, dtype, device) for section in sections]
     tokenizers = [_tokenizer(text["pad"]) for text in shape["text"]]
     second = len(encoders) > 1
     parts = Parts(
@@ -97,7 +86,7 @@ def load_single_file(
         autoencoder=autoencoder,
         text_encoder=encoders[0],
         tokenizer=tokenizers[0],
-        schedule=NoiseSchedule(**schedule),
+        schedule=schedule,
         text_encoder_2=encoders[1] if second else None,
         tokenizer_2=tokenizers[1] if second else None,
         low_res_schedule=NoiseSchedule(**shape["low_res_schedule"]) if "low_res_schedule" in shape else None,
@@ -133,7 +122,7 @@ def save_single_file(parts: Parts, path: str | os.PathLike[str], dtype: torch.dt
     places: dict[str, tuple[Any, dict[str, Place]]] = {}
     places[UNET] = (parts.unet, unet_places(parts.unet.state_dict(), parts.unet.config))
     places[VAE] = (parts.autoencoder, autoencoder_places(parts.autoencoder.state_dict(), parts.autoencoder.config))
-    for text, encoder in zip(_families()[_family_of(parts)]["text"], (parts.text_encoder, parts.text_encoder_2)):
+    for text, encoder in zip(families()[_family_of(parts)]["text"], (parts.text_encoder, parts.text_encoder_2)):
         assert encoder is not None
         places[text["prefix"]] = (encoder, _places(encoder, text["layout"]))
     tensors: dict[str, Tensor] = {}
@@ -164,12 +153,40 @@ def _family_of(parts: Parts) -> str:
     return "Stable Diffusion 1.x" if parts.text_encoder.config.hidden_act == "quick_gelu" else "Stable Diffusion 2.x"
 
 
-def recognise(path: Path, tensors: Mapping[str, TensorInfo]) -> str:
-    """Return the name of the family that a file of the original layout belongs to.
+class Section(NamedTuple):
+    """One network in a file: what a folder calls it, its class, its names there (see `original.py`) and its config."""
+
+    component: str
+    class_name: str
+    layout: str
+    prefix: str
+    config: dict[str, Any]
+
+
+def recognise(path: Path, tensors: Mapping[str, TensorInfo]) -> tuple[str, NoiseSchedule, list[Section]]:
+    """Return the name of the family that a file of the original layout belongs to, its schedule and its networks.
 
     Raises:
         ModelConfigError: it is none that is known.
     """
+    family = _family(path, tensors)
+    shape = families()[family]
+    channels = tensors[f"{UNET}input_blocks.0.0.weight"].shape[1]
+    schedule = NoiseSchedule(**shape["schedule"])
+    if channels == 9:
+        schedule = replace(schedule, prediction_type="epsilon")  # as all inpainting models do
+    config = {**shape["unet"], "in_channels": channels}
+    sections = [
+        Section("unet", "UNet2DConditionModel", "unet", UNET, config),
+        Section("vae", "AutoencoderKL", "autoencoder", VAE, shape["vae"]),
+    ]
+    for component, text in zip(("text_encoder", "text_encoder_2"), shape["text"]):
+        class_name = text["config"]["architectures"][0]
+        sections.append(Section(component, class_name, text["layout"], text["prefix"], text["config"]))
+    return family, schedule, sections
+
+
+def _family(path: Path, tensors: Mapping[str, TensorInfo]) -> str:
     first = f"{UNET}input_blocks.0.0.weight"
     if first not in tensors:
         raise ModelConfigError(
@@ -192,36 +209,47 @@ def recognise(path: Path, tensors: Mapping[str, TensorInfo]) -> str:
 def _load(
     path: Path,
     tensors: Mapping[str, TensorInfo],
-    class_name: str,
-    layout: str,
-    prefix: str,
-    config: dict[str, Any],
+    section: Section,
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> Any:
+    network, places = fit(path, tensors, section, dtype)
+    there = {place.name: tensors[place.name] for place in places.values()}
+    read = read_weights(path, there, dtype, device)
+    weights = {name: place.take(read[place.name]).contiguous() for name, place in places.items()}
+    network.load_state_dict(weights, strict=True, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def fit(
+    path: Path, tensors: Mapping[str, TensorInfo], section: Section, dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, Place]]:
+    """Return a network without memory and where in the file each of its weights lies, with the prefix in its name.
+
+    Raises:
+        ModelMismatchError: a tensor is missing or of another shape, or the U-Net has others besides.
+    """
+    _, class_name, layout, prefix, config = section
     network: nn.Module = build(path, KINDS[class_name], config, len(tensors), dtype)
     expected = network.state_dict()
     places = _places(network, layout)
     if layout == "clip" and f"{prefix}{TEXT_MODEL}final_layer_norm.weight" not in tensors:
         places = {name: Place(place.name.removeprefix(TEXT_MODEL)) for name, place in places.items()}
+    places = {name: replace(place, name=prefix + place.name) for name, place in places.items()}
     wrong = []
     for name, place in places.items():
-        wanted, found = place.shape(tuple(expected[name].shape)), tensors.get(prefix + place.name)
+        wanted, found = place.shape(tuple(expected[name].shape)), tensors.get(place.name)
         if found is None:
-            wrong.append(f"{prefix}{place.name} is missing")
+            wrong.append(f"{place.name} is missing")
         elif found.dtype not in FLOATS or found.shape not in (wanted, wanted[:2] if place.as_convolution else wanted):
-            wrong.append(f"{prefix}{place.name} is {found.dtype} {list(found.shape)} instead of {list(wanted)}")
+            wrong.append(f"{place.name} is {found.dtype} {list(found.shape)} instead of {list(wanted)}")
     if layout == "unet":  # of the other networks, files carry what no picture needs
-        known = {prefix + place.name for place in places.values()}
+        known = {place.name for place in places.values()}
         wrong += [f"{name[:100]} is not expected" for name in tensors if name.startswith(prefix) and name not in known]
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise ModelMismatchError(f"{path}: {'; '.join(wrong[:NAMED])}{more}")
-    there = {prefix + place.name: tensors[prefix + place.name] for place in places.values()}
-    read = read_weights(path, there, dtype, device)
-    weights = {name: place.take(read[prefix + place.name]).contiguous() for name, place in places.items()}
-    network.load_state_dict(weights, strict=True, assign=True)
-    return network.requires_grad_(False).eval()
+    return network, places
 
 
 def _places(network: Any, layout: str) -> dict[str, Place]:
@@ -234,9 +262,10 @@ def _places(network: Any, layout: str) -> dict[str, Place]:
 
 
 @cache
-def _families() -> dict[str, Any]:
-    families: dict[str, Any] = json.loads((FOLDER / "families.json").read_text(encoding="utf-8"))
-    return families
+def families() -> dict[str, Any]:
+    """Return the configurations of all families, by name."""
+    shapes: dict[str, Any] = json.loads((FOLDER / "families.json").read_text(encoding="utf-8"))
+    return shapes
 
 
 def _tokenizer(pad: str) -> Tokenizer:

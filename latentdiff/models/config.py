@@ -30,7 +30,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check the types of all values, then what `check` demands."""
-        hints = _hints(type(self))
+        hints = _hints(type(self))  # type: ignore[arg-type]  # a class is hashable
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if not _fits(value, hints[field.name]):

@@ -76,7 +76,7 @@ class Fuzzer:
         shapes = {family: single.shape for family, single in self.singles.items()}
         tokenizers = {pad: single_file._tokenizer(pad) for pad in ("!", "<|endoftext|>")}
         # Configurations and vocabulary come with the package: the first are too large here, the second too slow.
-        single_file._families = lambda: shapes  # type: ignore[assignment]
+        single_file.families = lambda: shapes  # type: ignore[assignment]
         single_file._tokenizer = lambda pad: tokenizers[pad]
 
     def case(self, index: int) -> Case:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import Parts, save_pipeline, single_file
+from latentdiff.checkpoints.inspect import describe_file
 from latentdiff.checkpoints.original import autoencoder_places, clip_places, join, open_clip_places, unet_places
 from latentdiff.cli import main
 from latentdiff.diffusion import NoiseSchedule
@@ -91,7 +92,7 @@ def tensors_of(parts: Parts, shape: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.fixture
 def use_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {family: tiny(family) for family in FAMILIES}
-    monkeypatch.setattr(single_file, "_families", lambda: shapes)
+    monkeypatch.setattr(single_file, "families", lambda: shapes)
 
 
 def load(path: Path) -> Pipeline:
@@ -159,6 +160,26 @@ def test_what_the_file_does_not_say_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("use_tiny")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inspection_says_what_a_file_is_and_what_of_it_is_not_used(tmp_path: Path, family: str) -> None:
+    shape = tiny(family)
+    parts = parts_of(shape)
+    tensors = tensors_of(parts, shape) | {"model_ema.decay": torch.zeros(3), "betas": torch.zeros(1000)}
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    described = describe_file(tmp_path / "model.safetensors")
+    assert described["family"] == family and described["precision"] == "F16"
+    assert described["prediction_type"] == parts.schedule.prediction_type
+    assert described["image_size"] == 8 * parts.autoencoder.config.downsample_factor
+    assert described["unused"] == {"tensors": 2, "first": ["betas", "model_ema.decay"]}
+    assert described["components"].keys() == {"unet", "vae", "text_encoder", "text_encoder_2"} - (
+        {"text_encoder_2"} if parts.text_encoder_2 is None else set()
+    )
+    weights = sum(tensor.numel() for tensor in parts.unet.state_dict().values())  # type: ignore[union-attr]
+    assert described["components"]["unet"]["parameters"] == weights
+    assert len(described["model_hash"]) == 64
+
+
+@pytest.mark.usefixtures("use_tiny")
 def test_names_of_old_text_encoders(tmp_path: Path) -> None:
     shape = tiny("Stable Diffusion 1.x")
     parts = parts_of(shape)
@@ -209,7 +230,7 @@ def test_families_are_the_published_ones() -> None:
     }
     for family, millions in expected.items():
         with torch.device("meta"):
-            unet = UNet2DConditionModel(UNetConfig.from_dict(single_file._families()[family]["unet"]))
+            unet = UNet2DConditionModel(UNetConfig.from_dict(single_file.families()[family]["unet"]))
         count = sum(tensor.numel() for tensor in unet.state_dict().values())
         assert count / 1e6 == pytest.approx(millions, rel=0.01), family
 
