@@ -29,7 +29,7 @@ from latentdiff.checkpoints import load_pipeline, single_file
 from latentdiff.errors import ModelLoadError
 
 good, file, hostile, shapes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
-single_file._families = lambda: shapes
+single_file.families = lambda: shapes
 warnings.simplefilter("ignore")
 RUNS = ("exec", "compile", "import", "socket.", "subprocess.", "os.system", "os.exec", "os.spawn", "os.posix_spawn",
         "os.fork", "pickle.", "marshal.", "code.", "ctypes.dlopen", "pty.", "urllib.", "http.", "ftplib.")
