@@ -37,6 +37,7 @@ from latentdiff.models.bert import BertConfig, BertModel
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.config import ModelConfig
 from latentdiff.models.encoding import PenultimateStates, PromptEncoder, TokenStates
+from latentdiff.models.lora import WeightedLoRA
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
 from latentdiff.models.t5 import T5Config, T5EncoderModel
 from latentdiff.models.tokenizer import Tokenizer
@@ -89,6 +90,8 @@ class Parts:
         force_zeros: whether the empty negative prompt is the zero vector, not what the encoders make of it.
         name: how settings refer to the model.
         folder: folder or file that the parts were loaded from; None when they were not, or are no longer what is there.
+        loras: what is in the weights besides, in this order; see `latentdiff.checkpoints.lora.apply_loras`.
+        base: the parts without it; None where there is nothing besides.
     """
 
     unet: UNet2DConditionModel | None
@@ -102,6 +105,8 @@ class Parts:
     force_zeros: bool = False
     name: str = "unsaved"
     folder: Path | None = None
+    loras: tuple[WeightedLoRA, ...] = ()
+    base: Parts | None = None
 
     @property
     def prompt_encoder(self) -> PromptEncoder:
@@ -135,6 +140,8 @@ class Parts:
     @cached_property
     def model_hash(self) -> str:
         """SHA-256 of the files, read when first asked for; "" for parts that were not loaded from a folder."""
+        if self.base is not None:
+            return self.base.model_hash
         return "" if self.folder is None else model_hash(self.folder)
 
 

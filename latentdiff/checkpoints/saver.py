@@ -6,13 +6,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from latentdiff.checkpoints.loader import KINDS, Parts
 from latentdiff.diffusion.schedule import NoiseSchedule
@@ -21,7 +22,7 @@ from latentdiff.models.config import ModelConfig
 from latentdiff.models.pixels import LabelEncoder, PixelSpace
 from latentdiff.models.tokenizer import Tokenizer
 
-__all__ = ["flush_to_disk", "pipeline_index", "save_model", "save_pipeline"]
+__all__ = ["pipeline_index", "save_model", "save_pipeline", "save_tensors"]
 
 TOKENIZER_CLASS = {
     "BertModel": "BertTokenizer",
@@ -129,6 +130,23 @@ def pipeline_index(
     elif absent and not parts.upscales:
         options["requires_safety_checker"] = False
     return {"_class_name": kind, **options, **index}, networks, tokenizers, schedules
+
+
+def save_tensors(tensors: Mapping[str, Tensor], target: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, which appears under its name only when it is whole.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    temporary = target.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        save_file(dict(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
+        temporary.chmod(0o644)  # safetensors makes it readable by its owner alone
+        flush_to_disk(temporary)
+        os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {target}: {error}; free space or choose another place") from error
 
 
 def _pipeline_class(parts: Parts, alone: bool) -> str:

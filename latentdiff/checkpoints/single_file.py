@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import secrets
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,23 +17,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentdiff.checkpoints.header import TensorInfo, read_header
 from latentdiff.checkpoints.loader import KINDS, TEXT_MODEL, Parts, build, check_fit
 from latentdiff.checkpoints.original import Place, autoencoder_places, clip_places, join, open_clip_places, unet_places
-from latentdiff.checkpoints.saver import flush_to_disk
+from latentdiff.checkpoints.saver import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights, require_finite_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, StorageError
+from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError
 from latentdiff.images import check_writable
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.tokenizer import Tokenizer
 
-__all__ = ["families", "fit", "load_single_file", "recognise", "save_single_file"]
+__all__ = ["families", "fit", "load_single_file", "recognise", "save_single_file", "text_layouts"]
 
 FOLDER = Path(__file__).parent / "families"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -122,23 +119,24 @@ def save_single_file(parts: Parts, path: str | os.PathLike[str], dtype: torch.dt
     places: dict[str, tuple[Any, dict[str, Place]]] = {}
     places[UNET] = (parts.unet, unet_places(parts.unet.state_dict(), parts.unet.config))
     places[VAE] = (parts.autoencoder, autoencoder_places(parts.autoencoder.state_dict(), parts.autoencoder.config))
-    for text, encoder in zip(families()[_family_of(parts)]["text"], (parts.text_encoder, parts.text_encoder_2)):
+    for (layout, prefix), encoder in zip(text_layouts(parts), (parts.text_encoder, parts.text_encoder_2)):
         assert encoder is not None
-        places[text["prefix"]] = (encoder, _places(encoder, text["layout"]))
+        places[prefix] = (encoder, _places(encoder, layout))
     tensors: dict[str, Tensor] = {}
     for prefix, (network, found) in places.items():
         weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in network.state_dict().items()}
         require_finite_weights(target, weights, dtype or torch.float32)
         tensors |= {prefix + name: tensor.contiguous() for name, tensor in join(found, weights).items()}
-    temporary = target.with_name(f".tmp-{secrets.token_hex(8)}")
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)  # safetensors makes it readable by its owner alone
-        flush_to_disk(temporary)
-        os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {target}: {error}; free space or choose another place") from error
+    save_tensors(tensors, target)
+
+
+def text_layouts(parts: Parts) -> list[tuple[str, str]]:
+    """Return layout and prefix, in a single file, of each text encoder of a model.
+
+    Raises:
+        InputError: it has other text encoders than such files hold.
+    """
+    return [(text["layout"], text["prefix"]) for text in families()[_family_of(parts)]["text"]]
 
 
 def _family_of(parts: Parts) -> str:

@@ -1,0 +1,312 @@
+"""LoRA files: read in every dialect in use, put into a model and taken out, written for other tools."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import sha256
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from latentdiff.checkpoints.folder import model_hash, read_json
+from latentdiff.checkpoints.header import Header, TensorInfo, read_header
+from latentdiff.checkpoints.loader import Parts
+from latentdiff.checkpoints.lora_names import (
+    DIALECTS,
+    Layers,
+    dialect_of,
+    known_names,
+    network_of,
+    networks_of,
+    parse_key,
+    written_names,
+)
+from latentdiff.checkpoints.saver import save_tensors
+from latentdiff.checkpoints.weights import FLOATS, require_finite_weights
+from latentdiff.errors import InputError, ModelConfigError, ModelLoadError, ModelMismatchError, suggest
+from latentdiff.images import check_writable
+from latentdiff.models.lora import Factors, LoRA, WeightedLoRA, factors_fit, layers_of, merge, share_weights
+
+__all__ = ["apply_loras", "describe_lora", "load_lora", "save_lora"]
+
+Weight = float | tuple[float, float]
+"""How much of a LoRA: one number, or one for the U-Net and one for the text encoders."""
+
+# Other ways to change weights that are called LoRA too, by a piece of the names of their tensors.
+OTHER_METHODS = {
+    ".dora_scale": "DoRA",
+    ".lora_magnitude_vector": "DoRA",
+    ".hada_": "LoHa",
+    ".lokr_": "LoKr",
+    ".oft_": "OFT",
+    ".on_input": "(IA)^3",
+    ".diff": "whole differences",
+}
+NETWORKS = ("unet", "text_encoder", "text_encoder_2")
+NAMED = 5  # layers in an error
+PEFT_METADATA = "lora_adapter_metadata"  # where diffusers puts PEFT's configuration of each network, as JSON
+PEFT_CONFIG = "adapter_config.json"  # where PEFT itself puts it, beside the file
+
+
+def load_lora(path: str | os.PathLike[str], parts: Parts) -> LoRA:
+    """Read a LoRA file.
+
+    Args:
+        path: a safetensors file in one of `lora_names.DIALECTS`, or in several at once.
+        parts: of the model it is for.
+
+    Raises:
+        ModelMismatchError: it has a layer that the model has not, or of another shape, or half of one.
+        ModelLoadError: the file was refused; the subclass says why.
+    """
+    file = Path(path)
+    header = read_header(file)
+    for name in header.tensors:
+        for mark, method in OTHER_METHODS.items():
+            if mark in name:
+                raise ModelConfigError(f"{file}: expected LoRA, got {method} ({name[:100]}); use a LoRA or LoCon file")
+    found = _layers_in(file, header.tensors, parts)
+    try:
+        with safe_open(file, framework="pt") as mapped:
+            tensors = {name: mapped.get_tensor(name).clone() for name in header.tensors}
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelLoadError(f"{file}: cannot be read ({str(error).splitlines()[0][:120]})") from error
+    require_finite_weights(file, tensors, torch.float32)
+    settings, files = _peft_settings(file, header)
+    models = {network: layers_of(model) for network, model in networks_of(parts).items()}
+    networks: dict[str, dict[str, Factors]] = {}
+    for layers, halves in found.items():
+        down, up = tensors[halves["down"]], tensors[halves["up"]]
+        mid = tensors[halves["mid"]] if "mid" in halves else None
+        for (network, layer), rows in zip(layers, up.chunk(len(layers))):
+            alpha = _alpha(file, settings, network, layer, len(down))
+            if "alpha" in halves:
+                alpha = float(tensors[halves["alpha"]])
+            shape = models[network][layer].weight.shape
+            kernel, ones = shape[2:], (1,) * len(shape[2:])
+            factors = Factors(
+                down.reshape(len(down), -1, *(kernel if mid is None else ones)),
+                rows.reshape(len(rows), -1, *ones),
+                alpha,
+                mid,
+            )
+            networks.setdefault(network, {})[layer] = factors
+    digest = "".join(map(model_hash, files))
+    return LoRA(networks, os.fspath(path), digest if len(files) == 1 else sha256(digest.encode()).hexdigest())
+
+
+def _layers_in(file: Path, tensors: Mapping[str, TensorInfo], parts: Parts) -> dict[Layers, dict[str, str]]:
+    """Return the layers of the model that a file has, each with the names of its halves there.
+
+    Raises:
+        ModelMismatchError: something in the file does not fit the model.
+    """
+    known, wrong = known_names(parts), list[str]()
+    found: dict[Layers, dict[str, str]] = {}
+    for name in tensors:
+        key = parse_key(name)
+        layers = None if key is None else known.get(key.layer)
+        if key is None or layers is None:
+            wrong.append(f"{name[:100]} is no layer of this model")
+        elif found.setdefault(layers, {}).setdefault(key.half, name) != name:
+            wrong.append(f"{name[:100]} is the same as {found[layers][key.half][:100]}")
+    models = {network: layers_of(model) for network, model in networks_of(parts).items()}
+    for layers, halves in found.items():
+        missing = [half for half in ("down", "up") if half not in halves]
+        if missing:
+            wrong.append(f"{next(iter(halves.values()))[:100]} has no {' and no '.join(missing)} beside it")
+            continue
+        rows, *rest = models[layers[0][0]][layers[0][1]].weight.shape
+        weight = (rows * len(layers), *rest)
+        down, up = tensors[halves["down"]], tensors[halves["up"]]
+        mid = tensors[halves["mid"]] if "mid" in halves else None
+        if not all(info.dtype in FLOATS for info in (down, up, mid) if info is not None):
+            wrong.append(f"{halves['down']} is of {down.dtype} and {up.dtype}, not of {', '.join(FLOATS)}")
+        elif not factors_fit(weight, down.shape, up.shape, None if mid is None else mid.shape):
+            wrong.append(f"{halves['down']} {list(down.shape)} and {list(up.shape)} make no change of {list(weight)}")
+        if "alpha" in halves and prod(tensors[halves["alpha"]].shape) != 1:
+            wrong.append(f"{halves['alpha']} has shape {list(tensors[halves['alpha']].shape)} instead of one number")
+    if wrong:
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        family = _family(tensors)
+        remedy = f"by its shapes it is for {family}" if family else "use it with the model it was made for"
+        raise ModelMismatchError(f"{file}: {'; '.join(wrong[:NAMED])}{more}; {remedy}")
+    return found
+
+
+def _family(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Return the family of models whose context is as wide as that of a LoRA's layers, None where it is not seen."""
+    from latentdiff.checkpoints.inspect import FAMILIES  # which needs this module
+
+    for name, info in tensors.items():
+        key = parse_key(name)
+        if key and key.half == "down" and key.layer.endswith(("attn2_to_k", "attn2_to_v")) and len(info.shape) > 1:
+            return FAMILIES.get(info.shape[1])
+    return None
+
+
+def _peft_settings(file: Path, header: Header) -> tuple[dict[str, Any], list[Path]]:
+    """Return PEFT's configuration, its keys below those of the networks, and the files that all was read from."""
+    beside = file.with_name(PEFT_CONFIG)
+    if PEFT_METADATA in header.metadata:
+        try:
+            settings = json.loads(header.metadata[PEFT_METADATA])
+        except (ValueError, RecursionError) as error:
+            raise ModelConfigError(f"{file}: its {PEFT_METADATA} is no JSON; save it again") from error
+        return settings if isinstance(settings, dict) else {}, [file]
+    if not any("base_model.model." in name for name in header.tensors) or not beside.exists():
+        return {}, [file]
+    config = read_json(beside)
+    return {f"{network}.{key}": config[key] for network in NETWORKS for key in config}, [file, beside]
+
+
+def _alpha(file: Path, settings: Mapping[str, Any], network: str, layer: str, rank: int) -> float:
+    """Return the alpha of a layer for which the file has none of its own: what PEFT was told, or the rank."""
+    alpha, patterns = settings.get(f"{network}.lora_alpha", rank), settings.get(f"{network}.alpha_pattern")
+    for pattern, value in (patterns if isinstance(patterns, dict) else {}).items():
+        if f".{layer}".endswith(f".{pattern.removeprefix('^')}"):
+            alpha = value
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ModelConfigError(f"{file}: lora_alpha of {layer} must be a finite number, got {str(alpha)[:80]!r}")
+    return alpha * math.sqrt(rank) if settings.get(f"{network}.use_rslora") is True else float(alpha)
+
+
+def apply_loras(parts: Parts, loras: Mapping[str | os.PathLike[str] | LoRA, Weight]) -> Parts:
+    """Return the parts of a model with these LoRAs in its weights, in place of those it has; `parts` stay as they are.
+
+    They share every weight that no LoRA changes. Without any they are those of before, bit for bit.
+
+    Args:
+        parts: with LoRAs or without; the result is on their device and in their dtype.
+        loras: files, or what `load_lora` made of them, each with its weight.
+
+    Raises:
+        InputError: a weight is no finite number.
+        ModelLoadError: a file was refused, or does not fit the model.
+    """
+    base = parts if parts.base is None else parts.base
+    applied = tuple(
+        WeightedLoRA(given if isinstance(given, LoRA) else load_lora(given, base), *_weights(weight))
+        for given, weight in loras.items()
+    )
+    merged: dict[str, Any] = {}
+    for name, network in networks_of(base).items():
+        changes = [(one.lora.networks.get(name, {}), one.unet if name == "unet" else one.text) for one in applied]
+        like = next(networks_of(parts)[name].parameters())
+        merged[name] = merge(network, changes).to(like.device, like.dtype)
+    if not applied:
+        return _with_networks(base, merged)
+    # What is kept must not move when `parts` do.
+    kept = _with_networks(base, {name: share_weights(network) for name, network in networks_of(base).items()})
+    return replace(_with_networks(base, merged), loras=applied, base=kept)
+
+
+def _with_networks(parts: Parts, networks: Mapping[str, Any]) -> Parts:
+    unet, *encoders = networks.values()
+    return replace(parts, unet=unet, text_encoder=encoders[0], text_encoder_2=encoders[1] if encoders[1:] else None)
+
+
+def _weights(weight: Any) -> tuple[float, float]:
+    pair = weight if isinstance(weight, (tuple, list)) else (weight, weight)
+    numbers = [one for one in pair if isinstance(one, (int, float)) and math.isfinite(one)]
+    if len(pair) != 2 or len(numbers) != 2:
+        raise InputError(
+            f"the weight of a LoRA must be a finite number, or two (U-Net, text encoders), got {weight!r:.80}; try 0.8"
+        )
+    return float(pair[0]), float(pair[1])
+
+
+def save_lora(lora: LoRA, path: str | os.PathLike[str], parts: Parts, dialect: str = "diffusers") -> None:
+    """Write a LoRA file, which appears under its name only when it is whole.
+
+    Args:
+        lora: for the model of `parts`.
+        path: ending in .safetensors.
+        parts: of the model.
+        dialect: one of `lora_names.DIALECTS`; diffusers loads the first two.
+
+    Raises:
+        InputError: an unknown dialect, one that has no name for the form of a layer, or a path with another ending.
+        ModelValueError: a factor is not finite.
+        StorageError: the file cannot be written.
+    """
+    target = Path(path)
+    if dialect not in DIALECTS:
+        raise InputError(f"dialect {dialect!r} is unknown{suggest(dialect, DIALECTS)}")
+    if target.suffix != ".safetensors":
+        raise InputError(f"a LoRA file must end in .safetensors, got {target.name!r}")
+    check_writable(target)
+    peft = dialect == "diffusers"
+    names, tensors = written_names(parts, dialect), dict[str, Tensor]()
+    for network, layers in lora.networks.items():
+        for layer, factors in layers.items():
+            name = names[network, layer]
+            tensors[f"{name}.{'lora_A' if peft else 'lora_down'}.weight"] = factors.down
+            tensors[f"{name}.{'lora_B' if peft else 'lora_up'}.weight"] = factors.up
+            if factors.mid is not None and peft:
+                raise InputError(f"{layer} is in Tucker form, which diffusers cannot read; save in the dialect kohya")
+            if factors.mid is not None:
+                tensors[f"{name}.lora_mid.weight"] = factors.mid
+            if not peft:
+                tensors[f"{name}.alpha"] = torch.tensor(factors.alpha)
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    require_finite_weights(target, tensors, torch.float32)
+    settings: dict[str, Any] = {}
+    for network, layers in lora.networks.items():
+        settings |= {f"{network}.{key}": value for key, value in _peft_config(layers).items()}
+    save_tensors(tensors, target, {PEFT_METADATA: json.dumps(settings)} if peft else None)
+
+
+def _peft_config(layers: Mapping[str, Factors]) -> dict[str, Any]:
+    """Return the arguments of PEFT's LoraConfig, which matches layers by the ends of their names."""
+    # transformers has dropped this start of names; without it they match before and after.
+    found = {name.removeprefix("text_model."): factors for name, factors in layers.items()}
+    rank = Counter(factors.rank for factors in found.values()).most_common(1)[0][0]
+    alpha = Counter(factors.alpha for factors in found.values()).most_common(1)[0][0]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: factors.rank for name, factors in found.items() if factors.rank != rank},
+        "alpha_pattern": {name: factors.alpha for name, factors in found.items() if factors.alpha != alpha},
+        "target_modules": list(found),
+    }
+
+
+def describe_lora(path: Path, header: Header) -> dict[str, Any] | None:
+    """Return what a LoRA file is, as JSON-ready values, given its header; None if it is none.
+
+    Raises:
+        ModelLoadError: the file cannot be read.
+    """
+    keys = {name: key for name in header.tensors if (key := parse_key(name))}
+    others = sorted({method for name in header.tensors for mark, method in OTHER_METHODS.items() if mark in name})
+    halves = {key.half for key in keys.values()}
+    if others and not halves & {"up", "down"}:
+        return {"kind": f"{' and '.join(others)} (not supported)"}
+    if not halves >= {"up", "down"}:
+        return None
+    downs = {key.layer: header.tensors[name] for name, key in keys.items() if key.half == "down"}
+    ranks = {layer: info.shape[0] for layer, info in downs.items() if info.shape}
+    settings, _ = _peft_settings(path, header)
+    alphas = {float(value) for key, value in settings.items() if key.endswith(".lora_alpha")}
+    with safe_open(path, framework="pt") as mapped:
+        scalars = [name for name, key in keys.items() if key.half == "alpha" and prod(header.tensors[name].shape) == 1]
+        alphas |= {float(mapped.get_tensor(name)) for name in scalars}
+    return {
+        "kind": f"LoRA with {' and '.join(others)} (not supported)" if others else "LoRA",
+        "dialect": " and ".join(sorted({dialect_of(layer) for layer in downs})),
+        "family": _family(header.tensors) or "not known",
+        "layers": dict(Counter(network_of(layer) for layer in downs)),
+        "ranks": sorted(set(ranks.values())),
+        "alphas": sorted(alphas) or "as the ranks",
+        "convolutions": sum(info.shape[2:] > (1, 1) for info in downs.values()),
+    }
