@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("image", help="PNG written by latentdiff")
     replay.add_argument("-o", "--out", help="file to write; IMAGE-replay.png by default")
     replay.add_argument("--model", help="model folder, where the recorded one is elsewhere now")
-    replay.add_argument("--force", action="store_true", help="go on with another model or initial image than recorded")
+    replay.add_argument("--force", action="store_true", help="go on with another model, LoRA or image than recorded")
     _add_machine(replay)
 
     plan = command("plan", commands.plan, "Print a sampler's table.")
@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", help="model folder or safetensors file of a whole model")
     convert.add_argument("target", help="NAME.safetensors for one file of the original layout, else a new folder")
     _add_prediction_type(convert)
+    _add_lora(convert)
     convert.add_argument("--dtype", help="of the weights: float16 (default), bfloat16 or float32")
 
     train = command("train", _train, "Train the stage that a YAML config describes.")
@@ -136,6 +137,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--model", help="folder, single safetensors file, or owner/name on a hub; the embedded model by default"
     )
     _add_prediction_type(parser)
+    _add_lora(parser)
     parser.add_argument("--negative", default="", metavar="TEXT", help="what to steer away from")
     parser.add_argument("--steps", type=int, help="calls of the network")
     parser.add_argument("--guidance", type=float, help="how strictly to follow the prompt; 1 is not guided")
@@ -153,6 +155,16 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _add_prediction_type(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prediction-type", help="epsilon or v_prediction, where the model's files do not say what it predicts"
+    )
+
+
+def _add_lora(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="LoRA file, and how much of it (default 1), or UNET,TEXT; may be given several times",
     )
 
 

@@ -45,10 +45,11 @@ def generate(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None and options.image is None:
             raise InputError(f"--{name} says {says} --image is drawn anew, got no --image; add it")
     # Everything that can be wrong without a model is found before one is loaded.
-    settings = Settings(prompts=tuple(options.prompts), **chosen)
+    settings, loras = Settings(prompts=tuple(options.prompts), **chosen), _loras(options.lora)
     paths = _output_paths(options.out, [settings.record(index)["prompt"] for index in range(settings.count)])
     started = time.perf_counter()
     pipe = _load(options.model, options.device, options.dtype, options.prediction_type)
+    pipe = pipe.with_loras(loras) if loras else pipe
     result = _draw(pipe, options.prompts, image=options.image, mask=options.mask, **chosen)
     for index, path in enumerate(paths):
         result.write(index, path)
@@ -101,6 +102,7 @@ def replay(options: argparse.Namespace) -> None:
             f"{source} was made by model {recorded['model_hash'][:10]}, got {pipe.parts.model_hash[:10]}; "
             "pass that one as --model, or add --force"
         )
+    pipe = _replay_loras(pipe, record.get("loras") or [], options.force)
     _use_threads(record.get("threads"))
     # The batch it was drawn in had this many rows; what was in the others does not matter, how many does.
     result = _draw(
@@ -121,6 +123,22 @@ def replay(options: argparse.Namespace) -> None:
     _report(options, result, {row: path}, seconds=round(time.perf_counter() - started, 3), identical=identical)
 
 
+def _replay_loras(pipe: Pipeline, records: Any, force: bool) -> Pipeline:
+    """Return a pipeline with the LoRAs of a record, if their files are still what they were."""
+    from latentdiff.checkpoints.lora import load_lora
+
+    loras: dict[Any, Any] = {}
+    for record in records if isinstance(records, list) else [records]:
+        path = record.get("path") if isinstance(record, dict) else None
+        if not isinstance(path, str):
+            raise InputError("the picture was drawn with a LoRA in memory, which no file keeps; draw it in Python")
+        lora = load_lora(path, pipe.parts)
+        if lora.hash != record.get("hash") and not force:
+            raise InputError(f"{path} is no longer the LoRA this picture was made with; restore it, or add --force")
+        loras[lora] = record.get("weight")
+    return pipe.with_loras(loras) if loras else pipe
+
+
 def _initial_image(record: dict[str, Any], strength: float, force: bool) -> dict[str, Any]:
     """Return the arguments that replay what was drawn from pictures, if those are still what they were."""
     from latentdiff.images import open_image, pixel_hash
@@ -138,6 +156,25 @@ def _initial_image(record: dict[str, Any], strength: float, force: bool) -> dict
             raise InputError(f"{path} is no longer the {name} this one was made from; restore it, or add --force")
         pictures[name] = path
     return {**pictures, "strength": strength} if pictures else {}
+
+
+def _loras(given: Sequence[str]) -> dict[str, Any]:
+    """Return files with their weights of "FILE", "FILE:0.8" and "FILE:1,0.5" (U-Net, text encoders)."""
+    loras: dict[str, Any] = {}
+    for text in given:
+        file, _, weight = text.rpartition(":")
+        if not file or Path(text).is_file():
+            file, weight = text, "1"
+        try:
+            numbers = [float(number) for number in weight.split(",")]
+        except ValueError:
+            numbers = []
+        if not Path(file).is_file() or len(numbers) not in (1, 2) or file in loras:
+            raise InputError(
+                f"--lora must be a file and maybe its weight, once, got {text!r}; try style.safetensors:0.8"
+            )
+        loras[file] = tuple(numbers) if numbers[1:] else numbers[0]
+    return loras
 
 
 def _use_threads(count: object) -> None:
@@ -241,14 +278,21 @@ def inspect(options: argparse.Namespace) -> None:
 
 def convert(options: argparse.Namespace) -> None:
     """Write a model in another layout."""
+    import torch
+
     from latentdiff.checkpoints import load_pipeline, save_pipeline
+    from latentdiff.checkpoints.lora import apply_loras
     from latentdiff.checkpoints.single_file import save_single_file
     from latentdiff.devices import resolve_dtype
 
-    dtype = resolve_dtype(options.dtype or "float16")
+    dtype, loras = resolve_dtype(options.dtype or "float16"), _loras(options.lora)
     single = options.target.endswith(".safetensors")
     with _warnings_as_lines():
-        parts = load_pipeline(options.source, dtype, prediction_type=options.prediction_type)
+        # Weights are rounded once, after what is added to them.
+        loaded = load_pipeline(
+            options.source, torch.float32 if loras else dtype, prediction_type=options.prediction_type
+        )
+    parts = apply_loras(loaded, loras)
     (save_single_file if single else save_pipeline)(parts, options.target, dtype)
     print(options.target)
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.checkpoints import Parts, load_pipeline, save_pipeline
+from latentdiff.checkpoints.lora import Weight, apply_loras
 from latentdiff.devices import resolve_device, resolve_dtype
 from latentdiff.diffusion.plan import FOREIGN
 from latentdiff.drawing import OUTPUT_TYPES, Callback, Drawing, device_of, dtype_of, native_size
@@ -248,6 +249,22 @@ class Pipeline:
             width=width,
         )
         return Drawing(self.parts, settings, image, opaque=True).invert(iterations)
+
+    def with_loras(self, loras: Mapping[Any, Weight]) -> Pipeline:
+        """Return a pipeline with these LoRAs in its weights, in place of those it has; this one stays as it is.
+
+        styled = pipe.with_loras({"style.safetensors": 0.8, "fox.safetensors": (1.0, 0.5)})
+        plain = styled.with_loras({})  # the weights of before, bit for bit
+
+        Args:
+            loras: files (see `latentdiff.checkpoints.lora.load_lora`), each with its weight: one number, or one for the
+                U-Net and one for the text encoders. All other weights are shared, not copied.
+
+        Raises:
+            InputError: a weight is no finite number.
+            ModelLoadError: a file was refused, or is for another model.
+        """
+        return Pipeline(apply_loras(self.parts, loras))
 
 
 def _strength(strength: float | None, image: object, whole: object) -> float:

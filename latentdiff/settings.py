@@ -6,9 +6,11 @@ Python, the command line and whatever other door there is build a `Settings`; wh
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import InputError, suggest
@@ -245,6 +247,9 @@ def parameters_text(record: Mapping[str, Any]) -> str:
         "Model": record["model"],
         "Model hash": record["model_hash"][:10],
     }
+    if record.get("loras"):
+        names = [f"{Path(lora['path'] or 'unsaved').name} {lora['weight']}" for lora in record["loras"]]
+        pairs["LoRA"] = json.dumps("; ".join(names))
     if record.get("image"):
         pairs["Denoising strength"] = f"{record['strength']:g}"
     if record.get("variation_strength"):

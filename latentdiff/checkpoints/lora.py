@@ -119,6 +119,8 @@ def _layers_in(file: Path, tensors: Mapping[str, TensorInfo], parts: Parts) -> d
             wrong.append(f"{name[:100]} is no layer of this model")
         elif found.setdefault(layers, {}).setdefault(key.half, name) != name:
             wrong.append(f"{name[:100]} is the same as {found[layers][key.half][:100]}")
+    counts = Counter(layer for layers in found for layer in layers)
+    wrong += [f"{layer} of {network} is there twice" for (network, layer), count in counts.items() if count > 1]
     models = {network: layers_of(model) for network, model in networks_of(parts).items()}
     for layers, halves in found.items():
         missing = [half for half in ("down", "up") if half not in halves]
@@ -180,7 +182,7 @@ def _alpha(file: Path, settings: Mapping[str, Any], network: str, layer: str, ra
     return alpha * math.sqrt(rank) if settings.get(f"{network}.use_rslora") is True else float(alpha)
 
 
-def apply_loras(parts: Parts, loras: Mapping[str | os.PathLike[str] | LoRA, Weight]) -> Parts:
+def apply_loras(parts: Parts, loras: Mapping[Any, Weight]) -> Parts:
     """Return the parts of a model with these LoRAs in its weights, in place of those it has; `parts` stay as they are.
 
     They share every weight that no LoRA changes. Without any they are those of before, bit for bit.
