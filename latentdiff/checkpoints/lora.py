@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -41,15 +42,14 @@ __all__ = ["apply_loras", "describe_lora", "load_lora", "save_lora"]
 Weight = float | tuple[float, float]
 """How much of a LoRA: one number, or one for the U-Net and one for the text encoders."""
 
-# Other ways to change weights that are called LoRA too, by a piece of the names of their tensors.
+# Other ways to change weights that are called LoRA too, each by what is in the names of its tensors.
 OTHER_METHODS = {
-    ".dora_scale": "DoRA",
-    ".lora_magnitude_vector": "DoRA",
-    ".hada_": "LoHa",
-    ".lokr_": "LoKr",
-    ".oft_": "OFT",
-    ".on_input": "(IA)^3",
-    ".diff": "whole differences",
+    "DoRA": r"\.(dora_scale|lora_magnitude_vector)",
+    "LoHa": r"\.hada_",
+    "LoKr": r"\.lokr_",
+    "OFT": r"\.oft_",
+    "(IA)^3": r"\.on_input$",
+    "whole differences": r"\.diff(_b)?$",
 }
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 NAMED = 5  # layers in an error
@@ -70,10 +70,8 @@ def load_lora(path: str | os.PathLike[str], parts: Parts) -> LoRA:
     """
     file = Path(path)
     header = read_header(file)
-    for name in header.tensors:
-        for mark, method in OTHER_METHODS.items():
-            if mark in name:
-                raise ModelConfigError(f"{file}: expected LoRA, got {method} ({name[:100]}); use a LoRA or LoCon file")
+    for method, name in _other_methods(header).items():
+        raise ModelConfigError(f"{file}: expected LoRA, got {method} ({name[:100]}); use a LoRA or LoCon file")
     found = _layers_in(file, header.tensors, parts)
     try:
         with safe_open(file, framework="pt") as mapped:
@@ -102,6 +100,14 @@ def load_lora(path: str | os.PathLike[str], parts: Parts) -> LoRA:
             networks.setdefault(network, {})[layer] = factors
     digest = "".join(map(model_hash, files))
     return LoRA(networks, os.fspath(path), digest if len(files) == 1 else sha256(digest.encode()).hexdigest())
+
+
+def _other_methods(header: Header) -> dict[str, str]:
+    """Return which other methods are in a file, each with the name of a tensor."""
+    found = {
+        method: [name for name in header.tensors if re.search(mark, name)] for method, mark in OTHER_METHODS.items()
+    }
+    return {method: names[0] for method, names in found.items() if names}
 
 
 def _layers_in(file: Path, tensors: Mapping[str, TensorInfo], parts: Parts) -> dict[Layers, dict[str, str]]:
@@ -290,7 +296,7 @@ def describe_lora(path: Path, header: Header) -> dict[str, Any] | None:
         ModelLoadError: the file cannot be read.
     """
     keys = {name: key for name in header.tensors if (key := parse_key(name))}
-    others = sorted({method for name in header.tensors for mark, method in OTHER_METHODS.items() if mark in name})
+    others = _other_methods(header)
     halves = {key.half for key in keys.values()}
     if others and not halves & {"up", "down"}:
         return {"kind": f"{' and '.join(others)} (not supported)"}

@@ -92,7 +92,8 @@ def inputs(pipe: Pipeline) -> tuple[Tensor, Tensor, dict[str, Tensor] | None]:
     generator = torch.Generator().manual_seed(5)
     config = pipe.unet.config
     sample = torch.randn(1, config.in_channels, 16, 16, generator=generator)
-    context = torch.randn(1, 7, config.cross_attention_dim, generator=generator)  # type: ignore[call-overload]
+    width: Any = config.cross_attention_dim
+    context = torch.randn(1, 7, width, generator=generator)
     if config.addition_embed_type is None:
         return sample, context, None
     added = {"text_embeds": torch.randn(1, 8, generator=generator), "time_ids": torch.full((1, 6), 32.0)}
@@ -196,7 +197,7 @@ def test_what_peft_writes_alone(models: dict[str, Path], tmp_path: Path) -> None
     pipe, peer = Pipeline.from_pretrained(models["1.x"], device="cpu"), theirs(models["1.x"])
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=10, target_modules=["to_k", "to_out.0"], init_lora_weights=False)
-    peft.get_peft_model(peer.unet, config).save_pretrained(tmp_path)
+    peft.get_peft_model(peer.unet, config).save_pretrained(str(tmp_path))
     ours = pipe.with_loras({tmp_path / "adapter_model.safetensors": 1.0})
     assert relative_error(outputs(ours)["unet"], their_outputs(peer, pipe)["unet"]) <= 1e-5
     assert relative_error(outputs(ours)["unet"], outputs(pipe)["unet"]) > 0.01
@@ -210,7 +211,7 @@ def test_names_of_before_2023_06(models: dict[str, Path], tmp_path: Path) -> Non
     """What diffusers wrote when attention had processors; diffusers still reads it."""
     file = tmp_path / "a.safetensors"
     pipe, peer = Pipeline.from_pretrained(models["1.x"], device="cpu"), theirs(models["1.x"])
-    lora, tensors = random_lora(pipe, ATTENTION, lambda count: 3.0), {}
+    lora, tensors = random_lora(pipe, ATTENTION, lambda count: 3.0), dict[str, Tensor]()
     for network, layers in lora.networks.items():
         for name, factors in layers.items():
             attention, _, layer = name.removesuffix(".0").rpartition(".")

@@ -1,0 +1,298 @@
+"""LoRA files: every name finds its layer, what was written is read, what does not fit is refused and said."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from latentdiff.checkpoints import Parts, read_header, single_file
+from latentdiff.checkpoints.lora import apply_loras, describe_lora, load_lora, save_lora
+from latentdiff.checkpoints.lora_names import DIALECTS, known_names, networks_of
+from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, ModelValueError, UnsafeModelError
+from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
+from latentdiff.models.lora import Factors, LoRA, layers_of
+from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
+from tests.checkpoints.test_single_file import FAMILIES, parts_of, tiny
+
+QUERY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+KOHYA = f"lora_unet_{QUERY.replace('.', '_')}"
+
+
+def lora_of(parts: Parts, *, seed: int = 0, tucker: bool = False) -> LoRA:
+    """Factors for every layer of a model."""
+    generator = torch.Generator().manual_seed(seed)
+    networks: dict[str, dict[str, Factors]] = {}
+    for network, model in networks_of(parts).items():
+        for name, layer in layers_of(model).items():
+            rows, columns, *kernel = layer.weight.shape
+            ones = [1] * len(kernel)
+            mid = torch.randn(2, 2, *kernel, generator=generator) if tucker and kernel == [3, 3] else None
+            down = torch.randn(2, columns, *(kernel if mid is None else ones), generator=generator)
+            up = 0.1 * torch.randn(rows, 2, *ones, generator=generator)
+            networks.setdefault(network, {})[name] = Factors(down.half(), up.half(), 1.5, mid)
+    return LoRA(networks)
+
+
+def digest(parts: Parts) -> str:
+    """SHA-256 of all weights that a LoRA could change."""
+    found = hashlib.sha256()
+    for network in networks_of(parts).values():
+        for name, tensor in sorted(network.state_dict().items()):
+            found.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return parts_of(tiny("Stable Diffusion 1.x"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_was_saved_is_loaded_bit_for_bit(tmp_path: Path, family: str, dialect: str) -> None:
+    parts, file = parts_of(tiny(family)), tmp_path / "a.safetensors"
+    lora = lora_of(parts, tucker=dialect != "diffusers")
+    save_lora(lora, file, parts, dialect)
+    loaded = load_lora(file, parts)
+    assert loaded.networks.keys() == lora.networks.keys()
+    for network, layers in lora.networks.items():
+        assert loaded.networks[network].keys() == layers.keys()
+        for name, factors in layers.items():
+            found = loaded.networks[network][name]
+            assert torch.equal(found.down, factors.down) and torch.equal(found.up, factors.up)
+            assert found.alpha == factors.alpha and found.down.dtype == torch.float16
+            assert found.mid is factors.mid is None or torch.equal(found.mid, factors.mid)  # type: ignore[arg-type]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_two_layers_share_a_name(family: str) -> None:
+    """Full size, on the meta device; only queries, keys and values of OpenCLIP are one tensor."""
+    shape = single_file._families()[family]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(UNetConfig.from_dict(shape["unet"]))
+        encoders: list[Any] = [CLIPTextModel(CLIPTextConfig.from_dict(text["config"])) for text in shape["text"]]
+    rest: Any = {"autoencoder": None, "tokenizer": None, "schedule": None}
+    parts = Parts(unet, text_encoder=encoders[0], text_encoder_2=encoders[1] if encoders[1:] else None, **rest)
+    names = known_names(parts)
+    assert all("attn_in_proj" in name and len(layers) == 3 for name, layers in names.items() if len(layers) > 1)
+    expected = {(network, name) for network, model in networks_of(parts).items() for name in layers_of(model)}
+    assert {layer for layers in names.values() for layer in layers} == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["Stable Diffusion 1.x", "Stable Diffusion XL"])
+def test_taken_out_again_all_weights_are_the_same_bits(family: str, dtype: torch.dtype) -> None:
+    parts = parts_of(tiny(family))
+    for network in networks_of(parts).values():
+        network.to(dtype)
+    before = digest(parts)
+    first, second = lora_of(parts, seed=1), lora_of(parts, seed=2)
+    once = apply_loras(parts, {first: 0.7})
+    merged = {before, digest(once)}
+    chain = once
+    for loras in ({first: 0.3, second: -1.2}, {second: (0.0, 2.0)}, {second: 0.5, first: 1e-3}):
+        chain = apply_loras(chain, loras)
+        merged.add(digest(chain))
+    assert len(merged) == 5  # each was another model
+    assert digest(apply_loras(chain, {first: 0.7})) == digest(once)
+    assert digest(apply_loras(chain, {})) == digest(parts) == before
+    assert apply_loras(chain, {}).loras == () and apply_loras(chain, {}).base is None
+    assert chain.model_hash == parts.model_hash
+
+
+def test_a_weight_for_each_kind_of_network(parts: Parts) -> None:
+    lora = lora_of(parts)
+    for weight, same in {(0.0, 1.0): "unet", (1.0, 0.0): "text_encoder"}.items():
+        merged = apply_loras(parts, {lora: weight})
+        for name, network in networks_of(parts).items():
+            found = networks_of(merged)[name].state_dict()
+            equal = all(torch.equal(tensor, found[key]) for key, tensor in network.state_dict().items())
+            assert equal == (name == same)
+        assert merged.loras[0].record() == {"path": None, "hash": "", "weight": list(weight)}
+    for bad in (float("nan"), (1.0,), "1", None, (1, 2, 3)):
+        with pytest.raises(InputError, match="weight of a LoRA must be a finite number, or two"):
+            apply_loras(parts, {lora: bad})
+
+
+def test_what_is_kept_does_not_move(parts: Parts) -> None:
+    model = apply_loras(parts, {})  # a copy
+    merged = apply_loras(model, {lora_of(parts): 1.0})
+    for network in networks_of(model).values():
+        network.to(torch.float16)
+    assert digest(apply_loras(merged, {})) == digest(parts)
+    for network in networks_of(merged).values():
+        network.to(torch.float16)
+    assert digest(apply_loras(merged, {})) == digest(model)
+    assert networks_of(merged)["unet"].conv_in.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_{}.weight",
+        "diffusion_model_input_blocks_1_1_transformer_blocks_0_attn1_to_q.lora_{}.weight",
+        "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q.lora_{}.weight",
+        f"{KOHYA}.lora_{{}}.weight",
+        f"unet.{QUERY}.lora.{{}}.weight",
+        f"unet.{QUERY.replace('to_q', 'processor.to_q_lora')}.{{}}.weight",
+        f"{QUERY.replace('to_q', 'processor.to_q_lora')}.{{}}.weight",
+        f"unet.base_model.model.{QUERY}.lora_{{}}.default.weight",
+        f"base_model.model.{QUERY}.lora_{{}}.weight",
+    ],
+)
+def test_names_of_one_layer(parts: Parts, tmp_path: Path, name: str) -> None:
+    peft = "base_model" in name
+    down, up = torch.randn(2, 16), torch.randn(16, 2)
+    tensors = {name.format("A" if peft else "down"): down, name.format("B" if peft else "up"): up}
+    save_file(tensors, tmp_path / "a.safetensors")
+    (layers,) = load_lora(tmp_path / "a.safetensors", parts).networks.values()
+    assert list(layers) == [QUERY] and layers[QUERY].alpha == 2
+    merged = networks_of(apply_loras(parts, {tmp_path / "a.safetensors": 0.5}))["unet"].state_dict()
+    for key, tensor in networks_of(parts)["unet"].state_dict().items():
+        expected = tensor + 0.5 * up @ down if key == f"{QUERY}.weight" else tensor
+        torch.testing.assert_close(merged[key], expected)
+
+
+TEXTS = {
+    "Stable Diffusion 1.x": ("transformer_text_model_encoder_layers_1_self_attn_{}", "text_encoder"),
+    "Stable Diffusion 2.x": ("model_transformer_resblocks_1_attn_{}", "text_encoder"),
+    "Stable Diffusion XL": ("1_model_transformer_resblocks_1_attn_{}", "text_encoder_2"),
+    "Stable Diffusion XL refiner": ("conditioner.embedders.0.model.transformer.resblocks.1.attn.{}", "text_encoder_2"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_of_text_encoders_in_the_original_layout(tmp_path: Path, family: str) -> None:
+    parts, (name, network) = parts_of(tiny(family)), TEXTS[family]
+    weights = {head: torch.randn(16, 2) for head in ("q_proj", "k_proj", "v_proj")}
+    down, file = torch.randn(2, 16), tmp_path / "a.safetensors"
+    one = {f"{name.format(head)}.lora_up.weight": up for head, up in weights.items()}
+    one |= {f"{name.format(head)}.lora_down.weight": down.clone() for head in weights}
+    stacked = torch.cat(list(weights.values()))
+    whole = {f"{name.format('in_proj')}.lora_up.weight": stacked, f"{name.format('in_proj')}.lora_down.weight": down}
+    for tensors in [one] if family == "Stable Diffusion 1.x" else [one, whole]:
+        save_file(tensors, file)
+        layers = load_lora(file, parts).networks[network]
+        assert {key[-6:]: value.up.flatten(1).tolist() for key, value in layers.items()} == {
+            head: up.tolist() for head, up in weights.items()
+        }
+        assert all(key.startswith("text_model.encoder.layers.1.self_attn.") for key in layers)
+        assert all(torch.equal(factors.down, down) for factors in layers.values())
+
+
+def pair(name: str = KOHYA, rank: int = 2, width: int = 16) -> dict[str, Tensor]:
+    return {f"{name}.lora_down.weight": torch.ones(rank, width), f"{name}.lora_up.weight": torch.ones(16, rank)}
+
+
+CONTEXT = KOHYA.replace("attn1_to_q", "attn2_to_k")
+DOWN = f"{KOHYA}.lora_down.weight"
+ODD: dict[str, tuple[dict[str, Tensor], type[Exception], str]] = {
+    "other layer": (pair("lora_unet_double_blocks_0"), ModelMismatchError, "lora_unet_double_blocks_0.*is no layer of"),
+    "other tensor": (
+        pair() | {"emb_params": torch.ones(2)},
+        ModelMismatchError,
+        "emb_params is no layer of this model",
+    ),
+    "other width": (pair(width=24), ModelMismatchError, r"\[2, 24\] and \[16, 2\] make no change of \[16, 16\]"),
+    "other family": (pair(CONTEXT, width=2048), ModelMismatchError, "by its shapes it is for Stable Diffusion XL"),
+    "many": ({f"lora_unet_{i}.alpha": torch.ones(()) for i in range(9)}, ModelMismatchError, "and 4 more; use it with"),
+    "half": ({DOWN: torch.ones(2, 16)}, ModelMismatchError, "lora_down.weight has no up beside it"),
+    "alpha alone": ({f"{KOHYA}.alpha": torch.ones(())}, ModelMismatchError, "alpha has no down and no up beside it"),
+    "twice": (pair() | pair(f"unet.{QUERY}"), ModelMismatchError, "is the same as"),
+    "whole numbers": ({k: v.int() for k, v in pair().items()}, ModelMismatchError, "is of I32 and I32, not of F16"),
+    "alphas": (
+        pair() | {f"{KOHYA}.alpha": torch.ones(2)},
+        ModelMismatchError,
+        r"has shape \[2\] instead of one number",
+    ),
+    "NaN": (pair() | {DOWN: torch.full((2, 16), torch.nan)}, ModelValueError, "32 values that are NaN"),
+    "alpha NaN": (
+        pair() | {f"{KOHYA}.alpha": torch.tensor(torch.inf)},
+        ModelValueError,
+        "1 values that are NaN or inf",
+    ),
+    "DoRA": (pair() | {f"{KOHYA}.dora_scale": torch.ones(16)}, ModelConfigError, "expected LoRA, got DoRA"),
+    "LoHa": ({f"{KOHYA}.hada_w1_a": torch.ones(16, 2)}, ModelConfigError, "expected LoRA, got LoHa"),
+    "LoKr": ({f"{KOHYA}.lokr_w1": torch.ones(4, 4)}, ModelConfigError, "expected LoRA, got LoKr"),
+}
+
+
+@pytest.mark.parametrize("case", list(ODD))
+def test_odd_files_are_refused(parts: Parts, tmp_path: Path, case: str) -> None:
+    tensors, error, message = ODD[case]
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(error, match=message):
+        load_lora(tmp_path / "a.safetensors", parts)
+
+
+def test_a_layer_by_itself_and_within_a_stack_is_refused(tmp_path: Path) -> None:
+    parts = parts_of(tiny("Stable Diffusion 2.x"))
+    stack = {f"model_transformer_resblocks_0_attn_in_proj.lora_{half}.weight" for half in ("up", "down")}
+    tensors = dict(zip(sorted(stack), (torch.ones(2, 16), torch.ones(48, 2))))
+    save_file(tensors | pair("lora_te_text_model_encoder_layers_0_self_attn_k_proj"), tmp_path / "a.safetensors")
+    with pytest.raises(ModelMismatchError, match=r"self_attn\.k_proj of text_encoder is there twice"):
+        load_lora(tmp_path / "a.safetensors", parts)
+
+
+def test_pickles_and_broken_settings_are_refused(parts: Parts, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    for settings, message in (("{", "is no JSON"), ('{"unet.lora_alpha": "8"}', "must be a finite number, got '8'")):
+        save_file(pair(), file, metadata={"lora_adapter_metadata": settings})
+        with pytest.raises(ModelConfigError, match=message):
+            load_lora(file, parts)
+    file.write_bytes(b"PK\x03\x04" + bytes(600))
+    with pytest.raises(UnsafeModelError):
+        load_lora(file, parts)
+
+
+def test_what_cannot_be_written_is_said(parts: Parts, tmp_path: Path) -> None:
+    file, lora = tmp_path / "a.safetensors", lora_of(parts, tucker=True)
+    cases: list[tuple[Path, str, str]] = [
+        (file, "lycoris", "dialect 'lycoris' is unknown"),
+        (tmp_path / "a.pt", "kohya", "must end in .safetensors"),
+        (file, "diffusers", "is in Tucker form, which diffusers cannot read"),
+    ]
+    for path, dialect, message in cases:
+        with pytest.raises(InputError, match=message):
+            save_lora(lora, path, parts, dialect)
+    broken = LoRA({"unet": {QUERY: Factors(torch.full((2, 16), torch.inf), torch.ones(16, 2), 1.0)}})
+    with pytest.raises(ModelValueError, match="32 values that are NaN or infinite"):
+        save_lora(broken, file, parts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_say_what_they_are(parts: Parts, tmp_path: Path) -> None:
+    file, counts = tmp_path / "a.safetensors", {"text_encoder": 12, "unet": 283}
+    for dialect in DIALECTS:
+        save_lora(lora_of(parts), file, parts, dialect)
+        described = describe_lora(file, read_header(file))
+        assert described is not None and json.loads(json.dumps(described)) == described
+        assert described["kind"] == "LoRA" and described["dialect"] == dialect
+        assert (described["layers"], described["ranks"], described["alphas"]) == (counts, [2], [1.5])
+        assert described["convolutions"] == 52
+    save_file(pair(CONTEXT, width=768), file)
+    described = describe_lora(file, read_header(file))
+    assert described is not None and described["family"] == "Stable Diffusion 1.x"
+    assert described["alphas"] == "as the ranks"
+    for case, kind in {"DoRA": "LoRA with DoRA (not supported)", "LoKr": "LoKr (not supported)"}.items():
+        save_file(ODD[case][0], file)
+        assert (describe_lora(file, read_header(file)) or {})["kind"] == kind
+    save_file({"a": torch.ones(1)}, file)
+    assert describe_lora(file, read_header(file)) is None
+
+
+def test_a_file_of_several_dialects(parts: Parts, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file(pair() | pair("text_encoder.text_model.encoder.layers.0.self_attn.q_proj"), file)
+    assert load_lora(file, parts).networks.keys() == {"unet", "text_encoder"}
+    described = describe_lora(file, read_header(file))
+    assert described is not None and described["dialect"] == "diffusers and kohya"
+    assert load_file(file).keys() == read_header(file).tensors.keys()
