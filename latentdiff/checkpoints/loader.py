@@ -91,7 +91,7 @@ class Parts:
         name: how settings refer to the model.
         folder: folder or file that the parts were loaded from; None when they were not, or are no longer what is there.
         loras: what is in the weights besides, in this order; see `latentdiff.checkpoints.lora.apply_loras`.
-        base: the parts without it; None where there is nothing besides.
+        base: the parts with the networks as they are without; None where there is nothing besides.
     """
 
     unet: UNet2DConditionModel | None
@@ -140,8 +140,6 @@ class Parts:
     @cached_property
     def model_hash(self) -> str:
         """SHA-256 of the files, read when first asked for; "" for parts that were not loaded from a folder."""
-        if self.base is not None:
-            return self.base.model_hash
         return "" if self.folder is None else model_hash(self.folder)
 
 

@@ -211,11 +211,11 @@ def apply_loras(parts: Parts, loras: Mapping[Any, Weight]) -> Parts:
         changes = [(one.lora.networks.get(name, {}), one.unet if name == "unet" else one.text) for one in applied]
         like = next(networks_of(parts)[name].parameters())
         merged[name] = merge(network, changes).to(like.device, like.dtype)
-    if not applied:
-        return _with_networks(base, merged)
-    # What is kept must not move when `parts` do.
-    kept = _with_networks(base, {name: share_weights(network) for name, network in networks_of(base).items()})
-    return replace(_with_networks(base, merged), loras=applied, base=kept)
+    if base is parts:  # what is kept must not move when `parts` do
+        base = _with_networks(base, {name: share_weights(network) for name, network in networks_of(base).items()})
+    result = replace(_with_networks(parts, merged), loras=applied, base=base if applied else None)
+    vars(result)["model_hash"] = parts.model_hash  # whose files take long to read
+    return result
 
 
 def _with_networks(parts: Parts, networks: Mapping[str, Any]) -> Parts:

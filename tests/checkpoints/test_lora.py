@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,14 @@ def test_taken_out_again_all_weights_are_the_same_bits(family: str, dtype: torch
     assert digest(apply_loras(chain, {})) == digest(parts) == before
     assert apply_loras(chain, {}).loras == () and apply_loras(chain, {}).base is None
     assert chain.model_hash == parts.model_hash
+
+
+def test_all_but_the_networks_is_that_of_the_model_given(parts: Parts) -> None:
+    """As when a schedule was replaced after a LoRA was put in."""
+    merged = apply_loras(parts, {lora_of(parts): 1.0})
+    other = replace(merged, schedule=replace(merged.schedule, prediction_type="v_prediction"))
+    assert apply_loras(other, {}).schedule.prediction_type == "v_prediction"
+    assert apply_loras(other, {}).base is None and digest(apply_loras(other, {})) == digest(parts)
 
 
 def test_a_weight_for_each_kind_of_network(parts: Parts) -> None:
