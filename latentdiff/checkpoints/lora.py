@@ -183,6 +183,7 @@ def _alpha(file: Path, settings: Mapping[str, Any], network: str, layer: str, ra
     for pattern, value in (patterns if isinstance(patterns, dict) else {}).items():
         if f".{layer}".endswith(f".{pattern.removeprefix('^')}"):
             alpha = value
+            break
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise ModelConfigError(f"{file}: lora_alpha of {layer} must be a finite number, got {str(alpha)[:80]!r}")
     return alpha * math.sqrt(rank) if settings.get(f"{network}.use_rslora") is True else float(alpha)
