@@ -20,6 +20,7 @@ from latentdiff.checkpoints.folder import (
     weight_files,
 )
 from latentdiff.checkpoints.header import DTYPE_BYTES, TensorInfo, read_header
+from latentdiff.checkpoints.lora import describe_lora
 from latentdiff.checkpoints.single_file import UNET, fit, recognise
 from latentdiff.diffusion.schedule import NoiseSchedule
 
@@ -75,7 +76,8 @@ def describe_file(path: Path) -> dict[str, Any]:
     counted = {"tensors": len(header.tensors), **_count(header.tensors.values())}
     if any(name.startswith(UNET) for name in header.tensors):
         return _describe_single_file(path, header.tensors, counted)
-    return {"kind": "safetensors file", **counted, "metadata": header.metadata}
+    kind = describe_lora(path, header) or {"kind": "safetensors file"}
+    return {**kind, **counted, "metadata": header.metadata}
 
 
 def _describe_single_file(path: Path, tensors: Mapping[str, TensorInfo], counted: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from latentdiff.checkpoints.folder import model_hash, read_json
@@ -32,8 +31,8 @@ from latentdiff.checkpoints.lora_names import (
     written_names,
 )
 from latentdiff.checkpoints.saver import save_tensors
-from latentdiff.checkpoints.weights import FLOATS, require_finite_weights
-from latentdiff.errors import InputError, ModelConfigError, ModelLoadError, ModelMismatchError, suggest
+from latentdiff.checkpoints.weights import FLOATS, read_weights, require_finite_weights
+from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, suggest
 from latentdiff.images import check_writable
 from latentdiff.models.lora import Factors, LoRA, WeightedLoRA, factors_fit, layers_of, merge, share_weights
 
@@ -73,12 +72,7 @@ def load_lora(path: str | os.PathLike[str], parts: Parts) -> LoRA:
     for method, name in _other_methods(header).items():
         raise ModelConfigError(f"{file}: expected LoRA, got {method} ({name[:100]}); use a LoRA or LoCon file")
     found = _layers_in(file, header.tensors, parts)
-    try:
-        with safe_open(file, framework="pt") as mapped:
-            tensors = {name: mapped.get_tensor(name).clone() for name in header.tensors}
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ModelLoadError(f"{file}: cannot be read ({str(error).splitlines()[0][:120]})") from error
-    require_finite_weights(file, tensors, torch.float32)
+    tensors = read_weights(file, header.tensors)
     settings, files = _peft_settings(file, header)
     models = {network: layers_of(model) for network, model in networks_of(parts).items()}
     networks: dict[str, dict[str, Factors]] = {}
@@ -141,8 +135,9 @@ def _layers_in(file: Path, tensors: Mapping[str, TensorInfo], parts: Parts) -> d
             wrong.append(f"{halves['down']} is of {down.dtype} and {up.dtype}, not of {', '.join(FLOATS)}")
         elif not factors_fit(weight, down.shape, up.shape, None if mid is None else mid.shape):
             wrong.append(f"{halves['down']} {list(down.shape)} and {list(up.shape)} make no change of {list(weight)}")
-        if "alpha" in halves and prod(tensors[halves["alpha"]].shape) != 1:
-            wrong.append(f"{halves['alpha']} has shape {list(tensors[halves['alpha']].shape)} instead of one number")
+        alpha = tensors.get(halves.get("alpha", ""))
+        if alpha is not None and (prod(alpha.shape) != 1 or alpha.dtype not in FLOATS):
+            wrong.append(f"{halves['alpha']} is {alpha.dtype} {list(alpha.shape)} instead of one number")
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         family = _family(tensors)
@@ -268,7 +263,7 @@ def save_lora(lora: LoRA, path: str | os.PathLike[str], parts: Parts, dialect: s
             if not peft:
                 tensors[f"{name}.alpha"] = torch.tensor(factors.alpha)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    require_finite_weights(target, tensors, torch.float32)
+    require_finite_weights(target, tensors)
     settings: dict[str, Any] = {}
     for network, layers in lora.networks.items():
         settings |= {f"{network}.{key}": value for key, value in _peft_config(layers).items()}
@@ -307,9 +302,9 @@ def describe_lora(path: Path, header: Header) -> dict[str, Any] | None:
     ranks = {layer: info.shape[0] for layer, info in downs.items() if info.shape}
     settings, _ = _peft_settings(path, header)
     alphas = {float(value) for key, value in settings.items() if key.endswith(".lora_alpha")}
-    with safe_open(path, framework="pt") as mapped:
-        scalars = [name for name, key in keys.items() if key.half == "alpha" and prod(header.tensors[name].shape) == 1]
-        alphas |= {float(mapped.get_tensor(name)) for name in scalars}
+    scalars = {name: header.tensors[name] for name, key in keys.items() if key.half == "alpha"}
+    scalars = {name: info for name, info in scalars.items() if prod(info.shape) == 1 and info.dtype in FLOATS}
+    alphas |= {float(alpha) for alpha in read_weights(path, scalars).values()}
     return {
         "kind": f"LoRA with {' and '.join(others)} (not supported)" if others else "LoRA",
         "dialect": " and ".join(sorted({dialect_of(layer) for layer in downs})),

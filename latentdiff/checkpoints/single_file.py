@@ -125,7 +125,7 @@ def save_single_file(parts: Parts, path: str | os.PathLike[str], dtype: torch.dt
     tensors: dict[str, Tensor] = {}
     for prefix, (network, found) in places.items():
         weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in network.state_dict().items()}
-        require_finite_weights(target, weights, dtype or torch.float32)
+        require_finite_weights(target, weights)
         tensors |= {prefix + name: tensor.contiguous() for name, tensor in join(found, weights).items()}
     save_tensors(tensors, target)
 

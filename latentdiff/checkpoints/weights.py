@@ -30,14 +30,17 @@ FLOATS = {
 
 
 def read_weights(
-    file: Path, tensors: Mapping[str, TensorInfo], dtype: torch.dtype, device: str | torch.device
+    file: Path,
+    tensors: Mapping[str, TensorInfo],
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
 ) -> dict[str, Tensor]:
     """Read tensors of a file one after the other, so that at no time more than one is there in both precisions.
 
     Args:
         file: whose header was read before.
         tensors: those to read, of the dtypes in `FLOATS`.
-        dtype, device: of the result.
+        dtype, device: of the result; None keeps the dtype of each.
 
     Raises:
         ModelValueError: one is not finite in that dtype.
@@ -51,18 +54,19 @@ def read_weights(
                 stream.seek(info.start)
                 if stream.readinto(raw.numpy().data) != len(raw):
                     raise ModelLoadError(f"{file}: was cut off while it was read; load it again")
-                weights[name] = raw.view(FLOATS[info.dtype]).reshape(info.shape).to(device, dtype)
-                require_finite_weights(file, {name: weights[name]}, dtype)
+                weight = raw.view(FLOATS[info.dtype]).reshape(info.shape)
+                weights[name] = weight.to(device, weight.dtype if dtype is None else dtype)
+                require_finite_weights(file, {name: weights[name]})
     except OSError as error:
         raise ModelLoadError(f"{file}: cannot be read ({error.strerror})") from error
     return weights
 
 
-def require_finite_weights(file: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+def require_finite_weights(file: Path, weights: Mapping[str, Tensor]) -> None:
     """Raise ModelValueError if a weight is not finite."""
     for name, tensor in weights.items():
         # The extremes show whether any value is not finite and need no memory; counting is for the error alone.
         if tensor.numel() and not (tensor.max() - tensor.min()).isfinite():
             count = int((~torch.isfinite(tensor)).sum())
             if count:
-                raise ModelValueError(f"{file}: {name} has {count} values that are NaN or infinite in {dtype}")
+                raise ModelValueError(f"{file}: {name} has {count} values that are NaN or infinite in {tensor.dtype}")
