@@ -137,6 +137,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--model", help="folder, single safetensors file, or owner/name on a hub; the embedded model by default"
     )
     _add_prediction_type(parser)
+    _add_embedding(parser)
     _add_lora(parser)
     parser.add_argument("--negative", default="", metavar="TEXT", help="what to steer away from")
     parser.add_argument("--steps", type=int, help="calls of the network")
@@ -155,6 +156,16 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _add_prediction_type(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prediction-type", help="epsilon or v_prediction, where the model's files do not say what it predicts"
+    )
+
+
+def _add_embedding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE[:WORD]",
+        help="textual-inversion file, and the word for it in prompts (its own by default); may be given several times",
     )
 
 

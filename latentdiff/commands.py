@@ -45,10 +45,13 @@ def generate(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None and options.image is None:
             raise InputError(f"--{name} says {says} --image is drawn anew, got no --image; add it")
     # Everything that can be wrong without a model is found before one is loaded.
-    settings, loras = Settings(prompts=tuple(options.prompts), **chosen), _loras(options.lora)
+    settings = Settings(prompts=tuple(options.prompts), **chosen)
+    embeddings, loras = _embeddings(options.embedding), _loras(options.lora)
     paths = _output_paths(options.out, [settings.record(index)["prompt"] for index in range(settings.count)])
     started = time.perf_counter()
     pipe = _load(options.model, options.device, options.dtype, options.prediction_type)
+    for file, word in embeddings:
+        pipe = pipe.with_embedding(file, word)
     pipe = pipe.with_loras(loras) if loras else pipe
     result = _draw(pipe, options.prompts, image=options.image, mask=options.mask, **chosen)
     for index, path in enumerate(paths):
@@ -102,6 +105,7 @@ def replay(options: argparse.Namespace) -> None:
             f"{source} was made by model {recorded['model_hash'][:10]}, got {pipe.parts.model_hash[:10]}; "
             "pass that one as --model, or add --force"
         )
+    pipe = _replay_embeddings(pipe, record.get("embeddings") or [], options.force)
     pipe = _replay_loras(pipe, record.get("loras") or [], options.force)
     _use_threads(record.get("threads"))
     # The batch it was drawn in had this many rows; what was in the others does not matter, how many does.
@@ -121,6 +125,20 @@ def replay(options: argparse.Namespace) -> None:
         then = f"torch {recorded['torch']} on {recorded['device']}"
         print(f"latentdiff: the pixels differ from {source}, which {then} drew; this is {now}", file=sys.stderr)
     _report(options, result, {row: path}, seconds=round(time.perf_counter() - started, 3), identical=identical)
+
+
+def _replay_embeddings(pipe: Pipeline, records: Any, force: bool) -> Pipeline:
+    """Return a pipeline with the learned words of a record, if their files are still what they were."""
+    for record in records if isinstance(records, list) else [records]:
+        path, word = (record.get(key) if isinstance(record, dict) else None for key in ("path", "word"))
+        if not isinstance(path, str) or not isinstance(word, str):
+            raise InputError("the record of an embedding must have path and word; use the file as latentdiff wrote it")
+        pipe = pipe.with_embedding(path, word)
+        if pipe.parts.embeddings[-1]["hash"] != record.get("hash") and not force:
+            raise InputError(
+                f"{path} is no longer the embedding this picture was made with; restore it, or add --force"
+            )
+    return pipe
 
 
 def _replay_loras(pipe: Pipeline, records: Any, force: bool) -> Pipeline:
@@ -156,6 +174,20 @@ def _initial_image(record: dict[str, Any], strength: float, force: bool) -> dict
             raise InputError(f"{path} is no longer the {name} this one was made from; restore it, or add --force")
         pictures[name] = path
     return {**pictures, "strength": strength} if pictures else {}
+
+
+def _embeddings(given: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Return files with the words for them of "FILE" and "FILE:WORD"."""
+    found: list[tuple[str, str | None]] = []
+    for text in given:
+        file, _, word = text.rpartition(":")
+        one = (text, None) if not file or Path(text).is_file() else (file, word)
+        if not Path(one[0]).is_file():
+            raise InputError(
+                f"--embedding must be a file and maybe a word for it, got {text!r}; try toy.safetensors:toy"
+            )
+        found.append(one)
+    return found
 
 
 def _loras(given: Sequence[str]) -> dict[str, Any]:

@@ -242,6 +242,7 @@ class Drawing:
             "model": self.parts.name,
             "model_hash": self.parts.model_hash,
             "prediction_type": self.parts.schedule.prediction_type,
+            "embeddings": [dict(embedding) for embedding in self.parts.embeddings],
             "loras": [lora.record() for lora in self.parts.loras],
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),

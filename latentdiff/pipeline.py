@@ -18,6 +18,7 @@ from torch import Tensor
 
 from latentdiff.checkpoints import Parts, load_pipeline, save_pipeline
 from latentdiff.checkpoints.lora import Weight, apply_loras
+from latentdiff.checkpoints.textual_inversion import add_embedding
 from latentdiff.devices import resolve_device, resolve_dtype
 from latentdiff.diffusion.plan import FOREIGN
 from latentdiff.drawing import OUTPUT_TYPES, Callback, Drawing, device_of, dtype_of, native_size
@@ -249,6 +250,21 @@ class Pipeline:
             width=width,
         )
         return Drawing(self.parts, settings, image, opaque=True).invert(iterations)
+
+    def with_embedding(self, path: str | os.PathLike[str], word: str | None = None) -> Pipeline:
+        """Return a pipeline whose prompts may use one more word, of a textual-inversion file; this one stays as it is.
+
+        pipe.with_embedding("fox-toy.safetensors")("a photo of fox-toy")
+
+        Args:
+            path: see `latentdiff.checkpoints.textual_inversion` for the files that are read.
+            word: what stands for it in prompts; None for what the file calls it, or for its name.
+
+        Raises:
+            InputError: the word is one of the vocabulary already.
+            ModelLoadError: the file was refused, or is for another model.
+        """
+        return Pipeline(add_embedding(self.parts, path, word))
 
     def with_loras(self, loras: Mapping[Any, Weight]) -> Pipeline:
         """Return a pipeline with these LoRAs in its weights, in place of those it has; this one stays as it is.

@@ -90,6 +90,7 @@ class Parts:
         force_zeros: whether the empty negative prompt is the zero vector, not what the encoders make of it.
         name: how settings refer to the model.
         folder: folder or file that the parts were loaded from; None when they were not, or are no longer what is there.
+        embeddings: learned words besides, with the files they are from; see `checkpoints.textual_inversion`.
         loras: what is in the weights besides, in this order; see `latentdiff.checkpoints.lora.apply_loras`.
         base: the parts with the networks as they are without; None where there is nothing besides.
     """
@@ -105,6 +106,7 @@ class Parts:
     force_zeros: bool = False
     name: str = "unsaved"
     folder: Path | None = None
+    embeddings: tuple[Mapping[str, str], ...] = ()
     loras: tuple[WeightedLoRA, ...] = ()
     base: Parts | None = None
 

@@ -35,6 +35,7 @@ FILES = (
     "added_tokens.json",
 )
 TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+PLAIN_WORD = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": False}
 TOKEN_FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
 # Special tokens where the folder names none, by the model inside tokenizer.json: that of BERT, CLIP and T5.
 SPECIAL_TOKENS = {
@@ -129,6 +130,30 @@ class Tokenizer:
             raise ModelPathError(f"could not read the tokenizer in {folder}: {error}; check the folder") from error
         return cls(files, str(folder))
 
+    def __len__(self) -> int:
+        """Return how many tokens there are, added ones included."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def with_words(self, words: Sequence[str]) -> Tokenizer:
+        """Return a tokenizer with one more token for each word; where one is typed, those with _1, _2, ... follow it.
+
+        Raises:
+            InputError: a word has a token already.
+        """
+        files, first = dict(self._files), len(self)
+        for word in words:
+            if self._backend.token_to_id(word) is not None:
+                raise InputError(f"{word!r} is a word of the vocabulary already; choose another for the embedding")
+        settings = self._json("tokenizer_config.json")
+        if "added_tokens_decoder" in settings:
+            added = {str(first + i): {"content": word, **PLAIN_WORD} for i, word in enumerate(words)}
+            settings["added_tokens_decoder"] |= added
+            files["tokenizer_config.json"] = json.dumps(settings, indent=2).encode()
+        else:
+            numbers = {**self._json("added_tokens.json"), **{word: first + i for i, word in enumerate(words)}}
+            files["added_tokens.json"] = json.dumps(numbers).encode()
+        return Tokenizer(files, self._place)
+
     def save(self, folder: str | Path) -> None:
         """Write the files that this was read from into an existing or new folder.
 
@@ -185,7 +210,8 @@ class Tokenizer:
         pieces = [(prompt, 1.0)] if isinstance(prompt, str) else prompt
         found = []
         for text, weight in pieces:
-            found += [(number, weight) for number in self._backend.encode(text, add_special_tokens=False).ids]
+            for number in self._backend.encode(text, add_special_tokens=False).ids:
+                found += [(one, weight) for one in self._runs.get(number, (number,))]
         return found
 
     def _build(self, settings: Mapping[str, Any]) -> None:
@@ -202,6 +228,7 @@ class Tokenizer:
         begin, end = BEGIN_END[kind]
         self._begin = [] if begin is None else [self._number(special[begin])]
         self._end = [self._number(special[end])]
+        self._runs = _runs(self._backend)
         self.pad_token_id = self._number(special["pad_token"])
         self.model_max_length = self._window(settings)
 
@@ -261,6 +288,19 @@ class Tokenizer:
                 f"(at least 3), got {length}; set it"
             )
         return length
+
+
+def _runs(backend: tokenizers.Tokenizer) -> dict[int, list[int]]:
+    """Return the tokens that stand for one added word of several vectors, by the first: `toy`, `toy_1`, `toy_2`, ..."""
+    numbers = {token.content: number for number, token in backend.get_added_tokens_decoder().items()}
+    runs = {}
+    for word, number in numbers.items():
+        run = [number]
+        while f"{word}_{len(run)}" in numbers:
+            run.append(numbers[f"{word}_{len(run)}"])
+        if len(run) > 1:
+            runs[number] = run
+    return runs
 
 
 def _content(entry: Any) -> str:

@@ -220,7 +220,7 @@ ODD: dict[str, tuple[dict[str, Tensor], type[Exception], str]] = {
     "alphas": (
         pair() | {f"{KOHYA}.alpha": torch.ones(2)},
         ModelMismatchError,
-        r"has shape \[2\] instead of one number",
+        r"is F32 \[2\] instead of one number",
     ),
     "NaN": (pair() | {DOWN: torch.full((2, 16), torch.nan)}, ModelValueError, "32 values that are NaN"),
     "alpha NaN": (

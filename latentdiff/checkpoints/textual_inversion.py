@@ -1,0 +1,127 @@
+"""Textual inversion: learned vectors that stand for new words of a prompt, from the files in use.
+
+    diffusers     one tensor, named by its word: {"<fox-toy>": (D,) or (n, D)}
+    webui         {"emb_params": (n, D)}, the word is the name of the file
+    SD XL         {"clip_l": (n, 768), "clip_g": (n, 1280)}, likewise
+
+A word of several vectors becomes as many tokens, `<fox-toy>`, `<fox-toy>_1`, ..., as diffusers has it.
+
+Source: Gal et al. 2022, arXiv 2208.01618.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.checkpoints.folder import model_hash
+from latentdiff.checkpoints.header import TensorInfo, read_header
+from latentdiff.checkpoints.loader import Parts
+from latentdiff.checkpoints.weights import FLOATS, read_weights
+from latentdiff.errors import InputError, ModelMismatchError
+from latentdiff.models.lora import share_weights
+from latentdiff.models.tokenizer import Tokenizer
+
+__all__ = ["add_embedding"]
+
+WEBUI = "emb_params"
+XL = ("clip_l", "clip_g")  # of the first and of the second text encoder
+MAX_VECTORS = 1000
+# Where each text encoder has the vectors of its tokens.
+TABLES = {
+    "BertModel": "embeddings.word_embeddings",
+    "CLIPTextModel": "text_model.embeddings.token_embedding",
+    "T5EncoderModel": "shared",
+}
+
+
+def add_embedding(parts: Parts, path: str | os.PathLike[str], word: str | None = None) -> Parts:
+    """Return the parts of a model that know one word more; `parts` stay as they are, and share all other weights.
+
+    Args:
+        parts: with text encoders, not classes.
+        path: of a safetensors file.
+        word: what stands for the vectors in prompts; None for what the file calls it, or for the file's own name.
+
+    Raises:
+        InputError: the word is one of the vocabulary already, or holds blanks; or there is no vocabulary.
+        ModelLoadError: the file was refused, or is for another model.
+    """
+    file = Path(path)
+    header = read_header(file)
+    encoders = {"text_encoder": (parts.text_encoder, parts.tokenizer)}
+    if parts.text_encoder_2 is not None:
+        encoders["text_encoder_2"] = (parts.text_encoder_2, parts.tokenizer_2)
+    for encoder, _ in encoders.values():
+        if type(encoder).__name__ not in TABLES:
+            raise InputError(f"embeddings are for text encoders, got {type(encoder).__name__}; use another model")
+    widths = {component: encoder.config.hidden_size for component, (encoder, _) in encoders.items()}
+    names = _names(file, header.tensors, widths)
+    vectors = read_weights(file, {name: header.tensors[name] for name in names.values()})
+    named = next(iter(names.values()))
+    word = word or (file.stem if named in (WEBUI, *XL) else named)
+    if not word.strip() or word.split() != [word]:
+        raise InputError(f"the word for an embedding must be text without blanks, got {word!r:.80}; pass another")
+    record = {"path": os.fspath(path), "hash": model_hash(file), "word": word}
+    changes: dict[str, Any] = {"embeddings": (*parts.embeddings, record)}
+    for component, (encoder, tokenizer) in encoders.items():
+        assert tokenizer is not None
+        rows = vectors[names[component]].reshape(-1, widths[component])  # (n, D)
+        changes[component], words = _grown(encoder, tokenizer, word, rows)
+        changes[component.replace("text_encoder", "tokenizer")] = words
+    base = None if parts.base is None else add_embedding(parts.base, path, word)
+    grown = replace(parts, **changes, base=base)
+    vars(grown)["model_hash"] = parts.model_hash  # whose files take long to read
+    return grown
+
+
+def _names(file: Path, tensors: Mapping[str, TensorInfo], widths: Mapping[str, int]) -> dict[str, str]:
+    """Return which tensor is for which text encoder.
+
+    Raises:
+        ModelMismatchError: it is no embedding, or of another width.
+    """
+    if len(widths) > 1:
+        found = {component: name for component, name in zip(widths, XL) if name in tensors}
+    elif XL[1] in tensors:  # the refiner has the second text encoder alone
+        found = dict.fromkeys(widths, XL[1])
+    else:
+        found = dict.fromkeys(widths, next(iter(tensors))) if len(tensors) == 1 or WEBUI in tensors else {}
+        found = {component: WEBUI if WEBUI in tensors else name for component, name in found.items()}
+    wanted = " and ".join(f"{width} wide" for width in widths.values())
+    if len(found) < len(widths):
+        raise ModelMismatchError(
+            f"{file}: expected an embedding for this model, {wanted}, got {', '.join(list(tensors)[:5])[:200]}; "
+            "use one that was trained for it"
+        )
+    for component, name in found.items():
+        shape, dtype = tensors[name].shape, tensors[name].dtype
+        fits = len(shape) in (1, 2) and shape[-1] == widths[component] and dtype in FLOATS
+        if not fits or not 1 <= (shape[0] if len(shape) == 2 else 1) <= MAX_VECTORS:
+            raise ModelMismatchError(
+                f"{file}: expected vectors {widths[component]} wide for {component}, got {name} of {dtype} "
+                f"{list(shape)}; use one that was trained for this model"
+            )
+    return found
+
+
+def _grown(encoder: Any, tokenizer: Tokenizer, word: str, rows: Tensor) -> tuple[Any, Tokenizer]:
+    """Return a text encoder with more token embeddings, and a tokenizer with more words."""
+    words = tokenizer.with_words([word, *(f"{word}_{number}" for number in range(1, len(rows)))])
+    grown = share_weights(encoder)
+    table = grown.get_submodule(TABLES[type(encoder).__name__])
+    old = table.weight  # (V, D)
+    first = len(tokenizer)
+    weight = torch.zeros(max(len(old), len(words)), old.shape[1]).to(old)
+    weight[: len(old)] = old
+    weight[first : first + len(rows)] = rows.to(old)
+    table.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
+    table.num_embeddings = len(weight)
+    grown.config = replace(encoder.config, vocab_size=len(weight))
+    return grown, words
