@@ -215,15 +215,17 @@ def load_autoencoder(
 def load_text_encoder(
     path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[TextEncoder, Tokenizer]:
-    """Load the text encoder and the tokenizer of a model folder, which may lack the rest.
+    """Load the text encoder and the tokenizer of a model folder, which may lack the rest, or of a folder of OpenCLIP's.
 
     Raises:
         ModelLoadError: see `load_pipeline`.
     """
-    folder = Path(path)
-    return _load(
-        folder, "text_encoder", ("BertModel", "CLIPTextModel", "T5EncoderModel"), dtype, device
-    ), _load_tokenizer(folder)
+    from latentdiff.checkpoints.openclip import CONFIG, load_open_clip  # which needs this module
+
+    folder, kinds = Path(path), ("BertModel", "CLIPTextModel", "T5EncoderModel")
+    if (folder / CONFIG).is_file():
+        return load_open_clip(folder, None, dtype, device)
+    return _load(folder, "text_encoder", kinds, dtype, device), _load_tokenizer(folder)
 
 
 def _load(root: Path, component: str, classes: tuple[str, ...], dtype: torch.dtype, device: str | torch.device) -> Any:

@@ -31,7 +31,17 @@ from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.tokenizer import Tokenizer
 
-__all__ = ["families", "fit", "load_single_file", "recognise", "save_single_file", "text_layouts"]
+__all__ = [
+    "Section",
+    "clip_tokenizer",
+    "families",
+    "fit",
+    "load_section",
+    "load_single_file",
+    "recognise",
+    "save_single_file",
+    "text_layouts",
+]
 
 FOLDER = Path(__file__).parent / "families"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -75,8 +85,8 @@ def load_single_file(
             'If its pictures are noise, it predicts noise: pass prediction_type="epsilon"',
             stacklevel=4,
         )
-    unet, autoencoder, *encoders = [_load(path, tensors, section, dtype, device) for section in sections]
-    tokenizers = [_tokenizer(text["pad"]) for text in shape["text"]]
+    unet, autoencoder, *encoders = [load_section(path, tensors, section, dtype, device) for section in sections]
+    tokenizers = [clip_tokenizer(text["pad"]) for text in shape["text"]]
     second = len(encoders) > 1
     parts = Parts(
         unet=unet,
@@ -204,13 +214,18 @@ def _family(path: Path, tensors: Mapping[str, TensorInfo]) -> str:
     raise ModelConfigError(f"{path}: has a U-Net but no text encoder of Stable Diffusion; pass a whole checkpoint")
 
 
-def _load(
+def load_section(
     path: Path,
     tensors: Mapping[str, TensorInfo],
     section: Section,
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> Any:
+    """Return a network with its weights.
+
+    Raises:
+        ModelLoadError: they do not fit it, or cannot be used.
+    """
     network, places = fit(path, tensors, section, dtype)
     there = {place.name: tensors[place.name] for place in places.values()}
     read = read_weights(path, there, dtype, device)
@@ -266,8 +281,8 @@ def families() -> dict[str, Any]:
     return shapes
 
 
-def _tokenizer(pad: str) -> Tokenizer:
-    """Return CLIP's tokenizer, whose windows are filled with the token `pad`.
+def clip_tokenizer(pad: str | Mapping[str, Any], window: int = 77) -> Tokenizer:
+    """Return CLIP's tokenizer, whose windows of so many tokens are filled with the token `pad`.
 
     The vocabulary is that of its merges, after all bytes alone and at the end of a word.
     """
@@ -278,7 +293,7 @@ def _tokenizer(pad: str) -> Tokenizer:
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     settings = {
         "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": 77,
+        "model_max_length": window,
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",

@@ -268,6 +268,8 @@ class Tokenizer:
                 raise ModelConfigError(f"{self._place}: token {token.content!r} cannot have the number {number}")
         for entry in special.values():
             token = _token(entry, special=True)
+            if not isinstance(entry, str) and entry.get("special") is False:
+                continue  # a sign that is also a word of prompts
             if self._backend.token_to_id(token.content) is not None:
                 self._backend.add_special_tokens([token])
 

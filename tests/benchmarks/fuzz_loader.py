@@ -74,10 +74,10 @@ class Fuzzer:
         self.folders = {folder: weights_of(load_pipeline(folder)) for folder in build_folders(place / "good")}
         self.singles = {family: SingleFile(family) for family in single_file.MARKS}
         shapes = {family: single.shape for family, single in self.singles.items()}
-        tokenizers = {pad: single_file._tokenizer(pad) for pad in ("!", "<|endoftext|>")}
+        tokenizers = {pad: single_file.clip_tokenizer(pad) for pad in ("!", "<|endoftext|>")}
         # Configurations and vocabulary come with the package: the first are too large here, the second too slow.
         single_file.families = lambda: shapes  # type: ignore[assignment]
-        single_file._tokenizer = lambda pad: tokenizers[pad]
+        single_file.clip_tokenizer = lambda pad: tokenizers[pad]
 
     def case(self, index: int) -> Case:
         """Return the case of a number, with its files in place."""

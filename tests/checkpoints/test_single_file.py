@@ -56,7 +56,7 @@ def parts_of(shape: dict[str, Any], channels: int = 4) -> Parts:
     for seed, network in enumerate([unet, autoencoder, *encoders]):
         randomize(network, seed)
         network.requires_grad_(False).eval()
-    tokenizers = [single_file._tokenizer(text["pad"]) for text in shape["text"]]
+    tokenizers = [single_file.clip_tokenizer(text["pad"]) for text in shape["text"]]
     second = len(encoders) > 1
     schedule = dict(shape["schedule"])
     if channels == 9:
@@ -214,9 +214,9 @@ def test_odd_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_vocabulary_is_that_of_clip() -> None:
-    tokens = single_file._tokenizer("!")(["a photo of a cat"])
+    tokens = single_file.clip_tokenizer("!")(["a photo of a cat"])
     assert tokens.input_ids[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0]
-    assert single_file._tokenizer("<|endoftext|>")(["Crème brûlée 24!"]).input_ids.max() == 49407
+    assert single_file.clip_tokenizer("<|endoftext|>")(["Crème brûlée 24!"]).input_ids.max() == 49407
 
 
 def test_families_are_the_published_ones() -> None:
