@@ -29,6 +29,8 @@ class Attention(nn.Module):
         upcast: attend in float32 whatever the dtype of the weights.
     """
 
+    attend = staticmethod(F.scaled_dot_product_attention)  # `engine.attention` sets others
+
     def __init__(self, channels: int, heads: int, context_channels: int | None = None, *, upcast: bool = False) -> None:
         super().__init__()
         source = channels if context_channels is None else context_channels
@@ -58,7 +60,7 @@ class Attention(nn.Module):
         keys, values = self.keys_values(tokens) if text is None else text
         if self.upcast:
             query, keys, values = query.float(), keys.float(), values.float()
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)  # (B, heads, N, d)
+        attended = self.attend(query, keys, values, attn_mask=mask)  # (B, heads, N, d)
         return self.to_out[0](attended.transpose(1, 2).flatten(2).to(tokens.dtype))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -175,6 +177,8 @@ class Transformer2DModel(nn.Module):
 class SpatialAttention(nn.Module):
     """Add to a map one-head attention of all its pixels to each other, as the autoencoder has it in the middle."""
 
+    attend = staticmethod(F.scaled_dot_product_attention)
+
     def __init__(self, channels: int, *, groups: int, eps: float) -> None:
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps)
@@ -186,5 +190,5 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, C, H, W) for x (B, C, H, W)."""
         tokens = to_tokens(self.group_norm(x))[:, None]  # (B, 1, H*W, C)
-        attended = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        attended = self.attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         return x + to_map(self.to_out[0](attended[:, 0]), x)
