@@ -11,19 +11,14 @@ from torch.nn import functional as F
 from latentdiff.errors import InputError, MissingDependencyError, suggest
 from latentdiff.models.attention import Attention, SpatialAttention
 
-__all__ = ["ATTENTIONS", "use_attention"]
+__all__ = ["ATTENTIONS", "find_attention", "use_attention"]
 
 # query (B, heads, N, d), keys and values (B, heads, L, d), attn_mask (B, 1, 1, L) bool or None -> (B, heads, N, d)
 Attend = Callable[..., Tensor]
 
 
-def use_attention(unet: nn.Module, autoencoder: nn.Module, name: str, device: torch.device) -> None:
-    """Let a U-Net and an autoencoder compute attention by the function called `name`.
-
-    Args:
-        unet, autoencoder: changed in place.
-        name: one of `ATTENTIONS`.
-        device: where they will run.
+def find_attention(name: str, device: torch.device) -> Attend:
+    """Return the function called `name`, one of `ATTENTIONS`.
 
     Raises:
         InputError: unknown name, or one that does not run on the device.
@@ -31,11 +26,14 @@ def use_attention(unet: nn.Module, autoencoder: nn.Module, name: str, device: to
     """
     if name not in ATTENTIONS:
         raise InputError(f"attention {name!r} is unknown{suggest(str(name), ATTENTIONS)}")
-    attend = ATTENTIONS[name](device)
-    for network in (unet, autoencoder):
-        for module in network.modules():
-            if isinstance(module, Attention | SpatialAttention):
-                module.attend = attend
+    return ATTENTIONS[name](device)
+
+
+def use_attention(attend: Attend, *networks: nn.Module) -> None:
+    """Let networks, the U-Net and the autoencoder, compute attention by a function; they are changed in place."""
+    for module in (module for network in networks for module in network.modules()):
+        if isinstance(module, Attention | SpatialAttention):
+            module.attend = attend
 
 
 def _sdpa(device: torch.device) -> Attend:

@@ -20,11 +20,31 @@ from torch.nn import functional as F
 
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.layers import ResnetBlock2D, Upsample2D
+from latentdiff.models.pixels import PixelSpace
 
-__all__ = ["TILE", "decode_tiled", "needs_tiles"]
+__all__ = ["TILE", "decode", "decode_tiled", "needs_tiles"]
 
 TILE = 32  # side of a tile in latents
 LARGE_MAP = 2**30  # bytes; a decoder holds about three such maps at once
+
+
+def decode(autoencoder: AutoencoderKL | PixelSpace, latents: Tensor, tile: int | None = None) -> Tensor:
+    """Decode latents in tiles where these are wanted, or at once.
+
+    Args:
+        autoencoder: of the model.
+        latents: (B, C, h, w), unscaled.
+        tile: side of the tiles in latents; None for tiles only where the decoder would need several gigabytes.
+
+    Returns:
+        Images (B, 3, H, W), about [-1, 1] but not clipped.
+    """
+    if isinstance(autoencoder, AutoencoderKL):
+        factor = autoencoder.config.downsample_factor
+        height, width = (factor * side for side in latents.shape[2:])
+        if tile is not None or needs_tiles(autoencoder.config, height, width, latents.dtype):
+            return decode_tiled(autoencoder, latents, tile or TILE)
+    return autoencoder.decode(latents)
 
 
 def needs_tiles(config: AutoencoderConfig, height: int, width: int, dtype: torch.dtype) -> bool:
@@ -41,7 +61,7 @@ def needs_tiles(config: AutoencoderConfig, height: int, width: int, dtype: torch
 
 @torch.no_grad()
 def decode_tiled(autoencoder: AutoencoderKL, latents: Tensor, tile: int = TILE) -> Tensor:
-    """Decode latents as `autoencoder.decode` does, one image after the other, in tiles.
+    """Decode latents as `autoencoder.decode` does, one image after the other, in tiles; those of one tile at once.
 
     The layers before the first upsampling see the whole latents, which are small; among them is the only attention.
 

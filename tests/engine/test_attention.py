@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff.engine.attention import use_attention
+from latentdiff.engine.attention import find_attention, use_attention
 from latentdiff.errors import InputError, MissingDependencyError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
@@ -68,20 +68,20 @@ def test_xformers_gives_what_torch_gives(calls: list[bool], name: str, masked: b
     latents = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(0))
     expected = unet(**inputs), autoencoder.decode(latents)
     assert not calls
-    use_attention(unet, autoencoder, "xformers", CUDA)
+    use_attention(find_attention("xformers", CUDA), unet, autoencoder)
     found = unet(**inputs), autoencoder.decode(latents)
     assert any(calls) == masked
     assert calls.count(False) > 1
     for ours, reference in zip(found, expected):
         assert relative_error(ours, reference) < 1e-5
     made = len(calls)
-    use_attention(unet, autoencoder, "sdpa", CUDA)
+    use_attention(find_attention("sdpa", CUDA), unet, autoencoder)
     assert torch.equal(unet(**inputs), expected[0])
     assert len(calls) == made
 
 
 def test_one_model_does_not_change_another(calls: list[bool]) -> None:
-    use_attention(*networks(), "xformers", CUDA)
+    use_attention(find_attention("xformers", CUDA), *networks())
     unet, autoencoder = networks()
     unet(**unet_inputs(unet.config))
     autoencoder.decode(torch.zeros(1, 4, 4, 4))
@@ -92,15 +92,15 @@ def test_one_model_does_not_change_another(calls: list[bool]) -> None:
 def test_xformers_is_for_cuda(calls: list[bool], device: str) -> None:
     message = f"runs on CUDA only, got {device}; leave --attention out"
     with pytest.raises(InputError, match=message):
-        use_attention(*networks(), "xformers", torch.device(device))
+        find_attention("xformers", torch.device(device))
 
 
 def test_xformers_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xformers", None)
     with pytest.raises(MissingDependencyError, match=r"pip install latentdiff\[xformers\]"):
-        use_attention(*networks(), "xformers", CUDA)
+        find_attention("xformers", CUDA)
 
 
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(InputError, match="attention 'xformer' is unknown; did you mean 'xformers'"):
-        use_attention(*networks(), "xformer", CUDA)
+        find_attention("xformer", CUDA)

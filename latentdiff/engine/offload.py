@@ -1,0 +1,50 @@
+"""Keep networks in CPU memory and lend each the device while it runs, so that the largest alone must fit there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import RLock
+
+import torch
+from torch import nn
+
+from latentdiff.errors import InputError
+
+__all__ = ["Offload"]
+
+
+class Offload:
+    """The device that networks are lent, to those of one thread at a time.
+
+    Args:
+        device: apart from the CPU.
+
+    Raises:
+        InputError: the device is the CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cpu":
+            raise InputError("offload needs a device apart from the CPU, got cpu; leave it out")
+        self.device = device
+        self._lock = RLock()  # a callback may draw too
+        self._lent = list[nn.Module]()
+
+    @contextmanager
+    def lend(self, *networks: nn.Module | None) -> Iterator[None]:
+        """Have networks on the device inside the block, and in CPU memory after it, whatever it raised.
+
+        One that is there already, because an outer block has it, stays until that ends.
+        """
+        with self._lock:
+            moved = [network for network in networks if network is not None and network not in self._lent]
+            self._lent += moved
+            try:
+                for network in moved:
+                    network.to(self.device)
+                yield
+            finally:
+                for network in moved:
+                    network.to("cpu")
+                    self._lent.remove(network)
