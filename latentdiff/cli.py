@@ -150,6 +150,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strength", type=float, help="above 0, up to 1: how much of --image is drawn anew")
     parser.add_argument("--mask", help="picture of the size of --image: what is white is drawn anew, the rest stays")
     parser.add_argument("--outpaint", metavar="left=N,top=N,...", help="pixels to draw around --image, multiples of 8")
+    parser.add_argument("--attention", default="sdpa", help="sdpa (torch's own, default) or xformers (CUDA only)")
+    parser.add_argument("--offload", action="store_true", help="keep networks in CPU memory while they do not run")
     _add_machine(parser)
 
 

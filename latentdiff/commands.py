@@ -49,7 +49,8 @@ def generate(options: argparse.Namespace) -> None:
     embeddings, loras = _embeddings(options.embedding), _loras(options.lora)
     paths = _output_paths(options.out, [settings.record(index)["prompt"] for index in range(settings.count)])
     started = time.perf_counter()
-    pipe = _load(options.model, options.device, options.dtype, options.prediction_type)
+    how = {name: getattr(options, name) for name in ("prediction_type", "attention", "offload")}
+    pipe = _load(options.model, options.device, options.dtype, **how)
     for file, word in embeddings:
         pipe = pipe.with_embedding(file, word)
     pipe = pipe.with_loras(loras) if loras else pipe
@@ -217,11 +218,11 @@ def _use_threads(count: object) -> None:
         torch.set_num_threads(count)
 
 
-def _load(model: str | None, device: str | None, dtype: str | None, prediction_type: str | None = None) -> Pipeline:
+def _load(model: str | None, device: str | None, dtype: str | None, **how: Any) -> Pipeline:
     from latentdiff.pipeline import Pipeline
 
     with _warnings_as_lines():
-        return Pipeline.from_pretrained(model, device=device, dtype=dtype, prediction_type=prediction_type)
+        return Pipeline.from_pretrained(model, device=device, dtype=dtype, **how)
 
 
 @contextmanager

@@ -40,12 +40,13 @@ class Conditioning:
         parts: of the model.
         settings: of the call.
         size: height and width of the result in pixels.
+        device: where the U-Net runs, and the text encoders are.
     """
 
-    def __init__(self, parts: Parts, settings: Settings, size: tuple[int, int]) -> None:
+    def __init__(self, parts: Parts, settings: Settings, size: tuple[int, int], device: torch.device) -> None:
         assert parts.unet is not None
         self.parts, self.settings, self.size = parts, settings, size
-        self.config, self.device = parts.unet.config, parts.unet.conv_in.weight.device
+        self.config, self.device = parts.unet.config, device
         texts = dict.fromkeys(["", settings.negative_prompt, settings.blend_prompt, *settings.prompts])
         encode, clip_skip, weighted = parts.prompt_encoder, settings.clip_skip, settings.prompt_weights
         # One by one, so that no text has a say in the rounding of another.

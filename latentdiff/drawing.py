@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -39,6 +39,8 @@ from latentdiff.diffusion import (
     start,
 )
 from latentdiff.diffusion.prediction import Network
+from latentdiff.engine.offload import Offload
+from latentdiff.engine.tiling import decode
 from latentdiff.errors import InputError
 from latentdiff.images import from_tensor, to_unit_range
 from latentdiff.result import Result
@@ -68,6 +70,8 @@ class Drawing:
         noise: standard normal noise to start from instead of that of the seeds, or None.
         scheduler: of diffusers, or None for the sampler of the settings.
         opaque: refuse an image with transparent parts.
+        offload: lends the networks their device; None where they are on it.
+        tile_size: see `Pipeline`.
     """
 
     def __init__(
@@ -80,10 +84,14 @@ class Drawing:
         scheduler: Any = None,
         *,
         opaque: bool = False,
+        offload: Offload | None = None,
+        tile_size: int | None = None,
     ) -> None:
         assert parts.unet is not None
         self.parts, self.unet, self.autoencoder = parts, parts.unet, parts.autoencoder
-        self.device, self.dtype = device_of(parts), dtype_of(parts)
+        self.device, self.dtype = device_of(parts) if offload is None else offload.device, dtype_of(parts)
+        self.lend = (lambda *networks: nullcontext()) if offload is None else offload.lend
+        self.tile_size = tile_size
         self.notes = list[str]()
         factor = parts.autoencoder.config.downsample_factor
         if parts.upscales:
@@ -97,7 +105,8 @@ class Drawing:
         self.shape = (parts.autoencoder.config.latent_channels, canvas.height // factor, canvas.width // factor)
         self.noise = None if noise is None else _checked_noise(noise, (settings.count, *self.shape))
         self.plan = self._plan(scheduler)
-        self.conditioning = Conditioning(parts, settings, (canvas.height, canvas.width))
+        with self.lend(parts.text_encoder, parts.text_encoder_2):
+            self.conditioning = Conditioning(parts, settings, (canvas.height, canvas.width), self.device)
         self.pixels, self.mask = (x if x is None else x.to(self.device) for x in (canvas.pixels, canvas.mask))
         self.image_latents: Tensor | None = None
         if self.pixels is not None and not parts.upscales:
@@ -152,7 +161,8 @@ class Drawing:
         drawn: list[Tensor] = []
         with _counted_steps(len(self.plan) * len(batches), callback, progress) as on_step:
             for batch in batches:
-                latents = self.sample(batch, on_step).split(1)
+                with self.lend(self.unet):
+                    latents = self.sample(batch, on_step).split(1)
                 # Decoded one by one, because a decoder needs far more memory than a U-Net.
                 drawn += latents if output_type == "latent" else map(self.decode, latents)
         for note in self.notes:
@@ -199,7 +209,9 @@ class Drawing:
                 "only pictures of text-to-image models are inverted, got a model that enlarges; use another"
             )
         plan = make_inversion_plan(self.parts.schedule, self.settings.num_inference_steps, iterations)
-        *_, step = sample(self.parts.denoiser(self._network([0], plan, self.kept)), plan, self.image_latents)
+        with self.lend(self.unet):
+            network = self._network([0], plan, self.kept)
+            *_, step = sample(self.parts.denoiser(network), plan, self.image_latents)
         return step.x
 
     def _initial_noise(self, images: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
@@ -214,16 +226,17 @@ class Drawing:
     def decode(self, latents: Tensor) -> Tensor:
         """Return images (B, 3, H, W) float32 of scaled latents; where nothing is drawn, the pixels of the image."""
         scaling_factor = self.autoencoder.config.scaling_factor
-        images = self._finite(lambda model, x: model.decode(x), latents / scaling_factor)
+        images = self._finite(lambda model, x: decode(model, x, self.tile_size), latents / scaling_factor)
         return images if self.mask is None or self.pixels is None else torch.lerp(self.pixels, images, self.mask)
 
     def _finite(self, run: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
         """Run the autoencoder, once more in float32 where its own dtype overflows, and note that."""
         autoencoder, dtype = self.autoencoder, self.dtype
-        output = run(autoencoder, x.to(dtype)).float()
-        if torch.isfinite(output).all():
-            return output
-        output = run(copy.deepcopy(autoencoder).float(), x.float())
+        with self.lend(autoencoder):
+            output = run(autoencoder, x.to(dtype)).float()
+            if torch.isfinite(output).all():
+                return output
+            output = run(copy.deepcopy(autoencoder).float(), x.float())
         if not torch.isfinite(output).all():
             raise InputError("the autoencoder overflowed even in float32; use a lower guidance_scale or another model")
         self.notes.append(f"the autoencoder overflowed in {dtype} and was run again in float32")

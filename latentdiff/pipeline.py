@@ -22,6 +22,8 @@ from latentdiff.checkpoints.textual_inversion import add_embedding
 from latentdiff.devices import resolve_device, resolve_dtype
 from latentdiff.diffusion.plan import FOREIGN
 from latentdiff.drawing import OUTPUT_TYPES, Callback, Drawing, device_of, dtype_of, native_size
+from latentdiff.engine.attention import find_attention, use_attention
+from latentdiff.engine.offload import Offload
 from latentdiff.errors import InputError, suggest
 from latentdiff.models.unet import UNet2DConditionModel
 from latentdiff.result import Result
@@ -38,12 +40,17 @@ class Pipeline:
 
     Args:
         parts: see `latentdiff.checkpoints.load_pipeline`; they stay on the device and in the dtype they have.
+        offload: lends the networks, which are in CPU memory, their device; None where they are on it.
+        tile_size: side of the tiles, in latents, in which pictures are decoded; they are the same to rounding and need
+            a fraction of the memory. None for tiles only where a decoder would need several gigabytes.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, *, offload: Offload | None = None, tile_size: int | None = None) -> None:
         if parts.unet is None:
             raise InputError("a pipeline needs a U-Net, got none; pass all parts")
         self.parts = parts
+        self.offload = offload
+        self.tile_size = None if tile_size is None else check_integer("tile_size", tile_size, 8, 4096, "try 32")
         self.unet: UNet2DConditionModel = parts.unet
         self.autoencoder = parts.autoencoder
         self.text_encoder = parts.text_encoder
@@ -56,6 +63,9 @@ class Pipeline:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         prediction_type: str | None = None,
+        attention: str = "sdpa",
+        offload: bool = False,
+        tile_size: int | None = None,
     ) -> Pipeline:
         """Load a model.
 
@@ -65,12 +75,22 @@ class Pipeline:
             device: "cpu", "cuda", "cuda:1", "mps"; None or "auto" for the fastest there is.
             dtype: "float32" (unless given), "float16" or "bfloat16".
             prediction_type: "epsilon" or "v_prediction", where the files do not say what the model predicts.
+            attention: "sdpa", torch's own, or "xformers", which must be installed and runs on CUDA only.
+            offload: keep all networks in CPU memory and have each on the device only while it runs.
+            tile_size: see `Pipeline`.
 
         Raises:
-            InputError: there is no such folder, device, dtype or prediction type.
+            InputError: there is no such folder, device, dtype, prediction type or attention, or no need to offload.
+            MissingDependencyError: xformers is not installed.
             ModelLoadError: the model was refused; the subclass says why.
         """
-        return cls(load_pipeline(model, resolve_dtype(dtype), resolve_device(device), prediction_type))
+        place = resolve_device(device)
+        attend = find_attention(attention, place)
+        lender = Offload(place) if offload else None
+        parts = load_pipeline(model, resolve_dtype(dtype), "cpu" if offload else place, prediction_type)
+        pipe = cls(parts, offload=lender, tile_size=tile_size)
+        use_attention(attend, pipe.unet, pipe.autoencoder)
+        return pipe
 
     @classmethod
     def from_diffusers(cls, pipe: Any) -> Pipeline:
@@ -100,7 +120,10 @@ class Pipeline:
 
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Pipeline:
         """Move the networks to a device, cast them, or both, in place; None leaves that as it is."""
-        place = self.device if device is None else resolve_device(device)
+        if self.offload is not None and device is not None:
+            given = str(device)[:80]
+            raise InputError(f"offload keeps its networks in CPU memory, got {given!r}; load without offload")
+        place = device_of(self.parts) if device is None else resolve_device(device)
         kind = self.dtype if dtype is None else resolve_dtype(dtype)
         for network in filter(None, (self.unet, self.autoencoder, self.text_encoder, self.parts.text_encoder_2)):
             network.to(place, kind)
@@ -108,8 +131,8 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
-        return device_of(self.parts)
+        """Where the networks run."""
+        return device_of(self.parts) if self.offload is None else self.offload.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -207,7 +230,8 @@ class Pipeline:
             width=width,
         )
         scheduler = None if isinstance(sampler, str) else sampler
-        drawing = Drawing(self.parts, settings, image, mask, latents, scheduler)
+        parts, lender, tile = self.parts, self.offload, self.tile_size
+        drawing = Drawing(parts, settings, image, mask, latents, scheduler, offload=lender, tile_size=tile)
         return drawing.draw(output_type, batch_size, callback, progress)
 
     @torch.no_grad()
@@ -249,7 +273,7 @@ class Pipeline:
             height=height,
             width=width,
         )
-        return Drawing(self.parts, settings, image, opaque=True).invert(iterations)
+        return Drawing(self.parts, settings, image, opaque=True, offload=self.offload).invert(iterations)
 
     def with_embedding(self, path: str | os.PathLike[str], word: str | None = None) -> Pipeline:
         """Return a pipeline whose prompts may use one more word, of a textual-inversion file; this one stays as it is.
@@ -264,7 +288,7 @@ class Pipeline:
             InputError: the word is one of the vocabulary already.
             ModelLoadError: the file was refused, or is for another model.
         """
-        return Pipeline(add_embedding(self.parts, path, word))
+        return self._with(add_embedding(self.parts, path, word))
 
     def with_loras(self, loras: Mapping[Any, Weight]) -> Pipeline:
         """Return a pipeline with these LoRAs in its weights, in place of those it has; this one stays as it is.
@@ -280,7 +304,10 @@ class Pipeline:
             InputError: a weight is no finite number.
             ModelLoadError: a file was refused, or is for another model.
         """
-        return Pipeline(apply_loras(self.parts, loras))
+        return self._with(apply_loras(self.parts, loras))
+
+    def _with(self, parts: Parts) -> Pipeline:
+        return Pipeline(parts, offload=self.offload, tile_size=self.tile_size)
 
 
 def _strength(strength: float | None, image: object, whole: object) -> float:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
+from latentdiff import Pipeline
+from latentdiff.cli import main
 from latentdiff.engine.attention import find_attention, use_attention
 from latentdiff.errors import InputError, MissingDependencyError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -99,6 +102,18 @@ def test_xformers_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xformers", None)
     with pytest.raises(MissingDependencyError, match=r"pip install latentdiff\[xformers\]"):
         find_attention("xformers", CUDA)
+
+
+def test_pipelines_and_the_command_line_choose(
+    calls: list[bool], built_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = Pipeline.from_pretrained(built_model, device="cpu")("cat", output_type="latent", num_inference_steps=2)
+    assert main(["generate", "cat", "--device", "cpu", "--attention", "xformers", "-o", "unwritten.png"]) == 2
+    assert capsys.readouterr().err.startswith("latentdiff: xformers attention runs on CUDA only, got cpu; leave")
+    monkeypatch.setattr("latentdiff.pipeline.find_attention", lambda name, device: find_attention(name, CUDA))
+    pipe = Pipeline.from_pretrained(built_model, device="cpu", attention="xformers")
+    assert relative_error(pipe("cat", output_type="latent", num_inference_steps=2).images, drawn.images) < 1e-4
+    assert calls
 
 
 def test_an_unknown_name_is_refused() -> None:

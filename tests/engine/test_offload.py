@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latentdiff import Pipeline
+from latentdiff.cli import main
 from latentdiff.engine.offload import Offload
 from latentdiff.errors import InputError
 
@@ -112,10 +113,15 @@ def test_a_callback_may_draw_too(offloading: Pipeline) -> None:
 def test_what_cannot_be_offloaded(built_model: Path, offloading: Pipeline) -> None:
     with pytest.raises(InputError, match="needs a device apart from the CPU, got cpu; leave it out"):
         Pipeline.from_pretrained(built_model, device="cpu", offload=True)
-    with pytest.raises(InputError, match="keeps its networks in CPU memory, got device 'cpu'"):
+    with pytest.raises(InputError, match="keeps its networks in CPU memory, got 'cpu'; load without offload"):
         offloading.to("cpu")
     assert offloading.to(dtype="bfloat16").dtype == torch.bfloat16
     assert offloading.device == DEVICE
+
+
+def test_the_command_line_says_when_there_is_nothing_to_offload_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "cat", "--device", "cpu", "--offload", "-o", "unwritten.png"]) == 2
+    assert capsys.readouterr().err.startswith("latentdiff: offload needs a device apart from the CPU, got cpu")
 
 
 def test_networks_are_loaded_into_cpu_memory(built_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from latentdiff import Pipeline
 from latentdiff.checkpoints import embedded_model, load_autoencoder
-from latentdiff.engine.tiling import _stages, decode_tiled, needs_tiles
+from latentdiff.engine import tiling
+from latentdiff.engine.tiling import _stages, decode, decode_tiled, needs_tiles
+from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from latentdiff.models.pixels import PixelSpace, PixelSpaceConfig
 from tests.models.tiny import AUTOENCODERS, randomize, relative_error
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -119,3 +124,32 @@ def test_what_needs_tiles() -> None:
     assert needs_tiles(published, 1024, 1032, torch.float32)
     assert not needs_tiles(published, 1024, 1032, torch.float16)
     assert not needs_tiles(AutoencoderConfig(), 2048, 2048, torch.float32)
+
+
+def test_tiles_are_used_when_wanted_or_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, used = tiny(), list[int]()
+    latents = uneven_latents(model)
+
+    def watched(autoencoder: AutoencoderKL, latents: Tensor, tile: int) -> Tensor:
+        used.append(tile)
+        return decode_tiled(autoencoder, latents, tile)
+
+    monkeypatch.setattr(tiling, "decode_tiled", watched)
+    decode(model, latents)
+    assert used == []
+    decode(model, latents, 8)
+    monkeypatch.setattr(tiling, "LARGE_MAP", 1)
+    decode(model, latents)
+    assert used == [8, tiling.TILE]
+    pixels = torch.zeros(1, 3, 64, 64)
+    assert torch.equal(decode(PixelSpace(PixelSpaceConfig()), pixels, 8), pixels)
+
+
+def test_a_pipeline_draws_the_same_in_tiles(built_model: Path, pipe: Pipeline) -> None:
+    options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt", "height": 96, "width": 96}
+    tiled = Pipeline.from_pretrained(built_model, device="cpu", tile_size=8)("cat", **options).images
+    whole = pipe("cat", **options).images
+    assert not torch.equal(tiled, whole)
+    assert (tiled - whole).abs().max() < 1e-4
+    with pytest.raises(InputError, match=r"tile_size must be .* got 4; try 32"):
+        Pipeline.from_pretrained(built_model, device="cpu", tile_size=4)
