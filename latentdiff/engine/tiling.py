@@ -2,9 +2,9 @@
 
 Convolutions see a tile with a halo as wide as they reach, but a group norm needs the statistics of the whole map. So
 the decoder is cut into stages, maps are kept whole only between these, and within a stage all tiles run up to the first
-norm, whose statistics are then known, again up to the second, and so on. What is computed again costs time, about three
-times that of `AutoencoderKL.decode`. A stage is one residual block, with the upsampling before it; but all of the
-finest resolution is one stage, because a map between would be as large as what is to be avoided.
+norm, whose statistics are then known, again up to the second, and so on. What is computed again makes it three to four
+times the arithmetic of `AutoencoderKL.decode`. A stage is one residual block, with the upsampling before it; but all of
+the finest resolution is one stage, because a map between would be as large as what is to be avoided.
 """
 
 from __future__ import annotations
