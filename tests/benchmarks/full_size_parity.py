@@ -1,4 +1,5 @@
-"""Compare networks of the published sizes, random weights, float32, with those of diffusers and transformers.
+"""Compare networks of the published sizes, random weights, float32, with those of diffusers, transformers and
+OpenCLIP (where it is installed).
 
 Both share the memory of their weights. The largest (Stable Diffusion XL) needs 12 GB.
 
@@ -10,18 +11,22 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from latentdiff.checkpoints.openclip import load_open_clip
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
@@ -31,6 +36,7 @@ from tests.parity.test_clip import renamed
 from tests.parity.test_unet import call
 
 LATENTS = (16, 16)  # height and width
+OPEN_CLIPS = {name: {"architecture": name} for name in ("ViT-H-14", "ViT-bigG-14")}
 POOLED = 1280  # width of the pooled text of Stable Diffusion XL
 
 
@@ -42,6 +48,7 @@ def main() -> None:
         "unet": (UNETS, unet),
         "vae": (AUTOENCODERS, autoencoder),
         "text": (CLIPS, text_encoder),
+        "openclip": (OPEN_CLIPS, open_clip_text) if importlib.util.find_spec("open_clip") else ({}, open_clip_text),
     }
     figures: dict[str, dict[str, float]] = {}
     for kind, (configs, compare) in kinds.items():
@@ -120,6 +127,28 @@ def text_encoder(config: dict[str, Any]) -> dict[str, float]:
     return {
         "last": relative_error(found.last_hidden_state, expected.last_hidden_state),
         "penultimate": relative_error(found.hidden_states[-2], expected.hidden_states[-2]),
+        "pooled": relative_error(found.pooled, pooled),
+    }
+
+
+def open_clip_text(config: dict[str, Any]) -> dict[str, float]:
+    import open_clip
+
+    architecture = config["architecture"]
+    shape = open_clip.get_model_config(architecture)
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}  # which no text needs
+    reference = open_clip.model.CLIP(**{**shape, "vision_cfg": vision}).eval()
+    last: dict[str, Tensor] = {}
+    reference.ln_final.register_forward_hook(lambda module, inputs, output: last.update(states=output))
+    ids = torch.tensor([[49406, 320, 1125, 539, 320, 2368, 49407, *[0] * 70]])
+    pooled = reference.encode_text(ids)
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "model.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in reference.state_dict().items()}, file)
+        ours, _ = load_open_clip(file, architecture)
+    found = ours(ids)
+    return {
+        "last": relative_error(found.last_hidden_state, last["states"]),
         "pooled": relative_error(found.pooled, pooled),
     }
 

@@ -15,6 +15,7 @@ from PIL import Image
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline, save_pipeline
 from latentdiff.models.unet import UNet2DConditionModel
+from tests.checkpoints.test_single_file import parts_of, tiny
 from tests.models.tiny import randomize
 
 SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}
@@ -56,6 +57,30 @@ def test_same_picture_where_it_is_drawn(model: Path, sampler: str, strength: flo
     ours, theirs, before = (np.asarray(one, dtype=int) for one in (drawn, expected, picture))
     assert np.abs(ours[:, 16:] - theirs[:, 16:]).max() <= 2
     assert np.abs(ours[:, :16] - before[:, :16]).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", list(SCHEDULERS))
+def test_same_picture_by_xl(tmp_path: Path, sampler: str) -> None:
+    parts = parts_of(tiny("Stable Diffusion XL"), channels=9)
+    autoencoder: Any = parts.autoencoder
+    autoencoder.quant_conv.weight[4:], autoencoder.quant_conv.bias[4:] = 0.0, -30.0
+    autoencoder.decoder.conv_out.weight *= 5  # contrast
+    peer = Pipeline(parts).to_diffusers()
+    peer.scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(peer.scheduler.config)
+    peer.set_progress_bar_config(disable=True)
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (16, 0, 32, 32))
+    picture = Image.effect_noise((32, 32), 80).convert("RGB")
+    options: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 4.0, "strength": 1.0}
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    expected = peer(
+        "the red fox", image=picture, mask_image=mask, height=32, width=32, latents=noise, **options
+    ).images[0]
+    drawn = Pipeline(parts)("the red fox", image=picture, mask=mask, latents=noise, sampler=sampler, **options).images[
+        0
+    ]
+    ours, theirs = (np.asarray(one, dtype=int) for one in (drawn, expected))
+    assert np.abs(ours[:, 16:] - theirs[:, 16:]).max() <= 2
 
 
 def test_without_an_image_everything_is_drawn(model: Path) -> None:
