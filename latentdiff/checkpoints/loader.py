@@ -231,7 +231,8 @@ def load_text_encoder(
 def _load(root: Path, component: str, classes: tuple[str, ...], dtype: torch.dtype, device: str | torch.device) -> Any:
     path = child(root, component, "config.json")
     data = read_json(path)
-    named = data.get("_class_name") or next(iter(data.get("architectures") or ()), None)
+    architectures = data.get("architectures")
+    named = data.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
     if named not in classes:
         raise ModelConfigError(f"{path}: expected class {' or '.join(classes)}, got {str(named)[:80]!r}")
     files = weight_files(root, component)

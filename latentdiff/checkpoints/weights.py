@@ -1,11 +1,11 @@
-"""Read the tensors of a checked safetensors file into memory of their own, in the precision that is asked for.
+"""Map the tensors of a checked safetensors file into memory, in the precision that is asked for.
 
-Files are not mapped: pages of a mapped file count as memory too, a file that is cut off later would end the process,
-and one that is changed later would change the weights behind every check.
+What a file holds in that precision is not copied: its pages are the weights, shared with all processes that map them.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentdiff.checkpoints.header import DTYPE_BYTES, TensorInfo
+from latentdiff.checkpoints.header import TensorInfo
 from latentdiff.errors import ModelLoadError, ModelValueError
 
 __all__ = ["FLOATS", "read_weights", "require_finite_weights"]
@@ -35,11 +35,11 @@ def read_weights(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> dict[str, Tensor]:
-    """Read tensors of a file one after the other, so that at no time more than one is there in both precisions.
+    """Map tensors of a file, and cast them one after the other, each of which then lets go of its pages.
 
     Args:
         file: whose header was read before.
-        tensors: those to read, of the dtypes in `FLOATS`.
+        tensors: those wanted, of the dtypes in `FLOATS`.
         dtype, device: of the result; None keeps the dtype of each.
 
     Raises:
@@ -49,17 +49,33 @@ def read_weights(
     weights: dict[str, Tensor] = {}
     try:
         with file.open("rb") as stream:
-            for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
-                raw = torch.empty(prod(info.shape) * DTYPE_BYTES[info.dtype], dtype=torch.uint8)
-                stream.seek(info.start)
-                if stream.readinto(raw.numpy().data) != len(raw):
-                    raise ModelLoadError(f"{file}: was cut off while it was read; load it again")
-                weight = raw.view(FLOATS[info.dtype]).reshape(info.shape)
-                weights[name] = weight.to(device, weight.dtype if dtype is None else dtype)
-                require_finite_weights(file, {name: weights[name]})
-    except OSError as error:
-        raise ModelLoadError(f"{file}: cannot be read ({error.strerror})") from error
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
+            held = _view(mapped, info)
+            aligned = info.start % held.itemsize == 0  # or else not every operation takes it
+            weights[name] = held.to(device, dtype, copy=not aligned)
+            require_finite_weights(file, {name: weights[name]})
+            if weights[name] is not held:
+                _release(mapped, info.start, held.nbytes)
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise ModelLoadError(f"{file}: cannot be read ({str(error).splitlines()[0][:120]})") from error
     return weights
+
+
+def _view(mapped: mmap.mmap, info: TensorInfo) -> Tensor:
+    count, dtype = prod(info.shape), FLOATS[info.dtype]
+    if count == 0:
+        return torch.empty(info.shape, dtype=dtype)
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=info.start).reshape(info.shape)
+
+
+def _release(mapped: mmap.mmap, start: int, count: int) -> None:
+    """Let go of the pages of some bytes; whoever needs one again gets it from the file."""
+    if hasattr(mapped, "madvise") and count:  # where the system has it
+        begin = start - start % mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_DONTNEED, begin, start + count - begin)
 
 
 def require_finite_weights(file: Path, weights: Mapping[str, Tensor]) -> None:

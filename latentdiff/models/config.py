@@ -30,7 +30,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check the types of all values, then what `check` demands."""
-        hints = _hints(type(self))  # type: ignore[arg-type]  # a class is hashable
+        hints = self._types()
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if not _fits(value, hints[field.name]):
@@ -40,6 +40,12 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raise ModelConfigError when the values do not fit together."""
+
+    @classmethod
+    @cache
+    def _types(cls) -> dict[str, Any]:
+        """Return the types of all fields, whose texts Python would compile anew whenever it is asked."""
+        return get_type_hints(cls)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -76,12 +82,6 @@ class ModelConfig:
     def header(self) -> dict[str, Any]:
         """Return what names the reference class in its config.json."""
         return {"_class_name": self.class_name}
-
-
-@cache
-def _hints(config: type[ModelConfig]) -> dict[str, Any]:
-    """Return the types of all fields, whose texts Python compiles anew whenever it is asked."""
-    return get_type_hints(config)
 
 
 def require(condition: bool, message: str) -> None:

@@ -125,7 +125,7 @@ def config(rng: random.Random, folder: Folder) -> Verdict:
     component = rng.choice([*folder.components, "scheduler"])
     name = f"{component}/{'scheduler_config' if component == 'scheduler' else 'config'}.json"
     tree = json.loads((folder.root / name).read_text())
-    key = rng.choice([key for key in SHAPED[component] if key in tree])
+    key = rng.choice([key for key in (*SHAPED[component], "_class_name", "architectures") if key in tree])
     allowed = [tree[key]] if not isinstance(tree[key], bool) else [True, False]
     value = rng.choice(
         [value for value in ODD if not any(value == good and type(value) is type(good) for good in allowed)]
