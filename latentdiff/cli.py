@@ -98,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target", help="NAME.safetensors for one file of the original layout, else a new folder")
     _add_prediction_type(convert)
     _add_lora(convert)
-    convert.add_argument("--dtype", help="of the weights: float16 (default), bfloat16 or float32")
+    convert.add_argument(
+        "--dtype", help="of the weights: float16 (default), bfloat16, float32, float8_e4m3fn or float8_e5m2"
+    )
 
     train = command("train", _train, "Train the stage that a YAML config describes.")
     train.add_argument("config", help="YAML file, see configs/; the name alone finds one that came with the package")

@@ -311,21 +311,19 @@ def inspect(options: argparse.Namespace) -> None:
 
 def convert(options: argparse.Namespace) -> None:
     """Write a model in another layout."""
-    import torch
-
     from latentdiff.checkpoints import load_pipeline, save_pipeline
     from latentdiff.checkpoints.lora import apply_loras
     from latentdiff.checkpoints.single_file import save_single_file
-    from latentdiff.devices import resolve_dtype
+    from latentdiff.checkpoints.weights import storage_dtype
+    from latentdiff.devices import DTYPES
 
-    dtype, loras = resolve_dtype(options.dtype or "float16"), _loras(options.lora)
+    dtype, loras = storage_dtype(options.dtype or "float16"), _loras(options.lora)
     single = options.target.endswith(".safetensors")
+    # What is added to weights, or is to be stored as float8, is rounded once.
+    computed = DTYPES["float32"] if loras or dtype not in DTYPES.values() else dtype
     with _warnings_as_lines():
-        # Weights are rounded once, after what is added to them.
-        loaded = load_pipeline(
-            options.source, torch.float32 if loras else dtype, prediction_type=options.prediction_type
-        )
-    parts = apply_loras(loaded, loras)
+        parts = load_pipeline(options.source, computed, prediction_type=options.prediction_type)
+    parts = apply_loras(parts, loras)
     (save_single_file if single else save_pipeline)(parts, options.target, dtype)
     print(options.target)
 

@@ -167,12 +167,14 @@ def read_index(root: Path) -> dict[str, str]:
 def weight_files(root: Path, component: str) -> dict[Path, set[str] | None]:
     """Return the safetensors files of a component, each with the tensors its index places there (None without index).
 
+    Those of the fp16 variant are taken where there are no others.
+
     Raises:
         ModelPathError: there is none, a shard is missing, or an index leads out of the folder.
         UnsafeModelError: there are only files of formats that are never opened.
     """
-    for stem in WEIGHT_STEMS:
-        for variant in ("", ".fp16"):
+    for variant in ("", ".fp16"):
+        for stem in WEIGHT_STEMS:
             single = child(root, component, f"{stem}{variant}.safetensors")
             if single.exists():
                 return {single: None}

@@ -31,7 +31,7 @@ from latentdiff.checkpoints.lora_names import (
     written_names,
 )
 from latentdiff.checkpoints.saver import save_tensors
-from latentdiff.checkpoints.weights import FLOATS, read_weights, require_finite_weights
+from latentdiff.checkpoints.weights import FLOATS, read_weights, stored_weights
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, suggest
 from latentdiff.images import check_writable
 from latentdiff.models.lora import Factors, LoRA, WeightedLoRA, factors_fit, layers_of, merge, share_weights
@@ -262,8 +262,7 @@ def save_lora(lora: LoRA, path: str | os.PathLike[str], parts: Parts, dialect: s
                 tensors[f"{name}.lora_mid.weight"] = factors.mid
             if not peft:
                 tensors[f"{name}.alpha"] = torch.tensor(factors.alpha)
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    require_finite_weights(target, tensors)
+    tensors = {name: tensor.clone() for name, tensor in stored_weights(tensors, None).items()}
     settings: dict[str, Any] = {}
     for network, layers in lora.networks.items():
         settings |= {f"{network}.{key}": value for key, value in _peft_config(layers).items()}

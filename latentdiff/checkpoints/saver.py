@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentdiff.checkpoints.loader import KINDS, Parts
+from latentdiff.checkpoints.weights import stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import InputError, ModelValueError, StorageError
+from latentdiff.errors import InputError, StorageError
 from latentdiff.models.config import ModelConfig
 from latentdiff.models.pixels import LabelEncoder, PixelSpace
 from latentdiff.models.tokenizer import Tokenizer
@@ -170,10 +171,7 @@ def _class_name(network: nn.Module) -> str:
 
 def _write_model(model: nn.Module, place: Path, dtype: torch.dtype | None) -> None:
     kind = KINDS[type(model).__name__]
-    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise ModelValueError(f"{name} is not finite in {tensor.dtype}; save in float32, or find what made it so")
+    weights = stored_weights(model.state_dict(), dtype)
     place.mkdir(parents=True, exist_ok=True)
     file = place / f"{kind.stem}.safetensors"
     save_file(weights, file, metadata={"format": "pt"})

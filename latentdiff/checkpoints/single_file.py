@@ -23,7 +23,7 @@ from latentdiff.checkpoints.header import TensorInfo, read_header
 from latentdiff.checkpoints.loader import KINDS, TEXT_MODEL, Parts, build, check_fit
 from latentdiff.checkpoints.original import Place, autoencoder_places, clip_places, join, open_clip_places, unet_places
 from latentdiff.checkpoints.saver import save_tensors
-from latentdiff.checkpoints.weights import FLOATS, read_weights, require_finite_weights
+from latentdiff.checkpoints.weights import FLOATS, read_weights, stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError
 from latentdiff.images import check_writable
@@ -134,9 +134,8 @@ def save_single_file(parts: Parts, path: str | os.PathLike[str], dtype: torch.dt
         places[prefix] = (encoder, _places(encoder, layout))
     tensors: dict[str, Tensor] = {}
     for prefix, (network, found) in places.items():
-        weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in network.state_dict().items()}
-        require_finite_weights(target, weights)
-        tensors |= {prefix + name: tensor.contiguous() for name, tensor in join(found, weights).items()}
+        joined = join(found, stored_weights(network.state_dict(), dtype))
+        tensors |= {prefix + name: tensor.contiguous() for name, tensor in joined.items()}
     save_tensors(tensors, target)
 
 

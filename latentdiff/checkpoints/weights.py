@@ -1,4 +1,4 @@
-"""Map the tensors of a checked safetensors file into memory, in the precision that is asked for.
+"""Tensors of safetensors files: mapped into memory in the precision that is asked for, made ready to be written.
 
 What a file holds in that precision is not copied: its pages are the weights, shared with all processes that map them.
 """
@@ -11,12 +11,13 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff.checkpoints.header import TensorInfo
-from latentdiff.errors import ModelLoadError, ModelValueError
+from latentdiff.devices import DTYPES
+from latentdiff.errors import InputError, ModelLoadError, ModelValueError, suggest
 
-__all__ = ["FLOATS", "read_weights", "require_finite_weights"]
+__all__ = ["FLOATS", "STORAGE_DTYPES", "read_weights", "storage_dtype", "stored_weights"]
 
 # The dtypes that weights may have in a file.
 FLOATS = {
@@ -27,6 +28,8 @@ FLOATS = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+# What weights can be written in, by name; the first three are also computed in.
+STORAGE_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 
 
 def read_weights(
@@ -54,7 +57,7 @@ def read_weights(
             held = _view(mapped, info)
             aligned = info.start % held.itemsize == 0  # or else not every operation takes it
             weights[name] = held.to(device, dtype, copy=not aligned)
-            require_finite_weights(file, {name: weights[name]})
+            _require_finite(file, name, weights[name])
             if weights[name] is not held:
                 _release(mapped, info.start, held.nbytes)
     except (OSError, RuntimeError, ValueError) as error:
@@ -78,11 +81,43 @@ def _release(mapped: mmap.mmap, start: int, count: int) -> None:
         mapped.madvise(mmap.MADV_DONTNEED, begin, start + count - begin)
 
 
-def require_finite_weights(file: Path, weights: Mapping[str, Tensor]) -> None:
-    """Raise ModelValueError if a weight is not finite."""
-    for name, tensor in weights.items():
-        # The extremes show whether any value is not finite and need no memory; counting is for the error alone.
-        if tensor.numel() and not (tensor.max() - tensor.min()).isfinite():
-            count = int((~torch.isfinite(tensor)).sum())
-            if count:
-                raise ModelValueError(f"{file}: {name} has {count} values that are NaN or infinite in {tensor.dtype}")
+def _require_finite(file: Path, name: str, tensor: Tensor) -> None:
+    # The extremes show whether any value is not finite and need no memory; counting is for the error alone.
+    if tensor.numel() and not (tensor.max() - tensor.min()).isfinite():
+        count = int((~torch.isfinite(tensor)).sum())
+        if count:
+            raise ModelValueError(f"{file}: {name} has {count} values that are NaN or infinite in {tensor.dtype}")
+
+
+def stored_weights(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return weights as they go into a file.
+
+    Args:
+        tensors: by name, on any device.
+        dtype: one of `STORAGE_DTYPES`; None keeps each as it is.
+
+    Raises:
+        ModelValueError: a weight is not finite, or beyond the range of that dtype.
+    """
+    weights = {}
+    for name, tensor in tensors.items():
+        kind = dtype or tensor.dtype
+        largest, limit = torch.maximum(tensor.max(), -tensor.min()).item(), torch.finfo(kind).max
+        if not largest <= limit:
+            raise ModelValueError(
+                f"{name} is not finite in {kind}: it has {largest:.6g}, and {limit:.6g} is the largest there; "
+                "save in float32, or find what made it so"
+            )
+        weights[name] = tensor.detach().to("cpu", kind).contiguous()
+    return weights
+
+
+def storage_dtype(name: str) -> torch.dtype:
+    """Return the dtype that weights are written in.
+
+    Raises:
+        InputError: unknown name.
+    """
+    if name not in STORAGE_DTYPES:
+        raise InputError(f"dtype {name!r} is unknown{suggest(name, STORAGE_DTYPES)}")
+    return STORAGE_DTYPES[name]
