@@ -55,9 +55,10 @@ class ModelLoadError(LatentDiffError):
     exit_code = 3
 
     def __init__(self, message: str) -> None:
-        if len(message) > LONGEST_MESSAGE:
-            message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 4 :]}"
-        super().__init__("".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in message))
+        line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in message)
+        if len(line) > LONGEST_MESSAGE:
+            line = f"{line[: LONGEST_MESSAGE // 2]} ... {line[-LONGEST_MESSAGE // 4 :]}"
+        super().__init__(line)
 
 
 class UnsafeModelError(ModelLoadError):

@@ -43,7 +43,7 @@ from tests.checkpoints.small_models import build_folders, weights_of
 
 SLOW, ALARM = 1.0, 10.0  # seconds: what counts as a hang, and when one is ended
 LONGEST_MESSAGE = 1000
-FOLDERS, SINGLE_FILES, SPECIAL = 0.018, 0.005, 0.02  # shares of all cases; the rest are files with a mutated header
+FOLDERS, SINGLE_FILES, SPECIAL = 0.015, 0.005, 0.03  # shares of all cases; the rest are files with a mutated header
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

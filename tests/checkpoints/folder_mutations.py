@@ -21,6 +21,8 @@ from tests.checkpoints.small_models import UNET, Weights
 
 Verdict = Weights | type[ModelLoadError]  # what is loaded, or how it is refused
 
+CONFIGS = {name: f"{name}/config.json" for name in ("unet", "vae", "text_encoder")}
+CONFIGS["scheduler"] = "scheduler/scheduler_config.json"
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 # Any other value of these keys makes a network of another shape, or one that cannot be.
@@ -55,19 +57,8 @@ HARMLESS = {
 }
 CODE = ({"auto_map": {"AutoModel": "evil.Model"}}, {"_target_": "os.system"}, {"custom_pipelines": {}})
 OUTSIDE = (
-    *(
-        "../../outside.safetensors",
-        "/etc/passwd",
-        "a/b.safetensors",
-        "..",
-        ".",
-        "",
-        "c:x.safetensors",
-        "x.bin",
-        3,
-        None,
-    ),
-    *("\0.safetensors", "..\\x.safetensors", "x.safetensors/", "./x.safetensors", "~/x.safetensors", ["x"], "x.PKL"),
+    *("../../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "", "c:x.safetensors", 3, None, ["x"]),
+    *("\0.safetensors", "..\\x.safetensors", "x.safetensors/", "./x.safetensors", "~/x.safetensors", "x.bin", "x.PKL"),
 )
 
 
@@ -96,10 +87,19 @@ class Folder:
                 return ModelLoadError
         return self.weights
 
+    def config(self, component: str) -> dict[str, Any]:
+        """Return the configuration of a component."""
+        content: dict[str, Any] = json.loads((self.root / CONFIGS[component]).read_text())
+        return content
+
+    def json_files(self) -> list[str]:
+        """Return the names of the JSON files that every model needs."""
+        return ["model_index.json", *(CONFIGS[name] for name in (*self.components, "scheduler"))]
+
     def rewrite(self, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
+        """Change a JSON file."""
         path = self.root / name
-        tree = json.loads(path.read_text())
-        path.write_text(json.dumps(change(tree)))
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
 def weights(rng: random.Random, folder: Folder) -> Verdict:
@@ -123,24 +123,24 @@ def precision(rng: random.Random, folder: Folder) -> Verdict:
 def config(rng: random.Random, folder: Folder) -> Verdict:
     """Give a key that decides the shape of a network, or how noise is added, an odd value."""
     component = rng.choice([*folder.components, "scheduler"])
-    name = f"{component}/{'scheduler_config' if component == 'scheduler' else 'config'}.json"
-    tree = json.loads((folder.root / name).read_text())
+    tree = folder.config(component)
     key = rng.choice([key for key in (*SHAPED[component], "_class_name", "architectures") if key in tree])
     allowed = [tree[key]] if not isinstance(tree[key], bool) else [True, False]
+    allowed += [[]] if (component, key) == ("vae", "down_block_types") else []  # filled in
     value = rng.choice(
         [value for value in ODD if not any(value == good and type(value) is type(good) for good in allowed)]
     )
-    folder.rewrite(name, lambda tree: {**tree, key: value})
+    folder.rewrite(CONFIGS[component], lambda tree: {**tree, key: value})
     return ModelLoadError
 
 
 def numbers(rng: random.Random, folder: Folder) -> Verdict:
     """Give any key, known or not, a number that no network can have, or one in too many brackets."""
     component = rng.choice(folder.components)
-    tree = json.loads((folder.root / component / "config.json").read_text())
+    tree = folder.config(component)
     value = rng.choice((nan, inf, -inf, 10**30, -(10**30), 1e300, deep(200), deep(450), deep(900)))
     key = rng.choice((*tree, "_x"))
-    folder.rewrite(f"{component}/config.json", lambda tree: {**tree, key: value})
+    folder.rewrite(CONFIGS[component], lambda tree: {**tree, key: value})
     return ModelLoadError
 
 
@@ -155,13 +155,12 @@ def deep(levels: int) -> list[Any]:
 def harmless(rng: random.Random, folder: Folder) -> Verdict:
     """Change what decides nothing."""
     component = rng.choice([*folder.components, "scheduler"])
-    name = f"{component}/{'scheduler_config' if component == 'scheduler' else 'config'}.json"
-    tree = json.loads((folder.root / name).read_text())
-    keys = HARMLESS[component]
-    strict = {"PixelSpace": ("_x",), "LabelEncoder": ("_x",)}.get(tree.get("_class_name"), tuple(keys))
-    key = rng.choice(strict)
-    value = rng.choice(keys[key])
-    folder.rewrite(name, lambda tree: dict(rng.sample(list({**tree, key: value}.items()), len(tree | {key: value}))))
+    tree = folder.config(component)
+    few = tree.get("_class_name") in ("PixelSpace", "LabelEncoder")  # which have hardly a key
+    key = "_x" if few else rng.choice(list(HARMLESS[component]))
+    items = list({**tree, key: rng.choice(HARMLESS[component][key])}.items())
+    rng.shuffle(items)
+    folder.rewrite(CONFIGS[component], lambda _: dict(items))
     (folder.root / "unet" / rng.choice(("x.bin", "y.pkl", "pytorch_model.bin"))).write_bytes(archives()["torch"])
     if rng.random() < 0.5:
         content = same(rng, *split(folder.file("unet").read_bytes()))
@@ -171,11 +170,7 @@ def harmless(rng: random.Random, folder: Folder) -> Verdict:
 
 def code(rng: random.Random, folder: Folder) -> Verdict:
     """Name code to run, at any depth."""
-    names = [
-        "model_index.json",
-        "scheduler/scheduler_config.json",
-        *(f"{name}/config.json" for name in folder.components),
-    ]
+    names = folder.json_files()
     names += ["tokenizer/tokenizer_config.json"] if (folder.root / "tokenizer").is_dir() else []
     value: Any = rng.choice(CODE)
     for _ in range(rng.choice((0, 1, 3, 50))):
@@ -187,24 +182,10 @@ def code(rng: random.Random, folder: Folder) -> Verdict:
 
 def unreadable(rng: random.Random, folder: Folder) -> Verdict:
     """Replace a JSON file by something else."""
-    names = [
-        "model_index.json",
-        "scheduler/scheduler_config.json",
-        *(f"{name}/config.json" for name in folder.components),
-    ]
+    names = folder.json_files()
     contents = (
-        "",
-        "[]",
-        "null",
-        "{",
-        '{"a": 1,}',
-        "[" * 100_000,
-        '{"a":' * 5000,
-        "\ufeff{}",
-        "1" * 5000,
-        '"a"',
-        "{}{}",
-        "# {}",
+        *("", "[]", "null", "{", '{"a": 1,}', "\ufeff{}", '"a"', "{}{}", "# {}"),
+        *("[" * 100_000, '{"a":' * 5000, "1" * 5000),
     )
     raw = rng.choice((*(text.encode() for text in contents), b"\xff\xfe{}", *archives().values()))
     (folder.root / rng.choice(names)).write_bytes(raw)
@@ -216,17 +197,8 @@ def index(rng: random.Random, folder: Folder) -> Verdict:
     tree = json.loads((folder.root / "model_index.json").read_text())
     key = rng.choice([key for key in tree if key in (*folder.components, "_class_name", "scheduler")])
     classes = (
-        "EvilModel",
-        "os.system",
-        "UNet2DConditionModel\n",
-        "unet2dconditionmodel",
-        "x" * 9999,
-        "",
-        3,
-        None,
-        [],
-        {},
-        nan,
+        *("EvilModel", "os.system", "UNet2DConditionModel\n", "unet2dconditionmodel", "x" * 9999, ""),
+        *(3, None, [], {}, nan),
     )
     value: Any = rng.choice(classes)
     if key == "scheduler":  # whose class its own configuration names
@@ -292,8 +264,7 @@ def damaged_index(rng: random.Random, place: Path, tree: dict[str, Any], folder:
 
 def files(rng: random.Random, folder: Folder) -> Verdict:
     """Put a link, a pipe, a folder, nothing, or an archive where a file belongs."""
-    json_files = ["model_index.json", "scheduler/scheduler_config.json"]
-    names = [*json_files, *(f"{name}/config.json" for name in folder.components)]
+    names = folder.json_files()
     names += [str(folder.file(name).relative_to(folder.root)) for name in folder.components] * 2
     path = folder.root / rng.choice(names)
     away = folder.root.parent / "away"

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from latentdiff.checkpoints import single_file
@@ -21,22 +22,13 @@ class SingleFile:
 
     def __init__(self, family: str) -> None:
         shape = tiny(family)
-        unet = shape["unet"]
-        unet |= {
-            key: [unet[key][0], unet[key][-1]] for key in ("block_out_channels", "down_block_types", "up_block_types")
-        }
-        unet |= {"layers_per_block": 1}
+        unet, levels = shape["unet"], ("block_out_channels", "down_block_types", "up_block_types")
+        unet |= {"layers_per_block": 1} | {key: [unet[key][0], unet[key][-1]] for key in levels}
         shape["vae"] = VAE
         self.shape = shape
         parts = parts_of(shape)
         held = tensors_of(parts, shape)
-        entries, data = [], b""
-        for name, value in held.items():
-            raw = value.numpy().tobytes()
-            place = [len(data), len(data) + len(raw)]
-            entries.append((name, {"dtype": "F32", "shape": list(value.shape), "data_offsets": place}))
-            data += raw
-        self.content, self.names = join(entries, data), list(held)
+        self.content = save(held)
         # Where each weight lies is found by its bits, which are noise, not by the tables of the loader.
         self.places = {name: _place(value, held) for name, value in weights_of(parts).items()}
 
@@ -70,10 +62,8 @@ class SingleFile:
         if change == 0:
             return recoded(rng, self.content)
         if change == 1:
-            entries[place] = (
-                rng.choice((name + "x", name[1:], name.upper(), "model." + name, name.replace(".", "/"))),
-                entry,
-            )
+            other = rng.choice((name + "x", name[1:], name.upper(), "model." + name, name.replace(".", "/")))
+            entries[place] = (other, entry)
         elif change == 2:
             more = rng.choice(("model_ema.decay", "x", "alphas_cumprod", f"{name}.lora_up.weight", *WORDS))
             empty = {"dtype": rng.choice(("F32", "I64")), "shape": [0], "data_offsets": [len(data), len(data)]}

@@ -166,3 +166,13 @@ def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
         accepted += 1
         assert all(len(info.shape) <= 8 for info in header.tensors.values())
     assert accepted < 600 / 2
+
+
+def test_messages_are_one_printable_line(tmp_path: Path) -> None:
+    """Names in a model may hold what moves the cursor of a terminal, or be very long."""
+    for name in ("a\nb", "\x1b[2J", "\u202e", "\U000e0001" * 5000, "x" * 9999):
+        with pytest.raises(ModelFormatError) as caught:
+            read(tmp_path, file_of({name: {**ENTRY, "dtype": "F23"}}))
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 800
+        assert str(ModelLoadError(f"{name}; get it again")).endswith("; get it again")
+        assert str(ModelLoadError(name)).isprintable() and len(str(ModelLoadError(name))) < 800
