@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from latentdiff.checkpoints.folder import CLASSES
-from latentdiff.checkpoints.loader import KINDS, TEXT_MODEL, Parts, build, check_fit
+from latentdiff.checkpoints.loader import KINDS, TEXT_MODEL, build
+from latentdiff.checkpoints.parts import Parts, check_fit
 from latentdiff.checkpoints.saver import pipeline_index
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError, ModelMismatchError

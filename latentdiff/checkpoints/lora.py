@@ -19,7 +19,6 @@ from torch import Tensor
 
 from latentdiff.checkpoints.folder import model_hash, read_json
 from latentdiff.checkpoints.header import Header, TensorInfo, read_header
-from latentdiff.checkpoints.loader import Parts
 from latentdiff.checkpoints.lora_names import (
     DIALECTS,
     Layers,
@@ -30,6 +29,7 @@ from latentdiff.checkpoints.lora_names import (
     parse_key,
     written_names,
 )
+from latentdiff.checkpoints.parts import Parts
 from latentdiff.checkpoints.saver import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights, stored_weights
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, suggest

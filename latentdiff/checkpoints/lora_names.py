@@ -15,8 +15,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from latentdiff.checkpoints.loader import Parts
 from latentdiff.checkpoints.original import UNET_ENDS, open_clip_places, unet_places
+from latentdiff.checkpoints.parts import Parts
 from latentdiff.checkpoints.single_file import text_layouts
 from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.lora import layers_of

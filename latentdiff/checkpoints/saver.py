@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from latentdiff.checkpoints.loader import KINDS, Parts
+from latentdiff.checkpoints.loader import KINDS
+from latentdiff.checkpoints.parts import Parts
 from latentdiff.checkpoints.weights import stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError, StorageError

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.checkpoints.header import TensorInfo, read_header
-from latentdiff.checkpoints.loader import KINDS, TEXT_MODEL, Parts, build, check_fit
+from latentdiff.checkpoints.loader import KINDS, TEXT_MODEL, build
 from latentdiff.checkpoints.original import Place, autoencoder_places, clip_places, join, open_clip_places, unet_places
+from latentdiff.checkpoints.parts import Parts, check_fit
 from latentdiff.checkpoints.saver import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights, stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from latentdiff.checkpoints.folder import model_hash
 from latentdiff.checkpoints.header import TensorInfo, read_header
-from latentdiff.checkpoints.loader import Parts
+from latentdiff.checkpoints.parts import Parts
 from latentdiff.checkpoints.weights import FLOATS, read_weights
 from latentdiff.errors import InputError, ModelMismatchError
 from latentdiff.models.lora import share_weights

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentdiff.checkpoints.header import TensorInfo
 from latentdiff.devices import DTYPES

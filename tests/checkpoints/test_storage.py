@@ -26,7 +26,7 @@ FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 @pytest.fixture
 def shape(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     shape = tiny(FAMILY)
-    monkeypatch.setattr(single_file, "_families", lambda: {FAMILY: shape})
+    monkeypatch.setattr(single_file, "families", lambda: {FAMILY: shape})
     return shape
 
 
