@@ -111,9 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     data = command("data", _data, "Build a captioned data set.")
     data.add_argument(
         "name",
-        choices=["emoji", "digits"],
+        choices=["emoji", "fxemoji", "digits"],
         metavar="NAME",
-        help="emoji: six openly licensed styles, fetched by npm; digits: the 8x8 ones that come with scikit-learn",
+        help="emoji: six openly licensed styles, fetched by npm; fxemoji: one more; digits: those of scikit-learn",
     )
     data.add_argument("out", help="folder; a build that was broken off goes on where it stopped")
     data.add_argument("--size", type=int, help="side of the pictures in pixels (default 64; digits have 8)")
@@ -200,8 +200,8 @@ def _train(options: argparse.Namespace) -> None:
 def _data(options: argparse.Namespace) -> None:
     from training import cli_data_digits, cli_data_emoji
 
-    if options.name == "emoji":
-        cli_data_emoji(options.out, options.size or 64)
+    if options.name != "digits":
+        cli_data_emoji(options.out, options.size or 64, options.name)
     elif options.size not in (None, 8):
         raise InputError(f"--size of the digits is 8, got {options.size}; leave it out")
     else:

@@ -358,7 +358,7 @@ def test_train_and_data_hand_over_to_training(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(training, "cli_data_emoji", lambda *arguments: calls.append(arguments))
     assert main(["train", "c.yaml", "--set", "a.b=1", "--set", "c=2", "--resume", "--out", "runs/x"]) == 0
     assert main(["data", "emoji", "out", "--size", "32"]) == 0
-    assert calls == [("c.yaml", ["a.b=1", "c=2"], True, "runs/x"), ("out", 32)]
+    assert calls == [("c.yaml", ["a.b=1", "c=2"], True, "runs/x"), ("out", 32, "emoji")]
 
 
 def test_recipes_of_an_installed_package_are_found_by_name(

@@ -37,10 +37,10 @@ def cli_data_digits(out: str) -> None:
     print(json.dumps(build(out)))
 
 
-def cli_data_emoji(out: str, size: int, workers: int | None = None) -> None:
-    """Build the captioned emoji set; the command line's `latentdiff data emoji`."""
+def cli_data_emoji(out: str, size: int, name: str = "emoji") -> None:
+    """Build the captioned emoji set, or that of Firefox OS; the command line's `latentdiff data emoji` (or fxemoji)."""
     import json
 
-    from training.emoji import build
+    from training.emoji import FXEMOJI, build
 
-    print(json.dumps(build(out, size, workers), indent=2))
+    print(json.dumps(build(out, size, sources=FXEMOJI if name == "fxemoji" else None), indent=2))

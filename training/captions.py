@@ -12,6 +12,7 @@ STYLE_PHRASES = {
     "fluent-emoji-flat": "flat style",
     "emojione": "emojione style",
     "fluent-emoji-3d": "3d style",
+    "fxemoji": "firefox style",
 }
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")

@@ -72,6 +72,17 @@ class AutoencoderLoss(Section):
     adversarial_start: int = Field(0, ge=0)
 
 
+class LoraConfig(Section):
+    """Train thin layers beside those of a frozen U-Net (`training.adapters`) instead of the U-Net itself."""
+
+    rank: int = Field(16, ge=1, le=1024)
+    # What the layers' outputs are scaled by, times the rank; the rank when null.
+    alpha: float | None = Field(None, gt=0)
+    # Share of the inputs that is left out while training.
+    dropout: float = Field(0.0, ge=0, lt=1)
+    layers: list[Literal["attention", "feed_forward", "convolution"]] = Field(["attention"], min_length=1)
+
+
 class AutoencoderTraining(Section):
     """`stage: autoencoder`."""
 

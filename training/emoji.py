@@ -1,7 +1,10 @@
 """Build the captioned emoji set: six openly licensed styles, rendered to an imagefolder with metadata.jsonl.
 
+A seventh style, Firefox OS's, is a set of its own, to fine-tune on a style that no training has seen.
+
 Try:
     latentdiff data emoji data/emoji --size 64
+    latentdiff data fxemoji data/fxemoji --size 64
     python -c "from datasets import load_dataset as l; print(l('imagefolder', data_dir='data/emoji'))"
 """
 
@@ -17,7 +20,7 @@ import subprocess
 import tarfile
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from latentdiff.errors import InputError, MissingDependencyError, StorageError
-from training.captions import phrase, with_article
+from training.captions import STYLE_PHRASES, phrase, with_article
 
 LABELS_PACKAGE = "emojibase-data@17.0.0"
 SPLITS = ("train", "validation", "test")
@@ -52,6 +55,7 @@ SOURCES = (
     Source("emojione", "@iconify-json/emojione@1.2.3", "CC-BY-4.0", "EmojiOne"),
     Source("fluent-emoji-3d", "@lobehub/fluent-emoji-3d@1.1.0", "MIT", "Microsoft (Fluent Emoji), LobeHub"),
 )
+FXEMOJI = (Source("fxemoji", "@iconify-json/fxemoji@1.2.2", "Apache-2.0", "Mozilla (Firefox OS Emoji)"),)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,9 @@ class Drawing:
         return f"{self.source.style}--{_slug(self.icon)}"
 
 
-def build(out: str | Path, size: int = 64, workers: int | None = None) -> dict[str, Any]:
+def build(
+    out: str | Path, size: int = 64, workers: int | None = None, sources: Sequence[Source] | None = None
+) -> dict[str, Any]:
     """Render every drawing into `out`/{train,validation,test} and write metadata.jsonl and report.json.
 
     Drawings that are already there are kept, so an interrupted build goes on where it stopped.
@@ -92,6 +98,7 @@ def build(out: str | Path, size: int = 64, workers: int | None = None) -> dict[s
         out: folder of the data set; made when missing.
         size: side of the square RGBA pictures in pixels, 16 to 512.
         workers: rendering processes; the number of cores when None.
+        sources: the styles; None for the six.
 
     Returns:
         The report: counts per style and split, and what was left out and why.
@@ -103,7 +110,7 @@ def build(out: str | Path, size: int = 64, workers: int | None = None) -> dict[s
     """
     if not 16 <= size <= 512:
         raise InputError(f"size must be 16 to 512 pixels, got {size}; try 64 or 128")
-    folder = Path(out)
+    folder, sources = Path(out), SOURCES if sources is None else sources
     report_file = folder / "report.json"
     if report_file.exists() and (before := json.loads(report_file.read_text())["size"]) != size:
         raise InputError(f"{folder} holds pictures of {before} px, asked for {size}; choose another folder")
@@ -111,7 +118,7 @@ def build(out: str | Path, size: int = 64, workers: int | None = None) -> dict[s
         for split in SPLITS:
             (folder / split).mkdir(parents=True, exist_ok=True)
         left_out: Counter[str] = Counter()
-        drawings = list(_drawings(folder / ".packages", left_out))
+        drawings = list(_drawings(folder / ".packages", sources, left_out))
         tasks = [(d, size, str(folder / split_of(d) / f"{d.file_stem}.png")) for d in drawings]
         rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
@@ -124,7 +131,7 @@ def build(out: str | Path, size: int = 64, workers: int | None = None) -> dict[s
         for split in SPLITS:
             lines = [json.dumps(row, ensure_ascii=False) for row in sorted(rows[split], key=lambda r: r["file_name"])]
             _write(folder / split / "metadata.jsonl", "\n".join(lines) + "\n")
-        report = _report(size, rows, left_out)
+        report = _report(size, rows, sources, left_out)
         _write(report_file, json.dumps(report, indent=2) + "\n")
     except OSError as error:
         raise StorageError(f"could not build {folder}: {error}; free space or choose another folder") from error
@@ -169,19 +176,22 @@ def dominant_color(rgba: np.ndarray) -> str | None:
     return name if count >= 0.45 * len(names) else None
 
 
-def _drawings(packages: Path, left_out: Counter[str]) -> Iterator[Drawing]:
+def _drawings(packages: Path, sources: Sequence[Source], left_out: Counter[str]) -> Iterator[Drawing]:
     """Yield every drawing whose name or code point emojibase knows, counting the others in `left_out`."""
     labels = _fetch(packages, LABELS_PACKAGE)
     data = json.loads(_member(labels, "package/en/data.json"))
     messages = json.loads(_member(labels, "package/en/messages.json"))
     by_code, by_slug = _concepts(data, messages)
-    for source in SOURCES:
+    run_together = {slug.replace("-", ""): found for slug, found in by_slug.items()}  # as fxemoji writes its names
+    for source in sources:
         archive = _fetch(packages, source.package)
         pairs = _icons(archive) if source.package.startswith("@iconify") else _bitmaps(archive)
         codes = _codes(archive, source)
         for icon, content in pairs:
             base, variant = _split_variant(icon)
             found = by_code.get(codes.get(icon, "")) or by_slug.get(base)
+            if found is None and source in FXEMOJI:
+                found = run_together.get(base)
             if found is None:
                 left_out[f"{source.style}: name unknown to emojibase"] += 1
                 continue
@@ -258,6 +268,8 @@ def _render(task: tuple[Drawing, int, str]) -> dict[str, Any] | str:
     concept, source = drawing.concept, drawing.source
     thing, color = with_article(drawing.name), dominant_color(rgba)
     captions = phrase(thing, source.style, concept.tags, color)
+    if source in FXEMOJI:  # a style learnt later must be asked for, so that what was learnt before stays as it is
+        captions = [caption for caption in captions if STYLE_PHRASES[source.style] in caption]
     return {
         "file_name": os.path.basename(file),
         "text": captions[0],
@@ -331,14 +343,16 @@ def _member(archive: Path, name: str) -> str:
         return content.read().decode()
 
 
-def _report(size: int, rows: dict[str, list[dict[str, Any]]], left_out: Counter[str]) -> dict[str, Any]:
+def _report(
+    size: int, rows: dict[str, list[dict[str, Any]]], sources: Sequence[Source], left_out: Counter[str]
+) -> dict[str, Any]:
     styles = {s: Counter(row["style"] for row in found) for s, found in rows.items()}
     return {
         "size": size,
         "drawings": {split: len(found) for split, found in rows.items()},
         "concepts": len({row["concept"] for found in rows.values() for row in found}),
-        "styles": {source.style: {s: styles[s][source.style] for s in SPLITS} for source in SOURCES},
-        "licenses": {source.package: {"license": source.license, "author": source.author} for source in SOURCES},
+        "styles": {source.style: {s: styles[s][source.style] for s in SPLITS} for source in sources},
+        "licenses": {source.package: {"license": source.license, "author": source.author} for source in sources},
         "left_out": dict(left_out.most_common()),
     }
 
