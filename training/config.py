@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
 
 from latentdiff.errors import InputError, suggest
 
@@ -102,18 +103,20 @@ class DiffusionTraining(Section):
     data: DataConfig
     run: RunConfig
     # Run or model folder whose autoencoder is used; null for diffusion of the pixels themselves.
-    autoencoder: str | None
+    autoencoder: str | None = None
     # Of the pixels, where there is no autoencoder: 3 for colour, 1 for shades of grey.
     channels: Literal[1, 3] = 3
     # Folder with text_encoder/ and tokenizer/; "embedded" takes those of the model that ships with the package,
     # "labels" makes each different caption a class, "none" trains without any condition.
     text_encoder: str = "embedded"
     # Keys of `latentdiff.models.unet.UNetConfig`; in_channels, out_channels and sample_size follow from the latents.
-    model: dict[str, Any]
-    # Model folder (or "embedded") whose U-Net is trained further; a new one with random weights when null.
-    start_from: str | None = None
+    model: dict[str, Any] = {}
     # Keys of `latentdiff.diffusion.schedule.NoiseSchedule`.
-    schedule: dict[str, Any]
+    schedule: dict[str, Any] = {}
+    # A model that is trained further, instead of the four keys above: a folder, a single file or "embedded".
+    start_from: str | None = None
+    # Train thin layers beside those of `start_from` instead of its U-Net.
+    lora: LoraConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     caption_dropout: float = Field(0.1, ge=0, le=1)
     # simple: squared error; hybrid: with the variational bound for a learned variance (schedule.variance_type
@@ -130,6 +133,20 @@ class DiffusionTraining(Section):
     prompts: list[str] = ["a red fox", "a green tree", "a house", "a blue car"]
     guidance_scale: float = Field(4.0, ge=0, le=50)
     cache: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source_of_the_parts(self) -> Self:
+        parts: dict[str, Any] = {"autoencoder": None, "text_encoder": "embedded", "model": {}, "schedule": {}}
+        given = [name for name, default in parts.items() if getattr(self, name) != default]
+        if self.start_from is None:
+            missing = [name for name in ("model", "schedule") if name not in given]
+            if missing:
+                raise ValueError(f"{missing[0]} is missing; describe it, or name a model to start_from")
+            if self.lora is not None:
+                raise ValueError("lora changes a model that is there; name it as start_from")
+        elif given:
+            raise ValueError(f"start_from brings its own {given[0]}; leave that out")
+        return self
 
 
 TrainingConfig = AutoencoderTraining | DiffusionTraining
@@ -173,6 +190,8 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     """Say the first thing wrong in one line."""
     problem = error.errors()[0]
     place = [str(part) for part in problem["loc"]]
+    if problem["type"] == "value_error":  # of several keys together
+        return str(problem["ctx"]["error"])
     if problem["type"] != "extra_forbidden":
         return f"{'.'.join(place)}: {problem['msg'].lower()}, got {problem['input']!r}"
     section: Any = model

@@ -65,10 +65,10 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     run, folder = config.run, Path(config.run.out)
     accelerator = Accelerator(mixed_precision=mixed_precision(run), cpu=not torch.cuda.is_available())
     parts = load_parts(config)
-    require_trainable(config, parts.schedule)
+    require_trainable(config, parts)
     data = prepare_data(config, parts, folder)
     torch.manual_seed(run.seed)
-    unet: Any = network_to_train(config, data, parts.schedule)
+    unet: Any = network_to_train(config, data, parts)
     optimizer: Any = adamw(unet, config.optimizer)
     plain: UNet2DConditionModel = unet
     parts = replace(parts, unet=plain)
@@ -163,28 +163,19 @@ def prepare_data(config: DiffusionTraining, parts: Parts, folder: Path) -> Laten
     return data
 
 
-def network_to_train(config: DiffusionTraining, data: LatentSet, schedule: NoiseSchedule) -> UNet2DConditionModel:
-    """Return a new U-Net that fits the latents and contexts, or the one of the model that `start_from` names.
-
-    Raises:
-        InputError: that model's U-Net has another shape than the config asks for.
-    """
+def network_to_train(config: DiffusionTraining, data: LatentSet, parts: Parts) -> UNet2DConditionModel:
+    """Return a new U-Net that fits the latents and contexts, or that of the model to start from."""
+    if parts.unet is not None:
+        return parts.unet.requires_grad_(True).train()
     channels, side = data.latents.shape[2], data.latents.shape[-1]
     follows = {
         "in_channels": channels * (1 + config.self_conditioning),
-        "out_channels": channels * (1 + (schedule.variance_type == "learned_range")),
+        "out_channels": channels * (1 + (parts.schedule.variance_type == "learned_range")),
         "sample_size": side,
         "self_conditioning": config.self_conditioning,
     }
-    shape = UNetConfig.from_dict({"cross_attention_dim": data.contexts.shape[-1], **config.model, **follows})
-    unet = UNet2DConditionModel(shape)
-    if config.start_from is not None:
-        trained = load_pipeline(config.start_from).unet
-        assert trained is not None
-        if trained.config != shape:
-            raise InputError(f"start_from: {config.start_from} has a U-Net of another shape; make `model` fit it")
-        unet.load_state_dict(trained.state_dict())
-    return unet
+    shape = {"cross_attention_dim": data.contexts.shape[-1], **config.model, **follows}
+    return UNet2DConditionModel(UNetConfig.from_dict(shape))
 
 
 def draw_batch(data: LatentSet, config: DiffusionTraining, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,10 +208,12 @@ def draw_samples(parts: Parts, config: DiffusionTraining, file: Path) -> None:
 
 
 def load_parts(config: DiffusionTraining) -> Parts:
-    """Load the frozen halves: autoencoder, text encoder, tokenizer and schedule; the U-Net comes later.
+    """Load the model to start from; or the frozen halves, autoencoder, text encoder and schedule, without a U-Net.
 
     Without an autoencoder latents are pixels; without a text encoder each different caption is a class.
     """
+    if config.start_from is not None:
+        return load_pipeline(config.start_from)
     schedule = NoiseSchedule.from_dict(config.schedule)
     if config.autoencoder is None:
         space: Any = PixelSpace(PixelSpaceConfig(latent_channels=config.channels))

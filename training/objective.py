@@ -17,8 +17,21 @@ from latentdiff.models.pixels import PixelSpace
 from training.config import DiffusionTraining
 
 
-def require_trainable(config: DiffusionTraining, schedule: NoiseSchedule) -> None:
-    """Raise InputError where loss, variance and schedule of a config do not fit together."""
+def require_trainable(config: DiffusionTraining, parts: Parts) -> None:
+    """Raise InputError where loss, variance and schedule do not fit together, or the U-Net asks for more than text."""
+    schedule = parts.schedule
+    if parts.unet is not None:
+        shape = parts.unet.config
+        more = {
+            "pooled text and sizes (XL)": shape.addition_embed_type is not None,
+            "a mask": parts.inpaints,
+            "a small picture": parts.upscales,
+            "an embedded guidance scale": shape.time_cond_proj_dim is not None,
+        }
+        for what in (name for name, wanted in more.items() if wanted):
+            raise InputError(f"start_from: its U-Net also expects {what}, which is not trained yet; use another model")
+        if shape.self_conditioning != config.self_conditioning:
+            raise InputError(f"start_from: its U-Net has self_conditioning {shape.self_conditioning}; set it so")
     learned = schedule.variance_type == "learned_range"
     if config.loss == "hybrid" and not learned:
         raise InputError(

@@ -18,12 +18,13 @@ from tests.models.tiny import BERT, write_bert_vocabulary
 from training import cli_train
 from training.autoencoder import fold_statistics, loss_terms
 from training.checkpointing import load_latest
-from training.config import AutoencoderTraining, load_config
+from training.config import AutoencoderTraining, load_config, parse_config
 from training.dataset import load_images
 from training.diffusion import draw_batch, network_to_train, prepare_data
 from training.diffusion import load_parts as diffusion_parts
 from training.losses import psnr
 
+PARTS = ("autoencoder", "text_encoder", "model", "schedule")
 COLORS = ("red", "green", "blue", "orange", "purple", "gold", "black", "teal")
 SIZE = 16
 
@@ -210,17 +211,22 @@ def test_training_goes_on_from_the_weights_of_another_model(tmp_path: Path) -> N
     cli_train(recipe(tmp_path, "autoencoder"), [], False, None)
     file = recipe(tmp_path, "diffusion")
     cli_train(file, [], False, None)
-    first = f"start_from={tmp_path / 'diffusion/model'}"
-    config: Any = load_config(file, [first])
+    tree: Any = yaml.safe_load(Path(file).read_text())
+    first = {name: value for name, value in tree.items() if name not in PARTS}
+    config: Any = parse_config({**first, "start_from": str(tmp_path / "diffusion/model")})
     parts = diffusion_parts(config)
     data = prepare_data(config, parts, tmp_path / "diffusion")
-    unet = network_to_train(config, data, parts.schedule)
+    unet = network_to_train(config, data, parts)
     trained = Pipeline.from_pretrained(tmp_path / "diffusion/model").parts.unet
     assert trained is not None
     assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in unet.state_dict().items())
     assert all(parameter.requires_grad for parameter in unet.parameters())
-    with pytest.raises(InputError, match="U-Net of another shape"):
-        cli_train(file, [first, "model.attention_head_dim=4"], False, str(tmp_path / "other"))
+    with pytest.raises(InputError, match="start_from brings its own autoencoder; leave that out"):
+        parse_config({**tree, "start_from": "embedded"})
+    with pytest.raises(InputError, match="model is missing; describe it, or name a model to start_from"):
+        parse_config(first)
+    with pytest.raises(InputError, match="lora changes a model that is there; name it as start_from"):
+        parse_config({**tree, "lora": {"rank": 4}})
 
 
 def test_eight_pictures_are_reproduced(tmp_path: Path) -> None:
