@@ -121,6 +121,10 @@ def check_fit(folder: Path, parts: Parts) -> None:
     for encoder, tokenizer in zip(encoders, (parts.tokenizer, parts.tokenizer_2)):
         if tokenizer is None or isinstance(encoder.config, LabelConfig):
             continue
+        if len(tokenizer) > encoder.config.vocab_size:
+            raise ModelConfigError(
+                f"{folder}: the tokenizer has {len(tokenizer)} tokens, its text encoder {encoder.config.vocab_size}"
+            )
         window, longest = tokenizer.model_max_length, encoder.config.max_position_embeddings
         if window > longest:
             raise ModelConfigError(

@@ -348,3 +348,11 @@ def test_inspection_reads_no_weights(built_model: Path) -> None:
     file = describe_file(built_model / UNET)
     assert file["parameters"] == described["components"]["unet"]["parameters"]
     assert file["metadata"] == {"format": "pt"}
+
+
+def test_a_vocabulary_larger_than_the_text_encoder_is_refused(model_folder: Path) -> None:
+    words = model_folder / "tokenizer" / "vocab.txt"
+    more = "".join(f"word{number}\n" for number in range(300))
+    words.write_text(words.read_text(encoding="utf-8") + more, encoding="utf-8")
+    with pytest.raises(ModelConfigError, match="the tokenizer has .* tokens, its text encoder 256"):
+        load_pipeline(model_folder)
