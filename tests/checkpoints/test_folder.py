@@ -354,5 +354,5 @@ def test_a_vocabulary_larger_than_the_text_encoder_is_refused(model_folder: Path
     words = model_folder / "tokenizer" / "vocab.txt"
     more = "".join(f"word{number}\n" for number in range(300))
     words.write_text(words.read_text(encoding="utf-8") + more, encoding="utf-8")
-    with pytest.raises(ModelConfigError, match="the tokenizer has .* tokens, its text encoder 256"):
+    with pytest.raises(ModelConfigError, match=r"the tokenizer has .* tokens, its text encoder 256"):
         load_pipeline(model_folder)
