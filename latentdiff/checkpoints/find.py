@@ -58,7 +58,11 @@ def find_model(model: str | os.PathLike[str] | None) -> tuple[Path, str]:
             raise InputError(f"model must be a folder in diffusers' layout, got the file {name}; convert it first")
         if NAME.fullmatch(name) and not folder.parent.is_dir():
             return _fetch(name), name
-        siblings = [entry.name for entry in folder.parent.iterdir() if (entry / "model_index.json").is_file()]
+        siblings = [
+            entry.name
+            for entry in folder.parent.iterdir()
+            if (entry / "model_index.json").is_file() or entry.suffix == ".safetensors"
+        ]
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
