@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
 from training.augment import random_view, rgb
-from training.checkpointing import gather, restore, save_checkpoint
 from training.config import AutoencoderTraining
 from training.dataset import CaptionedImages, batch_indices, composite, load_images
+from training.distributed import any_process, averaged, micro_batches, sample_noise, start_accelerator
 from training.ema import Ema
 from training.losses import (
     PatchDiscriminator,
@@ -36,17 +37,16 @@ from training.losses import (
 )
 from training.run import (
     Log,
-    StepGuard,
     adamw,
     compile_checked,
     learning_rate,
-    mixed_precision,
     open_run,
     save_grid,
-    seeded,
+    save_run,
     set_learning_rate,
     stop_on_signal,
 )
+from training.state import RunState
 
 
 def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path:
@@ -56,67 +56,105 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
         InputError: data or config cannot be used, or the loss is not finite 20 steps in a row.
         StorageError: a checkpoint cannot be written.
     """
-    checkpoint = open_run(config, resume)
     run, folder = config.run, Path(config.run.out)
+    require_whole_batch(config)
+    accelerator = start_accelerator(run)
+    checkpoint = open_run(config, resume, accelerator)
     data = load_images(config.data)
     held_out = _held_out(config, data)
-    accelerator = Accelerator(mixed_precision=mixed_precision(run), cpu=not torch.cuda.is_available())
     torch.manual_seed(run.seed)
-    model: Any = AutoencoderKL(AutoencoderConfig.from_dict(config.model))
-    discriminator: Any = PatchDiscriminator()
-    optimizer, critic = adamw(model, config.optimizer), adamw(discriminator, config.optimizer)
-    plain: AutoencoderKL = model
-    ema = Ema(model, run.ema_decay)
-    modules, optimizers = {"model": model, "discriminator": discriminator}, {"optimizer": optimizer, "critic": critic}
-    first = restore(checkpoint, modules, optimizers, ema)
-    model, discriminator, optimizer, critic = accelerator.prepare(model, discriminator, optimizer, critic)
-    ema.to(accelerator.device)
+    plain, judge = AutoencoderKL(AutoencoderConfig.from_dict(config.model)), PatchDiscriminator()
+    optimizers = {"optimizer": adamw(plain, config.optimizer), "critic": adamw(judge, config.optimizer)}
+    state = RunState({"model": plain, "discriminator": judge}, optimizers, Ema(plain, run.ema_decay))
+    first = state.restore(checkpoint)
+    model, discriminator, optimizer, critic = accelerator.prepare(plain, judge, *optimizers.values())
+    state.ema.to(accelerator.device)
     if run.compile:
-        images = _batch(data, config, first).to(accelerator.device)
-        compile_checked(plain.encoder, images, autocast=accelerator.autocast())
-        latents = plain.encode(images).mode().detach()
-        compile_checked(plain.decoder, latents, autocast=accelerator.autocast())
-    log, guard = Log(run, first, "autoencoder"), StepGuard()
+        compile_autoencoder(plain, config, data, accelerator)
+    log = Log(run, first, "autoencoder", accelerator)
     with stop_on_signal() as stopped:
         for step in range(first, run.steps):
-            images = _batch(data, config, step).to(accelerator.device)
-            with accelerator.autocast():
-                reconstruction, posterior = model(images, noise_generator=seeded(run.seed, step, 1))
-            terms = loss_terms(reconstruction.float(), images, posterior, config)
-            loss = torch.stack(list(terms.values())).sum()
-            if config.loss.adversarial and step >= config.loss.adversarial_start:
-                adversarial = -discriminator(reconstruction.float()).mean()
-                weight = config.loss.adversarial * adaptive_weight(loss, adversarial, plain.decoder.conv_out.weight)
-                loss = loss + weight * adversarial
-                terms["adversarial"] = adversarial
-            set_learning_rate(optimizer, learning_rate(config.optimizer, step, run.steps))
-            optimizer.zero_grad()
-            accelerator.backward(loss)
+            judged = config.loss.adversarial > 0 and step >= config.loss.adversarial_start
+            for each in (optimizer, critic):
+                set_learning_rate(each, learning_rate(config.optimizer, step, run.steps))
+                each.zero_grad()
+            seen: list[dict[str, Tensor]] = []
+            for share in micro_batches(accelerator, run, model):
+                images = _batch(data, config, step, share).to(accelerator.device)
+                noise = sample_noise(run.seed, step, share, run.batch_size, _latent_shape(plain, images))
+                with accelerator.autocast():
+                    reconstruction, posterior = model(images, noise)
+                reconstruction = reconstruction.float()
+                terms = loss_terms(reconstruction, images, posterior, config)
+                loss = torch.stack(list(terms.values())).sum()
+                if judged:
+                    terms["adversarial"], weight = adversarial_term(loss, reconstruction, plain, judge, accelerator)
+                    loss = loss + config.loss.adversarial * weight * terms["adversarial"]
+                    scores = discriminator(torch.cat([images, reconstruction.detach()])).chunk(2)
+                    terms["discriminator"] = discriminator_loss(*scores)
+                    accelerator.backward(terms["discriminator"])
+                accelerator.backward(loss / run.accumulation)
+                seen.append({"loss": loss, **terms})
+            values = averaged(accelerator, seen)
             norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
-            if guard.allows(loss, norm, step):
+            if state.guard.allows(sum(values.values(), norm), norm, step):
                 optimizer.step()
-                ema.update(plain)
-            if "adversarial" in terms:
-                scores = discriminator(images), discriminator(reconstruction.detach().float())
-                terms["discriminator"] = discriminator_loss(*scores)
-                set_learning_rate(critic, learning_rate(config.optimizer, step, run.steps))
-                critic.zero_grad()
-                accelerator.backward(terms["discriminator"])
-                critic.step()
-            log.step(step, {"loss": loss, **terms, "grad_norm": norm, "skipped": guard.bad_steps > 0})
-            done = step + 1
-            if done % run.sample_every == 0 or done == run.steps:
-                with ema.swapped_into(plain):
+                state.ema.update(plain)
+                if judged:
+                    critic.step()
+            log.step(step, {**values, "grad_norm": norm, "skipped": state.guard.bad_steps > 0})
+            done, stopping = step + 1, any_process(accelerator, bool(stopped))
+            if accelerator.is_main_process and (done % run.sample_every == 0 or done == run.steps):
+                with state.ema.swapped_into(plain):
                     log.write(done, {"held_out_psnr": evaluate(plain, held_out, folder / f"samples/{done:08d}.png")})
-            if done % run.save_every == 0 or done == run.steps or stopped:
-                parts = gather(modules, optimizers, ema)
-                save_checkpoint(folder, done, parts, {"ema_updates": ema.updates}, run.keep_checkpoints)
-            if stopped:
+            if done % run.save_every == 0 or done == run.steps or stopping:
+                save_run(config, done, state, accelerator)
+            if stopping:
                 log.close()
                 return folder
     log.close()
-    with ema.swapped_into(plain):
-        return export(plain, to_tensor(composite(data.images[:4096], rgb(config.data.background))), held_out, folder)
+    if accelerator.is_main_process:
+        with state.ema.swapped_into(plain):
+            export(plain, to_tensor(composite(data.images[:4096], rgb(config.data.background))), held_out, folder)
+    return folder / "vae"
+
+
+def require_whole_batch(config: AutoencoderTraining) -> None:
+    """Raise InputError where the adversarial weight, a property of the whole batch, would be made of parts of it."""
+    if config.loss.adversarial and config.run.accumulation > 1:
+        raise InputError(
+            "loss.adversarial is weighed by the gradients of a whole batch and needs run.accumulation 1, got "
+            f"{config.run.accumulation}; use more processes, or loss.adversarial 0"
+        )
+
+
+def compile_autoencoder(
+    model: AutoencoderKL, config: AutoencoderTraining, data: CaptionedImages, accelerator: Accelerator
+) -> None:
+    """Compile both halves in place on one micro-batch; see `compile_checked`."""
+    share = next(micro_batches(accelerator, config.run))
+    images = _batch(data, config, 0, share).to(accelerator.device)
+    compile_checked(model.encoder, images, autocast=accelerator.autocast())
+    latents = model.encode(images).mode().detach()
+    compile_checked(model.decoder, latents, autocast=accelerator.autocast())
+
+
+def adversarial_term(
+    loss: Tensor, reconstruction: Tensor, model: AutoencoderKL, judge: PatchDiscriminator, accelerator: Accelerator
+) -> tuple[Tensor, Tensor]:
+    """Return how little the discriminator believes a reconstruction (B, 3, H, W), and the weight that balances it.
+
+    Args:
+        loss: the other terms.
+        judge: is left without gradients.
+    """
+    frozen = {name: parameter.detach() for name, parameter in judge.named_parameters()}
+    term = -functional_call(judge, frozen, (reconstruction,)).mean()
+
+    def average(gradient: Tensor) -> Tensor:
+        return accelerator.reduce(gradient, "mean")
+
+    return term, adaptive_weight(loss, term, model.decoder.conv_out.weight, average)
 
 
 def loss_terms(
@@ -149,8 +187,8 @@ def evaluate(model: AutoencoderKL, images: Tensor, picture: Path | None = None) 
 
 
 @torch.no_grad()
-def export(model: AutoencoderKL, images: Tensor, held_out: Tensor, folder: Path) -> Path:
-    """Fold the measured latent statistics into the model, save it to folder/vae and return that path.
+def export(model: AutoencoderKL, images: Tensor, held_out: Tensor, folder: Path) -> None:
+    """Fold the measured latent statistics into the model, save it to folder/vae.
 
     The per-channel mean and standard deviation of the latents of `images` go into the two 1x1 convolutions around the
     latent space, so that latents have mean 0 and standard deviation 1 and `scaling_factor` is 1: an ordinary
@@ -173,7 +211,6 @@ def export(model: AutoencoderKL, images: Tensor, held_out: Tensor, folder: Path)
     }
     (folder / "autoencoder.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(f"held-out PSNR {figures['held_out_psnr_db']:.2f} dB; saved {vae}")
-    return vae
 
 
 @torch.no_grad()
@@ -192,8 +229,13 @@ def fold_statistics(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     before.bias[channels:] -= 2 * std.log()
 
 
-def _batch(data: CaptionedImages, config: AutoencoderTraining, step: int) -> Tensor:
-    indices = batch_indices(len(data), config.run.batch_size, step, config.run.seed)
+def _latent_shape(model: AutoencoderKL, images: Tensor) -> tuple[int, int, int]:
+    factor = model.config.downsample_factor
+    return model.config.latent_channels, images.shape[-2] // factor, images.shape[-1] // factor
+
+
+def _batch(data: CaptionedImages, config: AutoencoderTraining, step: int, share: slice) -> Tensor:
+    indices = batch_indices(len(data), config.run.batch_size, step, config.run.seed)[share]
     views = [random_view(data.images[i], np.random.default_rng([config.run.seed, step, int(i)])) for i in indices]
     return to_tensor(np.stack(views))
 

@@ -1,7 +1,8 @@
 """Training checkpoints that survive anything: safetensors + JSON, complete or not there at all.
 
 A checkpoint is a folder `step-00001000/` with one safetensors file a part, state.json and manifest.json. It is written
-under a temporary name, every file flushed to the disk, the manifest last, then renamed; older ones go only after that.
+under a temporary name, every file flushed to the disk, the manifest last, then renamed; older ones go only after that,
+each renamed before it is deleted, so that a folder with the name of a checkpoint is always a whole one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -18,14 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
+import latentdiff
 from latentdiff.checkpoints.saver import flush_to_disk
 from latentdiff.errors import InputError, StorageError
-from training.ema import Ema
 
 _NAME = re.compile(r"step-(\d{8})$")
+# Keys of a config that a resumed run may change: where, how long, how often, and how a step is computed, not what.
+FREE_KEYS = {
+    *("run.out", "run.steps", "run.log_every", "run.sample_every", "run.save_every", "run.keep_checkpoints"),
+    *("run.accumulation", "run.compile", "run.gradient_checkpointing"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,117 +52,171 @@ def save_checkpoint(
     Args:
         run: folder of the run; checkpoints go to run/checkpoints.
         tensors: safetensors files by part name.
-        state: anything JSON can hold.
+        state: anything JSON can hold; "config" in it is the run's.
 
     Raises:
         StorageError: disk full or not writable; what was there before stays.
         InputError: a tensor is not finite.
     """
-    from safetensors.torch import save_file
+    from safetensors import SafetensorError
 
-    for part, named in tensors.items():
-        for name, tensor in named.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise InputError(f"{part}/{name} is not finite at step {step}; lower optimizer.learning_rate")
+    _require_finite(tensors, step)
     parent = run / "checkpoints"
     temporary, final = parent / f".tmp-step-{step:08d}", parent / f"step-{step:08d}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for part, named in tensors.items():
-            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-            save_file(contiguous, temporary / f"{part}.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
-        files = sorted(file.name for file in temporary.iterdir())
-        manifest = {"step": step, "files": {name: _digest(temporary / name) for name in files}}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        for name in [*files, "manifest.json", "."]:
-            flush_to_disk(temporary / name)
-        shutil.rmtree(final, ignore_errors=True)
+        _write(temporary, step, tensors, state)
+        if final.exists():  # passed over as damaged when the run was resumed
+            _discard(final)
         os.replace(temporary, final)
         flush_to_disk(parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(f"could not save {final}: {error}; free space, then go on with --resume") from error
-    if problem := _problem(final):
+    if problem := checkpoint_problem(final):
         raise StorageError(f"{final} did not verify after writing: {problem}; check the disk")
-    for old in _folders(run)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in checkpoint_folders(run)[keep:]:
+        _discard(old)
     return final
 
 
-def load_latest(run: Path) -> Checkpoint | None:
-    """Load the newest checkpoint whose manifest verifies, saying on stderr which were passed over; None without any."""
+def load_latest(run: Path, quiet: bool = False) -> Checkpoint | None:
+    """Load the newest checkpoint that verifies, saying on stderr which were passed over; None without any folder.
+
+    Raises:
+        InputError: there are checkpoints, and none of them verifies.
+    """
     from safetensors.torch import load_file
 
-    for folder in _folders(run):
-        if problem := _problem(folder):
-            print(f"passed over {folder}: {problem}", file=sys.stderr)
+    folders = checkpoint_folders(run)
+    for folder in folders:
+        if problem := checkpoint_problem(folder):
+            if not quiet:
+                print(f"passed over {folder}: {problem}", file=sys.stderr)
             continue
-        tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
         state = json.loads((folder / "state.json").read_text())
+        parts = [name for name in _read_manifest(folder)["files"] if name.endswith(".safetensors")]
+        tensors = {name.removesuffix(".safetensors"): load_file(folder / name) for name in parts}
         return Checkpoint(folder, state["step"], tensors, state)
+    if folders:
+        raise InputError(
+            f"none of the {len(folders)} checkpoints in {run} verifies; put one of them back, or choose another --out"
+        )
     return None
 
 
-def gather(
-    modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], ema: Ema
-) -> dict[str, Mapping[str, Tensor]]:
-    """Return everything a run needs to go on, part by part, for `save_checkpoint`."""
-    parts: dict[str, Mapping[str, Tensor]] = {name: module.state_dict() for name, module in modules.items()}
-    parts |= {name: optimizer_tensors(optimizer) for name, optimizer in optimizers.items()}
-    return parts | {"ema": ema.weights}
-
-
-def restore(
-    checkpoint: Checkpoint | None, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], ema: Ema
-) -> int:
-    """Put back what `gather` took and return the step to go on from, 0 without a checkpoint."""
-    if checkpoint is None:
-        return 0
-    for name, module in modules.items():
-        module.load_state_dict(checkpoint.tensors[name])
-    for name, optimizer in optimizers.items():
-        load_optimizer(optimizer, checkpoint.tensors.get(name, {}))
-    ema.weights, ema.updates = checkpoint.tensors["ema"], checkpoint.state["ema_updates"]
-    return checkpoint.step
-
-
-def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Flatten an optimizer's state to named tensors: "0.exp_avg", "0.step", ... in the order of its parameters."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": torch.as_tensor(value) for index, slot in state.items() for key, value in slot.items()}
-
-
-def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _folders(run: Path) -> list[Path]:
-    """Return the checkpoint folders, newest first."""
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, newest first."""
     parent = run / "checkpoints"
     found = [entry for entry in parent.iterdir() if _NAME.match(entry.name)] if parent.is_dir() else []
     return sorted(found, reverse=True)
 
 
-def _problem(folder: Path) -> str:
+def checkpoint_problem(folder: Path) -> str:
     """Say what is wrong with a checkpoint, or return the empty string."""
     try:
-        expected = json.loads((folder / "manifest.json").read_text())["files"]
-        wrong = [name for name, digest in expected.items() if _digest(folder / name) != digest]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        manifest = _read_manifest(folder)
+        if folder.name != f"step-{manifest['step']:08d}":
+            return f"is the checkpoint of step {manifest['step']}"
+        for name, expected in manifest["files"].items():
+            if _fingerprint(folder / name) != expected:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"unreadable ({error})"
-    return f"{wrong[0]} is damaged" if wrong else ""
+    return ""
 
 
-def _digest(file: Path) -> str:
+def remove_leftovers(run: Path) -> None:
+    """Delete what a killed run left half written or half deleted."""
+    for place in (run / "checkpoints").glob(".*-step-*"):
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def config_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Name the settings that differ between two configs, other than `FREE_KEYS`, each with both values."""
+    ours, theirs = _flat(before), _flat(now)
+    names = [name for name in {**ours, **theirs} if name not in FREE_KEYS and ours.get(name) != theirs.get(name)]
+    return [f"{name} was {ours.get(name)!r}, is {theirs.get(name)!r}" for name in names]
+
+
+def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    """Write the files and the manifest of a checkpoint and wait until they are on the disk."""
+    from safetensors.torch import save_file
+
+    for part, named in tensors.items():
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+        save_file(contiguous, folder / f"{part}.safetensors")
+    (folder / "state.json").write_text(json.dumps({"step": step, **state}))
+    names = sorted(file.name for file in folder.iterdir())
+    for name in names:
+        flush_to_disk(folder / name)
+    fixed = {name: value for name, value in _flat(state.get("config", {})).items() if name not in FREE_KEYS}
+    manifest = {
+        "step": step,
+        "config_sha256": _sha256(json.dumps(fixed, sort_keys=True).encode()),
+        "versions": {
+            "latentdiff": latentdiff.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+        "files": {name: _fingerprint(folder / name) for name in names},
+    }
+    manifest["sha256"] = _sha256(_render(manifest).encode())
+    (folder / "manifest.json").write_text(_render(manifest))
+    flush_to_disk(folder / "manifest.json")
+    flush_to_disk(folder)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it is not as it was written, to the last byte.
+    """
+    text = (folder / "manifest.json").read_text(encoding="ascii")
+    manifest = json.loads(text)
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    if text != _render(manifest) or manifest["sha256"] != _sha256(_render(content).encode()):
+        raise ValueError("manifest.json is damaged")
+    return manifest
+
+
+def _render(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=2)
+
+
+def _require_finite(tensors: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+    for part, named in tensors.items():
+        for name, tensor in named.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise InputError(f"{part}/{name} is not finite at step {step}; lower optimizer.learning_rate")
+
+
+def _discard(folder: Path) -> None:
+    """Delete a checkpoint, which loses its name before its files."""
+    doomed = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of a tree by dotted name."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return leaves
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    """Return size and digest of a file."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -49,7 +49,10 @@ class RunConfig(Section):
 
     out: str
     steps: int = Field(ge=1)
+    # Of one optimizer step, over all processes and micro-steps.
     batch_size: int = Field(ge=1)
+    # Micro-steps that one optimizer step is split into, to save memory.
+    accumulation: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
     # auto: bf16 autocast on a GPU and on CPUs with native bf16 matrix instructions, fp32 elsewhere.
     precision: Literal["auto", "no", "bf16"] = "auto"

@@ -31,26 +31,26 @@ from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from latentdiff.pipeline import Pipeline
 from latentdiff.settings import Settings
 from training.cache import LatentSet, cached_latents
-from training.checkpointing import gather, restore, save_checkpoint
 from training.config import DiffusionTraining
 from training.dataset import batch_indices, load_images
+from training.distributed import any_process, gathered, micro_batches, sample_noise, start_accelerator
 from training.ema import Ema
 from training.objective import diffusion_losses, model_inputs, require_trainable
 from training.process import show_process
 from training.run import (
     Log,
-    StepGuard,
     adamw,
     compile_checked,
     fast_attention,
     learning_rate,
-    mixed_precision,
     open_run,
     save_grid,
+    save_run,
     seeded,
     set_learning_rate,
     stop_on_signal,
 )
+from training.state import RunState
 from training.timesteps import ImportanceSampler, stratified_timesteps
 
 
@@ -61,73 +61,85 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
         InputError: data or config cannot be used, or the loss is not finite 20 steps in a row.
         StorageError: a checkpoint cannot be written.
     """
-    checkpoint = open_run(config, resume)
     run, folder = config.run, Path(config.run.out)
-    accelerator = Accelerator(mixed_precision=mixed_precision(run), cpu=not torch.cuda.is_available())
+    accelerator = start_accelerator(run)
+    checkpoint = open_run(config, resume, accelerator)
     parts = load_parts(config)
     require_trainable(config, parts)
-    data = prepare_data(config, parts, folder)
+    with accelerator.main_process_first():  # which writes the cache
+        data = prepare_data(config, parts, folder)
     torch.manual_seed(run.seed)
-    unet: Any = network_to_train(config, data, parts)
-    optimizer: Any = adamw(unet, config.optimizer)
-    plain: UNet2DConditionModel = unet
+    plain = network_to_train(config, data, parts)
     parts = replace(parts, unet=plain)
-    ema, importance = Ema(unet, run.ema_decay), ImportanceSampler(parts.schedule.num_train_timesteps)
-    modules, optimizers = {"model": unet}, {"optimizer": optimizer}
-    if config.timesteps == "importance":
-        modules["importance"] = importance
-    first = restore(checkpoint, modules, optimizers, ema)
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-    ema.to(accelerator.device)
-    log, guard = Log(run, first, "diffusion"), StepGuard()
+    importance = ImportanceSampler(parts.schedule.num_train_timesteps)
+    modules = {"model": plain} | ({"importance": importance} if config.timesteps == "importance" else {})
+    state = RunState(modules, {"optimizer": adamw(plain, config.optimizer)}, Ema(plain, run.ema_decay))
+    first = state.restore(checkpoint)
+    unet, optimizer = accelerator.prepare(plain, state.optimizers["optimizer"])
+    state.ema.to(accelerator.device)
+    log = Log(run, first, "diffusion", accelerator)
     if run.compile:
-        latents, context, _ = (part.to(accelerator.device) for part in draw_batch(data, config, first))
-        timesteps = torch.zeros(len(latents), dtype=torch.int64, device=accelerator.device)
-        inputs = model_inputs(latents, config)
-        compile_checked(plain, inputs, timesteps, context, autocast=accelerator.autocast())
+        compile_unet(plain, config, data, accelerator)
     with stop_on_signal() as stopped, fast_attention():
         for step in range(first, run.steps):
-            latents, context, nulls = (part.to(accelerator.device) for part in draw_batch(data, config, step))
-            generator = seeded(run.seed, step, 1)
-            drawn, weights = draw_timesteps(importance, config, len(latents), generator)
-            timesteps = drawn.to(latents.device)
-            with accelerator.autocast():
-                losses = diffusion_losses(unet, parts, config, latents, context, timesteps, generator)  # (B,)
-            loss = (losses * weights.to(losses)).mean()
+            generator = seeded(run.seed, step, 0)
+            timesteps, weights = draw_timesteps(importance, config, run.batch_size, generator)  # of the whole batch
+            estimated = bool(torch.rand((), generator=generator) < 0.5)
             set_learning_rate(optimizer, learning_rate(config.optimizer, step, run.steps))
             optimizer.zero_grad()
-            accelerator.backward(loss)
+            seen: list[Tensor] = []
+            for share in micro_batches(accelerator, run, unet):
+                latents, context, nulls = draw_batch(data, config, step, share)
+                noise = sample_noise(run.seed, step, share, run.batch_size, latents.shape[1:])
+                inputs = (part.to(accelerator.device) for part in (latents, context, timesteps[share], noise))
+                latents, context, times, noise = inputs
+                with accelerator.autocast():
+                    losses = diffusion_losses(unet, parts, config, latents, context, times, noise, estimated)  # (b,)
+                accelerator.backward((losses * weights[share].to(losses)).mean() / run.accumulation)
+                seen.append(torch.stack([losses, nulls.to(losses)], dim=1))
+            losses, nulls = gathered(accelerator, seen).cpu().unbind(dim=1)  # (B,) each
+            loss = (losses * weights).mean()
             norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
-            if guard.allows(loss, norm, step):
+            if state.guard.allows(loss, norm, step):
                 optimizer.step()
-                ema.update(plain)
+                state.ema.update(plain)
             if config.timesteps == "importance":
-                importance.update(drawn, losses)
-            values = {"loss": loss, "grad_norm": norm, "null": nulls.float().mean(), "skipped": guard.bad_steps > 0}
-            log.step(step, values)
-            done = step + 1
-            if done % run.sample_every == 0 or done == run.steps:
-                with ema.swapped_into(plain):
+                importance.update(timesteps, losses)
+            skipped = state.guard.bad_steps > 0
+            log.step(step, {"loss": loss, "grad_norm": norm, "null": nulls.mean(), "skipped": skipped})
+            done, stopping = step + 1, any_process(accelerator, bool(stopped))
+            if accelerator.is_main_process and (done % run.sample_every == 0 or done == run.steps):
+                with state.ema.swapped_into(plain):
                     draw_samples(parts, config, folder / f"samples/{done:08d}.png")
-            if done % run.save_every == 0 or done == run.steps or stopped:
-                tensors = gather(modules, optimizers, ema)
-                save_checkpoint(folder, done, tensors, {"ema_updates": ema.updates}, run.keep_checkpoints)
-            if stopped:
+            if done % run.save_every == 0 or done == run.steps or stopping:
+                save_run(config, done, state, accelerator)
+            if stopping:
                 log.close()
                 return folder
     log.close()
-    with ema.swapped_into(plain):
-        return export(parts, config, folder)
+    if accelerator.is_main_process:
+        with state.ema.swapped_into(plain):
+            export(parts, config, folder)
+    return folder / "model"
 
 
-def export(parts: Parts, config: DiffusionTraining, folder: Path) -> Path:
+def compile_unet(
+    unet: UNet2DConditionModel, config: DiffusionTraining, data: LatentSet, accelerator: Accelerator
+) -> None:
+    """Compile the network in place on one micro-batch; see `compile_checked`."""
+    share = next(micro_batches(accelerator, config.run))
+    latents, context, _ = (part.to(accelerator.device) for part in draw_batch(data, config, 0, share))
+    timesteps = torch.zeros(len(latents), dtype=torch.int64, device=accelerator.device)
+    compile_checked(unet, model_inputs(latents, config), timesteps, context, autocast=accelerator.autocast())
+
+
+def export(parts: Parts, config: DiffusionTraining, folder: Path) -> None:
     """Save the model, say how to use it, and show what it learnt where it was trained on pixels."""
     model = folder / "model"
     save_pipeline(parts, model, torch.float16)
     if config.autoencoder is None:
         show_process(parts, config, folder)
     print(f"saved {model}; try: latentdiff generate {config.prompts[0]!r} --model {model}")
-    return model
 
 
 def draw_timesteps(
@@ -178,8 +190,8 @@ def network_to_train(config: DiffusionTraining, data: LatentSet, parts: Parts) -
     return UNet2DConditionModel(UNetConfig.from_dict(shape))
 
 
-def draw_batch(data: LatentSet, config: DiffusionTraining, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return latents (B, C, h, w), contexts (B, L, D) and which of them are the null prompt (B,) bool, for one step.
+def draw_batch(data: LatentSet, config: DiffusionTraining, step: int, share: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Return latents (b, C, h, w), contexts (b, L, D) and which of them are the null prompt (b,) bool, for one step.
 
     Variant, caption and caption dropout of a sample are a pure function of (seed, sample, epoch).
     """
@@ -187,14 +199,14 @@ def draw_batch(data: LatentSet, config: DiffusionTraining, step: int) -> tuple[T
     count = len(data.latents)
     indices = batch_indices(count, run.batch_size, step, run.seed)
     picked, rows = [], []
-    for position, index in enumerate(indices):
+    for position, index in list(enumerate(indices))[share]:
         epoch = (step * run.batch_size + position) // count
         rng = np.random.default_rng([run.seed, int(index), epoch])
         kind = kinds.index(config.data.variants[rng.integers(len(config.data.variants))])
         caption = int(rng.choice(data.choices[index][kind]))
         rows.append(0 if rng.random() < config.caption_dropout else caption)
         picked.append(kind)
-    latents = data.latents[torch.from_numpy(indices), torch.tensor(picked)].float()
+    latents = data.latents[torch.from_numpy(indices[share]), torch.tensor(picked)].float()
     chosen = torch.tensor(rows)
     return latents, data.contexts[chosen].float(), chosen == 0
 

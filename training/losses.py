@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -89,11 +91,16 @@ def discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real_scores).mean() + F.relu(1 + fake_scores).mean())
 
 
-def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
+def adaptive_weight(
+    reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor, average: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Balance the adversarial term by the gradients both send into the decoder's last layer.
+
+    Args:
+        average: makes the mean over all processes of a gradient.
 
     Source: Esser et al. 2021, arXiv 2012.09841, Eq. 7.
     """
-    wanted = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)[0].norm()
-    given = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)[0].norm()
+    wanted = average(torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)[0]).norm()
+    given = average(torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)[0]).norm()
     return (wanted / (given + 1e-4)).clamp(0, 1e4).detach()

@@ -58,7 +58,8 @@ def diffusion_losses(
     latents: Tensor,
     context: Tensor,
     timesteps: Tensor,
-    generator: torch.Generator,
+    noise: Tensor,
+    estimated: bool = False,
 ) -> Tensor:
     """Return the loss (B,) of each image of a batch.
 
@@ -68,17 +69,17 @@ def diffusion_losses(
         latents: (B, C, h, w), scaled.
         context: (B, L, D).
         timesteps: (B,) int64.
-        generator: draws the noise, on the CPU.
+        noise: (B, C, h, w), standard normal.
+        estimated: with self-conditioning, give the network its estimate of a first pass; else zeros.
 
     Source: Ho et al. 2020, arXiv 2006.11239, Eq. 14 (simple); Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 16 (hybrid)
     and section 3.3 (vlb); Chen et al. 2022, arXiv 2208.04202, algorithm 1 (self-conditioning).
     """
     schedule, channels = parts.schedule, latents.shape[1]
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     noisy = schedule.add_noise(latents, noise, timesteps)
     sigmas = schedule.sigmas.to(latents.device, torch.float32)[timesteps].reshape(-1, 1, 1, 1)
     estimate = None
-    if config.self_conditioning and torch.rand((), generator=generator) < 0.5:
+    if config.self_conditioning and estimated:
         with torch.no_grad():
             output = unet(model_inputs(noisy, config), timesteps, context).float()[:, :channels]
         estimate = x0_estimate(schedule.prediction_type, noisy, output, sigmas)

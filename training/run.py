@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import random
 import signal
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,55 +24,58 @@ from tqdm import tqdm
 
 from latentdiff.errors import InputError, StorageError
 from latentdiff.images import from_tensor
-from training.checkpointing import Checkpoint, load_latest
+from training.checkpointing import (
+    Checkpoint,
+    checkpoint_folders,
+    config_differences,
+    load_latest,
+    remove_leftovers,
+    save_checkpoint,
+)
 from training.config import OptimizerConfig, RunConfig, TrainingConfig
+from training.state import RunState
 
-# Steps in a row with a non-finite loss or gradient after which a run gives up.
-MAX_BAD_STEPS = 20
-
-
-class StepGuard:
-    """Let only finite steps change the weights, and give up after `MAX_BAD_STEPS` others in a row."""
-
-    def __init__(self) -> None:
-        self.bad_steps = 0
-
-    def allows(self, loss: Tensor, gradient_norm: Tensor, step: int) -> bool:
-        """Say whether loss and gradient norm of a step are finite.
-
-        Raises:
-            InputError: they have not been for too long.
-        """
-        if torch.isfinite(loss) and torch.isfinite(gradient_norm):
-            self.bad_steps = 0
-            return True
-        self.bad_steps += 1
-        if self.bad_steps >= MAX_BAD_STEPS:
-            raise InputError(
-                f"loss not finite {self.bad_steps} steps in a row at step {step}; lower optimizer.learning_rate"
-            )
-        return False
+SHOWN_DIFFERENCES = 5  # of two configs, in a message
 
 
-def open_run(config: TrainingConfig, resume: bool) -> Checkpoint | None:
+def open_run(config: TrainingConfig, resume: bool, accelerator: Accelerator) -> Checkpoint | None:
     """Make the run folder, write the resolved config into it and return the checkpoint to go on from.
 
     Raises:
-        InputError: the folder has checkpoints and `resume` is not set.
+        InputError: the folder has checkpoints and `resume` is not set, or they are of another config.
         StorageError: the folder cannot be written.
     """
-    folder = Path(config.run.out)
-    checkpoint = load_latest(folder)
-    if checkpoint is not None and not resume:
+    folder, tree = Path(config.run.out), config.model_dump(mode="json")
+    found = checkpoint_folders(folder)
+    if found and not resume:
+        raise InputError(f"{folder} has a checkpoint, {found[0].name}; add --resume to go on, or choose another --out")
+    checkpoint = load_latest(folder, quiet=not accelerator.is_main_process)
+    if checkpoint is not None and (differences := config_differences(checkpoint.state["config"], tree)):
+        shown = "; ".join(differences[:SHOWN_DIFFERENCES])
+        more = len(differences) - SHOWN_DIFFERENCES
         raise InputError(
-            f"{folder} has a checkpoint at step {checkpoint.step}; add --resume to go on, or choose another --out"
+            f"{checkpoint.folder} is of another config: {shown}{f' and {more} more' if more > 0 else ''}\n"
+            "set these back to go on, or choose another --out"
         )
-    try:
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    if accelerator.is_main_process:
+        try:
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+        except OSError as error:
+            raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+        remove_leftovers(folder)
     return checkpoint
+
+
+def save_run(config: TrainingConfig, step: int, state: RunState, accelerator: Accelerator) -> None:
+    """Write the checkpoint of `step`, from the main process.
+
+    Raises:
+        StorageError, InputError: see `save_checkpoint`.
+    """
+    if accelerator.is_main_process:
+        counters = state.counters() | {"config": config.model_dump(mode="json")}
+        save_checkpoint(Path(config.run.out), step, state.tensors(), counters, config.run.keep_checkpoints)
 
 
 def mixed_precision(run: RunConfig) -> str:
@@ -164,7 +169,8 @@ def stop_on_signal() -> Iterator[list[int]]:
         if received:
             sys.exit(128 + number)
         received.append(number)
-        print("stopping after this step; a second signal exits at once", file=sys.stderr)
+        # Not print: a signal that comes while something is being printed may not enter the same stream again.
+        os.write(2, b"stopping after this step; a second signal exits at once\n")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -175,14 +181,19 @@ def stop_on_signal() -> Iterator[list[int]]:
 
 
 class Log:
-    """TensorBoard scalars and a progress bar; averages what it is given between two lines of the log."""
+    """TensorBoard scalars and a progress bar; averages what it is given between two lines of the log.
 
-    def __init__(self, config: RunConfig, first_step: int, label: str) -> None:
+    Only the main process writes. Lines that a killed run wrote after its last checkpoint are taken back.
+    """
+
+    def __init__(self, config: RunConfig, first_step: int, label: str, accelerator: Accelerator) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.every = config.log_every
-        self.writer = SummaryWriter(str(Path(config.out) / "logs"))
-        self.bar = tqdm(total=config.steps, initial=first_step, desc=label, unit="step", mininterval=5)
+        self.every, main = config.log_every, accelerator.is_main_process
+        place = str(Path(config.out) / "logs")
+        self.writer = SummaryWriter(place, purge_step=first_step + 1 if first_step else None) if main else None
+        total, hidden = config.steps, not main
+        self.bar = tqdm(total=total, initial=first_step, desc=label, unit="step", mininterval=5, disable=hidden)
         self.sums: dict[str, Tensor] = {}
         self.count = 0
 
@@ -200,6 +211,8 @@ class Log:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Write scalars at once."""
+        if self.writer is None:
+            return
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
@@ -207,7 +220,8 @@ class Log:
     def close(self) -> None:
         """Flush and close."""
         self.bar.close()
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
 
 def save_grid(images: Tensor | Sequence[Tensor], file: Path, columns: int, gap: int = 2) -> None:

@@ -139,17 +139,16 @@ class AutoencoderKL(nn.Module):
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
 
-    def forward(
-        self, images: Tensor, noise_generator: torch.Generator | None = None
-    ) -> tuple[Tensor, DiagonalGaussian]:
+    def forward(self, images: Tensor, noise: torch.Generator | Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
         """Return the reconstruction (B, 3, H, W) of images, and the distribution its latents come from.
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
-            noise_generator: draws the latents; None decodes their mode.
+            noise: of the latents, or the generator that draws it, as `DiagonalGaussian.sample` takes it; None decodes
+                their mode.
         """
         posterior = self.encode(images)
-        latents = posterior.mode() if noise_generator is None else posterior.sample(noise_generator)
+        latents = posterior.mode() if noise is None else posterior.sample(noise)
         return self.decode(latents), posterior
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from latentdiff.errors import InputError
-from training.checkpointing import load_latest, load_optimizer, optimizer_tensors, save_checkpoint
+from training.checkpointing import load_latest, save_checkpoint
+from training.state import load_optimizer, optimizer_tensors
 
 
 def save(run: Path, step: int, value: float, keep: int = 3) -> Path:

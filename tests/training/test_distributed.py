@@ -1,0 +1,92 @@
+"""Processes and micro-steps change neither losses nor weights."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from latentdiff.errors import InputError
+from tests.training.test_stages import pictures, recipe, weights_of
+from training import cli_train
+
+OVERRIDES = {
+    "autoencoder": ["run.batch_size=8", "run.log_every=1", "loss.adversarial=0.5", "loss.adversarial_start=2"],
+    "diffusion": ["run.batch_size=8", "run.log_every=1", "timesteps=importance"],
+}
+
+
+def logged(run: Path) -> dict[str, list[float]]:
+    """Return the scalars that a run logged."""
+    events = EventAccumulator(str(run / "logs")).Reload()
+    return {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def train_as(rank: int, port: int, files: dict[str, str], folder: Path) -> None:
+    """Be one of two processes that go through both stages."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for stage, file in files.items():
+        cli_train(file, OVERRIDES[stage], False, str(folder / f"{stage}-two"))
+    assert torch.distributed.get_world_size() == 2
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_processes_and_micro_steps_train_what_one_process_trains(tmp_path: Path) -> None:
+    pictures(tmp_path / "pictures", 10)
+    files = {"autoencoder": recipe(tmp_path, "autoencoder")}
+    cli_train(files["autoencoder"], [], False, None)
+    files["diffusion"] = recipe(tmp_path, "diffusion", run__ema_decay=0.5)
+    for stage, file in files.items():
+        cli_train(file, OVERRIDES[stage], False, str(tmp_path / f"{stage}-one"))
+    torch.multiprocessing.spawn(train_as, (free_port(), files, tmp_path), nprocs=2)
+    parts = [*OVERRIDES["autoencoder"][:2], "run.accumulation=2"]
+    cli_train(
+        files["diffusion"], [*OVERRIDES["diffusion"], "run.accumulation=2"], False, str(tmp_path / "diffusion-parts")
+    )
+    cli_train(files["autoencoder"], parts[:2], False, str(tmp_path / "autoencoder-plain"))
+    cli_train(files["autoencoder"], parts, False, str(tmp_path / "autoencoder-parts"))
+    for one, other in (
+        ("autoencoder-one", "autoencoder-two"),
+        ("diffusion-one", "diffusion-two"),
+        ("diffusion-one", "diffusion-parts"),
+        ("autoencoder-plain", "autoencoder-parts"),
+    ):
+        assert_same_run(tmp_path / one, tmp_path / other)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Compare everything that two runs logged, and the weights they ended with."""
+    ours, theirs = logged(one), logged(other)
+    assert ours.keys() == theirs.keys() and len(ours["loss"]) == 4
+    for name, values in ours.items():
+        torch.testing.assert_close(torch.tensor(theirs[name]), torch.tensor(values), rtol=2e-4, atol=1e-5, msg=name)
+    weights, same = weights_of(one), weights_of(other)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(same[name], tensor, rtol=1e-3, atol=5e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["run.accumulation=3"], r"multiple of processes x run.accumulation = 1 x 3, got 4; try 3"),
+        (["run.accumulation=8"], r"= 1 x 8, got 4; try 8"),
+        (["run.accumulation=2", "loss.adversarial=0.5"], "needs run.accumulation 1, got 2"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    file: Any = recipe(tmp_path, "autoencoder")
+    with pytest.raises(InputError, match=message):
+        cli_train(file, overrides, False, None)
+    assert not (tmp_path / "autoencoder").exists()

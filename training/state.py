@@ -1,0 +1,101 @@
+"""What a run is made of and its checkpoints hold: networks, optimizers, average and counters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from latentdiff.errors import InputError
+from training.checkpointing import Checkpoint
+from training.ema import Ema
+
+# Steps in a row with a non-finite loss or gradient after which a run gives up.
+MAX_BAD_STEPS = 20
+
+
+@dataclass
+class StepGuard:
+    """Let only finite steps change the weights, and give up after `MAX_BAD_STEPS` others in a row.
+
+    Attributes:
+        bad_steps: skipped in a row, up to now.
+        skipped: of the whole run.
+    """
+
+    bad_steps: int = 0
+    skipped: int = 0
+
+    def allows(self, loss: Tensor, gradient_norm: Tensor, step: int) -> bool:
+        """Say whether loss and gradient norm of a step are finite.
+
+        Raises:
+            InputError: they have not been for too long.
+        """
+        if torch.isfinite(loss) and torch.isfinite(gradient_norm):
+            self.bad_steps = 0
+            return True
+        self.bad_steps += 1
+        self.skipped += 1
+        if self.bad_steps >= MAX_BAD_STEPS:
+            raise InputError(
+                f"loss not finite {self.bad_steps} steps in a row at step {step}; lower optimizer.learning_rate"
+            )
+        return False
+
+
+@dataclass
+class RunState:
+    """Everything that training changes; a checkpoint is this and nothing else.
+
+    Batches, augmentation, noise and learning rate are pure functions of (seed, step), so there is no cursor to keep.
+
+    Attributes:
+        modules, optimizers: by the name of their file in a checkpoint; not wrapped by an accelerator.
+    """
+
+    modules: Mapping[str, nn.Module]
+    optimizers: Mapping[str, Optimizer]
+    ema: Ema
+    guard: StepGuard = field(default_factory=StepGuard)
+
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """Return the tensors, file by file, for `save_checkpoint`."""
+        parts: dict[str, Mapping[str, Tensor]] = {name: module.state_dict() for name, module in self.modules.items()}
+        parts |= {name: optimizer_tensors(optimizer) for name, optimizer in self.optimizers.items()}
+        return parts | {"ema": self.ema.weights}
+
+    def counters(self) -> dict[str, Any]:
+        """Return what is not a tensor, for `save_checkpoint`."""
+        return {"ema_updates": self.ema.updates, "bad_steps": self.guard.bad_steps, "skipped": self.guard.skipped}
+
+    def restore(self, checkpoint: Checkpoint | None) -> int:
+        """Put back what a checkpoint holds and return the step to go on from, 0 without a checkpoint."""
+        if checkpoint is None:
+            return 0
+        for name, module in self.modules.items():
+            module.load_state_dict(checkpoint.tensors[name])
+        for name, optimizer in self.optimizers.items():
+            load_optimizer(optimizer, checkpoint.tensors.get(name, {}))
+        self.ema.weights, self.ema.updates = checkpoint.tensors["ema"], checkpoint.state["ema_updates"]
+        self.guard = StepGuard(checkpoint.state["bad_steps"], checkpoint.state["skipped"])
+        return checkpoint.step
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Flatten an optimizer's state to named tensors: "0.exp_avg", "0.step", ... in the order of its parameters."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{key}": torch.as_tensor(value) for index, slot in state.items() for key, value in slot.items()}
+
+
+def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
