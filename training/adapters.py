@@ -49,8 +49,8 @@ class LoraLayer(nn.Module):
         return self.scale * self.up(self.down(self.dropout(x)))
 
     def factors(self) -> Factors:
-        """Return the same as a LoRA file has it."""
-        return Factors(self.down.weight.detach().clone(), self.up.weight.detach().clone(), self.alpha)
+        """Return the same as a LoRA file has it, in float16."""
+        return Factors(self.down.weight.detach().half(), self.up.weight.detach().half(), self.alpha)
 
 
 class Adapted(nn.Module):

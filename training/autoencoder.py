@@ -56,22 +56,39 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
         InputError: data or config cannot be used, or the loss is not finite 20 steps in a row.
         StorageError: a checkpoint cannot be written.
     """
-    run, folder = config.run, Path(config.run.out)
     require_whole_batch(config)
-    accelerator = start_accelerator(run)
+    accelerator, folder = start_accelerator(config.run), Path(config.run.out)
     checkpoint = open_run(config, resume, accelerator)
     data = load_images(config.data)
     held_out = _held_out(config, data)
-    torch.manual_seed(run.seed)
-    plain, judge = AutoencoderKL(AutoencoderConfig.from_dict(config.model)), PatchDiscriminator()
-    optimizers = {"optimizer": adamw(plain, config.optimizer), "critic": adamw(judge, config.optimizer)}
-    state = RunState({"model": plain, "discriminator": judge}, optimizers, Ema(plain, run.ema_decay))
+    torch.manual_seed(config.run.seed)
+    model, judge = AutoencoderKL(AutoencoderConfig.from_dict(config.model)), PatchDiscriminator()
+    optimizers = {"optimizer": adamw(model, config.optimizer), "critic": adamw(judge, config.optimizer)}
+    state = RunState({"model": model, "discriminator": judge}, optimizers, Ema(model, config.run.ema_decay))
     first = state.restore(checkpoint)
-    model, discriminator, optimizer, critic = accelerator.prepare(plain, judge, *optimizers.values())
+    if config.run.compile:
+        compile_autoencoder(model.to(accelerator.device), config, data, accelerator)
+    if run_steps(config, model, judge, data, held_out, state, first, accelerator) and accelerator.is_main_process:
+        with state.ema.swapped_into(model):
+            export(model, to_tensor(composite(data.images[:4096], rgb(config.data.background))), held_out, folder)
+    return folder / "vae"
+
+
+def run_steps(
+    config: AutoencoderTraining,
+    plain: AutoencoderKL,
+    judge: PatchDiscriminator,
+    data: CaptionedImages,
+    held_out: Tensor,
+    state: RunState,
+    first: int,
+    accelerator: Accelerator,
+) -> bool:
+    """Train from step `first` to the last; say whether it was reached, not stopped by a signal."""
+    run = config.run
+    model, discriminator, optimizer, critic = accelerator.prepare(plain, judge, *state.optimizers.values())
     state.ema.to(accelerator.device)
-    if run.compile:
-        compile_autoencoder(plain, config, data, accelerator)
-    log = Log(run, first, "autoencoder", accelerator)
+    log, stopping = Log(run, first, "autoencoder", accelerator), False
     with stop_on_signal() as stopped:
         for step in range(first, run.steps):
             judged = config.loss.adversarial > 0 and step >= config.loss.adversarial_start
@@ -106,17 +123,14 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
             done, stopping = step + 1, any_process(accelerator, bool(stopped))
             if accelerator.is_main_process and (done % run.sample_every == 0 or done == run.steps):
                 with state.ema.swapped_into(plain):
-                    log.write(done, {"held_out_psnr": evaluate(plain, held_out, folder / f"samples/{done:08d}.png")})
+                    picture = Path(run.out) / f"samples/{done:08d}.png"
+                    log.write(done, {"held_out_psnr": evaluate(plain, held_out, picture)})
             if done % run.save_every == 0 or done == run.steps or stopping:
                 save_run(config, done, state, accelerator)
             if stopping:
-                log.close()
-                return folder
+                break
     log.close()
-    if accelerator.is_main_process:
-        with state.ema.swapped_into(plain):
-            export(plain, to_tensor(composite(data.images[:4096], rgb(config.data.background))), held_out, folder)
-    return folder / "vae"
+    return not stopping
 
 
 def require_whole_batch(config: AutoencoderTraining) -> None:

@@ -7,6 +7,7 @@ Try:
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff.checkpoints import (
     Parts,
@@ -24,12 +25,15 @@ from latentdiff.checkpoints import (
     load_text_encoder,
     save_pipeline,
 )
+from latentdiff.checkpoints.lora import save_lora
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
+from latentdiff.models.lora import LoRA
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from latentdiff.pipeline import Pipeline
 from latentdiff.settings import Settings
+from training.adapters import Adapted
 from training.cache import LatentSet, cached_latents
 from training.config import DiffusionTraining
 from training.dataset import batch_indices, load_images
@@ -41,6 +45,7 @@ from training.run import (
     Log,
     adamw,
     compile_checked,
+    evaluating,
     fast_attention,
     learning_rate,
     open_run,
@@ -53,6 +58,8 @@ from training.run import (
 from training.state import RunState
 from training.timesteps import ImportanceSampler, stratified_timesteps
 
+LORA_FILE = "lora.safetensors"
+
 
 def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     """Run the whole stage and return the folder of the trained model (diffusers layout, EMA weights).
@@ -61,29 +68,52 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
         InputError: data or config cannot be used, or the loss is not finite 20 steps in a row.
         StorageError: a checkpoint cannot be written.
     """
-    run, folder = config.run, Path(config.run.out)
-    accelerator = start_accelerator(run)
+    accelerator, folder = start_accelerator(config.run), Path(config.run.out)
     checkpoint = open_run(config, resume, accelerator)
     parts = load_parts(config)
     require_trainable(config, parts)
     with accelerator.main_process_first():  # which writes the cache
         data = prepare_data(config, parts, folder)
-    torch.manual_seed(run.seed)
-    plain = network_to_train(config, data, parts)
-    parts = replace(parts, unet=plain)
-    importance = ImportanceSampler(parts.schedule.num_train_timesteps)
-    modules = {"model": plain} | ({"importance": importance} if config.timesteps == "importance" else {})
-    state = RunState(modules, {"optimizer": adamw(plain, config.optimizer)}, Ema(plain, run.ema_decay))
+    torch.manual_seed(config.run.seed)
+    unet = network_to_train(config, data, parts)
+    parts = replace(parts, unet=unet)
+    network = unet if config.lora is None else Adapted(unet, config.lora)
+    trained = network.adapters if isinstance(network, Adapted) else unet
+    modules: dict[str, nn.Module] = {"model": trained}
+    if config.timesteps == "importance":
+        modules["importance"] = ImportanceSampler(parts.schedule.num_train_timesteps)
+    state = RunState(modules, {"optimizer": adamw(trained, config.optimizer)}, Ema(trained, config.run.ema_decay))
     first = state.restore(checkpoint)
-    unet, optimizer = accelerator.prepare(plain, state.optimizers["optimizer"])
+    if config.run.compile:
+        compile_unet(unet.to(accelerator.device), config, data, accelerator)
+    if run_steps(network, config, parts, data, state, first, accelerator) and accelerator.is_main_process:
+        with state.ema.swapped_into(trained):
+            export(network, config, parts, folder)
+    return folder / ("model" if config.lora is None else LORA_FILE)
+
+
+def run_steps(
+    network: nn.Module,
+    config: DiffusionTraining,
+    parts: Parts,
+    data: LatentSet,
+    state: RunState,
+    first: int,
+    accelerator: Accelerator,
+) -> bool:
+    """Train from step `first` to the last; say whether it was reached, not stopped by a signal.
+
+    `network` is what is called, and `state.modules["model"]` the part of it, or all, that is trained.
+    """
+    run, trained, importance = config.run, state.modules["model"], state.modules.get("importance")
+    unet, optimizer = accelerator.prepare(network, state.optimizers["optimizer"])
     state.ema.to(accelerator.device)
-    log = Log(run, first, "diffusion", accelerator)
-    if run.compile:
-        compile_unet(plain, config, data, accelerator)
+    log, stopping = Log(run, first, "diffusion", accelerator), False
     with stop_on_signal() as stopped, fast_attention():
         for step in range(first, run.steps):
             generator = seeded(run.seed, step, 0)
-            timesteps, weights = draw_timesteps(importance, config, run.batch_size, generator)  # of the whole batch
+            # Both of the whole batch, (B,).
+            timesteps, weights = draw_timesteps(importance, parts.schedule, run.batch_size, generator)
             estimated = bool(torch.rand((), generator=generator) < 0.5)
             set_learning_rate(optimizer, learning_rate(config.optimizer, step, run.steps))
             optimizer.zero_grad()
@@ -99,28 +129,24 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
                 seen.append(torch.stack([losses, nulls.to(losses)], dim=1))
             losses, nulls = gathered(accelerator, seen).cpu().unbind(dim=1)  # (B,) each
             loss = (losses * weights).mean()
-            norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(trained.parameters(), config.optimizer.max_grad_norm)
             if state.guard.allows(loss, norm, step):
                 optimizer.step()
-                state.ema.update(plain)
-            if config.timesteps == "importance":
+                state.ema.update(trained)
+            if isinstance(importance, ImportanceSampler):
                 importance.update(timesteps, losses)
             skipped = state.guard.bad_steps > 0
             log.step(step, {"loss": loss, "grad_norm": norm, "null": nulls.mean(), "skipped": skipped})
             done, stopping = step + 1, any_process(accelerator, bool(stopped))
             if accelerator.is_main_process and (done % run.sample_every == 0 or done == run.steps):
-                with state.ema.swapped_into(plain):
-                    draw_samples(parts, config, folder / f"samples/{done:08d}.png")
+                with state.ema.swapped_into(trained), evaluating(network):
+                    draw_samples(parts, config, Path(run.out) / f"samples/{done:08d}.png")
             if done % run.save_every == 0 or done == run.steps or stopping:
                 save_run(config, done, state, accelerator)
             if stopping:
-                log.close()
-                return folder
+                break
     log.close()
-    if accelerator.is_main_process:
-        with state.ema.swapped_into(plain):
-            export(parts, config, folder)
-    return folder / "model"
+    return not stopping
 
 
 def compile_unet(
@@ -133,8 +159,14 @@ def compile_unet(
     compile_checked(unet, model_inputs(latents, config), timesteps, context, autocast=accelerator.autocast())
 
 
-def export(parts: Parts, config: DiffusionTraining, folder: Path) -> None:
-    """Save the model, say how to use it, and show what it learnt where it was trained on pixels."""
+def export(network: nn.Module, config: DiffusionTraining, parts: Parts, folder: Path) -> None:
+    """Save the model or the LoRA, say how to use it, and show what it learnt where it was trained on pixels."""
+    if isinstance(network, Adapted):
+        file = folder / LORA_FILE
+        save_lora(LoRA({"unet": network.factors()}), file, parts)
+        prompt = shlex.quote(config.prompts[0])
+        print(f"saved {file}; try: latentdiff generate {prompt} --model {config.start_from} --lora {file}")
+        return
     model = folder / "model"
     save_pipeline(parts, model, torch.float16)
     if config.autoencoder is None:
@@ -143,12 +175,12 @@ def export(parts: Parts, config: DiffusionTraining, folder: Path) -> None:
 
 
 def draw_timesteps(
-    importance: ImportanceSampler, config: DiffusionTraining, count: int, generator: torch.Generator
+    importance: nn.Module | None, schedule: NoiseSchedule, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Return timesteps (count,) int64 of a batch and the weights (count,) of their losses."""
-    if config.timesteps == "importance":
+    if isinstance(importance, ImportanceSampler):
         return importance.draw(count, generator)
-    return stratified_timesteps(count, len(importance.losses), generator), torch.ones(count)
+    return stratified_timesteps(count, schedule.num_train_timesteps, generator), torch.ones(count)
 
 
 def prepare_data(config: DiffusionTraining, parts: Parts, folder: Path) -> LatentSet:

@@ -71,10 +71,10 @@ def assert_same_run(one: Path, other: Path) -> None:
     ours, theirs = logged(one), logged(other)
     assert ours.keys() == theirs.keys() and len(ours["loss"]) == 4
     for name, values in ours.items():
-        torch.testing.assert_close(torch.tensor(theirs[name]), torch.tensor(values), rtol=2e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(torch.tensor(theirs[name]), torch.tensor(values), rtol=1e-5, atol=1e-5, msg=name)
     weights, same = weights_of(one), weights_of(other)
     for name, tensor in weights.items():
-        torch.testing.assert_close(same[name], tensor, rtol=1e-3, atol=5e-4, msg=name)
+        torch.testing.assert_close(same[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(
