@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import InputError
@@ -48,9 +49,9 @@ class LoraLayer(nn.Module):
         """Return what is added, of the shape of the layer's output, for the layer's input."""
         return self.scale * self.up(self.down(self.dropout(x)))
 
-    def factors(self) -> Factors:
-        """Return the same as a LoRA file has it, in float16."""
-        return Factors(self.down.weight.detach().half(), self.up.weight.detach().half(), self.alpha)
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """Return the same as a LoRA file has it."""
+        return Factors(self.down.weight.detach().to(dtype), self.up.weight.detach().to(dtype), self.alpha)
 
 
 class Adapted(nn.Module):
@@ -76,9 +77,10 @@ class Adapted(nn.Module):
         """Return what the network does."""
         return self.network(*inputs, **options)
 
-    def factors(self) -> Mapping[str, Factors]:
+    def factors(self, dtype: torch.dtype = torch.float32) -> Mapping[str, Factors]:
         """Return the thin layers by name of their layer, as `models.lora.LoRA` has those of one network."""
-        return {name.replace("/", "."): layer.factors() for name, layer in self.adapters.items()}  # type: ignore[operator]
+        layers: Any = self.adapters.items()
+        return {name.replace("/", "."): layer.factors(dtype) for name, layer in layers}
 
 
 def _adding(adapter: nn.Module) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -147,6 +147,8 @@ class DiffusionTraining(Section):
                 raise ValueError(f"{missing[0]} is missing; describe it, or name a model to start_from")
             if self.lora is not None:
                 raise ValueError("lora changes a model that is there; name it as start_from")
+        elif self.lora is not None and self.run.compile:
+            raise ValueError("run.compile is for whole networks; set it to false with lora")
         elif given:
             raise ValueError(f"start_from brings its own {given[0]}; leave that out")
         return self
@@ -199,7 +201,8 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{'.'.join(place)}: {problem['msg'].lower()}, got {problem['input']!r}"
     section: Any = model
     for part in place[:-1]:
-        section = section.model_fields[part].annotation
+        kind = section.model_fields[part].annotation
+        section = next((choice for choice in get_args(kind) if choice is not type(None)), kind)  # of "X | None"
     return f"unknown key '{'.'.join(place)}'{suggest(place[-1], section.model_fields)}"
 
 

@@ -163,7 +163,7 @@ def export(network: nn.Module, config: DiffusionTraining, parts: Parts, folder: 
     """Save the model or the LoRA, say how to use it, and show what it learnt where it was trained on pixels."""
     if isinstance(network, Adapted):
         file = folder / LORA_FILE
-        save_lora(LoRA({"unet": network.factors()}), file, parts)
+        save_lora(LoRA({"unet": network.factors(torch.float16)}), file, parts)
         prompt = shlex.quote(config.prompts[0])
         print(f"saved {file}; try: latentdiff generate {prompt} --model {config.start_from} --lora {file}")
         return

@@ -32,6 +32,8 @@ def test_shipped_recipes_build_their_networks(file: Path) -> None:
         if isinstance(config, AutoencoderTraining):
             network = AutoencoderKL(AutoencoderConfig.from_dict(config.model))
             assert network.config.sample_size == config.data.size
+        elif config.start_from is not None:
+            assert config.start_from == "embedded"
         else:
             UNet2DConditionModel(UNetConfig.from_dict(config.model))
             assert NoiseSchedule.from_dict(config.schedule).prediction_type == "v_prediction"
