@@ -15,17 +15,26 @@ def cli_train(config: str, overrides: list[str], resume: bool, out: str | None) 
     Raises:
         InputError, StorageError: see `training.config.load_config` and the stages.
     """
+    import errno
+
+    from latentdiff.errors import StorageError
     from training.config import AutoencoderTraining, load_config
 
     parsed = load_config(config, [*overrides, *([f"run.out={out}"] if out else [])])
-    if isinstance(parsed, AutoencoderTraining):
-        from training.autoencoder import train_autoencoder
+    try:
+        if isinstance(parsed, AutoencoderTraining):
+            from training.autoencoder import train_autoencoder
 
-        train_autoencoder(parsed, resume)
-    else:
-        from training.diffusion import train_diffusion
+            train_autoencoder(parsed, resume)
+        else:
+            from training.diffusion import train_diffusion
 
-        train_diffusion(parsed, resume)
+            train_diffusion(parsed, resume)
+    except OSError as error:  # of a log line or a picture; checkpoints, caches and models have their own
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or parsed.run.out
+        raise StorageError(f"no space left for {place}; free some, then go on with --resume") from error
 
 
 def cli_data_digits(out: str) -> None:

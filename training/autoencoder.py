@@ -68,7 +68,7 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
     first = state.restore(checkpoint)
     if config.run.compile:
         compile_autoencoder(model.to(accelerator.device), config, data, accelerator)
-    if run_steps(config, model, judge, data, held_out, state, first, accelerator) and accelerator.is_main_process:
+    if run_steps(config, data, held_out, state, first, accelerator) and accelerator.is_main_process:
         with state.ema.swapped_into(model):
             export(model, to_tensor(composite(data.images[:4096], rgb(config.data.background))), held_out, folder)
     return folder / "vae"
@@ -76,8 +76,6 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
 
 def run_steps(
     config: AutoencoderTraining,
-    plain: AutoencoderKL,
-    judge: PatchDiscriminator,
     data: CaptionedImages,
     held_out: Tensor,
     state: RunState,
@@ -85,7 +83,8 @@ def run_steps(
     accelerator: Accelerator,
 ) -> bool:
     """Train from step `first` to the last; say whether it was reached, not stopped by a signal."""
-    run = config.run
+    run, plain, judge = config.run, state.modules["model"], state.modules["discriminator"]
+    assert isinstance(plain, AutoencoderKL) and isinstance(judge, PatchDiscriminator)
     model, discriminator, optimizer, critic = accelerator.prepare(plain, judge, *state.optimizers.values())
     state.ema.to(accelerator.device)
     log, stopping = Log(run, first, "autoencoder", accelerator), False
@@ -114,7 +113,9 @@ def run_steps(
                 seen.append({"loss": loss, **terms})
             values = averaged(accelerator, seen)
             norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
-            if state.guard.allows(sum(values.values(), norm), norm, step):
+            if judged:
+                values["critic_norm"] = accelerator.clip_grad_norm_(judge.parameters(), config.optimizer.max_grad_norm)
+            if state.guard.allows(values["loss"], sum(values.values(), norm), step):
                 optimizer.step()
                 state.ema.update(plain)
                 if judged:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latentdiff.errors import InputError
-from training.checkpointing import load_latest, save_checkpoint
+from training.checkpointing import checkpoint_problem, load_latest, save_checkpoint
 from training.state import load_optimizer, optimizer_tensors
 
 
@@ -79,3 +79,22 @@ def test_optimizer_state_round_trip_is_exact() -> None:
     other = torch.optim.AdamW(second.parameters(), lr=0.1)
     load_optimizer(other, {name: tensor.clone() for name, tensor in optimizer_tensors(adam).items()})
     assert torch.equal(trained(2, adam, first), trained(2, other, second))
+
+
+def test_every_byte_of_the_manifest_is_checked(tmp_path: Path) -> None:
+    save(tmp_path, 1, 1.0)
+    manifest = save(tmp_path, 2, 2.0) / "manifest.json"
+    content = manifest.read_bytes()
+    for place in range(len(content)):
+        manifest.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert checkpoint_problem(manifest.parent)
+    manifest.write_bytes(content)
+    assert not checkpoint_problem(manifest.parent)
+    renamed = manifest.parent.rename(tmp_path / "checkpoints/step-00000003")
+    assert checkpoint_problem(renamed) == "is the checkpoint of step 2"
+
+
+def test_a_run_without_a_usable_checkpoint_does_not_start_over_in_silence(tmp_path: Path) -> None:
+    (save(tmp_path, 1, 1.0) / "manifest.json").unlink()
+    with pytest.raises(InputError, match="none of the 1 checkpoints"):
+        load_latest(tmp_path)
