@@ -38,6 +38,7 @@ from training.losses import (
 from training.run import (
     Log,
     adamw,
+    checkpoint_gradients,
     compile_checked,
     learning_rate,
     open_run,
@@ -56,7 +57,7 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
         InputError: data or config cannot be used, or the loss is not finite 20 steps in a row.
         StorageError: a checkpoint cannot be written.
     """
-    require_whole_batch(config)
+    require_trainable(config)
     accelerator, folder = start_accelerator(config.run), Path(config.run.out)
     checkpoint = open_run(config, resume, accelerator)
     data = load_images(config.data)
@@ -66,6 +67,8 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
     optimizers = {"optimizer": adamw(model, config.optimizer), "critic": adamw(judge, config.optimizer)}
     state = RunState({"model": model, "discriminator": judge}, optimizers, Ema(model, config.run.ema_decay))
     first = state.restore(checkpoint)
+    if config.run.gradient_checkpointing:
+        checkpoint_gradients(model)
     if config.run.compile:
         compile_autoencoder(model.to(accelerator.device), config, data, accelerator)
     if run_steps(config, data, held_out, state, first, accelerator) and accelerator.is_main_process:
@@ -134,13 +137,15 @@ def run_steps(
     return not stopping
 
 
-def require_whole_batch(config: AutoencoderTraining) -> None:
-    """Raise InputError where the adversarial weight, a property of the whole batch, would be made of parts of it."""
-    if config.loss.adversarial and config.run.accumulation > 1:
+def require_trainable(config: AutoencoderTraining) -> None:
+    """Raise InputError where settings of a config do not fit together."""
+    if config.loss.adversarial and config.run.accumulation > 1:  # parts of a batch have other norms than the whole
         raise InputError(
             "loss.adversarial is weighed by the gradients of a whole batch and needs run.accumulation 1, got "
             f"{config.run.accumulation}; use more processes, or loss.adversarial 0"
         )
+    if config.run.precision == "fp16":
+        raise InputError("run.precision fp16 is for the diffusion stage, pictures overflow in it; choose bf16 or no")
 
 
 def compile_autoencoder(

@@ -54,9 +54,12 @@ class RunConfig(Section):
     # Micro-steps that one optimizer step is split into, to save memory.
     accumulation: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
-    # auto: bf16 autocast on a GPU and on CPUs with native bf16 matrix instructions, fp32 elsewhere.
-    precision: Literal["auto", "no", "bf16"] = "auto"
+    # Of the autocast; weights, average and optimizer are float32 always. auto: bf16 on a GPU and on CPUs with native
+    # bf16 matrix instructions, fp32 elsewhere. fp16 is for GPUs without bf16.
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     compile: bool = False
+    # Compute activations again in the backward pass instead of keeping them.
+    gradient_checkpointing: bool = False
     ema_decay: float = Field(0.999, ge=0, lt=1)
     log_every: int = Field(50, ge=1)
     sample_every: int = Field(1000, ge=1)

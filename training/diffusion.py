@@ -44,6 +44,7 @@ from training.process import show_process
 from training.run import (
     Log,
     adamw,
+    checkpoint_gradients,
     compile_checked,
     evaluating,
     fast_attention,
@@ -83,7 +84,10 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     if config.timesteps == "importance":
         modules["importance"] = ImportanceSampler(parts.schedule.num_train_timesteps)
     state = RunState(modules, {"optimizer": adamw(trained, config.optimizer)}, Ema(trained, config.run.ema_decay))
+    state.scaler = accelerator.scaler
     first = state.restore(checkpoint)
+    if config.run.gradient_checkpointing:
+        checkpoint_gradients(unet)
     if config.run.compile:
         compile_unet(unet.to(accelerator.device), config, data, accelerator)
     if run_steps(network, config, parts, data, state, first, accelerator) and accelerator.is_main_process:
@@ -130,8 +134,10 @@ def run_steps(
             losses, nulls = gathered(accelerator, seen).cpu().unbind(dim=1)  # (B,) each
             loss = (losses * weights).mean()
             norm = accelerator.clip_grad_norm_(trained.parameters(), config.optimizer.max_grad_norm)
-            if state.guard.allows(loss, norm, step):
+            finite = state.guard.allows(loss, norm, step)
+            if finite or state.scaler is not None:  # which leaves out the step itself, and scales by less from then on
                 optimizer.step()
+            if finite:
                 state.ema.update(trained)
             if isinstance(importance, ImportanceSampler):
                 importance.update(timesteps, losses)

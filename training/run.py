@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,10 +21,13 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from latentdiff.errors import InputError, StorageError
 from latentdiff.images import from_tensor
+from latentdiff.models.attention import Transformer2DModel
+from latentdiff.models.layers import ResnetBlock2D
 from training.checkpointing import (
     Checkpoint,
     checkpoint_folders,
@@ -49,12 +53,12 @@ def open_run(config: TrainingConfig, resume: bool, accelerator: Accelerator) -> 
     found = checkpoint_folders(folder)
     if found and not resume:
         raise InputError(f"{folder} has a checkpoint, {found[0].name}; add --resume to go on, or choose another --out")
-    checkpoint = load_latest(folder, quiet=not accelerator.is_main_process)
-    if checkpoint is not None and (differences := config_differences(checkpoint.state["config"], tree)):
+    newest = load_latest(folder, quiet=not accelerator.is_main_process)
+    if newest is not None and (differences := config_differences(newest.state["config"], tree)):
         shown = "; ".join(differences[:SHOWN_DIFFERENCES])
         more = len(differences) - SHOWN_DIFFERENCES
         raise InputError(
-            f"{checkpoint.folder} is of another config: {shown}{f' and {more} more' if more > 0 else ''}\n"
+            f"{newest.folder} is of another config: {shown}{f' and {more} more' if more > 0 else ''}\n"
             "set these back to go on, or choose another --out"
         )
     if accelerator.is_main_process:
@@ -64,7 +68,7 @@ def open_run(config: TrainingConfig, resume: bool, accelerator: Accelerator) -> 
         except OSError as error:
             raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
         remove_leftovers(folder)
-    return checkpoint
+    return newest
 
 
 def save_run(config: TrainingConfig, step: int, state: RunState, accelerator: Accelerator) -> None:
@@ -79,7 +83,13 @@ def save_run(config: TrainingConfig, step: int, state: RunState, accelerator: Ac
 
 
 def mixed_precision(run: RunConfig) -> str:
-    """Return accelerate's name of the precision: "bf16" where matrix products are native in it, else "no"."""
+    """Return accelerate's name of the precision: "bf16" where matrix products are native in it, else "no".
+
+    Raises:
+        InputError: fp16 is asked for without a GPU.
+    """
+    if run.precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("run.precision fp16 needs a CUDA GPU, and there is none; choose bf16 or no")
     if run.precision != "auto":
         return run.precision
     if torch.cuda.is_available():
@@ -139,6 +149,16 @@ def compile_checked(module: nn.Module, *inputs: Tensor, autocast: AbstractContex
             "set run.compile to false"
         )
     module.compile()
+
+
+def checkpoint_gradients(network: nn.Module) -> None:
+    """Keep only the inputs of each residual block and transformer for the backward pass, which computes the rest again.
+
+    Source: Chen et al. 2016, arXiv 1604.06174, section 3.
+    """
+    for module in network.modules():
+        if isinstance(module, ResnetBlock2D | Transformer2DModel):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:

@@ -56,12 +56,14 @@ class RunState:
 
     Attributes:
         modules, optimizers: by the name of their file in a checkpoint; not wrapped by an accelerator.
+        scaler: of the loss, in fp16.
     """
 
     modules: Mapping[str, nn.Module]
     optimizers: Mapping[str, Optimizer]
     ema: Ema
     guard: StepGuard = field(default_factory=StepGuard)
+    scaler: torch.amp.GradScaler | None = None
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """Return the tensors, file by file, for `save_checkpoint`."""
@@ -71,7 +73,8 @@ class RunState:
 
     def counters(self) -> dict[str, Any]:
         """Return what is not a tensor, for `save_checkpoint`."""
-        return {"ema_updates": self.ema.updates, "bad_steps": self.guard.bad_steps, "skipped": self.guard.skipped}
+        counters = {"ema_updates": self.ema.updates, "bad_steps": self.guard.bad_steps, "skipped": self.guard.skipped}
+        return counters | ({"scaler": self.scaler.state_dict()} if self.scaler is not None else {})
 
     def restore(self, checkpoint: Checkpoint | None) -> int:
         """Put back what a checkpoint holds and return the step to go on from, 0 without a checkpoint."""
@@ -83,6 +86,8 @@ class RunState:
             load_optimizer(optimizer, checkpoint.tensors.get(name, {}))
         self.ema.weights, self.ema.updates = checkpoint.tensors["ema"], checkpoint.state["ema_updates"]
         self.guard = StepGuard(checkpoint.state["bad_steps"], checkpoint.state["skipped"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(checkpoint.state["scaler"])
         return checkpoint.step
 
 
