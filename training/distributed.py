@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from latentdiff.diffusion import draw_noise
@@ -23,9 +23,12 @@ def start_accelerator(run: RunConfig) -> Accelerator:
     """Join the other processes that `accelerate launch` started, if any.
 
     Raises:
-        InputError: the batch cannot be shared out evenly.
+        InputError: the batch cannot be shared out evenly, or weights are to be shared out too.
     """
     accelerator = Accelerator(mixed_precision=mixed_precision(run), cpu=not torch.cuda.is_available())
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise InputError(f"accelerate was told to use {kind.value}, and training knows data parallel only (MULTI_GPU)")
     shares = accelerator.num_processes * run.accumulation
     if run.batch_size % shares:
         raise InputError(

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from latentdiff.errors import InputError
 from tests.training.test_stages import pictures, recipe, weights_of
 from training import cli_train
+from training.config import RunConfig
+from training.distributed import start_accelerator
 
 OVERRIDES = {
     "autoencoder": ["run.batch_size=8", "run.log_every=1", "loss.adversarial=0.5", "loss.adversarial_start=2"],
@@ -90,3 +93,9 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path: Path, overrides:
     with pytest.raises(InputError, match=message):
         cli_train(file, overrides, False, None)
     assert not (tmp_path / "autoencoder").exists()
+
+
+def test_sharded_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(InputError, match="told to use FSDP, and training knows data parallel only"):
+        start_accelerator(RunConfig(out="run", steps=1, batch_size=1, precision="no"))
