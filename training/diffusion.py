@@ -127,6 +127,7 @@ def run_steps(
                 noise = sample_noise(run.seed, step, share, run.batch_size, latents.shape[1:])
                 inputs = (part.to(accelerator.device) for part in (latents, context, timesteps[share], noise))
                 latents, context, times, noise = inputs
+                torch.manual_seed(seeded(run.seed, step, 2, share.start).initial_seed())  # of dropout
                 with accelerator.autocast():
                     losses = diffusion_losses(unet, parts, config, latents, context, times, noise, estimated)  # (b,)
                 accelerator.backward((losses * weights[share].to(losses)).mean() / run.accumulation)
