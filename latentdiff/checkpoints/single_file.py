@@ -46,6 +46,7 @@ __all__ = [
 
 FOLDER = Path(__file__).parent / "families"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+VELOCITY, ZERO_SNR = "v_pred", "ztsnr"  # empty tensors with which some files say so of themselves
 # A tensor that only this family has, in the order in which they are looked for.
 MARKS = {
     "Stable Diffusion XL": "conditioner.embedders.1.model.token_embedding.weight",
@@ -80,7 +81,7 @@ def load_single_file(
     shape = families()[family]
     if prediction_type is not None:
         schedule = replace(schedule, prediction_type=prediction_type)
-    elif schedule.prediction_type != "epsilon" and family != ENLARGING:
+    elif schedule.prediction_type != "epsilon" and family != ENLARGING and VELOCITY not in tensors:
         warnings.warn(
             f"{path.name} is taken for the {family} that predicts velocity (768-v); the file itself does not say. "
             'If its pictures are noise, it predicts noise: pass prediction_type="epsilon"',
@@ -183,6 +184,8 @@ def recognise(path: Path, tensors: Mapping[str, TensorInfo]) -> tuple[str, Noise
     schedule = NoiseSchedule(**shape["schedule"])
     if channels == 9:
         schedule = replace(schedule, prediction_type="epsilon")  # as all inpainting models do
+    if VELOCITY in tensors:
+        schedule = replace(schedule, prediction_type="v_prediction", rescale_betas_zero_snr=ZERO_SNR in tensors)
     config = {**shape["unet"], "in_channels": channels}
     sections = [
         Section("unet", "UNet2DConditionModel", "unet", UNET, config),

@@ -160,6 +160,18 @@ def test_what_the_file_does_not_say_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("use_tiny")
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_files_that_say_what_they_predict(tmp_path: Path, zero_snr: bool) -> None:
+    shape = tiny("Stable Diffusion XL")
+    marks = {"v_pred": torch.zeros(0)} | ({"ztsnr": torch.zeros(0)} if zero_snr else {})
+    save_file(tensors_of(parts_of(shape), shape) | marks, tmp_path / "model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule = Pipeline.from_pretrained(tmp_path / "model.safetensors", device="cpu").parts.schedule
+    assert schedule.prediction_type == "v_prediction" and schedule.ends_in_pure_noise == zero_snr
+
+
+@pytest.mark.usefixtures("use_tiny")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inspection_says_what_a_file_is_and_what_of_it_is_not_used(tmp_path: Path, family: str) -> None:
     shape = tiny(family)
