@@ -108,6 +108,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that is whole")
     train.add_argument("--out", help="run folder, instead of the config's run.out")
 
+    finetune = command("finetune", _finetune, "Fine-tune a model on captioned pictures, with settings chosen for both.")
+    finetune.add_argument("dataset", help="folder of pictures with a metadata.jsonl")
+    finetune.add_argument(
+        "--model", help="folder, safetensors file, or owner/name on a hub; the embedded one by default"
+    )
+    finetune.add_argument("--out", required=True, help="run folder")
+    finetune.add_argument("--lora", type=int, metavar="RANK", help="train a LoRA of this rank, not the whole U-Net")
+
     data = command("data", _data, "Build a captioned data set.")
     data.add_argument(
         "name",
@@ -195,6 +203,12 @@ def _train(options: argparse.Namespace) -> None:
     packaged = Path(training.__file__).parent / "configs" / Path(options.config).name
     recipe = packaged if packaged.is_file() and not Path(options.config).exists() else options.config
     training.cli_train(str(recipe), options.overrides, options.resume, options.out)
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    from training import cli_finetune
+
+    cli_finetune(options.dataset, options.out, options.model, options.lora)
 
 
 def _data(options: argparse.Namespace) -> None:

@@ -37,6 +37,17 @@ def cli_train(config: str, overrides: list[str], resume: bool, out: str | None) 
         raise StorageError(f"no space left for {place}; free some, then go on with --resume") from error
 
 
+def cli_finetune(dataset: str, out: str, model: str | None, rank: int | None) -> None:
+    """Fine-tune a model on captioned pictures with settings chosen for both; the command line's `latentdiff finetune`.
+
+    Raises:
+        InputError, ModelLoadError, StorageError: see `training.finetune.finetune`.
+    """
+    from training.finetune import finetune
+
+    finetune(dataset, out, model, rank)
+
+
 def cli_data_digits(out: str) -> None:
     """Write the digits of scikit-learn; the command line's `latentdiff data digits`."""
     import json

@@ -1,0 +1,67 @@
+"""Recipes that are chosen: for small and large models, few and many pictures; and one run from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from latentdiff import Pipeline
+from latentdiff.checkpoints import load_pipeline
+from latentdiff.cli import main
+from tests.training.test_lora_stage import base
+from tests.training.test_stages import pictures
+from training import finetune as finetune_module
+from training.config import DiffusionTraining, parse_config
+from training.finetune import choose
+
+
+def chosen(model: Path, captions: list[str], rank: int | None) -> DiffusionTraining:
+    config = parse_config(choose(load_pipeline(model), "pictures", captions, "out", str(model), rank))
+    assert isinstance(config, DiffusionTraining)
+    return config
+
+
+def test_steps_follow_the_pictures(built_model: Path) -> None:
+    few, many, more = (chosen(built_model, ["a"] * count, None).run for count in (8, 1000, 100_000))
+    assert (few.steps, many.steps, more.steps) == (200, 1250, 4000)
+    assert few.ema_decay == 0.99 and many.ema_decay == 0.999
+
+
+def test_lora_and_large_models_are_trained_otherwise(built_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, thin = chosen(built_model, ["a"] * 9, None), chosen(built_model, ["a"] * 9, 4)
+    assert whole.lora is None and thin.lora is not None and thin.lora.rank == 4
+    assert "convolution" in thin.lora.layers
+    assert thin.optimizer.learning_rate > whole.optimizer.learning_rate
+    monkeypatch.setattr(finetune_module, "SMALL", 1.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    large = chosen(built_model, ["a"] * 9, 4)
+    assert large.run.gradient_checkpointing and large.run.batch_size == large.run.accumulation
+    assert large.lora is not None and "convolution" not in large.lora.layers
+    assert large.optimizer.learning_rate < thin.optimizer.learning_rate
+
+
+def test_one_command(
+    built_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It prints the recipe that it runs, which is one that `latentdiff train` takes."""
+    for file in pictures(tmp_path / "pictures", 6).glob("*.png"):
+        Image.open(file).resize((32, 32)).save(file)
+    model = base(built_model, tmp_path / "base", tmp_path / "pictures")
+    monkeypatch.setattr(finetune_module, "STEPS", (2, 2))
+    out = tmp_path / "run"
+    call = ["finetune", str(tmp_path / "pictures"), "--model", str(model), "--out", str(out)]
+    assert main([*call, "--lora", "2"]) == 0
+    printed = capsys.readouterr().out.partition("saved ")[0]
+    tree: Any = yaml.safe_load(printed)
+    assert parse_config(tree).run.steps == 2 and tree["lora"]["rank"] == 2
+    pipe = Pipeline.from_pretrained(model, device="cpu").with_loras({out / "lora.safetensors": 1.0})
+    assert pipe("a", num_inference_steps=2).images[0].size == (32, 32)
+    assert main(call) == 2
+    assert "add --resume" in capsys.readouterr().err
+    assert main(["finetune", str(tmp_path / "none"), "--out", str(tmp_path / "other")]) == 2
+    assert "has no metadata.jsonl" in capsys.readouterr().err

@@ -1,0 +1,83 @@
+"""`latentdiff finetune`: a recipe chosen for a model, a set of captioned pictures and this machine, and run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from latentdiff.checkpoints import Parts, load_pipeline
+from latentdiff.drawing import native_size
+from latentdiff.errors import InputError
+from training.config import DataConfig, parse_config
+from training.dataset import load_images
+
+SMALL = 100e6  # parameters of a U-Net up to which a CPU trains it in minutes
+PASSES = 40  # over the pictures
+STEPS = (200, 4000)  # at least, and at most
+PROMPTS = 8
+
+
+def finetune(dataset: str, out: str, model: str | None, rank: int | None) -> Path:
+    """Choose a recipe, print it as YAML, run it, and return what was trained.
+
+    Args:
+        dataset: folder of captioned pictures.
+        out: run folder.
+        model: folder, single file or hub name; None for the embedded model.
+        rank: of a LoRA; None trains the whole U-Net.
+
+    Raises:
+        InputError, ModelLoadError, StorageError: as of the diffusion stage.
+    """
+    from training.diffusion import train_diffusion
+
+    parts = load_pipeline(model)
+    height, width = native_size(parts)
+    if height != width:
+        raise InputError(f"only models of square pictures are fine-tuned, got {width}x{height}; use another model")
+    pictures = load_images(DataConfig(folder=dataset, size=height))
+    captions = [row["captions"][0] for row in pictures.rows]
+    tree = choose(parts, dataset, captions, out, model or "embedded", rank)
+    print(yaml.safe_dump(tree, sort_keys=False))
+    return train_diffusion(parse_config(tree))  # type: ignore[arg-type]
+
+
+def choose(parts: Parts, dataset: str, captions: list[str], out: str, model: str, rank: int | None) -> dict[str, Any]:
+    """Return the config of a fine-tuning run that suits a model, a set of pictures and this machine."""
+    assert parts.unet is not None
+    large = sum(parameter.numel() for parameter in parts.unet.parameters()) > SMALL
+    batch = _batch(large)
+    fewest, most = STEPS
+    steps = min(max(PASSES * len(captions) // batch, fewest), most)
+    often = max(1, steps // 4)
+    rates = {(False, False): 2e-4, (False, True): 1e-3, (True, False): 1e-5, (True, True): 1e-4}
+    every = max(1, len(captions) // PROMPTS)
+    run = {"out": out, "steps": steps, "batch_size": batch, "ema_decay": 0.99 if steps < 1000 else 0.999}
+    run |= {"sample_every": often, "save_every": often, "log_every": max(1, steps // 40)}
+    if large:
+        run |= {"accumulation": batch, "gradient_checkpointing": True}
+    tree: dict[str, Any] = {
+        "stage": "diffusion",
+        "data": {"folder": dataset, "size": native_size(parts)[0]},
+        "run": run,
+        "start_from": model,
+        "optimizer": {"learning_rate": rates[large, rank is not None], "warmup_steps": max(1, steps // 20)},
+        "prompts": captions[::every][:PROMPTS],
+    }
+    if rank is not None:
+        # A small U-Net has most of its weights in convolutions, a large one learns a style by its attention.
+        layers = ["attention", "feed_forward"] + ([] if large else ["convolution"])
+        tree["lora"] = {"rank": rank, "layers": layers}
+    return tree
+
+
+def _batch(large: bool) -> int:
+    """Return how many pictures a step sees: what a GPU takes at once, or a CPU in a few seconds."""
+    if not large:
+        return 32
+    if not torch.cuda.is_available():
+        return 2
+    return 8 if torch.cuda.get_device_properties(0).total_memory > 2**34 else 4
