@@ -40,11 +40,10 @@ from training.run import (
     adamw,
     checkpoint_gradients,
     compile_checked,
-    learning_rate,
     open_run,
     save_grid,
     save_run,
-    set_learning_rate,
+    start_step,
     stop_on_signal,
 )
 from training.state import RunState
@@ -94,11 +93,9 @@ def run_steps(
     with stop_on_signal() as stopped:
         for step in range(first, run.steps):
             judged = config.loss.adversarial > 0 and step >= config.loss.adversarial_start
-            for each in (optimizer, critic):
-                set_learning_rate(each, learning_rate(config.optimizer, step, run.steps))
-                each.zero_grad()
+            start_step(config, step, optimizer, critic)
             seen: list[dict[str, Tensor]] = []
-            for share in micro_batches(accelerator, run, model):
+            for share in micro_batches(accelerator, run, step, model):
                 images = _batch(data, config, step, share).to(accelerator.device)
                 noise = sample_noise(run.seed, step, share, run.batch_size, _latent_shape(plain, images))
                 with accelerator.autocast():
@@ -118,12 +115,14 @@ def run_steps(
             norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
             if judged:
                 values["critic_norm"] = accelerator.clip_grad_norm_(judge.parameters(), config.optimizer.max_grad_norm)
-            if state.guard.allows(values["loss"], sum(values.values(), norm), step):
+            finite = state.guard.allows(values["loss"], sum(values.values(), norm), step)
+            if finite:
                 optimizer.step()
                 state.ema.update(plain)
                 if judged:
                     critic.step()
-            log.step(step, {**values, "grad_norm": norm, "skipped": state.guard.bad_steps > 0})
+            values |= {"grad_norm": norm, "skipped": torch.tensor(not finite)}
+            log.step(step, {**values, "learning_rate": optimizer.param_groups[0]["lr"]})
             done, stopping = step + 1, any_process(accelerator, bool(stopped))
             if accelerator.is_main_process and (done % run.sample_every == 0 or done == run.steps):
                 with state.ema.swapped_into(plain):
@@ -152,7 +151,7 @@ def compile_autoencoder(
     model: AutoencoderKL, config: AutoencoderTraining, data: CaptionedImages, accelerator: Accelerator
 ) -> None:
     """Compile both halves in place on one micro-batch; see `compile_checked`."""
-    share = next(micro_batches(accelerator, config.run))
+    share = next(micro_batches(accelerator, config.run, 0))
     images = _batch(data, config, 0, share).to(accelerator.device)
     compile_checked(model.encoder, images, autocast=accelerator.autocast())
     latents = model.encode(images).mode().detach()

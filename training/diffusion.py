@@ -48,12 +48,11 @@ from training.run import (
     compile_checked,
     evaluating,
     fast_attention,
-    learning_rate,
     open_run,
     save_grid,
     save_run,
     seeded,
-    set_learning_rate,
+    start_step,
     stop_on_signal,
 )
 from training.state import RunState
@@ -119,10 +118,9 @@ def run_steps(
             # Both of the whole batch, (B,).
             timesteps, weights = draw_timesteps(importance, parts.schedule, run.batch_size, generator)
             estimated = bool(torch.rand((), generator=generator) < 0.5)
-            set_learning_rate(optimizer, learning_rate(config.optimizer, step, run.steps))
-            optimizer.zero_grad()
+            start_step(config, step, optimizer)
             seen: list[Tensor] = []
-            for share in micro_batches(accelerator, run, unet):
+            for share in micro_batches(accelerator, run, step, unet):
                 latents, context, nulls = draw_batch(data, config, step, share)
                 noise = sample_noise(run.seed, step, share, run.batch_size, latents.shape[1:])
                 inputs = (part.to(accelerator.device) for part in (latents, context, timesteps[share], noise))
@@ -142,8 +140,8 @@ def run_steps(
                 state.ema.update(trained)
             if isinstance(importance, ImportanceSampler):
                 importance.update(timesteps, losses)
-            skipped = state.guard.bad_steps > 0
-            log.step(step, {"loss": loss, "grad_norm": norm, "null": nulls.mean(), "skipped": skipped})
+            values = {"loss": loss, "grad_norm": norm, "null": nulls.mean(), "skipped": not finite}
+            log.step(step, {**values, "learning_rate": optimizer.param_groups[0]["lr"]})
             done, stopping = step + 1, any_process(accelerator, bool(stopped))
             if accelerator.is_main_process and (done % run.sample_every == 0 or done == run.steps):
                 with state.ema.swapped_into(trained), evaluating(network):
@@ -160,7 +158,7 @@ def compile_unet(
     unet: UNet2DConditionModel, config: DiffusionTraining, data: LatentSet, accelerator: Accelerator
 ) -> None:
     """Compile the network in place on one micro-batch; see `compile_checked`."""
-    share = next(micro_batches(accelerator, config.run))
+    share = next(micro_batches(accelerator, config.run, 0))
     latents, context, _ = (part.to(accelerator.device) for part in draw_batch(data, config, 0, share))
     timesteps = torch.zeros(len(latents), dtype=torch.int64, device=accelerator.device)
     compile_checked(unet, model_inputs(latents, config), timesteps, context, autocast=accelerator.autocast())

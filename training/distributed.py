@@ -38,10 +38,11 @@ def start_accelerator(run: RunConfig) -> Accelerator:
     return accelerator
 
 
-def micro_batches(accelerator: Accelerator, run: RunConfig, *networks: nn.Module) -> Iterator[slice]:
+def micro_batches(accelerator: Accelerator, run: RunConfig, step: int, *networks: nn.Module) -> Iterator[slice]:
     """Yield the positions in the batch that this process goes through, micro-step by micro-step.
 
-    The gradients of all processes meet in the last one.
+    The gradients of all processes meet in the last one. What networks draw by themselves (dropout) is made a function
+    of seed, step and position, so that a resumed run draws the same.
 
     Args:
         networks: prepared by the accelerator.
@@ -54,7 +55,9 @@ def micro_batches(accelerator: Accelerator, run: RunConfig, *networks: nn.Module
             if number < run.accumulation - 1:
                 for network in networks:
                     apart.enter_context(accelerator.no_sync(network))
-            yield slice(first + number * size, first + (number + 1) * size)
+            positions = slice(first + number * size, first + (number + 1) * size)
+            torch.manual_seed(seeded(run.seed, step, 2, positions.start).initial_seed())
+            yield positions
 
 
 def sample_noise(seed: int, step: int, positions: slice, batch_size: int, shape: Sequence[int]) -> Tensor:

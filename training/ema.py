@@ -35,13 +35,14 @@ class Ema:
 
     @contextmanager
     def swapped_into(self, model: nn.Module) -> Iterator[None]:
-        """Put the average into the model for the time of a `with` block; the live weights come back after it."""
+        """Put the average into the model, in evaluation mode, for a `with` block; live weights come back after it."""
+        training = model.training
         live = {name: p.detach().clone() for name, p in model.named_parameters()}
-        self._copy(self.weights, model)
+        self._copy(self.weights, model.eval())
         try:
             yield
         finally:
-            self._copy(live, model)
+            self._copy(live, model.train(training))
 
     @staticmethod
     @torch.no_grad()

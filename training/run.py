@@ -169,10 +169,12 @@ def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
     return optimizer.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * fall))
 
 
-def set_learning_rate(optimizer: Optimizer, value: float) -> None:
-    """Set the learning rate of every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = value
+def start_step(config: TrainingConfig, step: int, *optimizers: Optimizer) -> None:
+    """Set the learning rate of a step (0-based) and clear the gradients of the one before."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, step, config.run.steps)
+        optimizer.zero_grad()
 
 
 def seeded(*parts: int) -> torch.Generator:

@@ -86,6 +86,20 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+def test_dropout_is_drawn_anew_each_step_and_alike_after_a_break(tmp_path: Path) -> None:
+    pictures(tmp_path / "pictures", 6)
+    cli_train(recipe(tmp_path, "autoencoder"), [], False, None)
+    file, drop = recipe(tmp_path, "diffusion"), "model.dropout=0.3"
+    cli_train(file, [drop], False, str(tmp_path / "unbroken"))
+    cli_train(file, [drop], False, str(tmp_path / "broken"))
+    (tmp_path / "broken/checkpoints/step-00000004/manifest.json").unlink()
+    cli_train(file, [drop], True, str(tmp_path / "broken"))
+    cli_train(file, [], False, str(tmp_path / "without"))
+    unbroken, broken, without = (weights_of(tmp_path / name) for name in ("unbroken", "broken", "without"))
+    assert all(torch.equal(tensor, broken[name]) for name, tensor in unbroken.items())
+    assert not all(torch.equal(tensor, without[name]) for name, tensor in unbroken.items())
+
+
 def test_fp16_needs_a_gpu_and_is_not_for_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="needs a CUDA GPU"):
@@ -95,7 +109,7 @@ def test_fp16_needs_a_gpu_and_is_not_for_pictures(tmp_path: Path, monkeypatch: p
 
 
 def test_average_warms_up_and_leaves_live_weights_alone() -> None:
-    layer = torch.nn.Linear(1, 1, bias=False)
+    layer: Any = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(layer.weight)
     ema = Ema(layer, 0.3)
     expected, decays = 1.0, [1 / 10, 2 / 11, 3 / 12, 0.3, 0.3]
@@ -106,8 +120,8 @@ def test_average_warms_up_and_leaves_live_weights_alone() -> None:
         assert ema.weights["weight"].item() == pytest.approx(expected)
     live = layer.weight.detach().clone()
     with ema.swapped_into(layer):
-        assert layer.weight.item() == pytest.approx(expected)
-    assert torch.equal(layer.weight, live)
+        assert layer.weight.item() == pytest.approx(expected) and not layer.training
+    assert torch.equal(layer.weight, live) and layer.training
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda file: file.name)
