@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from latentdiff.errors import InputError
 from latentdiff.models.lora import Factors, layers_of
 from training.config import LoraConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Which layers of a U-Net each kind is.
 KINDS = {
@@ -72,6 +75,12 @@ class Adapted(nn.Module):
         self.adapters = nn.ModuleDict({name.replace(".", "/"): LoraLayer(one, config) for name, one in chosen.items()})
         for name, layer in chosen.items():
             layer.register_forward_hook(_adding(self.adapters[name.replace(".", "/")]))
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the thin layers' dropout on or off; the network has none, since it is not trained."""
+        super().train(mode)
+        self.network.eval()
+        return self
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Return what the network does."""

@@ -46,7 +46,6 @@ from training.run import (
     adamw,
     checkpoint_gradients,
     compile_checked,
-    evaluating,
     fast_attention,
     open_run,
     save_grid,
@@ -125,7 +124,6 @@ def run_steps(
                 noise = sample_noise(run.seed, step, share, run.batch_size, latents.shape[1:])
                 inputs = (part.to(accelerator.device) for part in (latents, context, timesteps[share], noise))
                 latents, context, times, noise = inputs
-                torch.manual_seed(seeded(run.seed, step, 2, share.start).initial_seed())  # of dropout
                 with accelerator.autocast():
                     losses = diffusion_losses(unet, parts, config, latents, context, times, noise, estimated)  # (b,)
                 accelerator.backward((losses * weights[share].to(losses)).mean() / run.accumulation)
@@ -144,7 +142,7 @@ def run_steps(
             log.step(step, {**values, "learning_rate": optimizer.param_groups[0]["lr"]})
             done, stopping = step + 1, any_process(accelerator, bool(stopped))
             if accelerator.is_main_process and (done % run.sample_every == 0 or done == run.steps):
-                with state.ema.swapped_into(trained), evaluating(network):
+                with state.ema.swapped_into(trained):
                     draw_samples(parts, config, Path(run.out) / f"samples/{done:08d}.png")
             if done % run.save_every == 0 or done == run.steps or stopping:
                 save_run(config, done, state, accelerator)

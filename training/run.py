@@ -183,16 +183,6 @@ def seeded(*parts: int) -> torch.Generator:
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Switch dropout off for the time of a `with` block."""
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train()
-
-
-@contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list that the loop looks at after each step; the second one exits at once."""
     received: list[int] = []

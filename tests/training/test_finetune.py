@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from latentdiff import Pipeline
@@ -18,6 +20,14 @@ from tests.training.test_stages import pictures
 from training import finetune as finetune_module
 from training.config import DiffusionTraining, parse_config
 from training.finetune import choose
+
+
+@pytest.fixture
+def own_precision() -> Iterator[None]:
+    """Let a run choose its precision, which accelerate keeps for the time of a process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
 
 
 def chosen(model: Path, captions: list[str], rank: int | None) -> DiffusionTraining:
@@ -45,6 +55,7 @@ def test_lora_and_large_models_are_trained_otherwise(built_model: Path, monkeypa
     assert large.optimizer.learning_rate < thin.optimizer.learning_rate
 
 
+@pytest.mark.usefixtures("own_precision")
 def test_one_command(
     built_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
