@@ -130,12 +130,18 @@ class DiffusionTraining(Section):
     loss: Literal["simple", "hybrid", "vlb"] = "simple"
     # Of the bound, in bits per dimension, in the hybrid loss.
     vlb_weight: float = Field(0.001, ge=0)
-    # How timesteps are drawn: alike, or more often where the loss is large (for the noisy loss vlb).
-    timesteps: Literal["uniform", "importance"] = "uniform"
+    # How timesteps are drawn: alike, more often in the middle, or more often where the loss is large (for loss: vlb).
+    timesteps: Literal["uniform", "logit_normal", "importance"] = "uniform"
     # Give the network its own estimate of the step before, in twice the channels.
     self_conditioning: bool = False
-    # Cap of the signal-to-noise ratio in the weight of the squared error; 0 weighs all timesteps alike.
+    # How the squared error is weighed over timesteps; `training.objective.loss_weight` defines each.
+    weighting: Literal["min_snr", "p2", "debiased"] = "min_snr"
+    # Of weighting: min_snr, the cap of the signal-to-noise ratio; 0 weighs all timesteps alike.
     min_snr_gamma: float = Field(5.0, ge=0)
+    # Share of noise that is one number for each channel of a sample, so that whole pictures learn to be dark or bright.
+    offset_noise: float = Field(0.0, ge=0, le=1)
+    # Share of noise that the network sees and is not asked for, which makes up for its own errors while sampling.
+    input_perturbation: float = Field(0.0, ge=0, le=1)
     prompts: list[str] = ["a red fox", "a green tree", "a house", "a blue car"]
     guidance_scale: float = Field(4.0, ge=0, le=50)
     cache: str | None = None

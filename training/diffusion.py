@@ -8,6 +8,7 @@ Try:
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ from training.run import (
     stop_on_signal,
 )
 from training.state import RunState
-from training.timesteps import ImportanceSampler, stratified_timesteps
+from training.timesteps import ImportanceSampler, logit_normal_timesteps, stratified_timesteps
 
 LORA_FILE = "lora.safetensors"
 
@@ -115,17 +116,19 @@ def run_steps(
         for step in range(first, run.steps):
             generator = seeded(run.seed, step, 0)
             # Both of the whole batch, (B,).
-            timesteps, weights = draw_timesteps(importance, parts.schedule, run.batch_size, generator)
+            total = parts.schedule.num_train_timesteps
+            timesteps, weights = draw_timesteps(config.timesteps, importance, total, run.batch_size, generator)
             estimated = bool(torch.rand((), generator=generator) < 0.5)
             start_step(config, step, optimizer)
             seen: list[Tensor] = []
             for share in micro_batches(accelerator, run, step, unet):
                 latents, context, nulls = draw_batch(data, config, step, share)
-                noise = sample_noise(run.seed, step, share, run.batch_size, latents.shape[1:])
-                inputs = (part.to(accelerator.device) for part in (latents, context, timesteps[share], noise))
-                latents, context, times, noise = inputs
+                drawn = (latents, context, timesteps[share], *draw_noises(config, step, share, latents.shape[1:]))
+                latents, context, times, noise, shown = (part.to(accelerator.device) for part in drawn)
                 with accelerator.autocast():
-                    losses = diffusion_losses(unet, parts, config, latents, context, times, noise, estimated)  # (b,)
+                    losses = diffusion_losses(
+                        unet, parts, config, latents, context, times, noise, estimated, shown
+                    )  # (b,)
                 accelerator.backward((losses * weights[share].to(losses)).mean() / run.accumulation)
                 seen.append(torch.stack([losses, nulls.to(losses)], dim=1))
             losses, nulls = gathered(accelerator, seen).cpu().unbind(dim=1)  # (B,) each
@@ -178,12 +181,30 @@ def export(network: nn.Module, config: DiffusionTraining, parts: Parts, folder: 
 
 
 def draw_timesteps(
-    importance: nn.Module | None, schedule: NoiseSchedule, count: int, generator: torch.Generator
+    kind: str, importance: nn.Module | None, total: int, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return timesteps (count,) int64 of a batch and the weights (count,) of their losses."""
+    """Return timesteps (count,) int64, below `total`, of a batch and the weights (count,) of their losses."""
     if isinstance(importance, ImportanceSampler):
         return importance.draw(count, generator)
-    return stratified_timesteps(count, schedule.num_train_timesteps, generator), torch.ones(count)
+    draw = logit_normal_timesteps if kind == "logit_normal" else stratified_timesteps
+    return draw(count, total, generator), torch.ones(count)
+
+
+def draw_noises(config: DiffusionTraining, step: int, share: slice, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the noise that the network is asked for and the one it sees, each (b, C, h, w), of samples of a shape.
+
+    Source: offset noise: Guttenberg 2023, "Diffusion with Offset Noise"; input perturbation: Ning et al. 2023,
+    arXiv 2301.11706, algorithm 1.
+    """
+    run = config.run
+    noise = sample_noise(run.seed, step, share, run.batch_size, shape)
+    if config.offset_noise:
+        offsets = sample_noise(run.seed, step, share, run.batch_size, (shape[0], 1, 1), purpose=3)
+        noise = noise + config.offset_noise * offsets
+    if not config.input_perturbation:
+        return noise, noise
+    more = sample_noise(run.seed, step, share, run.batch_size, shape, purpose=4)
+    return noise, noise + config.input_perturbation * more
 
 
 def prepare_data(config: DiffusionTraining, parts: Parts, folder: Path) -> LatentSet:

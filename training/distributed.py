@@ -60,14 +60,17 @@ def micro_batches(accelerator: Accelerator, run: RunConfig, step: int, *networks
             yield positions
 
 
-def sample_noise(seed: int, step: int, positions: slice, batch_size: int, shape: Sequence[int]) -> Tensor:
+def sample_noise(
+    seed: int, step: int, positions: slice, batch_size: int, shape: Sequence[int], purpose: int = 1
+) -> Tensor:
     """Draw the noise of some samples of a step's batch, each from a generator of its own: (B, *shape) float32, CPU.
 
     Args:
         positions: of the samples in the batch.
         shape: of one sample, (C, H, W).
+        purpose: a number for each kind of noise, so that they differ; 0 and 2 are taken.
     """
-    return draw_noise([seeded(seed, step, 1, position) for position in range(batch_size)[positions]], shape)
+    return draw_noise([seeded(seed, step, purpose, position) for position in range(batch_size)[positions]], shape)
 
 
 def gathered(accelerator: Accelerator, micro_steps: Sequence[Tensor]) -> Tensor:

@@ -40,6 +40,10 @@ def require_trainable(config: DiffusionTraining, parts: Parts) -> None:
         )
     if config.loss == "simple" and learned:
         raise InputError("schedule.variance_type learned_range is not trained by loss: simple; choose loss: hybrid")
+    if config.loss != "simple" and (config.offset_noise or config.input_perturbation):
+        raise InputError(
+            f"loss: {config.loss} bounds the likelihood of plain noise; leave offset_noise and others at 0"
+        )
     if config.loss != "simple" and schedule.ends_in_pure_noise:
         raise InputError(f"loss: {config.loss} needs some signal at the last timestep; choose loss: simple")
 
@@ -60,6 +64,7 @@ def diffusion_losses(
     timesteps: Tensor,
     noise: Tensor,
     estimated: bool = False,
+    shown: Tensor | None = None,
 ) -> Tensor:
     """Return the loss (B,) of each image of a batch.
 
@@ -71,12 +76,13 @@ def diffusion_losses(
         timesteps: (B,) int64.
         noise: (B, C, h, w), standard normal.
         estimated: with self-conditioning, give the network its estimate of a first pass; else zeros.
+        shown: (B, C, h, w), the noise on what the network sees; None for `noise`.
 
     Source: Ho et al. 2020, arXiv 2006.11239, Eq. 14 (simple); Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 16 (hybrid)
     and section 3.3 (vlb); Chen et al. 2022, arXiv 2208.04202, algorithm 1 (self-conditioning).
     """
     schedule, channels = parts.schedule, latents.shape[1]
-    noisy = schedule.add_noise(latents, noise, timesteps)
+    noisy = schedule.add_noise(latents, noise if shown is None else shown, timesteps)
     sigmas = schedule.sigmas.to(latents.device, torch.float32)[timesteps].reshape(-1, 1, 1, 1)
     estimate = None
     if config.self_conditioning and estimated:
@@ -88,7 +94,7 @@ def diffusion_losses(
     if prediction.shape[1] > channels:
         prediction, variance = halves(prediction)
     errors = (prediction - schedule.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))  # (B,)
-    simple = errors * loss_weight(schedule, timesteps, config.min_snr_gamma)
+    simple = errors * loss_weight(schedule, timesteps, config.weighting, config.min_snr_gamma)
     if config.loss == "simple":
         return simple
     # Hybrid: the bound trains the variance alone, so that its noisy gradient leaves the prediction in peace.
@@ -101,19 +107,25 @@ def diffusion_losses(
     return bound if config.loss == "vlb" else simple + config.vlb_weight * bound
 
 
-def loss_weight(schedule: NoiseSchedule, timesteps: Tensor, gamma: float) -> Tensor:
-    """Return the min-SNR weight (B,) of each timestep: min(SNR, gamma) on the x0 error, whatever the network predicts.
+def loss_weight(schedule: NoiseSchedule, timesteps: Tensor, weighting: str = "min_snr", gamma: float = 5.0) -> Tensor:
+    """Return the weight (B,) of each timestep's squared error, which weighs an x0 error alike whatever is predicted.
 
-    Source: Hang et al. 2023, arXiv 2303.09556, Eq. 4 and section 3.4.
+    Args:
+        timesteps: (B,) int64.
+        weighting: of the x0 error: "min_snr", min(SNR, gamma); "p2", SNR / (1 + SNR); "debiased", the root of SNR.
+        gamma: of min_snr; 0 weighs the errors of what is predicted alike.
+
+    Source: Hang et al. 2023, arXiv 2303.09556, Eq. 4 and section 3.4; Choi et al. 2022, arXiv 2204.00227, Eq. 8 with
+    k = gamma = 1; Yu et al. 2023, arXiv 2310.08442, section 4.
     """
-    if gamma == 0:
+    if weighting == "min_snr" and gamma == 0:
         return torch.ones(len(timesteps), device=timesteps.device)
     snr = schedule.snr(timesteps).to(timesteps.device, torch.float32)
-    clipped = snr.clamp_max(gamma)
+    of_x0 = {"min_snr": snr.clamp_max(gamma), "p2": snr / (1 + snr), "debiased": snr.sqrt()}
     of_error = {
         "epsilon": snr,
         "v_prediction": snr + 1,
         "sample": torch.ones_like(snr),
         "flow_prediction": (snr.sqrt() + 1) ** 2,
     }
-    return clipped / of_error[schedule.prediction_type]
+    return of_x0[weighting] / of_error[schedule.prediction_type]

@@ -19,10 +19,11 @@ from latentdiff.errors import InputError
 from tests.models.test_pixels import UNET, parts
 from tests.training.test_stages import pictures, weights_of
 from training import cli_train
-from training.config import load_config
+from training.config import DiffusionTraining, load_config
+from training.diffusion import draw_noises
 from training.digits import build
 from training.objective import diffusion_losses, loss_weight
-from training.timesteps import HISTORY, ImportanceSampler, stratified_timesteps
+from training.timesteps import HISTORY, ImportanceSampler, logit_normal_timesteps, stratified_timesteps
 
 ROOT = Path(__file__).parents[2]
 SIZE = 16
@@ -94,7 +95,54 @@ def test_min_snr_weighs_the_error_of_x0_alike_for_every_prediction(prediction_ty
     sigmas = schedule.sigmas[timesteps].float()
     error_of_output = 1 / preconditioning(prediction_type, sigmas).c_out ** 2  # for an x0 error of 1
     expected = schedule.snr(timesteps).clamp_max(5.0)
-    torch.testing.assert_close(loss_weight(schedule, timesteps, 5.0) * error_of_output, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        loss_weight(schedule, timesteps, gamma=5.0) * error_of_output, expected, rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize("weighting", ["p2", "debiased"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+def test_other_weights_of_the_error_of_x0(weighting: str, prediction_type: str) -> None:
+    """P2 weighs an error of the noise by 1 / (1 + SNR), debiased estimation by 1 / sqrt(SNR)."""
+    from latentdiff.diffusion import NoiseSchedule
+    from latentdiff.diffusion.prediction import preconditioning
+
+    schedule, timesteps = NoiseSchedule(prediction_type=prediction_type), torch.tensor([10, 400, 900])
+    snr = schedule.snr(timesteps)
+    of_noise = {"p2": 1 / (1 + snr), "debiased": 1 / snr.sqrt()}[weighting]
+    error_of_output = 1 / preconditioning(prediction_type, schedule.sigmas[timesteps].float()).c_out ** 2
+    found = loss_weight(schedule, timesteps, weighting) * error_of_output
+    torch.testing.assert_close(
+        found, of_noise * snr, rtol=1e-4, atol=0
+    )  # an x0 error of 1 is one of sqrt(SNR) of noise
+
+
+def test_timesteps_with_a_normal_logit_lie_in_the_middle() -> None:
+    drawn = logit_normal_timesteps(100_000, 1000, torch.Generator().manual_seed(0)).double()
+    places = (drawn + 0.5) / 1000
+    logits = (places / (1 - places)).log()
+    assert abs(float(logits.mean())) < 0.01 and abs(float(logits.std()) - 1) < 0.01
+    assert drawn.min() >= 0 and drawn.max() <= 999
+
+
+def test_offset_and_perturbation_are_drawn_for_each_sample(tmp_path: Path) -> None:
+    pictures(tmp_path / "pictures", 4)
+    shape, whole = (4, 32, 32), slice(0, 64)
+    plain, offset, perturbed = (
+        load_config(recipe(tmp_path), ["run.batch_size=64", *changes])
+        for changes in ([], ["offset_noise=0.5"], ["input_perturbation=0.3"])
+    )
+    assert all(isinstance(config, DiffusionTraining) for config in (plain, offset, perturbed))
+    noise, shown = draw_noises(plain, 7, whole, shape)  # type: ignore[arg-type]
+    assert torch.equal(noise, shown)
+    shifted, also = draw_noises(offset, 7, whole, shape)  # type: ignore[arg-type]
+    shifts = shifted - noise
+    assert torch.equal(shifted, also) and float(shifts.std(dim=(2, 3)).max()) < 1e-6
+    assert abs(float(shifts[:, :, 0, 0].std()) - 0.5) < 0.06
+    asked, seen = draw_noises(perturbed, 7, whole, shape)  # type: ignore[arg-type]
+    assert torch.equal(asked, noise) and abs(float((seen - asked).std()) - 0.3) < 0.01
+    part = draw_noises(offset, 7, slice(16, 32), shape)[0]  # type: ignore[arg-type]
+    assert torch.equal(part, shifted[16:32])
 
 
 def test_importance_sampling_is_unbiased_and_prefers_large_losses() -> None:
@@ -122,8 +170,9 @@ def test_timesteps_are_stratified() -> None:
         {"loss": "hybrid", "schedule": LEARNED},
         {"loss": "vlb", "timesteps": "importance", "text_encoder": "none", "channels": 1},
         {"self_conditioning": True},
+        {"timesteps": "logit_normal", "weighting": "p2", "offset_noise": 0.1, "input_perturbation": 0.1},
     ],
-    ids=["hybrid", "vlb", "self-conditioned"],
+    ids=["hybrid", "vlb", "self-conditioned", "noises"],
 )
 def test_runs_in_pixels_resume_to_the_bit_and_show_what_they_learnt(
     tmp_path: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
@@ -151,6 +200,7 @@ def test_runs_in_pixels_resume_to_the_bit_and_show_what_they_learnt(
     [
         ({"loss": "hybrid"}, "loss: hybrid trains the variance, which needs schedule.variance_type learned_range"),
         ({"schedule": LEARNED}, "variance_type learned_range is not trained by loss: simple; choose loss: hybrid"),
+        ({"loss": "vlb", "offset_noise": 0.1}, "loss: vlb bounds the likelihood of plain noise"),
         (
             {"loss": "vlb", "schedule": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}},
             "loss: vlb needs some signal at the last timestep",
