@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from latentdiff.cli import main
 from latentdiff.errors import InputError, StorageError
@@ -40,6 +41,16 @@ def test_a_signal_ends_the_step_saves_and_exits_with_zero(
     assert main(["train", config, "--resume"]) == 0
     unbroken, resumed = weights_of(tmp_path / "unbroken"), weights_of(tmp_path / "autoencoder")
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in unbroken.items())
+
+
+def test_a_resumed_run_logs_each_step_once(config: str, tmp_path: Path) -> None:
+    cli_train(config, ["run.log_every=1"], False, None)
+    (tmp_path / "autoencoder/checkpoints/step-00000004/manifest.json").unlink()
+    cli_train(config, ["run.log_every=1"], True, None)
+    events = EventAccumulator(str(tmp_path / "autoencoder/logs")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    rates = [event.value for event in events.Scalars("learning_rate")]
+    assert rates == pytest.approx([0.003 * share for share in (1 / 5, 2 / 5, 3 / 5, 4 / 5 * 0.5)])
 
 
 def test_another_config_is_refused_with_the_difference_and_a_longer_run_is_not(config: str, tmp_path: Path) -> None:
