@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_PIXELS",
     "check_writable",
+    "decode_rgba",
     "fit",
     "from_tensor",
     "numbered",
@@ -63,13 +64,27 @@ def open_image(path: str | os.PathLike[str], *, opaque: bool = False) -> Image.I
     Raises:
         InputError: there is no such file, it is another format, animated, truncated, broken or too large.
     """
-    data, name = _read(path), os.fspath(path)
-    image = _parse(data, name)
-    try:
-        image.load()
-    except Exception as error:  # a decoder may fail in any way on a hostile file
-        raise InputError(f"{name} is truncated or broken ({error}); save it again from its source") from error
-    return to_rgb(image, opaque=opaque)
+    return to_rgb(_decode(_read(path), os.fspath(path)), opaque=opaque)
+
+
+def decode_rgba(data: bytes, name: str) -> Image.Image:
+    """Return the picture in the bytes of a PNG, JPEG or WebP file, upright, in sRGB and with its opacity.
+
+    Args:
+        data: content of the file.
+        name: of the file, for messages.
+
+    Returns:
+        An image of mode "RGBA", its colours not premultiplied.
+
+    Raises:
+        InputError: it is another format, animated, truncated, broken or too large.
+    """
+    color, alpha = _upright(_decode(data, name))
+    rgba = color.convert("RGBA")
+    if alpha is not None:
+        rgba.putalpha(alpha)
+    return rgba
 
 
 def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -105,6 +120,15 @@ def _read(path: str | os.PathLike[str]) -> bytes:
         raise InputError(f"cannot read image {name!r}: {reason}; check the path") from error
 
 
+def _decode(data: bytes, name: str) -> Image.Image:
+    image = _parse(data, name)
+    try:
+        image.load()
+    except Exception as error:  # a decoder may fail in any way on a hostile file
+        raise InputError(f"{name} is truncated or broken ({error}); save it again from its source") from error
+    return image
+
+
 def _parse(data: bytes, name: str) -> Image.Image:
     """Read the header of an image file and check its kind and size; no pixel is decoded."""
     decoder = next((kind for mark, at, kind in SIGNATURES if data[at : at + len(mark)] == mark), None)
@@ -130,18 +154,21 @@ def to_rgb(image: Image.Image, *, opaque: bool = False) -> Image.Image:
     Raises:
         InputError: the mode has no defined range (32-bit floating point), or transparent parts are refused.
     """
-    profile = image.info.get("icc_profile")
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB" and not profile and "transparency" not in image.info:
-        return image
-    color, alpha = _split_alpha(image)
-    color = _apply_profile(color, profile) if profile else color
-    color = color if color.mode == "RGB" else color.convert("RGB")
+    color, alpha = _upright(image)
     if alpha is None:
         return color
     if opaque and alpha.getextrema()[0] < 255:  # type: ignore[operator]  # one band
         raise InputError("image must be opaque here, got transparent parts; lay it on a background first")
     return Image.composite(color, Image.new("RGB", color.size, "white"), alpha)
+
+
+def _upright(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Return a picture as upright 8-bit sRGB (mode "RGB") and its opacity (L), or None where it has none."""
+    profile = image.info.get("icc_profile")
+    image = ImageOps.exif_transpose(image)
+    color, alpha = _split_alpha(image)
+    color = _apply_profile(color, profile) if profile else color
+    return color if color.mode == "RGB" else color.convert("RGB"), alpha
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import colorsys
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from training.captions import COLORS, STYLE_PHRASES, colored, swap_sides
+from training.captions import COLORS, STYLE_PHRASES, colored, may_mirror, swap_sides
 from training.dataset import CaptionedImages, composite
 
 # Backgrounds that a caption can name, as sRGB.
@@ -27,38 +28,68 @@ BACKGROUNDS = {
 HUES = {"red": 0.0, "orange": 0.08, "yellow": 0.14, "green": 0.33, "blue": 0.6, "purple": 0.76, "pink": 0.91}
 
 
-def render_variant(
-    data: CaptionedImages, index: int, kind: str, seed: int, background: str
-) -> tuple[np.ndarray, list[str]]:
-    """Return one augmented picture and its captions, a pure function of the arguments.
+@dataclass(frozen=True)
+class Variant:
+    """How one augmented picture is made of a drawing; it says everything that its pixels depend on but the drawings.
+
+    Attributes:
+        index: of the drawing.
+        captions: what the result shows.
+        ground: sRGB of the background.
+        mirrored: whether left and right are exchanged.
+        turn: of its colours around the colour circle, in turns.
+        beside: index of a second drawing at its right.
+    """
+
+    index: int
+    captions: list[str]
+    ground: tuple[int, int, int]
+    mirrored: bool = False
+    turn: float = 0.0
+    beside: int | None = None
+
+
+def plan_variant(data: CaptionedImages, index: int, kind: str, seed: int, background: str) -> Variant:
+    """Choose how a drawing is augmented, a pure function of the arguments; no picture is looked at.
 
     Args:
         kind: "plain"; "flip" (mirrored, left and right exchanged in the caption); "hue" (the dominant colour turned,
             with the new colour word); "background" (a named colour behind it); "pair" (beside another drawing, "a fox
             next to a tree"). A drawing that does not allow a kind (no dominant colour, no mirror image) is left plain.
         background: CSS name or #rrggbb of the ground of the other kinds.
-
-    Returns:
-        RGB (H, W, 3) uint8 and the captions.
     """
-    rng = np.random.default_rng([seed, index, sum(kind.encode())])
-    row, rgba = data.rows[index], data.images[index]
+    rng = np.random.default_rng([seed, data.place(index), sum(kind.encode())])
+    row = data.rows[index]
     captions: list[str] = row["captions"]
-    ground = rgb(background)
-    if kind == "flip" and row.get("flip", True):
-        rgba, captions = rgba[:, ::-1], [swap_sides(c) for c in captions]
-    elif kind == "hue" and row.get("color") in HUES and "thing" in row:
+    plain = Variant(index, captions, rgb(background))
+    if kind == "flip" and row.get("flip", may_mirror(captions)):
+        return replace(plain, captions=[swap_sides(c) for c in captions], mirrored=True)
+    if kind == "hue" and row.get("color") in HUES and "thing" in row:
         color = str(rng.choice([name for name in HUES if name != row["color"]]))
-        rgba, captions = turn_hue(rgba, HUES[color] - HUES[row["color"]]), _styled(colored(row["thing"], color), row)
-    elif kind == "background":
+        captions = _styled(colored(row["thing"], color), row)
+        return replace(plain, captions=captions, turn=HUES[color] - HUES[row["color"]])
+    if kind == "background":
         color = str(rng.choice(list(BACKGROUNDS)))
-        ground, captions = BACKGROUNDS[color], [f"{c} on a {color} background" for c in captions]
-    elif kind == "pair" and "thing" in row:
+        captions = [f"{c} on a {color} background" for c in captions]
+        return replace(plain, captions=captions, ground=BACKGROUNDS[color])
+    if kind == "pair" and "thing" in row:
         other = int(rng.integers(len(data)))
         if "thing" in data.rows[other] and data.rows[other].get("style") == row.get("style"):
-            rgba = side_by_side(rgba, data.images[other])
             captions = _styled(f"{row['thing']} next to {data.rows[other]['thing']}", row)
-    return composite(rgba, ground), captions
+            return replace(plain, captions=captions, beside=other)
+    return plain
+
+
+def paint(data: CaptionedImages, variant: Variant) -> np.ndarray:
+    """Return the picture of a variant, RGB (H, W, 3) uint8."""
+    rgba = data.images[variant.index]
+    if variant.mirrored:
+        rgba = rgba[:, ::-1]
+    if variant.turn:
+        rgba = turn_hue(rgba, variant.turn)
+    if variant.beside is not None:
+        rgba = side_by_side(rgba, data.images[variant.beside])
+    return composite(rgba, variant.ground)
 
 
 def turn_hue(rgba: np.ndarray, turn: float) -> np.ndarray:

@@ -8,7 +8,9 @@ Try:
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from latentdiff.images import to_tensor
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
 from training.augment import random_view, rgb
 from training.config import AutoencoderTraining
-from training.dataset import CaptionedImages, batch_indices, composite, load_images
-from training.distributed import any_process, averaged, micro_batches, sample_noise, start_accelerator
+from training.dataset import CaptionedImages, LazyImages, composite, load_images, open_images
+from training.distributed import any_process, averaged, micro_batches, own_shares, sample_noise, start_accelerator
 from training.ema import Ema
+from training.loading import drawn_ahead, workers
 from training.losses import (
     PatchDiscriminator,
     adaptive_weight,
@@ -48,6 +51,8 @@ from training.run import (
 )
 from training.state import RunState
 
+WHOLE = slice(None)
+
 
 def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path:
     """Run the whole stage and return the folder of the trained autoencoder (diffusers layout).
@@ -59,7 +64,7 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
     require_trainable(config)
     accelerator, folder = start_accelerator(config.run), Path(config.run.out)
     checkpoint = open_run(config, resume, accelerator)
-    data = load_images(config.data)
+    data = open_images(config.data, config.run.batch_size, folder)
     held_out = _held_out(config, data)
     torch.manual_seed(config.run.seed)
     model, judge = AutoencoderKL(AutoencoderConfig.from_dict(config.model)), PatchDiscriminator()
@@ -90,13 +95,14 @@ def run_steps(
     model, discriminator, optimizer, critic = accelerator.prepare(plain, judge, *state.optimizers.values())
     state.ema.to(accelerator.device)
     log, stopping = Log(run, first, "autoencoder", accelerator), False
+    batches = image_batches(data, config, first, own_shares(accelerator, run))
     with stop_on_signal() as stopped:
         for step in range(first, run.steps):
             judged = config.loss.adversarial > 0 and step >= config.loss.adversarial_start
             start_step(config, step, optimizer, critic)
             seen: list[dict[str, Tensor]] = []
             for share in micro_batches(accelerator, run, step, model):
-                images = _batch(data, config, step, share).to(accelerator.device)
+                images = next(batches).to(accelerator.device)
                 noise = sample_noise(run.seed, step, share, run.batch_size, _latent_shape(plain, images))
                 with accelerator.autocast():
                     reconstruction, posterior = model(images, noise)
@@ -151,7 +157,7 @@ def compile_autoencoder(
     model: AutoencoderKL, config: AutoencoderTraining, data: CaptionedImages, accelerator: Accelerator
 ) -> None:
     """Compile both halves in place on one micro-batch; see `compile_checked`."""
-    share = next(micro_batches(accelerator, config.run, 0))
+    share = own_shares(accelerator, config.run)[0]
     images = _batch(data, config, 0, share).to(accelerator.device)
     compile_checked(model.encoder, images, autocast=accelerator.autocast())
     latents = model.encode(images).mode().detach()
@@ -253,10 +259,33 @@ def _latent_shape(model: AutoencoderKL, images: Tensor) -> tuple[int, int, int]:
     return model.config.latent_channels, images.shape[-2] // factor, images.shape[-1] // factor
 
 
-def _batch(data: CaptionedImages, config: AutoencoderTraining, step: int, share: slice) -> Tensor:
-    indices = batch_indices(len(data), config.run.batch_size, step, config.run.seed)[share]
-    views = [random_view(data.images[i], np.random.default_rng([config.run.seed, step, int(i)])) for i in indices]
-    return to_tensor(np.stack(views))
+def image_batches(
+    data: CaptionedImages, config: AutoencoderTraining, first: int, shares: Sequence[slice] = (WHOLE,)
+) -> Iterator[Tensor]:
+    """Yield the images (b, 3, H, W) of every step from `first` on, drawn ahead where they have to be decoded.
+
+    Args:
+        shares: which positions in the batch, one after the other.
+    """
+    numbers = range(first * len(shares), config.run.steps * len(shares))
+    processes = workers() if isinstance(data.images, LazyImages) else 0
+    return map(to_tensor, drawn_ahead(partial(draw_views, data, config, shares), numbers, processes))
+
+
+def draw_views(data: CaptionedImages, config: AutoencoderTraining, shares: Sequence[slice], number: int) -> np.ndarray:
+    """Return the pictures (b, H, W, 3) uint8 of one share of one step, shares of a step being numbered in a row.
+
+    How each is changed is a pure function of (seed, step, sample).
+    """
+    step, share = divmod(number, len(shares))
+    indices, _ = data.order.batch(step, config.run.batch_size, config.run.seed)
+    rngs = [np.random.default_rng([config.run.seed, step, data.place(index)]) for index in indices]
+    pairs = list(zip(indices, rngs))[shares[share]]
+    return np.stack([random_view(data.images[index], rng) for index, rng in pairs])
+
+
+def _batch(data: CaptionedImages, config: AutoencoderTraining, step: int, share: slice = WHOLE) -> Tensor:
+    return to_tensor(draw_views(data, config, (share,), step))
 
 
 def _held_out(config: AutoencoderTraining, data: CaptionedImages) -> Tensor:

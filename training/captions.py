@@ -25,6 +25,12 @@ _BARE = {
     *("sake", "canned food", "fish and chips", "meat on bone", "money with wings", "people", "bubble tea"),
 }
 
+_WRITING = re.compile(
+    r"""["\u201c\u201d]|\b(texts?|words?|letters?|letterings?|says|saying|reads|reading|writes|writing|written|titled?"""
+    r"""|fonts?|logos?|signs?|labels?|labelled|labeled|numbers?|digits?|flags?|maps?|clocks?|calendars?|newspapers?)\b""",
+    re.IGNORECASE,
+)
+
 
 def with_article(name: str) -> str:
     """Return `name` as one would ask for it: "a fox", "an owl", "grapes", "the sun"."""
@@ -73,4 +79,17 @@ def phrase(thing: str, style: str, tags: Sequence[str] = (), color: str | None =
 
 def swap_sides(caption: str) -> str:
     """Exchange the words left and right (also leftward, rightwards, ...), as a mirrored picture demands."""
-    return re.sub(r"\b(left|right)", lambda m: "right" if m.group() == "left" else "left", caption)
+
+    def swap(match: re.Match[str]) -> str:
+        word, other = match.group(), {"left": "right", "right": "left"}[match.group().lower()]
+        return other if word.islower() else other.upper() if word.isupper() else other.capitalize()
+
+    return re.sub(r"\b(left|right)(?!over|eous|ful|ly)", swap, caption, flags=re.IGNORECASE)
+
+
+def may_mirror(captions: Sequence[str]) -> bool:
+    """Say whether a picture may be mirrored, as far as its captions tell: not where they speak of writing.
+
+    Letters, numbers, flags, maps and clocks read from left to right; so does what stands in quotation marks.
+    """
+    return not any(_WRITING.search(caption) for caption in captions)

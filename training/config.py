@@ -19,10 +19,17 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Captioned pictures: an imagefolder with metadata.jsonl (columns file_name and text or captions)."""
+    """Captioned pictures, wherever they are kept (`training.sources`)."""
 
+    # An imagefolder with metadata.jsonl (columns file_name and text or captions); a .csv, .tsv or .jsonl file of paths
+    # and captions; .parquet or .arrow files; webdataset's .tar shards, all of a folder or pattern; or hub:owner/name.
     folder: str
+    # Columns of tables; where null, the only one with a usual name.
+    image_column: str | None = None
+    caption_column: str | None = None
     size: int = Field(64, ge=8, le=2048, multiple_of=8)
+    # Sizes of about the area size x size near each picture's own shape, each batch of one of them; else all are square.
+    buckets: bool = False
     # Keep only the rows whose metadata columns have one of these values ({"group": ["animals-nature"]}) ...
     keep: dict[str, list[str | bool]] = {}
     # ... and none of these.
@@ -30,6 +37,13 @@ class DataConfig(Section):
     background: str = "white"
     # Augmented versions of each picture: plain, flip, hue, background, pair (`training.augment`).
     variants: list[Literal["plain", "flip", "hue", "background", "pair"]] = ["plain"]
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        """Refuse what does not go together."""
+        if self.buckets and "pair" in self.variants:
+            raise ValueError("the variant pair needs squares: set buckets to false, or leave pair out")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -100,6 +114,13 @@ class AutoencoderTraining(Section):
     model: dict[str, Any]
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: AutoencoderLoss = AutoencoderLoss()
+
+    @model_validator(mode="after")
+    def _check(self) -> AutoencoderTraining:
+        """Refuse what does not go together."""
+        if self.data.buckets:
+            raise ValueError("an autoencoder is trained on squares; data.buckets is for stage diffusion")
+        return self
 
 
 class DiffusionTraining(Section):

@@ -8,7 +8,7 @@ Try:
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,10 @@ from latentdiff.settings import Settings
 from training.adapters import Adapted
 from training.cache import LatentSet, cached_latents
 from training.config import DiffusionTraining
-from training.dataset import batch_indices, load_images
-from training.distributed import any_process, gathered, micro_batches, sample_noise, start_accelerator
+from training.dataset import load_images, open_images
+from training.distributed import any_process, gathered, micro_batches, own_shares, sample_noise, start_accelerator
 from training.ema import Ema
+from training.loading import prefetched
 from training.objective import diffusion_losses, model_inputs, require_trainable
 from training.process import show_process
 from training.run import (
@@ -59,6 +60,10 @@ from training.state import RunState
 from training.timesteps import ImportanceSampler, logit_normal_timesteps, stratified_timesteps
 
 LORA_FILE = "lora.safetensors"
+
+# Latents whose mean and standard deviation are looked at before training, at most about so many.
+MEASURED = 4096
+WHOLE = slice(None)
 
 
 def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
@@ -112,6 +117,7 @@ def run_steps(
     unet, optimizer = accelerator.prepare(network, state.optimizers["optimizer"])
     state.ema.to(accelerator.device)
     log, stopping = Log(run, first, "diffusion", accelerator), False
+    batches = latent_batches(data, config, first, own_shares(accelerator, run))
     with stop_on_signal() as stopped, fast_attention():
         for step in range(first, run.steps):
             generator = seeded(run.seed, step, 0)
@@ -122,7 +128,7 @@ def run_steps(
             start_step(config, step, optimizer)
             seen: list[Tensor] = []
             for share in micro_batches(accelerator, run, step, unet):
-                latents, context, nulls = draw_batch(data, config, step, share)
+                latents, context, nulls = next(batches)
                 drawn = (latents, context, timesteps[share], *draw_noises(config, step, share, latents.shape[1:]))
                 latents, context, times, noise, shown = (part.to(accelerator.device) for part in drawn)
                 with accelerator.autocast():
@@ -159,7 +165,7 @@ def compile_unet(
     unet: UNet2DConditionModel, config: DiffusionTraining, data: LatentSet, accelerator: Accelerator
 ) -> None:
     """Compile the network in place on one micro-batch; see `compile_checked`."""
-    share = next(micro_batches(accelerator, config.run, 0))
+    share = own_shares(accelerator, config.run)[0]
     latents, context, _ = (part.to(accelerator.device) for part in draw_batch(data, config, 0, share))
     timesteps = torch.zeros(len(latents), dtype=torch.int64, device=accelerator.device)
     compile_checked(unet, model_inputs(latents, config), timesteps, context, autocast=accelerator.autocast())
@@ -208,21 +214,25 @@ def draw_noises(config: DiffusionTraining, step: int, share: slice, shape: Seque
 
 
 def prepare_data(config: DiffusionTraining, parts: Parts, folder: Path) -> LatentSet:
-    """Load the pictures, encode them and their captions (from the cache where it has them), and check latents.
+    """Open the pictures, encode them and their captions (from the cache where it has them), and check latents.
 
     Raises:
-        InputError: the latents' mean or standard deviation is far from 0 and 1.
+        InputError: the pictures cannot be used, or the latents' mean or standard deviation is far from 0 and 1.
+        StorageError: the cache cannot be written.
     """
-    images = load_images(config.data)
+    cache = Path(config.cache) if config.cache else folder / "cache"
+    multiple = 8 * parts.autoencoder.config.downsample_factor
+    images = open_images(config.data, config.run.batch_size, folder, cache, multiple)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for network in (parts.autoencoder, parts.text_encoder):
         network.to(device)
-    cache = Path(config.cache) if config.cache else folder / "cache"
     data = cached_latents(images, config.data, config.run.seed, parts, cache)
     if isinstance(parts.autoencoder, PixelSpace):
         return data
-    plain = data.latents[:, 0].float()
-    mean, std = plain.mean(dim=(0, 2, 3)), plain.std(dim=(0, 2, 3))
+    kinds = len(data.choices[0])
+    measured = range(0, len(data.latents), kinds * (1 + (len(images) - 1) // MEASURED))
+    plain = torch.cat([data.latents[index].float().flatten(1) for index in measured], dim=1)  # (C, N*h*w)
+    mean, std = plain.mean(dim=1), plain.std(dim=1)
     if mean.abs().max() > 0.3 or std.max() > 1.5 or std.min() < 0.6:
         raise InputError(
             f"latents must have mean about 0 and standard deviation about 1, got {_short(mean)} and {_short(std)}; "
@@ -235,36 +245,55 @@ def network_to_train(config: DiffusionTraining, data: LatentSet, parts: Parts) -
     """Return a new U-Net that fits the latents and contexts, or that of the model to start from."""
     if parts.unet is not None:
         return parts.unet.requires_grad_(True).train()
-    channels, side = data.latents.shape[2], data.latents.shape[-1]
+    channels, side = data.latents[0].shape[0], round(data.latents[0][0].numel() ** 0.5)
     follows = {
         "in_channels": channels * (1 + config.self_conditioning),
         "out_channels": channels * (1 + (parts.schedule.variance_type == "learned_range")),
         "sample_size": side,
         "self_conditioning": config.self_conditioning,
     }
-    shape = {"cross_attention_dim": data.contexts.shape[-1], **config.model, **follows}
+    shape = {"cross_attention_dim": data.contexts[0].shape[-1], **config.model, **follows}
     return UNet2DConditionModel(UNetConfig.from_dict(shape))
 
 
-def draw_batch(data: LatentSet, config: DiffusionTraining, step: int, share: slice) -> tuple[Tensor, Tensor, Tensor]:
+def latent_batches(
+    data: LatentSet, config: DiffusionTraining, first: int, shares: Sequence[slice] = (WHOLE,)
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield what `draw_batch` returns for every step from `first` on, drawn ahead in a thread.
+
+    Args:
+        shares: which positions in the batch, one after the other.
+    """
+
+    def draw(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        step, share = divmod(number, len(shares))
+        return draw_batch(data, config, step, shares[share])
+
+    return prefetched(draw, range(first * len(shares), config.run.steps * len(shares)), threads=1)
+
+
+def draw_batch(
+    data: LatentSet, config: DiffusionTraining, step: int, share: slice = WHOLE
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return latents (b, C, h, w), contexts (b, L, D) and which of them are the null prompt (b,) bool, for one step.
 
     Variant, caption and caption dropout of a sample are a pure function of (seed, sample, epoch).
     """
     run, kinds = config.run, list(dict.fromkeys(config.data.variants))
-    count = len(data.latents)
-    indices = batch_indices(count, run.batch_size, step, run.seed)
     picked, rows = [], []
-    for position, index in list(enumerate(indices))[share]:
-        epoch = (step * run.batch_size + position) // count
-        rng = np.random.default_rng([run.seed, int(index), epoch])
+    for index, epoch in list(zip(*data.order.batch(step, run.batch_size, run.seed)))[share]:
+        rng = np.random.default_rng([run.seed, data.samples[index].place, int(epoch)])
         kind = kinds.index(config.data.variants[rng.integers(len(config.data.variants))])
         caption = int(rng.choice(data.choices[index][kind]))
         rows.append(0 if rng.random() < config.caption_dropout else caption)
-        picked.append(kind)
-    latents = data.latents[torch.from_numpy(indices[share]), torch.tensor(picked)].float()
-    chosen = torch.tensor(rows)
-    return latents, data.contexts[chosen].float(), chosen == 0
+        picked.append(int(index) * len(kinds) + kind)
+    return data.latents.take(picked), data.contexts.take(rows), torch.tensor(rows) == 0
+
+
+def draw_sizes(data: LatentSet, config: DiffusionTraining, step: int, share: slice = WHOLE) -> Tensor:
+    """Return the size conditioning (b, 6) of the batch of one step; see `training.dataset.Sample.condition`."""
+    indices, _ = data.order.batch(step, config.run.batch_size, config.run.seed)
+    return torch.tensor([data.samples[index].condition for index in indices[share]], dtype=torch.float32)
 
 
 def draw_samples(parts: Parts, config: DiffusionTraining, file: Path) -> None:

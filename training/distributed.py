@@ -38,6 +38,13 @@ def start_accelerator(run: RunConfig) -> Accelerator:
     return accelerator
 
 
+def own_shares(accelerator: Accelerator, run: RunConfig) -> list[slice]:
+    """Return the positions in the batch that each micro-step of this process goes through."""
+    share = run.batch_size // accelerator.num_processes
+    size, first = share // run.accumulation, accelerator.process_index * share
+    return [slice(start, start + size) for start in range(first, first + share, size)]
+
+
 def micro_batches(accelerator: Accelerator, run: RunConfig, step: int, *networks: nn.Module) -> Iterator[slice]:
     """Yield the positions in the batch that this process goes through, micro-step by micro-step.
 
@@ -47,15 +54,11 @@ def micro_batches(accelerator: Accelerator, run: RunConfig, step: int, *networks
     Args:
         networks: prepared by the accelerator.
     """
-    share = run.batch_size // accelerator.num_processes
-    size = share // run.accumulation
-    first = accelerator.process_index * share
-    for number in range(run.accumulation):
+    for number, positions in enumerate(own_shares(accelerator, run)):
         with ExitStack() as apart:
             if number < run.accumulation - 1:
                 for network in networks:
                     apart.enter_context(accelerator.no_sync(network))
-            positions = slice(first + number * size, first + (number + 1) * size)
             torch.manual_seed(seeded(run.seed, step, 2, positions.start).initial_seed())
             yield positions
 

@@ -5,6 +5,7 @@ A prompt longer than the text encoder's window becomes several windows; nothing 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -153,6 +154,14 @@ class Tokenizer:
             numbers = {**self._json("added_tokens.json"), **{word: first + i for i, word in enumerate(words)}}
             files["added_tokens.json"] = json.dumps(numbers).encode()
         return Tokenizer(files, self._place)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the names and contents of the files that this was read from."""
+        digest = hashlib.sha256()
+        for name, content in sorted(self._files.items()):
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
+        return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
         """Write the files that this was read from into an existing or new folder.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.captions import STYLE_PHRASES, colored, phrase, swap_sides, with_article
+from training.captions import STYLE_PHRASES, colored, may_mirror, phrase, swap_sides, with_article
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,20 @@ def test_every_keyword_is_heard_in_some_style() -> None:
 
 def test_mirrored_picture_exchanges_sides() -> None:
     assert swap_sides("a leftwards hand, right arrow") == "a rightwards hand, left arrow"
+    assert swap_sides("Left of it, to the RIGHT") == "Right of it, to the LEFT"
+    assert swap_sides("leftovers, a bright copyright, righteous") == "leftovers, a bright copyright, righteous"
+
+
+@pytest.mark.parametrize(
+    ("caption", "allowed"),
+    [
+        ("a red fox on the left", True),
+        ("a designer with a flagstone", True),
+        ("a shop with a Sign", False),
+        ('a shirt that says "hello"', False),
+        ("the letters of a name", False),
+        ("a map of the town", False),
+    ],
+)
+def test_writing_is_not_mirrored(caption: str, allowed: bool) -> None:
+    assert may_mirror(["a thing", caption]) is allowed

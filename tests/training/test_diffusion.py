@@ -1,0 +1,105 @@
+"""The diffusion stage's data: buckets, sizes for conditioning, shares of a batch, and nothing decoded twice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentdiff.errors import InputError
+from training import cli_train, dataset
+from training.config import AutoencoderTraining, DiffusionTraining, parse_config
+from training.diffusion import draw_batch, draw_sizes, latent_batches, load_parts, prepare_data
+
+SIZES = [(30, 30), (34, 30), (60, 30), (64, 31), (30, 60), (31, 63), (33, 30)]
+
+
+def tree(tmp_path: Path, **data: Any) -> dict[str, Any]:
+    """Write pictures of several shapes and return a config of classes in pixel space over them."""
+    folder = tmp_path / "pictures"
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for index, (width, height) in enumerate(SIZES):
+        noise = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{index}.png")
+        rows.append({"file_name": f"{index}.png", "text": "ab"[index % 2]})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = {"block_out_channels": [8, 8], "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]}
+    model |= {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "norm_num_groups": 4, "layers_per_block": 1}
+    return {
+        "stage": "diffusion",
+        "data": {"folder": str(folder), "size": 16, "buckets": True, **data},
+        "run": {"out": str(tmp_path / "run"), "steps": 3, "batch_size": 2, "precision": "no"},
+        "autoencoder": None,
+        "text_encoder": "labels",
+        "model": model | {"attention_head_dim": 2},
+        "schedule": {"beta_schedule": "squaredcos_cap_v2"},
+        "prompts": ["a"],
+    }
+
+
+def config_of(tree: dict[str, Any]) -> DiffusionTraining:
+    config = parse_config(tree)
+    assert isinstance(config, DiffusionTraining)
+    return config
+
+
+def test_every_batch_is_of_one_bucket_and_tells_its_sizes(tmp_path: Path) -> None:
+    config = config_of(tree(tmp_path))
+    data = prepare_data(config, load_parts(config), tmp_path / "run")
+    shapes = set()
+    for step in range(12):
+        latents, context, nulls = draw_batch(data, config, step)
+        sizes = draw_sizes(data, config, step)
+        assert latents.shape[:2] == (2, 3) and context.shape[:2] == (2, 1) and nulls.shape == (2,)
+        assert sizes.shape == (2, 6) and sizes[:, 4:].tolist() == [list(latents.shape[2:])] * 2
+        assert {(int(width), int(height)) for height, width in sizes[:, :2]} <= set(SIZES)
+        shapes.add(tuple(latents.shape[2:]))
+    assert shapes == {(16, 16), (8, 24), (24, 8)}
+
+
+def test_batches_drawn_ahead_are_those_of_the_steps_share_by_share(tmp_path: Path) -> None:
+    config = config_of(tree(tmp_path) | {"run": {"out": str(tmp_path), "steps": 9, "batch_size": 3}})
+    data = prepare_data(config, load_parts(config), tmp_path / "run")
+    whole = [draw_batch(data, config, step) for step in range(4, 9)]
+    for ahead, expected in zip(latent_batches(data, config, 4), whole, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(ahead, expected))
+    shares = list(latent_batches(data, config, 4, [slice(0, 1), slice(1, 3)]))
+    for one, two, expected in zip(shares[::2], shares[1::2], whole, strict=True):
+        assert all(torch.equal(torch.cat(pair), part) for *pair, part in zip(one, two, expected))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_run_with_buckets_trains_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool) -> None:
+    monkeypatch.setattr(dataset, "IN_MEMORY_BYTES", 2**30 if in_memory else 0)
+    monkeypatch.setattr("training.diffusion.show_process", lambda *arguments: None)
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(tree(tmp_path)))
+    cli_train(str(file), [], False, None)
+    assert (tmp_path / "run" / "model" / "unet").is_dir()
+
+
+def test_what_was_encoded_is_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "IN_MEMORY_BYTES", 0)
+    config = config_of(tree(tmp_path, variants=["plain", "flip"]))
+    before = prepare_data(config, load_parts(config), tmp_path / "run")
+    parts = load_parts(config)
+    monkeypatch.setattr(dataset, "_decode", lambda *arguments: pytest.fail("a picture was decoded"))
+    again = prepare_data(config, parts, tmp_path / "run")
+    for step in range(4):
+        assert all(
+            torch.equal(*pair) for pair in zip(draw_batch(before, config, step), draw_batch(again, config, step))
+        )
+
+
+def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the variant pair needs squares"):
+        config_of(tree(tmp_path, variants=["plain", "pair"]))
+    values = {"stage": "autoencoder", "model": {}, **{key: tree(tmp_path)[key] for key in ("data", "run")}}
+    with pytest.raises(InputError, match=r"trained on squares; data\.buckets is for stage diffusion"):
+        parse_config(values)
+    values["data"]["buckets"] = False
+    assert isinstance(parse_config(values), AutoencoderTraining)

@@ -1,0 +1,78 @@
+"""Which samples each batch holds: a pure function of seed and step, whoever asks and in whatever order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class BatchOrder:
+    """The samples that batches are drawn from.
+
+    Attributes:
+        places: (N,) int64, ascending: the row of each sample among all rows, those that were skipped included, so that
+            skipping one does not move the others.
+        groups: (N,) int64, 0 to G-1: samples of different groups never share a batch.
+        total: how many rows there are.
+    """
+
+    places: np.ndarray
+    groups: np.ndarray
+    total: int
+
+    @staticmethod
+    def of(count: int) -> BatchOrder:
+        """Return the order of `count` samples of one group."""
+        return BatchOrder(np.arange(count), np.zeros(count, dtype=np.int64), count)
+
+    def batch(self, step: int, batch_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the samples of the batch of `step` and the epoch that each is seen in.
+
+        Every group is an endless sequence, one permutation of its samples after the other, cut into batches: each
+        sample comes once an epoch, and what is left of a group at the end of an epoch starts its first batch of the
+        next. The batches of all groups that end in one epoch are shuffled.
+
+        Returns:
+            Both (batch_size,) int64.
+        """
+        sizes = np.bincount(self.groups)
+        if len(sizes) == 1:
+            group, number = 0, step
+        else:
+            group, number = _place_of_batch(sizes, step, batch_size, seed)
+        positions = number * batch_size + np.arange(batch_size)
+        epochs = positions // sizes[group]
+        within = positions % sizes[group]
+        chosen = [_sequence(self, seed, int(epoch), group)[place] for epoch, place in zip(epochs, within)]
+        return np.array(chosen, dtype=np.int64), epochs
+
+
+def _place_of_batch(sizes: np.ndarray, step: int, batch_size: int, seed: int) -> tuple[int, int]:
+    """Return the group of the batch of `step`, and its number among the batches of that group."""
+    low, high = 0, (step + 1) * batch_size // int(sizes.min()) + 1  # epochs; the last is after the batch
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _ended(sizes, middle, batch_size).sum() <= step else (low, middle - 1)
+    first, last = _ended(sizes, low, batch_size), _ended(sizes, low + 1, batch_size)
+    counts = last - first
+    ends = np.cumsum(counts)
+    drawn = int(np.random.default_rng([seed, low, 1]).permutation(ends[-1])[step - first.sum()])
+    group = int(np.searchsorted(ends, drawn, side="right"))
+    return group, int(first[group] + drawn - (ends[group] - counts[group]))
+
+
+def _ended(sizes: np.ndarray, epoch: int, batch_size: int) -> np.ndarray:
+    """Return how many batches of each group end before `epoch` begins."""
+    return sizes * epoch // batch_size
+
+
+@lru_cache(maxsize=64)
+def _sequence(order: BatchOrder, seed: int, epoch: int, group: int) -> np.ndarray:
+    """Return the samples of a group in their order in an epoch."""
+    sample = np.full(order.total, -1)
+    sample[order.places] = np.where(order.groups == group, np.arange(len(order.places)), -1)
+    drawn = sample[np.random.default_rng([seed, epoch]).permutation(order.total)]
+    return drawn[drawn >= 0]
