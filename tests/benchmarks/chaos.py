@@ -48,6 +48,7 @@ from training.checkpointing import checkpoint_folders, checkpoint_problem, load_
 
 STEPS, INTERVAL = 40, 2
 PATIENCE = 60.0  # seconds after which a process that should have ended counts as hung
+GRACE = 10.0  # seconds that a launcher leaves the other processes when one has died
 WRITERS = ((safetensors.torch, "save_file"), (Path, "write_text"))
 OTHERS = ((os, "mkdir"), (os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"))
 
@@ -160,9 +161,12 @@ class Case:
         return Session(self.config, self.broken, self.processes, die_at)
 
     def look(self, session: Session, figures: Figures) -> None:
-        """Count what a kill has cost; all processes have to end by themselves when one is killed."""
-        if not session.wait(PATIENCE):
-            figures.hung += 1
+        """Count what a kill has cost; once they train, all processes have to end by themselves when one is killed.
+
+        Before that they wait for one that never joins them, which whoever launched them has to end.
+        """
+        if not session.wait(PATIENCE if session.reached else GRACE):
+            figures.hung += session.reached > 0
             session.kill(list(session.running))
             session.wait(PATIENCE)
         folders = checkpoint_folders(self.broken)
