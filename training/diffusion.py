@@ -58,6 +58,7 @@ from training.run import (
 )
 from training.state import RunState
 from training.timesteps import ImportanceSampler, logit_normal_timesteps, stratified_timesteps
+from training.validation import HeldOut, ema_distance, held_out_scalars, load_held_out
 
 LORA_FILE = "lora.safetensors"
 
@@ -78,7 +79,7 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     parts = load_parts(config)
     require_trainable(config, parts)
     with accelerator.main_process_first():  # which writes the cache
-        data = prepare_data(config, parts, folder)
+        data, held_out = prepare_data(config, parts, folder), load_held_out(config, parts)
     torch.manual_seed(config.run.seed)
     unet = network_to_train(config, data, parts)
     parts = replace(parts, unet=unet)
@@ -94,7 +95,8 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
         checkpoint_gradients(unet)
     if config.run.compile:
         compile_unet(unet.to(accelerator.device), config, data, accelerator)
-    if run_steps(network, config, parts, data, state, first, accelerator) and accelerator.is_main_process:
+    reached = run_steps(network, config, parts, data, state, first, accelerator, held_out)
+    if reached and accelerator.is_main_process:
         with state.ema.swapped_into(trained):
             export(network, config, parts, folder)
     return folder / ("model" if config.lora is None else LORA_FILE)
@@ -108,6 +110,7 @@ def run_steps(
     state: RunState,
     first: int,
     accelerator: Accelerator,
+    held_out: HeldOut | None,
 ) -> bool:
     """Train from step `first` to the last; say whether it was reached, not stopped by a signal.
 
@@ -120,24 +123,10 @@ def run_steps(
     batches = latent_batches(data, config, first, own_shares(accelerator, run))
     with stop_on_signal() as stopped, fast_attention():
         for step in range(first, run.steps):
-            generator = seeded(run.seed, step, 0)
-            # Both of the whole batch, (B,).
-            total = parts.schedule.num_train_timesteps
-            timesteps, weights = draw_timesteps(config.timesteps, importance, total, run.batch_size, generator)
-            estimated = bool(torch.rand((), generator=generator) < 0.5)
             start_step(config, step, optimizer)
-            seen: list[Tensor] = []
-            for share in micro_batches(accelerator, run, step, unet):
-                latents, context, nulls = next(batches)
-                drawn = (latents, context, timesteps[share], *draw_noises(config, step, share, latents.shape[1:]))
-                latents, context, times, noise, shown = (part.to(accelerator.device) for part in drawn)
-                with accelerator.autocast():
-                    losses = diffusion_losses(
-                        unet, parts, config, latents, context, times, noise, estimated, shown
-                    )  # (b,)
-                accelerator.backward((losses * weights[share].to(losses)).mean() / run.accumulation)
-                seen.append(torch.stack([losses, nulls.to(losses)], dim=1))
-            losses, nulls = gathered(accelerator, seen).cpu().unbind(dim=1)  # (B,) each
+            losses, weights, timesteps, nulls = accumulate_gradients(
+                unet, config, parts, batches, importance, step, accelerator
+            )
             loss = (losses * weights).mean()
             norm = accelerator.clip_grad_norm_(trained.parameters(), config.optimizer.max_grad_norm)
             finite = state.guard.allows(loss, norm, step)
@@ -150,15 +139,53 @@ def run_steps(
             values = {"loss": loss, "grad_norm": norm, "null": nulls.mean(), "skipped": not finite}
             log.step(step, {**values, "learning_rate": optimizer.param_groups[0]["lr"]})
             done, stopping = step + 1, any_process(accelerator, bool(stopped))
+            if done % run.log_every == 0:
+                log.write(
+                    done, {"ema_distance": ema_distance(state.ema, trained), "skipped_steps": state.guard.skipped}
+                )
             if accelerator.is_main_process and (done % run.sample_every == 0 or done == run.steps):
                 with state.ema.swapped_into(trained):
                     draw_samples(parts, config, Path(run.out) / f"samples/{done:08d}.png")
+                    log.write(done, held_out_scalars(network, parts, config, held_out, accelerator))
             if done % run.save_every == 0 or done == run.steps or stopping:
                 save_run(config, done, state, accelerator)
             if stopping:
                 break
     log.close()
     return not stopping
+
+
+def accumulate_gradients(
+    unet: nn.Module,
+    config: DiffusionTraining,
+    parts: Parts,
+    batches: Iterator[tuple[Tensor, Tensor, Tensor]],
+    importance: nn.Module | None,
+    step: int,
+    accelerator: Accelerator,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Add the gradients of a step's loss to those of the network, micro-step by micro-step.
+
+    Args:
+        batches: gives what `draw_batch` returns for each micro-step.
+
+    Returns:
+        Of the whole batch, each (B,) on the CPU: losses, their weights, timesteps, and 1 where the caption was dropped.
+    """
+    run, total = config.run, parts.schedule.num_train_timesteps
+    generator, seen = seeded(run.seed, step, 0), []
+    timesteps, weights = draw_timesteps(config.timesteps, importance, total, run.batch_size, generator)
+    estimated = bool(torch.rand((), generator=generator) < 0.5)
+    for share in micro_batches(accelerator, run, step, unet):
+        latents, context, nulls = next(batches)
+        drawn = (latents, context, timesteps[share], *draw_noises(config, step, share, latents.shape[1:]))
+        latents, context, times, noise, shown = (part.to(accelerator.device) for part in drawn)
+        with accelerator.autocast():
+            losses = diffusion_losses(unet, parts, config, latents, context, times, noise, estimated, shown)  # (b,)
+        accelerator.backward((losses * weights[share].to(losses)).mean() / run.accumulation)
+        seen.append(torch.stack([losses, nulls.to(losses)], dim=1))
+    losses, nulls = gathered(accelerator, seen).cpu().unbind(dim=1)
+    return losses, weights, timesteps, nulls
 
 
 def compile_unet(

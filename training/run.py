@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -211,13 +212,13 @@ class Log:
     def __init__(self, config: RunConfig, first_step: int, label: str, accelerator: Accelerator) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.every, main = config.log_every, accelerator.is_main_process
+        self.every, self.batch_size, main = config.log_every, config.batch_size, accelerator.is_main_process
         place = str(Path(config.out) / "logs")
         self.writer = SummaryWriter(place, purge_step=first_step + 1 if first_step else None) if main else None
         total, hidden = config.steps, not main
         self.bar = tqdm(total=total, initial=first_step, desc=label, unit="step", mininterval=5, disable=hidden)
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.count, self.since = 0, time.perf_counter()
 
     def step(self, step: int, values: dict[str, Any]) -> None:
         """Add the values of one step (0-based)."""
@@ -227,9 +228,10 @@ class Log:
         self.count += 1
         if (step + 1) % self.every == 0:
             means = {name: (total / self.count).item() for name, total in self.sums.items()}
-            self.write(step + 1, means)
+            seconds = time.perf_counter() - self.since  # drawing and saving included
+            self.write(step + 1, {**means, "images_per_second": self.count * self.batch_size / seconds})
             self.bar.set_postfix_str(" ".join(f"{name} {value:.4g}" for name, value in means.items()), refresh=False)
-            self.sums, self.count = {}, 0
+            self.sums, self.count, self.since = {}, 0, time.perf_counter()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Write scalars at once."""

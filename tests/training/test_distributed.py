@@ -74,6 +74,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     ours, theirs = logged(one), logged(other)
     assert ours.keys() == theirs.keys() and len(ours["loss"]) == 4
     for name, values in ours.items():
+        if name == "images_per_second":
+            continue
         torch.testing.assert_close(torch.tensor(theirs[name]), torch.tensor(values), rtol=1e-5, atol=1e-5, msg=name)
     weights, same = weights_of(one), weights_of(other)
     for name, tensor in weights.items():
