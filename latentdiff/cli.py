@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=VALUE")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that is whole")
     train.add_argument("--out", help="run folder, instead of the config's run.out")
+    train.add_argument("--check", action="store_true", help="look at everything a run needs, print it, train nothing")
 
     finetune = command("finetune", _finetune, "Fine-tune a model on captioned pictures, with settings chosen for both.")
     finetune.add_argument("dataset", help="folder of pictures with a metadata.jsonl")
@@ -202,7 +203,10 @@ def _train(options: argparse.Namespace) -> None:
 
     packaged = Path(training.__file__).parent / "configs" / Path(options.config).name
     recipe = packaged if packaged.is_file() and not Path(options.config).exists() else options.config
-    training.cli_train(str(recipe), options.overrides, options.resume, options.out)
+    if options.check:
+        training.cli_check(str(recipe), options.overrides, options.out)
+    else:
+        training.cli_train(str(recipe), options.overrides, options.resume, options.out)
 
 
 def _finetune(options: argparse.Namespace) -> None:

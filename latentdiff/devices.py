@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from latentdiff.errors import InputError, suggest
 
-__all__ = ["DTYPES", "resolve_device", "resolve_dtype"]
+__all__ = ["DTYPES", "machine_memory", "resolve_device", "resolve_dtype"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -40,3 +42,11 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {str(dtype)!r} is unknown{suggest(str(dtype), DTYPES)}")
     return DTYPES[str(dtype or "float32")]
+
+
+def machine_memory() -> int:
+    """Return the bytes of physical memory, without a bound where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 2**62

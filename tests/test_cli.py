@@ -355,10 +355,13 @@ def test_train_and_data_hand_over_to_training(monkeypatch: pytest.MonkeyPatch) -
 
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(training, "cli_train", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(training, "cli_check", lambda *arguments: calls.append(("check", *arguments)))
     monkeypatch.setattr(training, "cli_data_emoji", lambda *arguments: calls.append(arguments))
     assert main(["train", "c.yaml", "--set", "a.b=1", "--set", "c=2", "--resume", "--out", "runs/x"]) == 0
+    assert main(["train", "c.yaml", "--check", "--out", "runs/x"]) == 0
     assert main(["data", "emoji", "out", "--size", "32"]) == 0
-    assert calls == [("c.yaml", ["a.b=1", "c=2"], True, "runs/x"), ("out", 32, "emoji")]
+    expected = [("c.yaml", ["a.b=1", "c=2"], True, "runs/x"), ("check", "c.yaml", [], "runs/x"), ("out", 32, "emoji")]
+    assert calls == expected
 
 
 def test_recipes_of_an_installed_package_are_found_by_name(

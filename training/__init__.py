@@ -37,6 +37,21 @@ def cli_train(config: str, overrides: list[str], resume: bool, out: str | None) 
         raise StorageError(f"no space left for {place}; free some, then go on with --resume") from error
 
 
+def cli_check(config: str, overrides: list[str], out: str | None) -> None:
+    """Look at everything a run needs, without training; the command line's `latentdiff train --check`.
+
+    Args:
+        config, overrides, out: as of `cli_train`.
+
+    Raises:
+        InputError, ModelLoadError, StorageError: the run could not be started as it is.
+    """
+    from training.check import check
+    from training.config import load_config
+
+    check(load_config(config, [*overrides, *([f"run.out={out}"] if out else [])]))
+
+
 def cli_finetune(dataset: str, out: str, model: str | None, rank: int | None) -> None:
     """Fine-tune a model on captioned pictures with settings chosen for both; the command line's `latentdiff finetune`.
 

@@ -58,7 +58,7 @@ from training.run import (
 )
 from training.state import RunState
 from training.timesteps import ImportanceSampler, logit_normal_timesteps, stratified_timesteps
-from training.validation import HeldOut, ema_distance, held_out_scalars, load_held_out
+from training.validation import Samples, ema_distance, held_out_scalars, load_held_out
 
 LORA_FILE = "lora.safetensors"
 
@@ -80,26 +80,31 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     require_trainable(config, parts)
     with accelerator.main_process_first():  # which writes the cache
         data, held_out = prepare_data(config, parts, folder), load_held_out(config, parts)
+    network, parts, state = assemble(config, data, parts)
+    state.scaler = accelerator.scaler
+    first = state.restore(checkpoint)
+    if config.run.compile:
+        compile_unet(network.to(accelerator.device), config, data, accelerator)
+    reached = run_steps(network, config, parts, data, state, first, accelerator, held_out)
+    if reached and accelerator.is_main_process:
+        with state.ema.swapped_into(state.modules["model"]):
+            export(network, config, parts, folder)
+    return folder / ("model" if config.lora is None else LORA_FILE)
+
+
+def assemble(config: DiffusionTraining, data: LatentSet, parts: Parts) -> tuple[nn.Module, Parts, RunState]:
+    """Return the network that is called while training, the parts with its U-Net, and what of it all is trained."""
     torch.manual_seed(config.run.seed)
     unet = network_to_train(config, data, parts)
-    parts = replace(parts, unet=unet)
     network = unet if config.lora is None else Adapted(unet, config.lora)
     trained = network.adapters if isinstance(network, Adapted) else unet
     modules: dict[str, nn.Module] = {"model": trained}
     if config.timesteps == "importance":
         modules["importance"] = ImportanceSampler(parts.schedule.num_train_timesteps)
-    state = RunState(modules, {"optimizer": adamw(trained, config.optimizer)}, Ema(trained, config.run.ema_decay))
-    state.scaler = accelerator.scaler
-    first = state.restore(checkpoint)
     if config.run.gradient_checkpointing:
         checkpoint_gradients(unet)
-    if config.run.compile:
-        compile_unet(unet.to(accelerator.device), config, data, accelerator)
-    reached = run_steps(network, config, parts, data, state, first, accelerator, held_out)
-    if reached and accelerator.is_main_process:
-        with state.ema.swapped_into(trained):
-            export(network, config, parts, folder)
-    return folder / ("model" if config.lora is None else LORA_FILE)
+    state = RunState(modules, {"optimizer": adamw(trained, config.optimizer)}, Ema(trained, config.run.ema_decay))
+    return network, replace(parts, unet=unet), state
 
 
 def run_steps(
@@ -110,7 +115,7 @@ def run_steps(
     state: RunState,
     first: int,
     accelerator: Accelerator,
-    held_out: HeldOut | None,
+    held_out: Samples | None,
 ) -> bool:
     """Train from step `first` to the last; say whether it was reached, not stopped by a signal.
 
@@ -188,9 +193,7 @@ def accumulate_gradients(
     return losses, weights, timesteps, nulls
 
 
-def compile_unet(
-    unet: UNet2DConditionModel, config: DiffusionTraining, data: LatentSet, accelerator: Accelerator
-) -> None:
+def compile_unet(unet: nn.Module, config: DiffusionTraining, data: LatentSet, accelerator: Accelerator) -> None:
     """Compile the network in place on one micro-batch; see `compile_checked`."""
     share = own_shares(accelerator, config.run)[0]
     latents, context, _ = (part.to(accelerator.device) for part in draw_batch(data, config, 0, share))

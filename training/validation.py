@@ -33,15 +33,15 @@ PICTURES = 64  # held out, at most: each is looked at once in every bucket
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Samples that are not trained on: latents (N, C, h, w), scaled, and contexts (N, L, D)."""
+class Samples:
+    """What a network is looked at with: latents (N, C, h, w), scaled, and contexts (N, L, D)."""
 
     latents: Tensor
     contexts: Tensor
 
 
 @torch.no_grad()
-def load_held_out(config: DiffusionTraining, parts: Parts) -> HeldOut | None:
+def load_held_out(config: DiffusionTraining, parts: Parts) -> Samples | None:
     """Encode up to `PICTURES` pictures of the validation split, each with its first caption; None without a split.
 
     Raises:
@@ -56,7 +56,7 @@ def load_held_out(config: DiffusionTraining, parts: Parts) -> HeldOut | None:
     latents = [autoencoder.encode(image.to(device)).mode().float().cpu() for image in images.split(1)]
     encoded = parts.prompt_encoder([data.rows[index]["captions"][0] for index in chosen])
     contexts = torch.stack([caption.states[0] for caption in encoded]).float().cpu()  # (N, L, D)
-    return HeldOut(torch.cat(latents) * autoencoder.config.scaling_factor, contexts)
+    return Samples(torch.cat(latents) * autoencoder.config.scaling_factor, contexts)
 
 
 def bucket_timesteps(count: int, num_train_timesteps: int) -> Tensor:
@@ -73,7 +73,7 @@ def bucket_names(num_train_timesteps: int) -> list[str]:
 
 @torch.no_grad()
 def held_out_errors(
-    network: Any, parts: Parts, config: DiffusionTraining, samples: HeldOut, accelerator: Accelerator
+    network: Any, parts: Parts, config: DiffusionTraining, samples: Samples, accelerator: Accelerator
 ) -> Tensor:
     """Return the squared error of the prediction, (BUCKETS, N), of each sample in each bucket of timesteps.
 
@@ -114,7 +114,7 @@ def gaussian_errors(schedule: NoiseSchedule, timesteps: Tensor, variances: Tenso
     return errors.mean(dim=(1, 2, 3))
 
 
-def gaussian_bounds(schedule: NoiseSchedule, samples: HeldOut) -> Tensor:
+def gaussian_bounds(schedule: NoiseSchedule, samples: Samples) -> Tensor:
     """Return `gaussian_errors` for the variances of the samples' channels, (BUCKETS, N), where they are looked at."""
     timesteps = bucket_timesteps(len(samples.latents), schedule.num_train_timesteps)
     variances = samples.latents.double().var(dim=(0, 2, 3), correction=0)
@@ -122,7 +122,7 @@ def gaussian_bounds(schedule: NoiseSchedule, samples: HeldOut) -> Tensor:
 
 
 def held_out_scalars(
-    network: Any, parts: Parts, config: DiffusionTraining, samples: HeldOut | None, accelerator: Accelerator
+    network: Any, parts: Parts, config: DiffusionTraining, samples: Samples | None, accelerator: Accelerator
 ) -> dict[str, float]:
     """Return what the log says of held-out samples: the error of each bucket, its Gaussian bound, the weighted loss.
 

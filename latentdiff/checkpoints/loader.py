@@ -28,6 +28,7 @@ from latentdiff.checkpoints.folder import (
 from latentdiff.checkpoints.header import TensorInfo, read_header
 from latentdiff.checkpoints.parts import Parts, TextEncoder, check_fit
 from latentdiff.checkpoints.weights import FLOATS, read_weights
+from latentdiff.devices import machine_memory
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import ModelConfigError, ModelMismatchError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -198,7 +199,7 @@ def build(path: Path, kind: Kind, data: dict[str, Any], tensor_count: int, dtype
     except (RuntimeError, OverflowError, ValueError, TypeError) as error:
         raise ModelConfigError(f"{path}: cannot be built ({str(error).splitlines()[0][:120]})") from error
     needed = sum(tensor.numel() for tensor in network.state_dict().values()) * dtype.itemsize
-    memory = _memory()
+    memory = machine_memory()
     if needed > memory:
         gigabytes = f"{needed / 2**30:.1f} GiB of memory, and this machine has {memory / 2**30:.1f}"
         raise ModelConfigError(f"{path}: implies {gigabytes}; use a smaller model or half precision")
@@ -218,14 +219,6 @@ def _numbers(value: Any) -> list[float]:
     if isinstance(value, list):
         return [number for item in value for number in _numbers(item)]
     return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
-
-
-def _memory() -> int:
-    """Return the bytes of physical memory, without a bound where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return 2**62
 
 
 def _current_name(name: str, class_name: str) -> str:

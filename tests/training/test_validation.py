@@ -24,7 +24,7 @@ from training.diffusion import load_parts, network_to_train, prepare_data
 from training.ema import Ema
 from training.validation import (
     BUCKETS,
-    HeldOut,
+    Samples,
     bucket_names,
     bucket_timesteps,
     ema_distance,
@@ -66,7 +66,7 @@ def test_the_best_linear_prediction_of_gaussian_data_reaches_the_bound(tmp_path:
     given = Parts(None, space, encoder, None, schedule)
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([0.5, 1.0, 1.7])[:, None, None]
-    samples = HeldOut(scales * torch.randn(16, 3, 32, 32, generator=generator), torch.zeros(16, 1, 1))
+    samples = Samples(scales * torch.randn(16, 3, 32, 32, generator=generator), torch.zeros(16, 1, 1))
     plenty, noise = (torch.randn(1, 1, 1, 20_000, generator=generator, dtype=torch.float64) for _ in range(2))
 
     def errors(factor: float) -> Tensor:

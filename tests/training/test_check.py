@@ -1,0 +1,125 @@
+"""`latentdiff train --check`: what it finds, what it refuses, and that it leaves the run folder alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from latentdiff.cli import main
+from latentdiff.errors import InputError
+from tests.training.test_lora_stage import file as lora_recipe  # noqa: F401  (a fixture)
+from tests.training.test_objective import recipe
+from tests.training.test_stages import pictures
+from tests.training.test_stages import recipe as autoencoder_recipe
+from tests.training.test_validation import with_validation
+from training import check as check_module
+from training import cli_check, cli_train
+from training.check import Row, look
+from training.config import DiffusionTraining, load_config
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out most of the self-test."""
+    monkeypatch.setattr(check_module, "OVERFIT_STEPS", 2)
+    monkeypatch.setattr(check_module, "SAMPLES", 40)
+
+
+def found(file: str, *overrides: str) -> dict[str, Row]:
+    config = load_config(file, list(overrides))
+    assert isinstance(config, DiffusionTraining)
+    return {row.name: row for row in look(config)}
+
+
+def everything_in(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+def test_a_sound_run_is_found_sound_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_validation(tmp_path / "pictures", 3)
+    file = recipe(tmp_path)
+    before = everything_in(tmp_path)
+    assert main(["train", file, "--check"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert all(line.endswith(" ok") for line in lines) and last == "all as expected"
+    assert "6 with 6 captions" in lines[2] and "3 looked at" in lines[4]
+    assert lines[-1].startswith("overfits 8") and "in 300 steps of the network" in lines[-1]
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_lora_is_looked_at_beside_its_model(
+    lora_recipe: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(check_module.OVERFIT_FLOPS, "cpu", 0.0)
+    monkeypatch.setitem(check_module.OVERFIT_FLOPS, "cuda", 0.0)
+    before = everything_in(tmp_path)
+    rows = found(lora_recipe)
+    assert everything_in(tmp_path) == before
+    assert rows["config"].value.startswith("diffusion: LoRA of rank 2, from ")
+    assert rows["latent mean"].fine and rows["latent std"].fine and rows["gradient norm"].fine
+    trained, total = (int(text.split()[place].replace(",", "")) for text, place in zip(rows["parameters"][1:3], (0, 1)))
+    assert 0 < trained < total
+    assert rows["overfits 8"].value.endswith("of a reduced network")
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_odd_is_pointed_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures(tmp_path / "pictures", 3)
+    file = recipe(tmp_path)
+    cli_train(file, ["run.steps=1"], False, None)
+    before = everything_in(tmp_path / "run")
+    draw_batch = check_module.draw_batch
+
+    def keeping_all_captions(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        latents, contexts, nulls = draw_batch(*arguments)
+        return latents, contexts, torch.zeros_like(nulls)
+
+    monkeypatch.setattr(check_module, "draw_batch", keeping_all_captions)
+    monkeypatch.setattr(check_module, "held_out_errors", lambda *_: torch.zeros(4, 8))  # as if shown the answers
+    rows = found(file, "caption_dropout=0.5")
+    assert everything_in(tmp_path / "run") == before
+    odd = {name for name, row in rows.items() if not row.fine}
+    errors = {name for name in rows if name.startswith("error")}
+    assert odd == errors | {"run folder", "pictures", "held-out pictures", "null prompts", "overfits 8"}
+    assert "step-00000001" in rows["run folder"].value and rows["null prompts"].value.startswith("0.0%")
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_would_stop_the_run_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures(tmp_path / "pictures", 4)
+    file = recipe(tmp_path)
+    for name, value, message in (
+        ("machine_memory", lambda: 2**20, r"training needs 4\.. MiB \(.*and there are 1.0 MiB; train a lora"),
+        ("accumulate_gradients", poisoned, r"the norms of the first gradients are \[nan, .*; lower optimizer.learn"),
+    ):
+        with monkeypatch.context() as changed, pytest.raises(InputError, match=message):
+            changed.setattr(torch.cuda, "is_available", lambda: False)
+            changed.setattr(check_module, name, value)
+            found(file)
+    monkeypatch.setattr(check_module.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"2 \+ 1 checkpoints of .* MiB need .* MiB, and .* has 0.0 MiB free"):
+        found(file)
+    capsys.readouterr()
+    assert main(["train", file, "--check", "--set", "run.stepz=3"]) == 2
+    captured = capsys.readouterr()
+    assert not captured.out and captured.err == (
+        f"latentdiff: {file}: unknown key 'run.stepz'; did you mean 'steps'?\n"
+    )
+    with pytest.raises(InputError, match="--check is for the diffusion stage, got autoencoder"):
+        cli_check(autoencoder_recipe(tmp_path, "autoencoder"), [], None)
+    assert not (tmp_path / "run").exists()
+
+
+def poisoned(network: Any, *rest: Any) -> None:
+    """Leave gradients that are not finite."""
+    for parameter in network.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
