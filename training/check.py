@@ -34,11 +34,12 @@ from training.diffusion import (
     accumulate_gradients,
     assemble,
     draw_batch,
+    latent_batches,
     load_parts,
     network_to_train,
     prepare_data,
 )
-from training.distributed import sample_noise, start_accelerator
+from training.distributed import own_shares, sample_noise, start_accelerator
 from training.objective import diffusion_losses, require_trainable
 from training.run import fast_attention, seeded, start_step
 from training.state import RunState
@@ -131,7 +132,8 @@ def look_at_pictures(config: DiffusionTraining) -> Iterator[Row]:
     value = f"{len(images)} with {captions} captions, {passes:.1f} times each"
     yield Row("pictures", value, f"at least a batch, {run.batch_size}", len(images) >= run.batch_size)
     skipped = images.skipped
-    yield Row("skipped", f"{len(skipped)}, {skipped[0]}"[:52] if skipped else "0", "0, at most 1 %", not skipped)
+    names = ", ".join(str(one["name"]) for one in skipped)
+    yield Row("skipped", f"{len(skipped)}: {names}"[:52] if skipped else "0", "0, at most 1 %", not skipped)
 
 
 def look_at_held_out(config: DiffusionTraining, parts: Parts) -> Row:
@@ -246,12 +248,13 @@ def look_at_steps(
     """
     run, trained, importance = config.run, state.modules["model"], state.modules.get("importance")
     unet, optimizer = accelerator.prepare(network, state.optimizers["optimizer"])
+    batches = latent_batches(data, config, 0, own_shares(accelerator, run))
     counter, seconds, norms = FlopCounterMode(display=False), [], []
     for step in range(1 + TIMED):
         began = time.perf_counter()
         with counter if step == 0 else nullcontext():
             start_step(config, step, optimizer)
-            accumulate_gradients(unet, config, parts, data, importance, step, accelerator)
+            accumulate_gradients(unet, config, parts, batches, importance, step, accelerator)
             norm = accelerator.clip_grad_norm_(trained.parameters(), config.optimizer.max_grad_norm)
             optimizer.step()
         state.ema.update(trained)
