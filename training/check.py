@@ -6,6 +6,7 @@ error. Nothing is written but the cache that the config names, if it names one o
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
@@ -27,7 +28,7 @@ from latentdiff.devices import DTYPES, machine_memory
 from latentdiff.errors import InputError
 from latentdiff.models.pixels import PixelSpace
 from training.cache import LatentSet
-from training.checkpointing import checkpoint_folders
+from training.checkpointing import checkpoint_folders, checkpoint_problem, config_differences
 from training.config import DiffusionTraining, TrainingConfig
 from training.dataset import load_images
 from training.diffusion import (
@@ -120,8 +121,18 @@ def look_at_folder(config: DiffusionTraining) -> Iterator[Row]:
     what = "from scratch" if config.start_from is None else f"from {config.start_from}"
     kind = "U-Net" if config.lora is None else f"LoRA of rank {config.lora.rank}"
     yield Row("config", f"{config.stage}: {kind}, {what}", "no unknown key, no wrong value")
-    found = checkpoint_folders(Path(config.run.out))
-    yield Row("run folder", f"{config.run.out}: {found[0].name if found else 'new'}", "new, or --resume", not found)
+    found, state = checkpoint_folders(Path(config.run.out)), "new"
+    if found:
+        state = f"{found[0].name}, {_problem(found[0], config) or 'whole and of this config'}"
+    yield Row("run folder", f"{config.run.out}: {state}", "new, or whole and --resume", not found)
+
+
+def _problem(checkpoint: Path, config: DiffusionTraining) -> str:
+    """Say what keeps a run from going on from a checkpoint, or return the empty string."""
+    if problem := checkpoint_problem(checkpoint):
+        return problem
+    before = json.loads((checkpoint / "state.json").read_text())["config"]
+    return "; ".join(config_differences(before, config.model_dump(mode="json")))
 
 
 def look_at_pictures(config: DiffusionTraining) -> Iterator[Row]:
@@ -146,14 +157,15 @@ def look_at_held_out(config: DiffusionTraining, parts: Parts) -> Row:
 def look_at_samples(config: DiffusionTraining, data: LatentSet, parts: Parts) -> Iterator[Row]:
     """Say how latents are distributed, and how many captions are dropped, of the first `SAMPLES` samples of the run."""
     batch = config.run.batch_size
-    drawn = [draw_batch(data, config, step, slice(None)) for step in range(math.ceil(SAMPLES / batch))]
-    pixels = torch.cat([latents.transpose(0, 1).flatten(1) for latents, _, _ in drawn], dim=1)  # (C, samples*h*w)
+    batches = (draw_batch(data, config, step, slice(None)) for step in range(math.ceil(SAMPLES / batch)))
+    drawn = [(latents.transpose(0, 1).flatten(1), nulls) for latents, _, nulls in batches]
+    pixels = torch.cat([latents for latents, _ in drawn], dim=1)  # (C, samples*h*w)
     mean, std = pixels.mean(dim=1), pixels.std(dim=1)
     in_pixels = isinstance(parts.autoencoder, PixelSpace)
     near = mean.abs().max() < 0.1 and std.min() > 0.8 and std.max() < 1.25
     yield Row("latent mean", _short(mean), "pixels, -1 to 1" if in_pixels else "0", bool(in_pixels or near))
     yield Row("latent std", _short(std), "above 0" if in_pixels else "1", bool(std.min() > 0 and (in_pixels or near)))
-    nulls = torch.cat([nulls for _, _, nulls in drawn])[:SAMPLES].double()
+    nulls = torch.cat([nulls for _, nulls in drawn])[:SAMPLES].double()
     rate, share = config.caption_dropout, float(nulls.mean())
     spread = 3 * math.sqrt(rate * (1 - rate) / len(nulls))
     expected = f"caption_dropout {rate:.1%} +- {spread:.1%}"
@@ -295,8 +307,8 @@ def overfit(
     Args:
         network: on its device; None for a small new one, where that would take too long.
     """
-    samples = first_samples(data, config, OVERFIT)
-    used = network
+    samples, used = first_samples(data, config, OVERFIT), network
+    torch.manual_seed(config.run.seed)  # of a new network, and of dropout
     if used is None:
         reduced = config.model_copy(update={"start_from": None, "lora": None, "model": REDUCED})
         used = network_to_train(reduced, data, replace(parts, unet=None)).to(accelerator.device)
@@ -304,7 +316,6 @@ def overfit(
     trained = [parameter for parameter in used.train().parameters() if parameter.requires_grad]
     optimizer, device = torch.optim.AdamW(trained, lr=OVERFIT_RATE, weight_decay=0.0), accelerator.device
     latents, contexts = samples.latents.to(device), samples.contexts.to(device)
-    torch.manual_seed(config.run.seed)  # of dropout
     for step in range(OVERFIT_STEPS):
         generator = seeded(config.run.seed, step, 0)
         timesteps = stratified_timesteps(OVERFIT, parts.schedule.num_train_timesteps, generator).to(device)

@@ -88,7 +88,8 @@ def test_what_is_odd_is_pointed_at(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     odd = {name for name, row in rows.items() if not row.fine}
     errors = {name for name in rows if name.startswith("error")}
     assert odd == errors | {"run folder", "pictures", "held-out pictures", "null prompts", "overfits 8"}
-    assert "step-00000001" in rows["run folder"].value and rows["null prompts"].value.startswith("0.0%")
+    assert rows["run folder"].value.endswith("step-00000001, caption_dropout was 0.1, is 0.5")
+    assert rows["null prompts"].value.startswith("0.0%")
 
 
 @pytest.mark.usefixtures("quick")
