@@ -12,7 +12,7 @@ import torch
 from latentdiff.cli import main
 from latentdiff.errors import InputError
 from tests.training.test_lora_stage import file as lora_recipe  # noqa: F401  (a fixture)
-from tests.training.test_objective import recipe
+from tests.training.test_objective import LEARNED, recipe
 from tests.training.test_stages import pictures
 from tests.training.test_stages import recipe as autoencoder_recipe
 from tests.training.test_validation import with_validation
@@ -67,6 +67,23 @@ def test_a_lora_is_looked_at_beside_its_model(
     trained, total = (int(text.split()[place].replace(",", "")) for text, place in zip(rows["parameters"][1:3], (0, 1)))
     assert 0 < trained < total
     assert rows["overfits 8"].value.endswith("of a reduced network")
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "hybrid", "schedule": LEARNED},
+        {"loss": "vlb", "timesteps": "importance", "text_encoder": "none", "channels": 1},
+        {"self_conditioning": True, "schedule": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}},
+    ],
+    ids=["hybrid", "vlb", "self-conditioned"],
+)
+def test_every_objective_is_looked_at(tmp_path: Path, changes: dict[str, Any]) -> None:
+    pictures(tmp_path / "pictures", 6)
+    rows = found(recipe(tmp_path, **changes), "run.accumulation=2", "run.gradient_checkpointing=true")
+    odd = {name for name, row in rows.items() if not row.fine}
+    assert odd <= {"held-out pictures", "overfits 8"} and len(rows) == 19
 
 
 @pytest.mark.usefixtures("quick")
