@@ -39,7 +39,10 @@ def everything_in(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
-def test_a_sound_run_is_found_sound_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sound_run_is_found_sound_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check_module, "OVERFIT_STEPS", 150)
     with_validation(tmp_path / "pictures", 3)
     file = recipe(tmp_path)
     before = everything_in(tmp_path)
@@ -47,7 +50,7 @@ def test_a_sound_run_is_found_sound_and_nothing_is_written(tmp_path: Path, capsy
     *lines, last = capsys.readouterr().out.splitlines()
     assert all(line.endswith(" ok") for line in lines) and last == "all as expected"
     assert "6 with 6 captions" in lines[2] and "3 looked at" in lines[4]
-    assert lines[-1].startswith("overfits 8") and "in 300 steps of the network" in lines[-1]
+    assert lines[-1].startswith("overfits 8") and "in 150 steps of the network" in lines[-1]
     assert everything_in(tmp_path) == before
 
 
