@@ -260,7 +260,8 @@ def look_at_steps(
     """
     run, trained, importance = config.run, state.modules["model"], state.modules.get("importance")
     unet, optimizer = accelerator.prepare(network, state.optimizers["optimizer"])
-    batches = latent_batches(data, config, 0, own_shares(accelerator, run))
+    enough = run.model_copy(update={"steps": max(run.steps, 1 + TIMED)})  # of a run that is shorter than this look
+    batches = latent_batches(data, config.model_copy(update={"run": enough}), 0, own_shares(accelerator, run))
     counter, seconds, norms = FlopCounterMode(display=False), [], []
     for step in range(1 + TIMED):
         began = time.perf_counter()

@@ -11,6 +11,8 @@ import torch
 
 from latentdiff.cli import main
 from latentdiff.errors import InputError
+from tests.training.test_diffusion import config_of
+from tests.training.test_diffusion import tree as shapes
 from tests.training.test_lora_stage import file as lora_recipe  # noqa: F401  (a fixture)
 from tests.training.test_objective import LEARNED, recipe
 from tests.training.test_stages import pictures
@@ -87,6 +89,15 @@ def test_every_objective_is_looked_at(tmp_path: Path, changes: dict[str, Any]) -
     rows = found(recipe(tmp_path, **changes), "run.accumulation=2", "run.gradient_checkpointing=true")
     odd = {name for name, row in rows.items() if not row.fine}
     assert odd <= {"held-out pictures", "overfits 8"} and len(rows) == 19
+
+
+@pytest.mark.usefixtures("quick")
+def test_pictures_of_several_shapes_are_looked_at(tmp_path: Path) -> None:
+    config = config_of(shapes(tmp_path))
+    before = everything_in(tmp_path)
+    rows = {row.name: row for row in look(config)}
+    assert everything_in(tmp_path) == before
+    assert rows["pictures"].value.startswith("7 with 7 captions") and len(rows) == 19
 
 
 @pytest.mark.usefixtures("quick")
