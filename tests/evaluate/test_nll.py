@@ -85,4 +85,4 @@ def test_the_command_prints_and_refuses(tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*call, "--metrics", "fid"]) == 2
     assert "metric 'fid' is unknown" in capsys.readouterr().err
     assert main([*call[:-1], "test"]) == 2
-    assert "has no metadata.jsonl" in capsys.readouterr().err
+    assert "has no split 'test'" in capsys.readouterr().err
