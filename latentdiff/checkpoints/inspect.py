@@ -20,7 +20,7 @@ from latentdiff.checkpoints.folder import (
     weight_files,
 )
 from latentdiff.checkpoints.header import DTYPE_BYTES, TensorInfo, read_header
-from latentdiff.checkpoints.lora import describe_lora
+from latentdiff.checkpoints.lora import PEFT_METADATA, describe_lora
 from latentdiff.checkpoints.single_file import UNET, fit, recognise
 from latentdiff.diffusion.schedule import NoiseSchedule
 
@@ -77,7 +77,8 @@ def describe_file(path: Path) -> dict[str, Any]:
     if any(name.startswith(UNET) for name in header.tensors):
         return _describe_single_file(path, header.tensors, counted)
     kind = describe_lora(path, header) or {"kind": "safetensors file"}
-    return {**kind, **counted, "metadata": header.metadata}
+    metadata = {name: text for name, text in header.metadata.items() if name != PEFT_METADATA}  # a name a layer
+    return {**kind, **counted, "metadata": metadata}
 
 
 def _describe_single_file(path: Path, tensors: Mapping[str, TensorInfo], counted: dict[str, Any]) -> dict[str, Any]:
