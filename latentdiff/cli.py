@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", help="folder, safetensors file, or owner/name on a hub; the embedded one by default"
     )
     finetune.add_argument("--out", required=True, help="run folder")
+    finetune.add_argument("--resume", action="store_true", help="go on with the run that is in the folder")
     finetune.add_argument("--lora", type=int, metavar="RANK", help="train a LoRA of this rank, not the whole U-Net")
 
     data = command("data", _data, "Build a captioned data set.")
@@ -212,7 +213,7 @@ def _train(options: argparse.Namespace) -> None:
 def _finetune(options: argparse.Namespace) -> None:
     from training import cli_finetune
 
-    cli_finetune(options.dataset, options.out, options.model, options.lora)
+    cli_finetune(options.dataset, options.out, options.model, options.lora, options.resume)
 
 
 def _data(options: argparse.Namespace) -> None:

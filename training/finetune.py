@@ -11,7 +11,7 @@ import yaml
 from latentdiff.checkpoints import Parts, load_pipeline
 from latentdiff.drawing import native_size
 from latentdiff.errors import InputError
-from training.config import DataConfig, parse_config
+from training.config import DataConfig, load_config, parse_config
 from training.dataset import load_images
 
 SMALL = 100e6  # parameters of a U-Net up to which a CPU trains it in minutes
@@ -20,7 +20,7 @@ STEPS = (200, 4000)  # at least, and at most
 PROMPTS = 8
 
 
-def finetune(dataset: str, out: str, model: str | None, rank: int | None) -> Path:
+def finetune(dataset: str, out: str, model: str | None, rank: int | None, resume: bool = False) -> Path:
     """Choose a recipe, print it as YAML, run it, and return what was trained.
 
     Args:
@@ -28,12 +28,15 @@ def finetune(dataset: str, out: str, model: str | None, rank: int | None) -> Pat
         out: run folder.
         model: folder, single file or hub name; None for the embedded model.
         rank: of a LoRA; None trains the whole U-Net.
+        resume: go on with the recipe that is in the run folder.
 
     Raises:
         InputError, ModelLoadError, StorageError: as of the diffusion stage.
     """
     from training.diffusion import train_diffusion
 
+    if resume:
+        return train_diffusion(load_config(Path(out) / "config.yaml"), True)  # type: ignore[arg-type]
     parts = load_pipeline(model)
     height, width = native_size(parts)
     if height != width:

@@ -74,5 +74,10 @@ def test_one_command(
     assert pipe("a", num_inference_steps=2).images[0].size == (32, 32)
     assert main(call) == 2
     assert "add --resume" in capsys.readouterr().err
+    lora = (out / "lora.safetensors").read_bytes()
+    (out / "lora.safetensors").unlink()
+    assert main([*call, "--resume"]) == 0
+    assert len((out / "lora.safetensors").read_bytes()) == len(lora)
+    capsys.readouterr()
     assert main(["finetune", str(tmp_path / "none"), "--out", str(tmp_path / "other")]) == 2
     assert "has no metadata.jsonl" in capsys.readouterr().err
