@@ -22,6 +22,7 @@ from latentdiff.models.tokenizer import Tokenizer
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.conftest import AUTOENCODER, UNET
 from tests.models.tiny import CLIP, randomize, write_clip_vocabulary
+from tests.parity.test_pipeline_clip import SAMPLERS
 
 WORDS = {**CLIP, "vocab_size": 600, "bos_token_id": 522, "eos_token_id": 523}
 SETTINGS: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 4.0}
@@ -72,31 +73,30 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return place / "model"
 
 
-def theirs(folder: Path, scheduler: str) -> Any:
+def theirs(folder: Path, scheduler: str, **options: Any) -> Any:
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
-    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-@pytest.mark.parametrize(("sampler", "scheduler"), [("ddim", "DDIMScheduler"), ("euler", "EulerDiscreteScheduler")])
+@pytest.mark.parametrize("sampler", [*SAMPLERS, "euler"])
 @pytest.mark.parametrize("negative", ["", "cat"])
-def test_same_picture(model: Path, sampler: str, scheduler: str, negative: str) -> None:
-    pipe, peer = Pipeline.from_pretrained(model, device="cpu"), theirs(model, scheduler)
-    shape = (1, 4, 8, 8)
+def test_same_picture_from_the_same_seed(model: Path, sampler: str, negative: str) -> None:
+    name, changes = SAMPLERS.get(sampler, ("EulerDiscreteScheduler", {}))
+    pipe, peer = Pipeline.from_pretrained(model, device="cpu"), theirs(model, name, **changes)
+    generator = torch.Generator().manual_seed(0)
     options: dict[str, Any] = {**SETTINGS, "sampler": sampler, "negative_prompt": negative, "output_type": "pt"}
     peers: dict[str, Any] = {**SETTINGS, "negative_prompt": negative or None, "output_type": "pt"}
     if "XLImg2Img" in type(peer).__name__:
         picture = Image.effect_noise((32, 32), 80).convert("RGB")
-        generator = torch.Generator().manual_seed(0)
         drawn = pipe("the red fox", image=picture, strength=0.5, seed=0, **options).images
         with torch.no_grad():
             latents = peer.vae.encode(to_tensor([picture])).latent_dist.mode() * peer.vae.config.scaling_factor
         expected = peer("the red fox", image=latents, strength=0.5, generator=generator, **peers).images
     else:
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        drawn = pipe("the red fox", latents=noise, **options).images
-        expected = peer("the red fox", latents=noise, height=32, width=32, **peers).images
+        drawn = pipe("the red fox", seed=0, **options).images
+        expected = peer("the red fox", generator=generator, height=32, width=32, **peers).images
     assert (drawn - expected).abs().max() <= 2 / 255
     assert drawn.std() > 0.05
 
