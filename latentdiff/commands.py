@@ -181,13 +181,12 @@ def _embeddings(given: Sequence[str]) -> list[tuple[str, str | None]]:
     """Return files with the words for them of "FILE" and "FILE:WORD"."""
     found: list[tuple[str, str | None]] = []
     for text in given:
-        file, _, word = text.rpartition(":")
-        one = (text, None) if not file or Path(text).is_file() else (file, word)
-        if not Path(one[0]).is_file():
+        file, word = _file_and_rest(text)
+        if not Path(file).is_file():
             raise InputError(
                 f"--embedding must be a file and maybe a word for it, got {text!r}; try toy.safetensors:toy"
             )
-        found.append(one)
+        found.append((file, word))
     return found
 
 
@@ -195,11 +194,9 @@ def _loras(given: Sequence[str]) -> dict[str, Any]:
     """Return files with their weights of "FILE", "FILE:0.8" and "FILE:1,0.5" (U-Net, text encoders)."""
     loras: dict[str, Any] = {}
     for text in given:
-        file, _, weight = text.rpartition(":")
-        if not file or Path(text).is_file():
-            file, weight = text, "1"
+        file, weight = _file_and_rest(text)
         try:
-            numbers = [float(number) for number in weight.split(",")]
+            numbers = [float(number) for number in ("1" if weight is None else weight).split(",")]
         except ValueError:
             numbers = []
         if not Path(file).is_file() or len(numbers) not in (1, 2) or file in loras:
@@ -208,6 +205,12 @@ def _loras(given: Sequence[str]) -> dict[str, Any]:
             )
         loras[file] = tuple(numbers) if numbers[1:] else numbers[0]
     return loras
+
+
+def _file_and_rest(text: str) -> tuple[str, str | None]:
+    """Split "FILE:REST"; there is no rest where all of it is the name of a file."""
+    file, _, rest = text.rpartition(":")
+    return (text, None) if not file or Path(text).is_file() else (file, rest)
 
 
 def _use_threads(count: object) -> None:

@@ -35,19 +35,25 @@ ROOMS = (
 LEAVES = ("devices", "images", "prompts", "errors")
 HEAVY = ("torch", "diffusers", "transformers", "datasets", "accelerate", "tensorboard", "pydantic", "torchvision")
 
+# What comes before code that runs in an interpreter of its own and may not reach the network.
+OFFLINE = (
+    "import sys\n"
+    "def no_network(event, arguments):\n"
+    "    if event in ('socket.connect', 'socket.getaddrinfo'):\n"
+    "        raise SystemExit('network used')\n"
+    "sys.addaudithook(no_network)\n"
+)
+
 
 def loaded(code: str, *arguments: str) -> list[str]:
     """Run code in a fresh interpreter that may not reach the network; return which heavy modules it loaded."""
-    guard = (
-        "import sys\n"
-        "def no_network(event, arguments):\n"
-        "    if event in ('socket.connect', 'socket.getaddrinfo'):\n"
-        "        raise SystemExit('network used')\n"
-        "sys.addaudithook(no_network)\n"
-    )
     report = f"\nimport json\nprint(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
     run = subprocess.run(
-        [sys.executable, "-c", guard + code + report, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+        [sys.executable, "-c", OFFLINE + code + report, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])

@@ -214,7 +214,7 @@ def _sift(
     """
     samples, rows, skipped = [], [], []
     for place, (row, found) in enumerate(zip(source.rows, findings)):
-        captions = _captions(row)
+        captions = captions_of(row)
         reason = captions if isinstance(captions, str) else found
         if isinstance(reason, str):
             skipped.append({"place": place, "name": source.names[place], "reason": reason})
@@ -230,7 +230,7 @@ def _sift(
     return samples, rows, skipped
 
 
-def _captions(row: dict[str, Any]) -> list[str] | str:
+def captions_of(row: dict[str, Any]) -> list[str] | str:
     """Return the captions of a row, or what is wrong with them."""
     captions = row["captions"] if isinstance(row["captions"], list) else [row["captions"]]
     if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):

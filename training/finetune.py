@@ -12,7 +12,8 @@ from latentdiff.checkpoints import Parts, load_pipeline
 from latentdiff.drawing import native_size
 from latentdiff.errors import InputError
 from training.config import DataConfig, load_config, parse_config
-from training.dataset import load_images
+from training.dataset import captions_of
+from training.sources import open_source
 
 SMALL = 100e6  # parameters of a U-Net up to which a CPU trains it in minutes
 PASSES = 40  # over the pictures
@@ -37,15 +38,20 @@ def finetune(dataset: str, out: str, model: str | None, rank: int | None, resume
 
     if resume:
         return train_diffusion(load_config(Path(out) / "config.yaml"), True)  # type: ignore[arg-type]
+    tree = recipe(dataset, out, model, rank)
+    print(yaml.safe_dump(tree, sort_keys=False))
+    return train_diffusion(parse_config(tree))  # type: ignore[arg-type]
+
+
+def recipe(dataset: str, out: str, model: str | None, rank: int | None) -> dict[str, Any]:
+    """Return the config for `finetune`; the model is let go of, and of the pictures only the captions are read."""
     parts = load_pipeline(model)
     height, width = native_size(parts)
     if height != width:
         raise InputError(f"only models of square pictures are fine-tuned, got {width}x{height}; use another model")
-    pictures = load_images(DataConfig(folder=dataset, size=height))
-    captions = [row["captions"][0] for row in pictures.rows]
-    tree = choose(parts, dataset, captions, out, model or "embedded", rank)
-    print(yaml.safe_dump(tree, sort_keys=False))
-    return train_diffusion(parse_config(tree))  # type: ignore[arg-type]
+    usable = map(captions_of, open_source(DataConfig(folder=dataset, size=height)).rows)
+    captions = [found[0] for found in usable if not isinstance(found, str)]
+    return choose(parts, dataset, captions, out, model or "embedded", rank)
 
 
 def choose(parts: Parts, dataset: str, captions: list[str], out: str, model: str, rank: int | None) -> dict[str, Any]:

@@ -146,9 +146,11 @@ def read_index(root: Path) -> dict[str, str]:
     for component in (*COMPONENTS, *SECOND, LOW_RES):
         entry = tree.get(component)
         named[component] = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-    optional = set(SECOND) if named["text_encoder_2"] is None else {"text_encoder", "tokenizer"}
-    if named["text_encoder_2"] is not None and named["text_encoder"] is not None:
-        optional = set()
+    optional: set[str] = set()
+    if named["text_encoder_2"] is None:
+        optional |= set(SECOND)
+    elif named["text_encoder"] is None:
+        optional |= {"text_encoder", "tokenizer"}
     if named["text_encoder"] == "LabelEncoder":
         optional |= {"tokenizer"}
     if named["pipeline"] != "StableDiffusionUpscalePipeline":

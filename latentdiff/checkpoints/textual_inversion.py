@@ -91,9 +91,10 @@ def _names(file: Path, tensors: Mapping[str, TensorInfo], widths: Mapping[str, i
         found = {component: name for component, name in zip(widths, XL) if name in tensors}
     elif XL[1] in tensors:  # the refiner has the second text encoder alone
         found = dict.fromkeys(widths, XL[1])
+    elif WEBUI in tensors:
+        found = dict.fromkeys(widths, WEBUI)
     else:
-        found = dict.fromkeys(widths, next(iter(tensors))) if len(tensors) == 1 or WEBUI in tensors else {}
-        found = {component: WEBUI if WEBUI in tensors else name for component, name in found.items()}
+        found = dict.fromkeys(widths, next(iter(tensors))) if len(tensors) == 1 else {}
     wanted = " and ".join(f"{width} wide" for width in widths.values())
     if len(found) < len(widths):
         raise ModelMismatchError(

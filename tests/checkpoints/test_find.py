@@ -13,6 +13,7 @@ import pytest
 
 from latentdiff.checkpoints import embedded_model, find_model, load_pipeline
 from latentdiff.errors import InputError, ModelPathError
+from tests.test_imports import OFFLINE
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -34,16 +35,13 @@ def put_into_cache(model: Path, cache: Path, name: str = "owner/model") -> Path:
 
 def run(code: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter that is offline, as huggingface_hub has it, and may open no socket."""
-    guard = (
-        "import sys\n"
-        "def no_network(event, arguments):\n"
-        "    if event in ('socket.connect', 'socket.getaddrinfo'):\n"
-        "        raise SystemExit('network used')\n"
-        "sys.addaudithook(no_network)\n"
-    )
     environment = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
     return subprocess.run(
-        [sys.executable, "-c", guard + code, *arguments], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", OFFLINE + code, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
 
 
