@@ -30,15 +30,16 @@ from latentdiff.models.pixels import PixelSpace
 from training.cache import LatentSet
 from training.checkpointing import checkpoint_folders, checkpoint_problem, config_differences
 from training.config import DiffusionTraining, TrainingConfig
-from training.dataset import load_images
+from training.dataset import CaptionedImages
 from training.diffusion import (
     accumulate_gradients,
     assemble,
     draw_batch,
+    encode_data,
     latent_batches,
     load_parts,
     network_to_train,
-    prepare_data,
+    open_data,
 )
 from training.distributed import own_shares, sample_noise, start_accelerator
 from training.objective import diffusion_losses, require_trainable
@@ -100,8 +101,9 @@ def look(config: DiffusionTraining) -> Iterator[Row]:
         out = Path(config.run.out).resolve()
         if config.cache is None or Path(config.cache).resolve().is_relative_to(out):
             config = config.model_copy(update={"cache": str(Path(folder) / "cache")})
-        yield from look_at_pictures(config)
-        data = prepare_data(config, parts, Path(folder))
+        images = open_data(config, parts, Path(folder))
+        yield from look_at_pictures(config, images)
+        data = encode_data(config, parts, Path(folder), images)
         yield look_at_held_out(config, parts)
         yield from look_at_samples(config, data, parts)
         network, parts, state = assemble(config, data, parts)
@@ -135,9 +137,9 @@ def _problem(checkpoint: Path, config: DiffusionTraining) -> str:
     return "; ".join(config_differences(before, config.model_dump(mode="json")))
 
 
-def look_at_pictures(config: DiffusionTraining) -> Iterator[Row]:
+def look_at_pictures(config: DiffusionTraining, images: CaptionedImages) -> Iterator[Row]:
     """Say how many pictures and captions there are, and which were left out."""
-    images, run = load_images(config.data), config.run
+    run = config.run
     captions = sum(len(row["captions"]) for row in images.rows)
     passes = run.steps * run.batch_size / len(images)
     value = f"{len(images)} with {captions} captions, {passes:.1f} times each"

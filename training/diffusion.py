@@ -37,7 +37,7 @@ from latentdiff.settings import Settings
 from training.adapters import Adapted
 from training.cache import LatentSet, cached_latents
 from training.config import DiffusionTraining
-from training.dataset import load_images, open_images
+from training.dataset import CaptionedImages, load_images, open_images
 from training.distributed import any_process, gathered, micro_batches, own_shares, sample_noise, start_accelerator
 from training.ema import Ema
 from training.loading import prefetched
@@ -250,13 +250,21 @@ def prepare_data(config: DiffusionTraining, parts: Parts, folder: Path) -> Laten
         InputError: the pictures cannot be used, or the latents' mean or standard deviation is far from 0 and 1.
         StorageError: the cache cannot be written.
     """
-    cache = Path(config.cache) if config.cache else folder / "cache"
+    return encode_data(config, parts, folder, open_data(config, parts, folder))
+
+
+def open_data(config: DiffusionTraining, parts: Parts, folder: Path) -> CaptionedImages:
+    """Open the pictures to train on; see `training.dataset.open_images`."""
     multiple = 8 * parts.autoencoder.config.downsample_factor
-    images = open_images(config.data, config.run.batch_size, folder, cache, multiple)
+    return open_images(config.data, config.run.batch_size, folder, _cache(config, folder), multiple)
+
+
+def encode_data(config: DiffusionTraining, parts: Parts, folder: Path, images: CaptionedImages) -> LatentSet:
+    """Encode pictures and their captions, and check the latents; see `prepare_data`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for network in (parts.autoencoder, parts.text_encoder):
         network.to(device)
-    data = cached_latents(images, config.data, config.run.seed, parts, cache)
+    data = cached_latents(images, config.data, config.run.seed, parts, _cache(config, folder))
     if isinstance(parts.autoencoder, PixelSpace):
         return data
     kinds = len(data.choices[0])
@@ -355,6 +363,10 @@ def load_parts(config: DiffusionTraining) -> Parts:
     text = embedded_model() if config.text_encoder == "embedded" else Path(config.text_encoder)
     encoder, tokenizer = load_text_encoder(text)
     return Parts(None, space.requires_grad_(False), encoder, tokenizer, schedule)
+
+
+def _cache(config: DiffusionTraining, folder: Path) -> Path:
+    return Path(config.cache) if config.cache else folder / "cache"
 
 
 def _short(values: Tensor) -> str:
