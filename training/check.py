@@ -27,26 +27,26 @@ from latentdiff.checkpoints import Parts
 from latentdiff.devices import DTYPES, machine_memory
 from latentdiff.errors import InputError
 from latentdiff.models.pixels import PixelSpace
-from training.cache import LatentSet
+from training.batches import Batch, draw_batch, latent_batches
 from training.checkpointing import checkpoint_folders, checkpoint_problem, config_differences
 from training.config import DiffusionTraining, TrainingConfig
 from training.dataset import CaptionedImages
 from training.diffusion import (
     accumulate_gradients,
     assemble,
-    draw_batch,
     encode_data,
-    latent_batches,
     load_parts,
     network_to_train,
     open_data,
 )
 from training.distributed import own_shares, sample_noise, start_accelerator
+from training.encoders import JointNetwork
+from training.latents import LatentSet
 from training.objective import diffusion_losses, require_trainable
 from training.run import fast_attention, seeded, start_step
 from training.state import RunState
 from training.timesteps import stratified_timesteps
-from training.validation import Samples, bucket_names, gaussian_bounds, held_out_errors, load_held_out
+from training.validation import bucket_names, gaussian_bounds, held_out_errors, load_held_out
 
 SAMPLES = 1000  # whose latents and captions are looked at
 LOOKED_AT = 64  # samples whose error is measured before the first step
@@ -103,6 +103,10 @@ def look(config: DiffusionTraining) -> Iterator[Row]:
             config = config.model_copy(update={"cache": str(Path(folder) / "cache")})
         images = open_data(config, parts, Path(folder))
         yield from look_at_pictures(config, images)
+        if config.prior is not None:
+            value = f"{config.prior.pictures} of {config.prior.prompt!r}"
+            yield Row("prior pictures", value[:52], "drawn before the first step, left out here")
+            config = config.model_copy(update={"prior": None})
         data = encode_data(config, parts, Path(folder), images)
         yield look_at_held_out(config, parts)
         yield from look_at_samples(config, data, parts)
@@ -159,8 +163,8 @@ def look_at_held_out(config: DiffusionTraining, parts: Parts) -> Row:
 def look_at_samples(config: DiffusionTraining, data: LatentSet, parts: Parts) -> Iterator[Row]:
     """Say how latents are distributed, and how many captions are dropped, of the first `SAMPLES` samples of the run."""
     batch = config.run.batch_size
-    batches = (draw_batch(data, config, step, slice(None)) for step in range(math.ceil(SAMPLES / batch)))
-    drawn = [(latents.transpose(0, 1).flatten(1), nulls) for latents, _, nulls in batches]
+    batches = (draw_batch(data, config, step) for step in range(math.ceil(SAMPLES / batch)))
+    drawn = [(one.latents.transpose(0, 1).flatten(1), one.nulls) for one in batches]
     pixels = torch.cat([latents for latents, _ in drawn], dim=1)  # (C, samples*h*w)
     mean, std = pixels.mean(dim=1), pixels.std(dim=1)
     in_pixels = isinstance(parts.autoencoder, PixelSpace)
@@ -314,17 +318,19 @@ def overfit(
     torch.manual_seed(config.run.seed)  # of a new network, and of dropout
     if used is None:
         reduced = config.model_copy(update={"start_from": None, "lora": None, "model": REDUCED})
-        used = network_to_train(reduced, data, replace(parts, unet=None)).to(accelerator.device)
+        unet = network_to_train(reduced, data, replace(parts, unet=None))
+        used = JointNetwork(unet, parts.text_encoder) if config.encodes_each_step else unet
+        used.to(accelerator.device)
     before = held_out_errors(used.eval(), parts, config, samples, accelerator).mean()
     trained = [parameter for parameter in used.train().parameters() if parameter.requires_grad]
     optimizer, device = torch.optim.AdamW(trained, lr=OVERFIT_RATE, weight_decay=0.0), accelerator.device
-    latents, contexts = samples.latents.to(device), samples.contexts.to(device)
+    samples = samples.map(lambda tensor: tensor.to(device))
     for step in range(OVERFIT_STEPS):
         generator = seeded(config.run.seed, step, 0)
         timesteps = stratified_timesteps(OVERFIT, parts.schedule.num_train_timesteps, generator).to(device)
-        noise = sample_noise(config.run.seed, step, slice(None), OVERFIT, latents.shape[1:]).to(device)
+        noise = sample_noise(config.run.seed, step, slice(None), OVERFIT, samples.latents.shape[1:]).to(device)
         with accelerator.autocast():
-            losses = diffusion_losses(used, parts, config, latents, contexts, timesteps, noise)
+            losses = diffusion_losses(used, parts, config, samples, timesteps, noise)
         optimizer.zero_grad()
         losses.mean().backward()
         nn.utils.clip_grad_norm_(trained, config.optimizer.max_grad_norm)
@@ -335,13 +341,10 @@ def overfit(
     return Row(f"overfits {OVERFIT}", value, "less than half", bool(after < 0.5 * before))
 
 
-def first_samples(data: LatentSet, config: DiffusionTraining, count: int) -> Samples:
+def first_samples(data: LatentSet, config: DiffusionTraining, count: int) -> Batch:
     """Return the first samples of the run, with their captions."""
     run = config.run.model_copy(update={"batch_size": count})
-    latents, contexts, _ = draw_batch(
-        data, config.model_copy(update={"run": run, "caption_dropout": 0.0}), 0, slice(None)
-    )
-    return Samples(latents, contexts)
+    return draw_batch(data, config.model_copy(update={"run": run, "caption_dropout": 0.0}), 0)
 
 
 def _short(values: Tensor) -> str:

@@ -34,6 +34,8 @@ class DataConfig(Section):
     keep: dict[str, list[str | bool]] = {}
     # ... and none of these.
     drop: dict[str, list[str | bool]] = {}
+    # One caption for each picture, drawn anew each time, instead of their own; a folder then needs only pictures.
+    captions: list[str] = []
     background: str = "white"
     # Augmented versions of each picture: plain, flip, hue, background, pair (`training.augment`).
     variants: list[Literal["plain", "flip", "hue", "background", "pair"]] = ["plain"]
@@ -104,6 +106,28 @@ class LoraConfig(Section):
     layers: list[Literal["attention", "feed_forward", "convolution"]] = Field(["attention"], min_length=1)
 
 
+class PriorConfig(Section):
+    """Train also on pictures that `start_from` draws of the kind of thing, so that it does not forget it (DreamBooth).
+
+    Every second sample of a batch is one of them.
+    """
+
+    # What they show: "a dog", where the own pictures are of "sks dog".
+    prompt: str = Field(min_length=1)
+    pictures: int = Field(100, ge=1)
+    # Of their loss beside that of the own pictures.
+    weight: float = Field(1.0, gt=0)
+
+
+class TextualInversionConfig(Section):
+    """Train the vectors of one new word instead of the U-Net; captions or data.captions use it."""
+
+    word: str = Field(pattern=r"^\S+$")
+    # What its vectors are at first: a word that is known, or several.
+    initializer: str
+    vectors: int = Field(1, ge=1, le=75)
+
+
 class AutoencoderTraining(Section):
     """`stage: autoencoder`."""
 
@@ -144,6 +168,10 @@ class DiffusionTraining(Section):
     start_from: str | None = None
     # Train thin layers beside those of `start_from` instead of its U-Net.
     lora: LoraConfig | None = None
+    # Train the text encoder too; captions are then encoded anew in every step.
+    train_text_encoder: bool = False
+    prior: PriorConfig | None = None
+    textual_inversion: TextualInversionConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     caption_dropout: float = Field(0.1, ge=0, le=1)
     # simple: squared error; hybrid: with the variational bound for a learned variance (schedule.variance_type
@@ -166,6 +194,31 @@ class DiffusionTraining(Section):
     prompts: list[str] = ["a red fox", "a green tree", "a house", "a blue car"]
     guidance_scale: float = Field(4.0, ge=0, le=50)
     cache: str | None = None
+
+    @property
+    def encodes_each_step(self) -> bool:
+        """Whether text states change while training."""
+        return self.train_text_encoder or self.textual_inversion is not None
+
+    @model_validator(mode="after")
+    def _what_is_trained(self) -> Self:
+        """Refuse what does not go together."""
+        if self.encodes_each_step and self.text_encoder in ("labels", "none"):
+            raise ValueError(f"text_encoder: {self.text_encoder} has no words to train; name one with a vocabulary")
+        if self.encodes_each_step and (self.lora is not None or self.run.compile):
+            other = "run.compile" if self.lora is None else "lora"
+            raise ValueError(f"train_text_encoder and textual_inversion do not go with {other}; leave one out")
+        if self.textual_inversion is not None:
+            if self.train_text_encoder or self.prior is not None:
+                raise ValueError("textual_inversion trains one word alone; leave train_text_encoder and prior out")
+            if not any(self.textual_inversion.word in prompt for prompt in self.prompts):
+                raise ValueError(f"prompts: one at least has to use the word {self.textual_inversion.word!r}")
+        if self.prior is not None and (self.data.buckets or self.run.batch_size % 2):
+            wanted = "data.buckets false" if self.data.buckets else f"an even run.batch_size, got {self.run.batch_size}"
+            raise ValueError(f"prior needs {wanted}, for half of each batch is of it")
+        if self.start_from is None and (self.prior is not None or self.textual_inversion is not None):
+            raise ValueError("prior and textual_inversion are for a model that is there; name it as start_from")
+        return self
 
     @model_validator(mode="after")
     def _one_source_of_the_parts(self) -> Self:

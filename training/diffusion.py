@@ -8,12 +8,13 @@ Try:
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from latentdiff.checkpoints import (
     save_pipeline,
 )
 from latentdiff.checkpoints.lora import save_lora
+from latentdiff.checkpoints.textual_inversion import save_embedding
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
 from latentdiff.models.lora import LoRA
@@ -35,13 +37,15 @@ from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from latentdiff.pipeline import Pipeline
 from latentdiff.settings import Settings
 from training.adapters import Adapted
-from training.cache import LatentSet, cached_latents
+from training.batches import Batch, draw_batch, latent_batches, sample_weights
 from training.config import DiffusionTraining
 from training.dataset import CaptionedImages, load_images, open_images
 from training.distributed import any_process, gathered, micro_batches, own_shares, sample_noise, start_accelerator
 from training.ema import Ema
-from training.loading import prefetched
-from training.objective import diffusion_losses, model_inputs, require_trainable
+from training.encoders import JointNetwork, add_words, new_words, train_encoder
+from training.latents import LatentSet, cached_latents
+from training.objective import diffusion_losses, model_inputs, require_trainable, told
+from training.prior import draw_prior
 from training.process import show_process
 from training.run import (
     Log,
@@ -58,13 +62,13 @@ from training.run import (
 )
 from training.state import RunState
 from training.timesteps import ImportanceSampler, logit_normal_timesteps, stratified_timesteps
-from training.validation import Samples, ema_distance, held_out_scalars, load_held_out
+from training.validation import ema_distance, held_out_scalars, load_held_out
 
 LORA_FILE = "lora.safetensors"
+EMBEDDING_FILE = "embedding.safetensors"
 
 # Latents whose mean and standard deviation are looked at before training, at most about so many.
 MEASURED = 4096
-WHOLE = slice(None)
 
 
 def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
@@ -89,15 +93,14 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     if reached and accelerator.is_main_process:
         with state.ema.swapped_into(state.modules["model"]):
             export(network, config, parts, folder)
-    return folder / ("model" if config.lora is None else LORA_FILE)
+    return folder / (LORA_FILE if config.lora else EMBEDDING_FILE if config.textual_inversion else "model")
 
 
 def assemble(config: DiffusionTraining, data: LatentSet, parts: Parts) -> tuple[nn.Module, Parts, RunState]:
     """Return the network that is called while training, the parts with its U-Net, and what of it all is trained."""
     torch.manual_seed(config.run.seed)
     unet = network_to_train(config, data, parts)
-    network = unet if config.lora is None else Adapted(unet, config.lora)
-    trained = network.adapters if isinstance(network, Adapted) else unet
+    network, trained = adapt(unet, config, parts)
     modules: dict[str, nn.Module] = {"model": trained}
     if config.timesteps == "importance":
         modules["importance"] = ImportanceSampler(parts.schedule.num_train_timesteps)
@@ -105,6 +108,20 @@ def assemble(config: DiffusionTraining, data: LatentSet, parts: Parts) -> tuple[
         checkpoint_gradients(unet)
     state = RunState(modules, {"optimizer": adamw(trained, config.optimizer)}, Ema(trained, config.run.ema_decay))
     return network, replace(parts, unet=unet), state
+
+
+def adapt(unet: UNet2DConditionModel, config: DiffusionTraining, parts: Parts) -> tuple[nn.Module, nn.Module]:
+    """Return what is called in place of a U-Net while training, and the part of it, or all, that is trained."""
+    if config.lora is not None:
+        adapted = Adapted(unet, config.lora)
+        return adapted, adapted.adapters
+    if config.textual_inversion is not None:
+        words = new_words(parts, config.textual_inversion)
+        return JointNetwork(unet.requires_grad_(False), parts.text_encoder.requires_grad_(False), words), words
+    if config.train_text_encoder:
+        joint = JointNetwork(unet, train_encoder(parts))
+        return joint, joint
+    return unet, unet
 
 
 def run_steps(
@@ -115,7 +132,7 @@ def run_steps(
     state: RunState,
     first: int,
     accelerator: Accelerator,
-    held_out: Samples | None,
+    held_out: Batch | None,
 ) -> bool:
     """Train from step `first` to the last; say whether it was reached, not stopped by a signal.
 
@@ -164,7 +181,7 @@ def accumulate_gradients(
     unet: nn.Module,
     config: DiffusionTraining,
     parts: Parts,
-    batches: Iterator[tuple[Tensor, Tensor, Tensor]],
+    batches: Iterator[Batch],
     importance: nn.Module | None,
     step: int,
     accelerator: Accelerator,
@@ -172,23 +189,25 @@ def accumulate_gradients(
     """Add the gradients of a step's loss to those of the network, micro-step by micro-step.
 
     Args:
-        batches: gives what `draw_batch` returns for each micro-step.
+        batches: gives that of each micro-step.
 
     Returns:
         Of the whole batch, each (B,) on the CPU: losses, their weights, timesteps, and 1 where the caption was dropped.
     """
     run, total = config.run, parts.schedule.num_train_timesteps
     generator, seen = seeded(run.seed, step, 0), []
+    to_device = partial(Tensor.to, device=accelerator.device)
     timesteps, weights = draw_timesteps(config.timesteps, importance, total, run.batch_size, generator)
+    weights = weights * sample_weights(config)
     estimated = bool(torch.rand((), generator=generator) < 0.5)
     for share in micro_batches(accelerator, run, step, unet):
-        latents, context, nulls = next(batches)
-        drawn = (latents, context, timesteps[share], *draw_noises(config, step, share, latents.shape[1:]))
-        latents, context, times, noise, shown = (part.to(accelerator.device) for part in drawn)
+        batch = next(batches).map(to_device)
+        noise, shown = map(to_device, draw_noises(config, step, share, batch.latents.shape[1:]))
+        times = timesteps[share].to(accelerator.device)
         with accelerator.autocast():
-            losses = diffusion_losses(unet, parts, config, latents, context, times, noise, estimated, shown)  # (b,)
+            losses = diffusion_losses(unet, parts, config, batch, times, noise, estimated, shown)  # (b,)
         accelerator.backward((losses * weights[share].to(losses)).mean() / run.accumulation)
-        seen.append(torch.stack([losses, nulls.to(losses)], dim=1))
+        seen.append(torch.stack([losses, batch.nulls.to(losses)], dim=1))
     losses, nulls = gathered(accelerator, seen).cpu().unbind(dim=1)
     return losses, weights, timesteps, nulls
 
@@ -196,24 +215,30 @@ def accumulate_gradients(
 def compile_unet(unet: nn.Module, config: DiffusionTraining, data: LatentSet, accelerator: Accelerator) -> None:
     """Compile the network in place on one micro-batch; see `compile_checked`."""
     share = own_shares(accelerator, config.run)[0]
-    latents, context, _ = (part.to(accelerator.device) for part in draw_batch(data, config, 0, share))
-    timesteps = torch.zeros(len(latents), dtype=torch.int64, device=accelerator.device)
-    compile_checked(unet, model_inputs(latents, config), timesteps, context, autocast=accelerator.autocast())
+    batch = draw_batch(data, config, 0, share).map(partial(Tensor.to, device=accelerator.device))
+    timesteps = torch.zeros(len(batch), dtype=torch.int64, device=accelerator.device)
+    inputs = (model_inputs(batch.latents, config), timesteps, batch.context)
+    compile_checked(unet, *inputs, autocast=accelerator.autocast(), **told(batch))
 
 
 def export(network: nn.Module, config: DiffusionTraining, parts: Parts, folder: Path) -> None:
     """Save the model or the LoRA, say how to use it, and show what it learnt where it was trained on pixels."""
+    prompt = shlex.quote(config.prompts[0])
     if isinstance(network, Adapted):
         file = folder / LORA_FILE
         save_lora(LoRA({"unet": network.factors(torch.float16)}), file, parts)
-        prompt = shlex.quote(config.prompts[0])
         print(f"saved {file}; try: latentdiff generate {prompt} --model {config.start_from} --lora {file}")
+        return
+    if isinstance(network, JointNetwork) and network.words is not None and config.textual_inversion is not None:
+        file = folder / EMBEDDING_FILE
+        save_embedding(config.textual_inversion.word, network.words.vectors.detach().cpu(), file)
+        print(f"saved {file}; try: latentdiff generate {prompt} --model {config.start_from} --embedding {file}")
         return
     model = folder / "model"
     save_pipeline(parts, model, torch.float16)
     if config.autoencoder is None:
         show_process(parts, config, folder)
-    print(f"saved {model}; try: latentdiff generate {config.prompts[0]!r} --model {model}")
+    print(f"saved {model}; try: latentdiff generate {prompt} --model {model}")
 
 
 def draw_timesteps(
@@ -250,7 +275,11 @@ def prepare_data(config: DiffusionTraining, parts: Parts, folder: Path) -> Laten
         InputError: the pictures cannot be used, or the latents' mean or standard deviation is far from 0 and 1.
         StorageError: the cache cannot be written.
     """
-    return encode_data(config, parts, folder, open_data(config, parts, folder))
+    data = encode_data(config, parts, folder, open_data(config, parts, folder))
+    if config.prior is None:
+        return data
+    drawn = config.model_copy(update={"data": draw_prior(config, parts, folder)})
+    return replace(data, prior=encode_data(drawn, parts, folder, open_data(drawn, parts, folder)))
 
 
 def open_data(config: DiffusionTraining, parts: Parts, folder: Path) -> CaptionedImages:
@@ -262,9 +291,11 @@ def open_data(config: DiffusionTraining, parts: Parts, folder: Path) -> Captione
 def encode_data(config: DiffusionTraining, parts: Parts, folder: Path, images: CaptionedImages) -> LatentSet:
     """Encode pictures and their captions, and check the latents; see `prepare_data`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for network in (parts.autoencoder, parts.text_encoder):
-        network.to(device)
-    data = cached_latents(images, config.data, config.run.seed, parts, _cache(config, folder))
+    for network in (parts.autoencoder, parts.text_encoder, parts.text_encoder_2):
+        if network is not None:
+            network.to(device)
+    cache = _cache(config, folder)
+    data = cached_latents(images, config.data, config.run.seed, parts, cache, config.encodes_each_step)
     if isinstance(parts.autoencoder, PixelSpace):
         return data
     kinds = len(data.choices[0])
@@ -272,10 +303,13 @@ def encode_data(config: DiffusionTraining, parts: Parts, folder: Path, images: C
     plain = torch.cat([data.latents[index].float().flatten(1) for index in measured], dim=1)  # (C, N*h*w)
     mean, std = plain.mean(dim=1), plain.std(dim=1)
     if mean.abs().max() > 0.3 or std.max() > 1.5 or std.min() < 0.6:
-        raise InputError(
-            f"latents must have mean about 0 and standard deviation about 1, got {_short(mean)} and {_short(std)}; "
-            "the autoencoder was measured on other pictures: train it on these, or run its export again"
-        )
+        problem = f"mean about 0 and standard deviation about 1, got {_short(mean)} and {_short(std)}"
+        if config.start_from is None:
+            raise InputError(
+                f"latents must have {problem}; the autoencoder was measured on other pictures: train it on these, or "
+                "run its export again"
+            )
+        print(f"latents of these pictures do not have {problem}: the model knows other ones", file=sys.stderr)
     return data
 
 
@@ -290,48 +324,8 @@ def network_to_train(config: DiffusionTraining, data: LatentSet, parts: Parts) -
         "sample_size": side,
         "self_conditioning": config.self_conditioning,
     }
-    shape = {"cross_attention_dim": data.contexts[0].shape[-1], **config.model, **follows}
+    shape = {"cross_attention_dim": parts.text_encoder.config.hidden_size, **config.model, **follows}
     return UNet2DConditionModel(UNetConfig.from_dict(shape))
-
-
-def latent_batches(
-    data: LatentSet, config: DiffusionTraining, first: int, shares: Sequence[slice] = (WHOLE,)
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield what `draw_batch` returns for every step from `first` on, drawn ahead in a thread.
-
-    Args:
-        shares: which positions in the batch, one after the other.
-    """
-
-    def draw(number: int) -> tuple[Tensor, Tensor, Tensor]:
-        step, share = divmod(number, len(shares))
-        return draw_batch(data, config, step, shares[share])
-
-    return prefetched(draw, range(first * len(shares), config.run.steps * len(shares)), threads=1)
-
-
-def draw_batch(
-    data: LatentSet, config: DiffusionTraining, step: int, share: slice = WHOLE
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return latents (b, C, h, w), contexts (b, L, D) and which of them are the null prompt (b,) bool, for one step.
-
-    Variant, caption and caption dropout of a sample are a pure function of (seed, sample, epoch).
-    """
-    run, kinds = config.run, list(dict.fromkeys(config.data.variants))
-    picked, rows = [], []
-    for index, epoch in list(zip(*data.order.batch(step, run.batch_size, run.seed)))[share]:
-        rng = np.random.default_rng([run.seed, data.samples[index].place, int(epoch)])
-        kind = kinds.index(config.data.variants[rng.integers(len(config.data.variants))])
-        caption = int(rng.choice(data.choices[index][kind]))
-        rows.append(0 if rng.random() < config.caption_dropout else caption)
-        picked.append(int(index) * len(kinds) + kind)
-    return data.latents.take(picked), data.contexts.take(rows), torch.tensor(rows) == 0
-
-
-def draw_sizes(data: LatentSet, config: DiffusionTraining, step: int, share: slice = WHOLE) -> Tensor:
-    """Return the size conditioning (b, 6) of the batch of one step; see `training.dataset.Sample.condition`."""
-    indices, _ = data.order.batch(step, config.run.batch_size, config.run.seed)
-    return torch.tensor([data.samples[index].condition for index in indices[share]], dtype=torch.float32)
 
 
 def draw_samples(parts: Parts, config: DiffusionTraining, file: Path) -> None:
@@ -348,7 +342,8 @@ def load_parts(config: DiffusionTraining) -> Parts:
     Without an autoencoder latents are pixels; without a text encoder each different caption is a class.
     """
     if config.start_from is not None:
-        return load_pipeline(config.start_from)
+        parts = load_pipeline(config.start_from)
+        return parts if config.textual_inversion is None else add_words(parts, config.textual_inversion)
     schedule = NoiseSchedule.from_dict(config.schedule)
     if config.autoencoder is None:
         space: Any = PixelSpace(PixelSpaceConfig(latent_channels=config.channels))

@@ -14,6 +14,7 @@ from latentdiff.diffusion.prediction import halves, x0_estimate
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
 from latentdiff.models.pixels import PixelSpace
+from training.batches import Batch
 from training.config import DiffusionTraining
 
 
@@ -23,7 +24,8 @@ def require_trainable(config: DiffusionTraining, parts: Parts) -> None:
     if parts.unet is not None:
         shape = parts.unet.config
         more = {
-            "pooled text and sizes (XL)": shape.addition_embed_type is not None,
+            "how beautiful a picture is (XL's refiner)": shape.addition_embed_type is not None
+            and parts.text_encoder_2 is None,
             "a mask": parts.inpaints,
             "a small picture": parts.upscales,
             "an embedded guidance scale": shape.time_cond_proj_dim is not None,
@@ -55,12 +57,16 @@ def model_inputs(noisy: Tensor, config: DiffusionTraining, estimate: Tensor | No
     return torch.cat([noisy, torch.zeros_like(noisy) if estimate is None else estimate], dim=1)
 
 
+def told(batch: Batch) -> dict[str, Any]:
+    """Return what the network is called with besides noisy latents, timesteps and context."""
+    return {"added": batch.added} if batch.added else {}
+
+
 def diffusion_losses(
     unet: Any,
     parts: Parts,
     config: DiffusionTraining,
-    latents: Tensor,
-    context: Tensor,
+    batch: Batch,
     timesteps: Tensor,
     noise: Tensor,
     estimated: bool = False,
@@ -71,8 +77,6 @@ def diffusion_losses(
     Args:
         unet: called as the network is; may run in half precision.
         parts: schedule and autoencoder are looked at.
-        latents: (B, C, h, w), scaled.
-        context: (B, L, D).
         timesteps: (B,) int64.
         noise: (B, C, h, w), standard normal.
         estimated: with self-conditioning, give the network its estimate of a first pass; else zeros.
@@ -81,15 +85,15 @@ def diffusion_losses(
     Source: Ho et al. 2020, arXiv 2006.11239, Eq. 14 (simple); Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 16 (hybrid)
     and section 3.3 (vlb); Chen et al. 2022, arXiv 2208.04202, algorithm 1 (self-conditioning).
     """
-    schedule, channels = parts.schedule, latents.shape[1]
+    schedule, latents, channels = parts.schedule, batch.latents, batch.latents.shape[1]
     noisy = schedule.add_noise(latents, noise if shown is None else shown, timesteps)
     sigmas = schedule.sigmas.to(latents.device, torch.float32)[timesteps].reshape(-1, 1, 1, 1)
     estimate = None
     if config.self_conditioning and estimated:
         with torch.no_grad():
-            output = unet(model_inputs(noisy, config), timesteps, context).float()[:, :channels]
+            output = unet(model_inputs(noisy, config), timesteps, batch.context, **told(batch)).float()[:, :channels]
         estimate = x0_estimate(schedule.prediction_type, noisy, output, sigmas)
-    prediction = unet(model_inputs(noisy, config, estimate), timesteps, context).float()
+    prediction = unet(model_inputs(noisy, config, estimate), timesteps, batch.context, **told(batch)).float()
     variance: str | Tensor = "fixed_small"
     if prediction.shape[1] > channels:
         prediction, variance = halves(prediction)

@@ -118,13 +118,13 @@ def fast_attention() -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def compile_checked(module: nn.Module, *inputs: Tensor, autocast: AbstractContextManager[Any]) -> None:
+def compile_checked(module: nn.Module, *inputs: Tensor, autocast: AbstractContextManager[Any], **options: Any) -> None:
     """Compile a network in place, after seeing on a copy that it then gives the gradients it gives without.
 
     Some releases of PyTorch lose most gradients of a compiled U-Net on a CPU without a word; the loss hardly shows it.
 
     Args:
-        inputs: an example of what the network will be called with.
+        inputs, options: an example of what the network will be called with.
         autocast: precision of the call.
 
     Raises:
@@ -135,9 +135,9 @@ def compile_checked(module: nn.Module, *inputs: Tensor, autocast: AbstractContex
         if not parameter.any():  # layers that start at zero let no gradient through
             nn.init.normal_(parameter, std=0.02)
     with autocast:
-        outputs = [probe(*inputs)]
+        outputs = [probe(*inputs, **options)]
         probe.compile()
-        outputs.append(probe(*inputs))
+        outputs.append(probe(*inputs, **options))
     for output in outputs:
         probe.zero_grad()
         output.float().square().mean().backward()

@@ -13,7 +13,7 @@ from typing import Any
 
 from latentdiff.errors import InputError, suggest
 from training.config import DataConfig
-from training.shards import Member, read_shards
+from training.shards import PICTURES, Member, read_shards
 
 # How the columns are called where the config does not say.
 IMAGE_COLUMNS = ("image", "img", "file_name", "filename", "file", "path", "image_path", "jpg", "png", "webp")
@@ -68,7 +68,8 @@ def open_source(config: DataConfig, split: str = "train") -> Source:
         raise InputError(f"{source.place} is empty; add pictures")
     if not wanted:
         raise InputError(f"{source.place}: no picture is left after data.keep and data.drop; loosen them")
-    return source if len(wanted) == len(source) else source.subset(wanted)
+    source = source if len(wanted) == len(source) else source.subset(wanted)
+    return source if not config.captions else replace(source, rows=[{"captions": config.captions}] * len(source))
 
 
 def _open(config: DataConfig, split: str) -> Source:
@@ -85,9 +86,18 @@ def _open(config: DataConfig, split: str) -> Source:
         return _saved_dataset(place, config, split)
     if any(place.glob("*.parquet")) or any(place.glob("*/*.parquet")):
         return _parquet(config, split, {"path": str(place)})
+    if split == "train" and config.captions and (pictures := _pictures_in(place)):
+        rows: list[dict[str, Any]] = [{} for _ in pictures]
+        return _of_paths(str(place), rows, [picture.name for picture in pictures], place)
     if split != "train":
         raise InputError(f"{place} has no split {split!r}; make a folder {split}/ with its own metadata.jsonl")
     return _files(place, config)
+
+
+def _pictures_in(place: Path) -> list[Path]:
+    """Return the pictures in a folder, by their names."""
+    kinds = [f".{kind}" for kind in PICTURES]
+    return sorted(file for file in place.glob("*") if file.suffix.lower() in kinds)
 
 
 def _files(place: Path, config: DataConfig) -> Source:
@@ -125,7 +135,7 @@ def _table(file: Path, config: DataConfig) -> Source:
     if not rows:
         raise InputError(f"{file} has no rows; expected paths of pictures and their captions")
     image = _column("image", config.image_column, rows, IMAGE_COLUMNS, str(file))
-    caption = _column("caption", config.caption_column, rows, CAPTION_COLUMNS, str(file))
+    caption = "" if config.captions else _column("caption", config.caption_column, rows, CAPTION_COLUMNS, str(file))
     rows = [row | {"captions": None if SURPLUS in row else row.get(caption)} for row in rows]
     if file.suffix.lower() != ".jsonl":
         merged: dict[str, dict[str, Any]] = {}
@@ -137,6 +147,8 @@ def _table(file: Path, config: DataConfig) -> Source:
 
 def _captioned(rows: list[dict[str, Any]], config: DataConfig, place: str) -> list[dict[str, Any]]:
     """Add "captions" to rows that may call them differently, each by the first usual name that says something."""
+    if config.captions:
+        return rows
     if config.caption_column is not None or not any(name in row for row in rows for name in CAPTION_COLUMNS):
         column = _column("caption", config.caption_column, rows, (), place) if rows else ""
         return [row | {"captions": row.get(column)} for row in rows]
@@ -189,11 +201,13 @@ def _from_datasets(table: Any, config: DataConfig, files: Sequence[Path]) -> Sou
     columns = [dict.fromkeys(table.column_names)]
     images = tuple(name for name, feature in table.features.items() if isinstance(feature, datasets.Image))
     image = _column("image", config.image_column, columns, images or IMAGE_COLUMNS, config.folder)
-    caption = _column("caption", config.caption_column, columns, CAPTION_COLUMNS, config.folder)
+    caption = None
+    if not config.captions:
+        caption = _column("caption", config.caption_column, columns, CAPTION_COLUMNS, config.folder)
     if image in images:
         table = table.cast_column(image, datasets.Image(decode=False))
     pictures = table.select_columns([image])
-    rows = [row | {"captions": row[caption]} for row in table.remove_columns([image]).to_list()]
+    rows = [row | {"captions": row.get(caption)} for row in table.remove_columns([image]).to_list()]
     base = Path(config.folder).parent
     names = [f"row {number}" for number in range(len(rows))]
     return Source(config.folder, rows, names, partial(_read_cell, pictures, base, column=image), files)

@@ -7,7 +7,6 @@ linear prediction, that of Gaussian data without any structure, would reach; who
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,11 @@ from latentdiff.diffusion import draw_noise
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.images import to_tensor
 from training.augment import rgb
+from training.batches import Batch
 from training.config import DiffusionTraining
 from training.dataset import composite, load_images
 from training.ema import Ema
+from training.latents import Texts, Tokens, encode_captions, token_rows
 from training.objective import diffusion_losses, loss_weight
 from training.run import seeded
 
@@ -32,16 +33,8 @@ BUCKETS = 4  # equal ranges of timesteps
 PICTURES = 64  # held out, at most: each is looked at once in every bucket
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What a network is looked at with: latents (N, C, h, w), scaled, and contexts (N, L, D)."""
-
-    latents: Tensor
-    contexts: Tensor
-
-
 @torch.no_grad()
-def load_held_out(config: DiffusionTraining, parts: Parts) -> Samples | None:
+def load_held_out(config: DiffusionTraining, parts: Parts) -> Batch | None:
     """Encode up to `PICTURES` pictures of the validation split, each with its first caption; None without a split.
 
     Raises:
@@ -54,9 +47,15 @@ def load_held_out(config: DiffusionTraining, parts: Parts) -> Samples | None:
     images = to_tensor(composite(data.images[chosen], rgb(config.data.background)))  # (N, 3, H, W)
     autoencoder, device = parts.autoencoder, next(parts.autoencoder.parameters()).device
     latents = [autoencoder.encode(image.to(device)).mode().float().cpu() for image in images.split(1)]
-    encoded = parts.prompt_encoder([data.rows[index]["captions"][0] for index in chosen])
-    contexts = torch.stack([caption.states[0] for caption in encoded]).float().cpu()  # (N, L, D)
-    return Samples(torch.cat(latents) * autoencoder.config.scaling_factor, contexts)
+    captions, everything = [data.rows[index]["captions"][0] for index in chosen], range(len(chosen))
+    tokens = config.encodes_each_step
+    texts: Texts = Tokens(token_rows(captions, parts)) if tokens else encode_captions(captions, parts)
+    context, added = texts.take(everything)
+    if added:
+        added["time_ids"] = torch.tensor([data.samples[index].condition for index in chosen], dtype=torch.float32)
+    everything_told = torch.zeros(len(chosen), dtype=torch.bool)
+    scaled = torch.cat(latents) * autoencoder.config.scaling_factor
+    return Batch(scaled, context, everything_told, added).map(Tensor.cpu)
 
 
 def bucket_timesteps(count: int, num_train_timesteps: int) -> Tensor:
@@ -73,7 +72,7 @@ def bucket_names(num_train_timesteps: int) -> list[str]:
 
 @torch.no_grad()
 def held_out_errors(
-    network: Any, parts: Parts, config: DiffusionTraining, samples: Samples, accelerator: Accelerator
+    network: Any, parts: Parts, config: DiffusionTraining, samples: Batch, accelerator: Accelerator
 ) -> Tensor:
     """Return the squared error of the prediction, (BUCKETS, N), of each sample in each bucket of timesteps.
 
@@ -87,10 +86,13 @@ def held_out_errors(
     for bucket in range(BUCKETS):
         generators = [seeded(0, bucket, 5, sample) for sample in range(count)]
         noise = draw_noise(generators, samples.latents.shape[1:])
-        whole = (samples.latents, samples.contexts, timesteps[bucket], noise)
-        for drawn in zip(*(part.split(size) for part in whole)):
+        for first in range(0, count, size):
+            few = slice(first, first + size)
+            batch = samples.map(lambda tensor, few=few: tensor[few].to(device))  # type: ignore[misc]
             with accelerator.autocast():
-                found = diffusion_losses(network, parts, plain, *(part.to(device) for part in drawn))
+                found = diffusion_losses(
+                    network, parts, plain, batch, timesteps[bucket, few].to(device), noise[few].to(device)
+                )
             errors.append(found.float().cpu())
     return torch.cat(errors).reshape(BUCKETS, count)
 
@@ -114,7 +116,7 @@ def gaussian_errors(schedule: NoiseSchedule, timesteps: Tensor, variances: Tenso
     return errors.mean(dim=(1, 2, 3))
 
 
-def gaussian_bounds(schedule: NoiseSchedule, samples: Samples) -> Tensor:
+def gaussian_bounds(schedule: NoiseSchedule, samples: Batch) -> Tensor:
     """Return `gaussian_errors` for the variances of the samples' channels, (BUCKETS, N), where they are looked at."""
     timesteps = bucket_timesteps(len(samples.latents), schedule.num_train_timesteps)
     variances = samples.latents.double().var(dim=(0, 2, 3), correction=0)
@@ -122,7 +124,7 @@ def gaussian_bounds(schedule: NoiseSchedule, samples: Samples) -> Tensor:
 
 
 def held_out_scalars(
-    network: Any, parts: Parts, config: DiffusionTraining, samples: Samples | None, accelerator: Accelerator
+    network: Any, parts: Parts, config: DiffusionTraining, samples: Batch | None, accelerator: Accelerator
 ) -> dict[str, float]:
     """Return what the log says of held-out samples: the error of each bucket, its Gaussian bound, the weighted loss.
 

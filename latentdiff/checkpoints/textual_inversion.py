@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from latentdiff.checkpoints.folder import model_hash
 from latentdiff.checkpoints.header import TensorInfo, read_header
 from latentdiff.checkpoints.parts import Parts
+from latentdiff.checkpoints.saver import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights
 from latentdiff.errors import InputError, ModelMismatchError
 from latentdiff.models.lora import share_weights
 from latentdiff.models.tokenizer import Tokenizer
 
-__all__ = ["add_embedding"]
+__all__ = ["TABLES", "add_embedding", "grown", "save_embedding"]
 
 WEBUI = "emb_params"
 XL = ("clip_l", "clip_g")  # of the first and of the second text encoder
@@ -73,12 +74,44 @@ def add_embedding(parts: Parts, path: str | os.PathLike[str], word: str | None =
     for component, (encoder, tokenizer) in encoders.items():
         assert tokenizer is not None
         rows = vectors[names[component]].reshape(-1, widths[component])  # (n, D)
-        changes[component], words = _grown(encoder, tokenizer, word, rows)
+        changes[component], words = grown(encoder, tokenizer, word, rows)
         changes[component.replace("text_encoder", "tokenizer")] = words
     base = None if parts.base is None else add_embedding(parts.base, path, word)
-    grown = replace(parts, **changes, base=base)
-    vars(grown)["model_hash"] = parts.model_hash  # whose files take long to read
-    return grown
+    knowing = replace(parts, **changes, base=base)
+    vars(knowing)["model_hash"] = parts.model_hash  # whose files take long to read
+    return knowing
+
+
+def grown(encoder: Any, tokenizer: Tokenizer, word: str, rows: Tensor) -> tuple[Any, Tokenizer]:
+    """Return a text encoder and a tokenizer that know one word more, as `add_embedding` does.
+
+    Args:
+        rows: its vectors (n, D).
+
+    Raises:
+        InputError: the tokenizer has the word already.
+    """
+    words = tokenizer.with_words([word, *(f"{word}_{number}" for number in range(1, len(rows)))])
+    network = share_weights(encoder)
+    table = network.get_submodule(TABLES[type(encoder).__name__])
+    old = table.weight  # (V, D)
+    first = len(tokenizer)
+    weight = torch.zeros(max(len(old), len(words)), old.shape[1]).to(old)
+    weight[: len(old)] = old
+    weight[first : first + len(rows)] = rows.to(old)
+    table.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
+    table.num_embeddings = len(weight)
+    network.config = replace(encoder.config, vocab_size=len(weight))
+    return network, words
+
+
+def save_embedding(word: str, vectors: Tensor, file: Path) -> None:
+    """Write the vectors (n, D) of a word as diffusers has them.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    save_tensors({word: vectors.contiguous()}, file)
 
 
 def _names(file: Path, tensors: Mapping[str, TensorInfo], widths: Mapping[str, int]) -> dict[str, str]:
@@ -110,19 +143,3 @@ def _names(file: Path, tensors: Mapping[str, TensorInfo], widths: Mapping[str, i
                 f"{list(shape)}; use one that was trained for this model"
             )
     return found
-
-
-def _grown(encoder: Any, tokenizer: Tokenizer, word: str, rows: Tensor) -> tuple[Any, Tokenizer]:
-    """Return a text encoder with more token embeddings, and a tokenizer with more words."""
-    words = tokenizer.with_words([word, *(f"{word}_{number}" for number in range(1, len(rows)))])
-    grown = share_weights(encoder)
-    table = grown.get_submodule(TABLES[type(encoder).__name__])
-    old = table.weight  # (V, D)
-    first = len(tokenizer)
-    weight = torch.zeros(max(len(old), len(words)), old.shape[1]).to(old)
-    weight[: len(old)] = old
-    weight[first : first + len(rows)] = rows.to(old)
-    table.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
-    table.num_embeddings = len(weight)
-    grown.config = replace(encoder.config, vocab_size=len(weight))
-    return grown, words

@@ -31,6 +31,7 @@ from latentdiff.checkpoints import embedded_model
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.parity.published import UNETS
+from training.batches import Batch
 from training.ema import Ema
 from training.objective import diffusion_losses
 from training.run import fast_attention
@@ -135,6 +136,7 @@ def ours(options: argparse.Namespace) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
     ema = Ema(unet, 0.999)
     parts: Any = SimpleNamespace(schedule=schedule)
+    batch = Batch(latents, context, torch.zeros(len(latents), dtype=torch.bool))
     config: Any = SimpleNamespace(self_conditioning=False, loss="simple", weighting="min_snr", min_snr_gamma=0.0)
 
     def step() -> None:
@@ -142,7 +144,7 @@ def ours(options: argparse.Namespace) -> Callable[[], None]:
         with fast_attention():
             with autocast(options):
                 noise = torch.randn_like(latents)
-                loss = diffusion_losses(unet, parts, config, latents, context, timesteps, noise).mean()
+                loss = diffusion_losses(unet, parts, config, batch, timesteps, noise).mean()
             optimizer.zero_grad()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from tests.training.test_stages import recipe as autoencoder_recipe
 from tests.training.test_validation import with_validation
 from training import check as check_module
 from training import cli_check, cli_train
+from training.batches import Batch
 from training.check import Row, look
 from training.config import DiffusionTraining, load_config
 
@@ -108,9 +110,9 @@ def test_what_is_odd_is_pointed_at(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     before = everything_in(tmp_path / "run")
     draw_batch = check_module.draw_batch
 
-    def keeping_all_captions(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        latents, contexts, nulls = draw_batch(*arguments)
-        return latents, contexts, torch.zeros_like(nulls)
+    def keeping_all_captions(*arguments: Any) -> Batch:
+        batch = draw_batch(*arguments)
+        return replace(batch, nulls=torch.zeros_like(batch.nulls))
 
     monkeypatch.setattr(check_module, "draw_batch", keeping_all_captions)
     monkeypatch.setattr(check_module, "held_out_errors", lambda *_: torch.zeros(4, 8))  # as if shown the answers

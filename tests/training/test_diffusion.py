@@ -11,8 +11,9 @@ from PIL import Image
 
 from latentdiff.errors import InputError
 from training import cli_train, dataset
+from training.batches import Batch, draw_batch, latent_batches
 from training.config import AutoencoderTraining, DiffusionTraining, parse_config
-from training.diffusion import draw_batch, draw_sizes, latent_batches, load_parts, prepare_data
+from training.diffusion import load_parts, prepare_data
 
 SIZES = [(30, 30), (34, 30), (60, 30), (64, 31), (30, 60), (31, 63), (33, 30)]
 
@@ -47,17 +48,18 @@ def config_of(tree: dict[str, Any]) -> DiffusionTraining:
     return config
 
 
-def test_every_batch_is_of_one_bucket_and_tells_its_sizes(tmp_path: Path) -> None:
+def tensors(batch: Batch) -> list[torch.Tensor]:
+    return [batch.latents, batch.context, batch.nulls, *batch.added.values()]
+
+
+def test_every_batch_is_of_one_bucket(tmp_path: Path) -> None:
     config = config_of(tree(tmp_path))
     data = prepare_data(config, load_parts(config), tmp_path / "run")
     shapes = set()
     for step in range(12):
-        latents, context, nulls = draw_batch(data, config, step)
-        sizes = draw_sizes(data, config, step)
-        assert latents.shape[:2] == (2, 3) and context.shape[:2] == (2, 1) and nulls.shape == (2,)
-        assert sizes.shape == (2, 6) and sizes[:, 4:].tolist() == [list(latents.shape[2:])] * 2
-        assert {(int(width), int(height)) for height, width in sizes[:, :2]} <= set(SIZES)
-        shapes.add(tuple(latents.shape[2:]))
+        batch = draw_batch(data, config, step)
+        assert batch.latents.shape[:2] == (2, 3) and batch.context.shape[:2] == (2, 1) and batch.nulls.shape == (2,)
+        shapes.add(tuple(batch.latents.shape[2:]))
     assert shapes == {(16, 16), (8, 24), (24, 8)}
 
 
@@ -66,10 +68,10 @@ def test_batches_drawn_ahead_are_those_of_the_steps_share_by_share(tmp_path: Pat
     data = prepare_data(config, load_parts(config), tmp_path / "run")
     whole = [draw_batch(data, config, step) for step in range(4, 9)]
     for ahead, expected in zip(latent_batches(data, config, 4), whole, strict=True):
-        assert all(torch.equal(*pair) for pair in zip(ahead, expected))
+        assert all(torch.equal(*pair) for pair in zip(tensors(ahead), tensors(expected), strict=True))
     shares = list(latent_batches(data, config, 4, [slice(0, 1), slice(1, 3)]))
     for one, two, expected in zip(shares[::2], shares[1::2], whole, strict=True):
-        assert all(torch.equal(torch.cat(pair), part) for *pair, part in zip(one, two, expected))
+        assert all(torch.equal(*pair) for pair in zip(tensors(one.joined(two)), tensors(expected), strict=True))
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -90,9 +92,8 @@ def test_what_was_encoded_is_not_decoded_again(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(dataset, "_decode", lambda *arguments: pytest.fail("a picture was decoded"))
     again = prepare_data(config, parts, tmp_path / "run")
     for step in range(4):
-        assert all(
-            torch.equal(*pair) for pair in zip(draw_batch(before, config, step), draw_batch(again, config, step))
-        )
+        first, second = (tensors(draw_batch(data, config, step)) for data in (before, again))
+        assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from latentdiff.errors import InputError
 from tests.models.test_pixels import UNET, parts
 from tests.training.test_stages import pictures, weights_of
 from training import cli_train
+from training.batches import Batch
 from training.config import DiffusionTraining, load_config
 from training.diffusion import draw_noises
 from training.digits import build
@@ -54,9 +55,9 @@ LEARNED = {"beta_schedule": "linear", "num_train_timesteps": 20, "beta_end": 0.4
 def losses(given: Parts, loss: str, unet: Any, timesteps: Tensor) -> Tensor:
     config: Any = load_config(ROOT / "configs/digits-ddpm.yaml", [f"loss={loss}", "vlb_weight=1"])
     latents = torch.linspace(-1, 1, 3 * 64).reshape(3, 1, 8, 8)
-    context = torch.zeros(3, 1, 3)
+    batch = Batch(latents, torch.zeros(3, 1, 3), torch.zeros(3, dtype=torch.bool))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    return diffusion_losses(unet, given, config, latents, context, timesteps, noise)
+    return diffusion_losses(unet, given, config, batch, timesteps, noise)
 
 
 def test_the_bound_in_training_is_the_bound_in_evaluation() -> None:

@@ -17,11 +17,12 @@ from latentdiff.models.bert import BertConfig, BertModel
 from tests.models.tiny import BERT, write_bert_vocabulary
 from training import cli_train
 from training.autoencoder import fold_statistics, loss_terms
+from training.batches import draw_batch
 from training.checkpointing import load_latest
 from training.config import AutoencoderTraining, load_config, parse_config
 from training.dataset import load_images
-from training.diffusion import draw_batch, network_to_train, prepare_data
 from training.diffusion import load_parts as diffusion_parts
+from training.diffusion import network_to_train, prepare_data
 from training.losses import psnr
 
 PARTS = ("autoencoder", "text_encoder", "model", "schedule")
@@ -185,12 +186,11 @@ def test_batches_depend_on_seed_and_step_alone_and_drop_captions(tmp_path: Path)
     cli_train(recipe(tmp_path, "autoencoder"), [], False, None)
     config: Any = load_config(recipe(tmp_path, "diffusion"), ["run.batch_size=60", "caption_dropout=0.5"])
     data = prepare_data(config, diffusion_parts(config), Path(config.run.out))
-    latents, context, nulls = draw_batch(data, config, 3, slice(None))
-    again = draw_batch(data, config, 3, slice(None))
-    assert torch.equal(latents, again[0]) and torch.equal(context, again[1])
-    assert 15 < int(nulls.sum()) < 45
-    assert torch.equal(context[nulls][0], data.contexts[0].float())
-    assert latents.shape == (60, 4, 8, 8)
+    batch, again = (draw_batch(data, config, 3) for _ in range(2))
+    assert torch.equal(batch.latents, again.latents) and torch.equal(batch.context, again.context)
+    assert 15 < int(batch.nulls.sum()) < 45
+    assert torch.equal(batch.context[batch.nulls][0], data.texts.take([0])[0][0])
+    assert batch.latents.shape == (60, 4, 8, 8)
 
 
 def test_autoencoder_with_other_statistics_is_refused(tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ from tests.training.test_distributed import logged
 from tests.training.test_objective import recipe
 from tests.training.test_stages import pictures, weights_of
 from training import cli_train
+from training.batches import Batch
 from training.config import DiffusionTraining, load_config
 from training.diffusion import load_parts, network_to_train, prepare_data
 from training.ema import Ema
 from training.validation import (
     BUCKETS,
-    Samples,
     bucket_names,
     bucket_timesteps,
     ema_distance,
@@ -66,7 +66,8 @@ def test_the_best_linear_prediction_of_gaussian_data_reaches_the_bound(tmp_path:
     given = Parts(None, space, encoder, None, schedule)
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([0.5, 1.0, 1.7])[:, None, None]
-    samples = Samples(scales * torch.randn(16, 3, 32, 32, generator=generator), torch.zeros(16, 1, 1))
+    latents = scales * torch.randn(16, 3, 32, 32, generator=generator)
+    samples = Batch(latents, torch.zeros(16, 1, 1), torch.zeros(16, dtype=torch.bool))
     plenty, noise = (torch.randn(1, 1, 1, 20_000, generator=generator, dtype=torch.float64) for _ in range(2))
 
     def errors(factor: float) -> Tensor:
@@ -103,7 +104,7 @@ def test_held_out_pictures_are_those_of_the_split(tmp_path: Path) -> None:
     parts = load_parts(config)
     held_out = load_held_out(config, parts)
     assert held_out is not None and held_out.latents.shape == (3, 3, 16, 16) and held_out.latents.abs().max() <= 1
-    assert held_out.contexts.argmax(dim=2).flatten().tolist() == [0, 1, 2]
+    assert held_out.context.argmax(dim=2).flatten().tolist() == [0, 1, 2]
     shutil.rmtree(tmp_path / "pictures/validation")
     assert load_held_out(config, parts) is None
     assert held_out_scalars(None, parts, config, None, Accelerator(cpu=True)) == {}

@@ -1,0 +1,195 @@
+"""Captioned pictures as the diffusion stage sees them: latents and text states, computed once and kept in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentdiff.checkpoints import Parts
+from latentdiff.images import to_tensor
+from latentdiff.models.clip import CLIPTextModel
+from training.augment import Variant, paint, plan_variant
+from training.cache import KEY_BYTES, Stored, stored
+from training.config import DataConfig
+from training.dataset import CaptionedImages, Sample
+from training.loading import prefetched
+from training.order import BatchOrder
+
+
+class Texts(Protocol):
+    """What the network is told of each of M captions, the empty one first."""
+
+    def take(self, rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return `Batch.context`, and "text_embeds" of `Batch.added` where the U-Net expects it, of some captions."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Text states (L, D) of a frozen encoder, or (L + 1, D), the last row the pooled vector and zeros."""
+
+    packed: Stored | Tensor
+    pooled_width: int = 0
+
+    def take(self, rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Texts`."""
+        packed = self.packed[rows].float() if isinstance(self.packed, Tensor) else self.packed.take(rows)
+        if not self.pooled_width:
+            return packed, {}
+        return packed[:, :-1], {"text_embeds": packed[:, -1, : self.pooled_width]}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Numbers and mask of tokens (M, 2, L), for an encoder that is trained."""
+
+    tokens: Tensor
+
+    def take(self, rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Texts`."""
+        return self.tokens[rows], {}
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """What the diffusion stage trains on.
+
+    Attributes:
+        latents: (C, h, w) each, scaled; latents[n * V + v] is kind of variant v of picture n.
+        texts: of the captions.
+        captions: M captions, the empty one first.
+        choices: choices[n][v], the numbers of the captions that describe variant v of picture n.
+        order: what batches are drawn from.
+        samples: N, sizes of the pictures.
+        prior: pictures of the base model that every second position of a batch is from; None without any.
+    """
+
+    latents: Stored
+    texts: Texts
+    captions: list[str]
+    choices: list[list[list[int]]]
+    order: BatchOrder
+    samples: list[Sample]
+    prior: LatentSet | None = None
+
+
+def cached_latents(
+    data: CaptionedImages,
+    config: DataConfig,
+    seed: int,
+    parts: Parts,
+    folder: Path,
+    as_tokens: bool = False,
+) -> LatentSet:
+    """Return the latents and texts of every variant of every picture; what `folder` lacks is computed first.
+
+    Args:
+        as_tokens: for a text encoder that is trained, whose states are not known before.
+
+    Raises:
+        StorageError: the cache cannot be written.
+    """
+    kinds = list(dict.fromkeys(config.variants))
+    variants = [plan_variant(data, n, kind, seed, config.background) for n in range(len(data)) for kind in kinds]
+    captions = ["", *dict.fromkeys(caption for variant in variants for caption in variant.captions)]
+    row = {caption: number for number, caption in enumerate(captions)}
+    rows = [[row[caption] for caption in variant.captions] for variant in variants]
+    choices = [rows[first : first + len(kinds)] for first in range(0, len(rows), len(kinds))]
+    latents = stored(
+        folder / f"latents-{_digest(parts.autoencoder)}",
+        [_variant_key(data, variant) for variant in variants],
+        lambda numbers: _encode_pictures(data, [variants[number] for number in numbers], parts),
+        shapes=[data.samples[variant.index].frame for variant in variants],
+        batch_size=64,
+    )
+    texts = Tokens(token_rows(captions, parts)) if as_tokens else _cached_states(captions, parts, folder)
+    return LatentSet(latents, texts, captions, choices, data.order, data.samples)
+
+
+def encode_captions(captions: Sequence[str], parts: Parts) -> States:
+    """Return what the text encoders make of captions, of those that are longer than the text window its first part."""
+    return States(_packed_states(captions, parts), _pooled_width(parts))
+
+
+def token_rows(captions: Sequence[str], parts: Parts) -> Tensor:
+    """Return numbers and mask (M, 2, L) of the tokens of captions, of those that are longer than L the first part."""
+    assert parts.tokenizer is not None
+    tokens, length = parts.tokenizer(captions), parts.tokenizer.model_max_length
+    _warn_of_long([caption for caption, windows in zip(captions, tokens.windows) if windows > 1])
+    return torch.stack([tokens.input_ids[:, :length], tokens.attention_mask[:, :length]], dim=1)
+
+
+def _cached_states(captions: Sequence[str], parts: Parts, folder: Path) -> States:
+    digests = [_digest(parts.text_encoder, parts)]
+    if parts.text_encoder_2 is not None:
+        digests.append(_digest(parts.text_encoder_2))
+    packed = stored(
+        folder / f"texts-{'-'.join(digests)}{'-zeros' if parts.force_zeros else ''}",
+        [hashlib.sha256(caption.encode()).digest()[:KEY_BYTES] for caption in captions],
+        lambda numbers: _packed_states([captions[number] for number in numbers], parts),
+        shapes=[()] * len(captions),
+        batch_size=256,
+    )
+    return States(packed, _pooled_width(parts))
+
+
+def _pooled_width(parts: Parts) -> int:
+    """Return how long the pooled vectors are, 0 for U-Nets that do not expect any."""
+    encoder = parts.text_encoder if parts.text_encoder_2 is None else parts.text_encoder_2
+    expected = parts.unet is not None and parts.unet.config.addition_embed_type is not None
+    return encoder.config.projection_dim if expected and isinstance(encoder, CLIPTextModel) else 0
+
+
+@torch.no_grad()
+def _packed_states(captions: Sequence[str], parts: Parts) -> Tensor:
+    """Return what `States` are made of, (B, L, D) or (B, L + 1, D)."""
+    encoded = parts.prompt_encoder(captions)
+    _warn_of_long([caption for caption, states in zip(captions, encoded) if len(states.states) > 1])
+    packed = []
+    for caption, own in zip(captions, encoded):
+        states = own.states[0]  # (L, D)
+        if _pooled_width(parts) and own.pooled is not None:
+            states = torch.cat([states, F.pad(own.pooled, (0, states.shape[1] - len(own.pooled)))[None]])
+        packed.append(states * 0 if parts.force_zeros and not caption else states)
+    return torch.stack(packed)
+
+
+def _warn_of_long(captions: Sequence[str]) -> None:
+    if captions:
+        shown = f"{captions[0]!r:.200}"
+        print(f"{len(captions)} captions are longer than the text window and cut, first {shown}", file=sys.stderr)
+
+
+@torch.no_grad()
+def _encode_pictures(data: CaptionedImages, variants: list[Variant], parts: Parts) -> Tensor:
+    """Return the latents (B, C, h, w) of variants of one size."""
+    autoencoder = parts.autoencoder
+    pictures = list(prefetched(lambda number: paint(data, variants[number]), range(len(variants))))
+    images = to_tensor(np.stack(pictures)).to(next(autoencoder.parameters()).device)
+    return autoencoder.encode(images).mode() * autoencoder.config.scaling_factor
+
+
+def _variant_key(data: CaptionedImages, variant: Variant) -> bytes:
+    """Name everything that the pixels of a variant depend on."""
+    seen = [data.samples[n].digest for n in (variant.index, variant.beside) if n is not None]
+    frame = data.samples[variant.index].frame
+    text = repr((seen, frame, variant.ground, variant.mirrored, variant.turn))
+    return hashlib.sha256(text.encode()).digest()[:KEY_BYTES]
+
+
+def _digest(model: torch.nn.Module, parts: Parts | None = None) -> str:
+    """Return a hash of a network's config and weights, and of the tokenizer before it where there is one."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
+    if parts is not None and parts.tokenizer is not None:
+        digest.update(parts.tokenizer.digest.encode())
+    return digest.hexdigest()[:16]
