@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import numpy as np
 import torch
@@ -70,11 +71,11 @@ def draw_batch(data: LatentSet, config: DiffusionTraining, step: int, share: sli
     """
     if data.prior is None:
         return _drawn(data, config, step, config.run.batch_size, range(config.run.batch_size)[share])
-    positions, size = range(config.run.batch_size)[share], config.run.batch_size // 2
-    own = _drawn(data, config, step, size, [position // 2 for position in positions if position % 2 == 0])
-    prior = _drawn(data.prior, config, step, size, [position // 2 for position in positions if position % 2])
-    places = torch.tensor([p for p in positions if p % 2 == 0] + [p for p in positions if p % 2]).argsort()
-    return own.joined(prior).map(lambda tensor: tensor[places])
+    size, drawn = config.run.batch_size // 2, []
+    for position in range(config.run.batch_size)[share]:
+        half, among = divmod(position, 2)
+        drawn.append(_drawn(data.prior if among else data, config, step, size, [half]))
+    return reduce(Batch.joined, drawn)
 
 
 def sample_weights(config: DiffusionTraining) -> Tensor:

@@ -236,7 +236,7 @@ def export(network: nn.Module, config: DiffusionTraining, parts: Parts, folder: 
         return
     model = folder / "model"
     save_pipeline(parts, model, torch.float16)
-    if config.autoencoder is None:
+    if isinstance(parts.autoencoder, PixelSpace):
         show_process(parts, config, folder)
     print(f"saved {model}; try: latentdiff generate {prompt} --model {model}")
 

@@ -29,7 +29,7 @@ from training.encoders import JointNetwork, add_words, new_words
 
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
 WORD = ["lora=null", "textual_inversion={word: <it>, initializer: red fox, vectors: 3}", "prompts=[a <it>]"]
-WORD += ["data.captions=[a picture of <it>, a drawing of <it>]"]
+WORD += ["data.captions=[<it>, a <it>]"]
 THING = ["lora=null", "data.captions=[a red thing]", "prior={prompt: a thing, pictures: 3, weight: 0.5}"]
 ENCODER = ["lora=null", "train_text_encoder=true"]
 
