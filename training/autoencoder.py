@@ -49,6 +49,7 @@ from training.run import (
     start_step,
     stop_on_signal,
 )
+from training.sharding import require_shardable
 from training.state import RunState
 
 WHOLE = slice(None)
@@ -63,6 +64,7 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
     """
     require_trainable(config)
     accelerator, folder = start_accelerator(config.run), Path(config.run.out)
+    require_shardable(config, accelerator)
     checkpoint = open_run(config, resume, accelerator)
     data = open_images(config.data, config.run.batch_size, folder)
     held_out = _held_out(config, data)

@@ -44,6 +44,7 @@ from training.encoders import JointNetwork
 from training.latents import LatentSet
 from training.objective import diffusion_losses, require_trainable
 from training.run import fast_attention, seeded, start_step
+from training.sharding import shards_weights
 from training.state import RunState
 from training.timesteps import stratified_timesteps
 from training.validation import bucket_names, gaussian_bounds, held_out_errors, load_held_out
@@ -92,7 +93,7 @@ def check(config: TrainingConfig) -> None:
 def look(config: DiffusionTraining) -> Iterator[Row]:
     """Yield the lines of the table; see `check`."""
     accelerator = start_accelerator(config.run)
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 or shards_weights(accelerator):
         raise InputError("--check is for one process; start it without accelerate launch")
     yield from look_at_folder(config)
     parts = load_parts(config)
@@ -110,7 +111,7 @@ def look(config: DiffusionTraining) -> Iterator[Row]:
         data = encode_data(config, parts, Path(folder), images)
         yield look_at_held_out(config, parts)
         yield from look_at_samples(config, data, parts)
-        network, parts, state = assemble(config, data, parts)
+        network, parts, state = assemble(config, data, parts, accelerator)
         state.scaler = accelerator.scaler
         yield from look_at_memory(network, parts, state, accelerator)
         yield look_at_disk(config, state)

@@ -60,6 +60,7 @@ from training.run import (
     start_step,
     stop_on_signal,
 )
+from training.sharding import averaged, prepared, require_shardable, shard, shards_weights, whole
 from training.state import RunState
 from training.timesteps import ImportanceSampler, logit_normal_timesteps, stratified_timesteps
 from training.validation import ema_distance, held_out_scalars, load_held_out
@@ -79,24 +80,28 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
         StorageError: a checkpoint cannot be written.
     """
     accelerator, folder = start_accelerator(config.run), Path(config.run.out)
+    require_shardable(config, accelerator)
     checkpoint = open_run(config, resume, accelerator)
     parts = load_parts(config)
     require_trainable(config, parts)
     with accelerator.main_process_first():  # which writes the cache
         data, held_out = prepare_data(config, parts, folder), load_held_out(config, parts)
-    network, parts, state = assemble(config, data, parts)
+    network, parts, state = assemble(config, data, parts, accelerator)
     state.scaler = accelerator.scaler
     first = state.restore(checkpoint)
     if config.run.compile:
         compile_unet(network.to(accelerator.device), config, data, accelerator)
     reached = run_steps(network, config, parts, data, state, first, accelerator, held_out)
-    if reached and accelerator.is_main_process:
-        with state.ema.swapped_into(state.modules["model"]):
-            export(network, config, parts, folder)
+    if reached:
+        with averaged(parts, state.modules["model"], state.ema, accelerator) as trained:
+            if trained is not None:
+                export(network, config, trained, folder)
     return folder / (LORA_FILE if config.lora else EMBEDDING_FILE if config.textual_inversion else "model")
 
 
-def assemble(config: DiffusionTraining, data: LatentSet, parts: Parts) -> tuple[nn.Module, Parts, RunState]:
+def assemble(
+    config: DiffusionTraining, data: LatentSet, parts: Parts, accelerator: Accelerator
+) -> tuple[nn.Module, Parts, RunState]:
     """Return the network that is called while training, the parts with its U-Net, and what of it all is trained."""
     torch.manual_seed(config.run.seed)
     unet = network_to_train(config, data, parts)
@@ -106,6 +111,8 @@ def assemble(config: DiffusionTraining, data: LatentSet, parts: Parts) -> tuple[
         modules["importance"] = ImportanceSampler(parts.schedule.num_train_timesteps)
     if config.run.gradient_checkpointing:
         checkpoint_gradients(unet)
+    if shards_weights(accelerator):
+        shard(unet, accelerator)
     state = RunState(modules, {"optimizer": adamw(trained, config.optimizer)}, Ema(trained, config.run.ema_decay))
     return network, replace(parts, unet=unet), state
 
@@ -139,7 +146,7 @@ def run_steps(
     `network` is what is called, and `state.modules["model"]` the part of it, or all, that is trained.
     """
     run, trained, importance = config.run, state.modules["model"], state.modules.get("importance")
-    unet, optimizer = accelerator.prepare(network, state.optimizers["optimizer"])
+    unet, optimizer = prepared(accelerator, network, state.optimizers["optimizer"])
     state.ema.to(accelerator.device)
     log, stopping = Log(run, first, "diffusion", accelerator), False
     batches = latent_batches(data, config, first, own_shares(accelerator, run))
@@ -150,7 +157,7 @@ def run_steps(
                 unet, config, parts, batches, importance, step, accelerator
             )
             loss = (losses * weights).mean()
-            norm = accelerator.clip_grad_norm_(trained.parameters(), config.optimizer.max_grad_norm)
+            norm = whole(accelerator.clip_grad_norm_(trained.parameters(), config.optimizer.max_grad_norm))
             finite = state.guard.allows(loss, norm, step)
             if finite or state.scaler is not None:  # which leaves out the step itself, and scales by less from then on
                 optimizer.step()
@@ -165,10 +172,11 @@ def run_steps(
                 log.write(
                     done, {"ema_distance": ema_distance(state.ema, trained), "skipped_steps": state.guard.skipped}
                 )
-            if accelerator.is_main_process and (done % run.sample_every == 0 or done == run.steps):
-                with state.ema.swapped_into(trained):
-                    draw_samples(parts, config, Path(run.out) / f"samples/{done:08d}.png")
-                    log.write(done, held_out_scalars(network, parts, config, held_out, accelerator))
+            if done % run.sample_every == 0 or done == run.steps:
+                with averaged(parts, trained, state.ema, accelerator) as shown:
+                    if shown is not None:
+                        draw_samples(shown, config, Path(run.out) / f"samples/{done:08d}.png")
+                        log.write(done, held_out_scalars(shown.unet, shown, config, held_out, accelerator))
             if done % run.save_every == 0 or done == run.steps or stopping:
                 save_run(config, done, state, accelerator)
             if stopping:

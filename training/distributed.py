@@ -17,18 +17,19 @@ from latentdiff.diffusion import draw_noise
 from latentdiff.errors import InputError
 from training.config import RunConfig
 from training.run import mixed_precision, seeded
+from training.sharding import shards_weights
 
 
 def start_accelerator(run: RunConfig) -> Accelerator:
     """Join the other processes that `accelerate launch` started, if any.
 
     Raises:
-        InputError: the batch cannot be shared out evenly, or weights are to be shared out too.
+        InputError: the batch cannot be shared out evenly, or more than batch and weights are to be shared out.
     """
     accelerator = Accelerator(mixed_precision=mixed_precision(run), cpu=not torch.cuda.is_available())
     kind = accelerator.distributed_type
-    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise InputError(f"accelerate was told to use {kind.value}, and training knows data parallel only (MULTI_GPU)")
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
+        raise InputError(f"accelerate was told to use {kind.value}, and training knows MULTI_GPU and FSDP only")
     shares = accelerator.num_processes * run.accumulation
     if run.batch_size % shares:
         raise InputError(
@@ -48,7 +49,8 @@ def own_shares(accelerator: Accelerator, run: RunConfig) -> list[slice]:
 def micro_batches(accelerator: Accelerator, run: RunConfig, step: int, *networks: nn.Module) -> Iterator[slice]:
     """Yield the positions in the batch that this process goes through, micro-step by micro-step.
 
-    The gradients of all processes meet in the last one. What networks draw by themselves (dropout) is made a function
+    The gradients of all processes meet in the last one; in each where weights are sharded, since whole gradients of
+    all weights would be kept until then. What networks draw by themselves (dropout) is made a function
     of seed, step and position, so that a resumed run draws the same.
 
     Args:
@@ -56,7 +58,7 @@ def micro_batches(accelerator: Accelerator, run: RunConfig, step: int, *networks
     """
     for number, positions in enumerate(own_shares(accelerator, run)):
         with ExitStack() as apart:
-            if number < run.accumulation - 1:
+            if number < run.accumulation - 1 and not shards_weights(accelerator):
                 for network in networks:
                     apart.enter_context(accelerator.no_sync(network))
             torch.manual_seed(seeded(run.seed, step, 2, positions.start).initial_seed())

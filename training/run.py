@@ -73,14 +73,15 @@ def open_run(config: TrainingConfig, resume: bool, accelerator: Accelerator) -> 
 
 
 def save_run(config: TrainingConfig, step: int, state: RunState, accelerator: Accelerator) -> None:
-    """Write the checkpoint of `step`, from the main process.
+    """Write the checkpoint of `step`, from the main process; all have to call it.
 
     Raises:
         StorageError, InputError: see `save_checkpoint`.
     """
+    tensors = state.tensors()
     if accelerator.is_main_process:
         counters = state.counters() | {"config": config.model_dump(mode="json")}
-        save_checkpoint(Path(config.run.out), step, state.tensors(), counters, config.run.keep_checkpoints)
+        save_checkpoint(Path(config.run.out), step, tensors, counters, config.run.keep_checkpoints)
 
 
 def mixed_precision(run: RunConfig) -> str:

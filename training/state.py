@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from latentdiff.errors import InputError
 from training.checkpointing import Checkpoint
 from training.ema import Ema
+from training.sharding import gathered_on_main, sharded_like
 
 # Steps in a row with a non-finite loss or gradient after which a run gives up.
 MAX_BAD_STEPS = 20
@@ -66,10 +67,11 @@ class RunState:
     scaler: torch.amp.GradScaler | None = None
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
-        """Return the tensors, file by file, for `save_checkpoint`."""
+        """Return the tensors, file by file, for `save_checkpoint`; see `gathered_on_main`."""
         parts: dict[str, Mapping[str, Tensor]] = {name: module.state_dict() for name, module in self.modules.items()}
         parts |= {name: optimizer_tensors(optimizer) for name, optimizer in self.optimizers.items()}
-        return parts | {"ema": self.ema.weights}
+        parts |= {"ema": self.ema.weights}
+        return {name: gathered_on_main(tensors) for name, tensors in parts.items()}
 
     def counters(self) -> dict[str, Any]:
         """Return what is not a tensor, for `save_checkpoint`."""
@@ -81,10 +83,14 @@ class RunState:
         if checkpoint is None:
             return 0
         for name, module in self.modules.items():
-            module.load_state_dict(checkpoint.tensors[name])
+            live = module.state_dict()
+            saved = checkpoint.tensors[name].items()
+            module.load_state_dict({key: sharded_like(tensor, live.get(key, tensor)) for key, tensor in saved})
         for name, optimizer in self.optimizers.items():
             load_optimizer(optimizer, checkpoint.tensors.get(name, {}))
-        self.ema.weights, self.ema.updates = checkpoint.tensors["ema"], checkpoint.state["ema_updates"]
+        average = checkpoint.tensors["ema"].items()
+        self.ema.weights = {key: sharded_like(tensor, self.ema.weights[key]) for key, tensor in average}
+        self.ema.updates = checkpoint.state["ema_updates"]
         self.guard = StepGuard(checkpoint.state["bad_steps"], checkpoint.state["skipped"])
         if self.scaler is not None:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
@@ -99,8 +105,9 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` took."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
+        state.setdefault(int(index), {})[key] = sharded_like(tensor, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -18,6 +18,7 @@ from training import cli_train
 from training.config import RunConfig
 from training.distributed import start_accelerator
 
+Run = tuple[str, list[str], bool, str]  # what `cli_train` takes
 OVERRIDES = {
     "autoencoder": ["run.batch_size=8", "run.log_every=1", "loss.adversarial=0.5", "loss.adversarial_start=2"],
     "diffusion": ["run.batch_size=8", "run.log_every=1", "timesteps=importance"],
@@ -30,13 +31,13 @@ def logged(run: Path) -> dict[str, list[float]]:
     return {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def train_as(rank: int, port: int, files: dict[str, str], folder: Path) -> None:
-    """Be one of two processes that go through both stages."""
+def train_as(rank: int, port: int, runs: list[Run], launch: dict[str, str]) -> None:
+    """Be one of two processes that go through some runs, with what a launch file adds to the environment."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    for stage, file in files.items():
-        cli_train(file, OVERRIDES[stage], False, str(folder / f"{stage}-two"))
+    os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | launch
+    for run in runs:
+        cli_train(*run)
     assert torch.distributed.get_world_size() == 2
 
 
@@ -53,7 +54,8 @@ def test_two_processes_and_micro_steps_train_what_one_process_trains(tmp_path: P
     files["diffusion"] = recipe(tmp_path, "diffusion", run__ema_decay=0.5)
     for stage, file in files.items():
         cli_train(file, OVERRIDES[stage], False, str(tmp_path / f"{stage}-one"))
-    torch.multiprocessing.spawn(train_as, (free_port(), files, tmp_path), nprocs=2)
+    runs = [(file, OVERRIDES[stage], False, str(tmp_path / f"{stage}-two")) for stage, file in files.items()]
+    torch.multiprocessing.spawn(train_as, (free_port(), runs, {}), nprocs=2)
     parts = [*OVERRIDES["autoencoder"][:2], "run.accumulation=2"]
     cli_train(
         files["diffusion"], [*OVERRIDES["diffusion"], "run.accumulation=2"], False, str(tmp_path / "diffusion-parts")
@@ -77,6 +79,11 @@ def assert_same_run(one: Path, other: Path) -> None:
         if name == "images_per_second":
             continue
         torch.testing.assert_close(torch.tensor(theirs[name]), torch.tensor(values), rtol=1e-5, atol=1e-5, msg=name)
+    assert_same_weights(one, other)
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Compare the weights that two runs ended with."""
     weights, same = weights_of(one), weights_of(other)
     for name, tensor in weights.items():
         torch.testing.assert_close(same[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
@@ -97,7 +104,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path: Path, overrides:
     assert not (tmp_path / "autoencoder").exists()
 
 
-def test_sharded_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(InputError, match="told to use FSDP, and training knows data parallel only"):
+def test_other_ways_to_share_out_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(InputError, match="told to use DEEPSPEED, and training knows MULTI_GPU and FSDP only"):
         start_accelerator(RunConfig(out="run", steps=1, batch_size=1, precision="no"))

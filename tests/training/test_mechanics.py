@@ -129,5 +129,5 @@ def test_launch_files_are_what_accelerate_takes(file: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(file))
-    assert config.num_processes == {"one-gpu": 1, "eight-gpus": 8}[file.stem]
+    assert config.num_processes == {"one-gpu": 1, "eight-gpus": 8, "eight-gpus-fsdp": 8, "two-nodes": 16}[file.stem]
     assert yaml.safe_load(file.read_text())["mixed_precision"] == "no" and not config.use_cpu

@@ -1,0 +1,104 @@
+"""FSDP2: two processes that share out the weights train what one process trains, and each goes on from the other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator, DistributedType
+
+from latentdiff.checkpoints import load_pipeline
+from latentdiff.errors import InputError
+from tests.training.test_distributed import OVERRIDES, assert_same_run, free_port, logged, train_as
+from tests.training.test_stages import PARTS, pictures, recipe
+from training import cli_train
+from training.checkpointing import load_latest
+
+ROOT = Path(__file__).parents[2]
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what accelerate makes of its launch file
+
+
+def launch(file: str, *command: str) -> None:
+    """Run a module in two processes as a user does, on a machine without a GPU."""
+    options = ["--config_file", str(ROOT / "configs/accelerate" / file), "--num_processes", "2"]
+    line = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", "0", "-m", *command]
+    hidden = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(line, env={**os.environ, **hidden}, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
+def broken(run: Path, copy: Path) -> str:
+    """Copy a run and damage its last checkpoint, so that it goes on from the one before."""
+    shutil.copytree(run, copy)
+    (copy / "checkpoints/step-00000004/manifest.json").unlink()
+    return str(copy)
+
+
+def test_shared_out_weights_train_as_whole_ones_do_and_resume_as_them_and_from_them(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    pictures(tmp_path / "pictures/train", 10)
+    pictures(tmp_path / "pictures/validation", 3)
+    cli_train(recipe(tmp_path, "autoencoder"), [], False, None)
+    file, overrides = recipe(tmp_path, "diffusion", run__ema_decay=0.5), OVERRIDES["diffusion"]
+    one, two, parts = (tmp_path / name for name in ("one", "two", "parts"))
+    cli_train(file, overrides, False, str(one))
+    options = [word for override in overrides for word in ("--set", override)]
+    launch("eight-gpus-fsdp.yaml", "latentdiff", "train", file, *options, "--out", str(two))
+    cli_train(file, overrides, True, broken(two, tmp_path / "two-then-one"))
+    saving = [*overrides, "run.accumulation=2", "run.gradient_checkpointing=true"]
+    runs = [(file, overrides, True, broken(one, tmp_path / "one-then-two")), (file, saving, False, str(parts))]
+    torch.multiprocessing.spawn(train_as, (free_port(), runs, FSDP), nprocs=2)
+    assert_same_run(one, two)
+    assert_same_run(one, parts)
+    assert "held_out/loss" in logged(two)
+    for other in ("two", "parts", "two-then-one", "one-then-two"):
+        assert_same_checkpoint(one, tmp_path / other)
+    exported, same = (load_pipeline(run / "model").unet for run in (one, two))
+    assert exported is not None and same is not None
+    for name, tensor in exported.state_dict().items():
+        torch.testing.assert_close(same.state_dict()[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    """Compare the last checkpoints of two runs, names, shapes and dtypes exactly."""
+    ours, theirs = load_latest(one), load_latest(other)
+    assert ours is not None and theirs is not None and ours.tensors.keys() == theirs.tensors.keys()
+    for part, tensors in ours.tensors.items():
+        assert tensors.keys() == theirs.tensors[part].keys()
+        for name, tensor in tensors.items():
+            same = theirs.tensors[part][name]
+            torch.testing.assert_close(same, tensor, rtol=1e-3, atol=1e-4, msg=f"{part}/{name}")
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "version", "message"),
+    [
+        ("diffusion", [], "1", "asks for FSDP version 1; set fsdp_version: 2"),
+        ("autoencoder", [], "2", "FSDP is for the diffusion stage, the autoencoder is small; launch it with MULTI_GPU"),
+        ("diffusion", ["run.compile=true"], "2", "run.compile does not go together with FSDP"),
+        ("diffusion", ["run.precision=fp16"], "2", "run.precision fp16 does not go together with FSDP"),
+        ("lora", [], "2", "FSDP is for whole networks, a LoRA is small"),
+    ],
+)
+def test_what_is_not_shared_out_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, overrides: list[str], version: str, message: str
+) -> None:
+    file = recipe(tmp_path, "autoencoder" if stage == "autoencoder" else "diffusion")
+    if stage == "lora":
+        tree: Any = yaml.safe_load(Path(file).read_text())
+        tree = {name: value for name, value in tree.items() if name not in PARTS}
+        Path(file).write_text(yaml.safe_dump({**tree, "start_from": "embedded", "lora": {"rank": 4}}))
+    for name, value in {**FSDP, "FSDP_VERSION": version}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.MULTI_CPU)
+    monkeypatch.setattr("training.distributed.mixed_precision", lambda run: "no")  # of a machine with a GPU
+    with pytest.raises(InputError, match=message):
+        cli_train(file, overrides, False, None)
+    assert not (tmp_path / "diffusion").exists() and not (tmp_path / "autoencoder").exists()
