@@ -60,7 +60,7 @@ from training.run import (
     start_step,
     stop_on_signal,
 )
-from training.sharding import averaged, prepared, require_shardable, shard, shards_weights, whole
+from training.sharding import averaged_parts, prepared, require_shardable, shard, shards_weights, whole
 from training.state import RunState
 from training.timesteps import ImportanceSampler, logit_normal_timesteps, stratified_timesteps
 from training.validation import ema_distance, held_out_scalars, load_held_out
@@ -93,7 +93,7 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
         compile_unet(network.to(accelerator.device), config, data, accelerator)
     reached = run_steps(network, config, parts, data, state, first, accelerator, held_out)
     if reached:
-        with averaged(parts, state.modules["model"], state.ema, accelerator) as trained:
+        with averaged_parts(parts, state.modules["model"], state.ema, accelerator) as trained:
             if trained is not None:
                 export(network, config, trained, folder)
     return folder / (LORA_FILE if config.lora else EMBEDDING_FILE if config.textual_inversion else "model")
@@ -173,7 +173,7 @@ def run_steps(
                     done, {"ema_distance": ema_distance(state.ema, trained), "skipped_steps": state.guard.skipped}
                 )
             if done % run.sample_every == 0 or done == run.steps:
-                with averaged(parts, trained, state.ema, accelerator) as shown:
+                with averaged_parts(parts, trained, state.ema, accelerator) as shown:
                     if shown is not None:
                         draw_samples(shown, config, Path(run.out) / f"samples/{done:08d}.png")
                         log.write(done, held_out_scalars(shown.unet, shown, config, held_out, accelerator))

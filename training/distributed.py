@@ -49,9 +49,9 @@ def own_shares(accelerator: Accelerator, run: RunConfig) -> list[slice]:
 def micro_batches(accelerator: Accelerator, run: RunConfig, step: int, *networks: nn.Module) -> Iterator[slice]:
     """Yield the positions in the batch that this process goes through, micro-step by micro-step.
 
-    The gradients of all processes meet in the last one; in each where weights are sharded, since whole gradients of
-    all weights would be kept until then. What networks draw by themselves (dropout) is made a function
-    of seed, step and position, so that a resumed run draws the same.
+    The gradients of all processes meet in the last one; where weights are sharded in each, because each process would
+    keep whole gradients until then. What networks draw by themselves (dropout) is made a function of seed, step and
+    position, so that a resumed run draws the same.
 
     Args:
         networks: prepared by the accelerator.

@@ -107,7 +107,7 @@ def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 @contextmanager
-def averaged(parts: Parts, trained: nn.Module, ema: Ema, accelerator: Accelerator) -> Iterator[Parts | None]:
+def averaged_parts(parts: Parts, trained: nn.Module, ema: Ema, accelerator: Accelerator) -> Iterator[Parts | None]:
     """Give the main process the parts with the averaged weights, for a `with` block, and the others None.
 
     A sharded network runs in all processes or in none, and drawing is not for all. So its average is gathered into a

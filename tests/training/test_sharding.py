@@ -16,10 +16,13 @@ from accelerate import Accelerator, DistributedType
 
 from latentdiff.checkpoints import load_pipeline
 from latentdiff.errors import InputError
-from tests.training.test_distributed import OVERRIDES, assert_same_run, free_port, logged, train_as
-from tests.training.test_stages import PARTS, pictures, recipe
+from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
+from tests.conftest import UNET
+from tests.training.test_distributed import OVERRIDES, Run, assert_same_run, free_port, logged, train_as
+from tests.training.test_stages import PARTS, pictures, recipe, weights_of
 from training import cli_train
 from training.checkpointing import load_latest
+from training.sharding import shard, whole
 
 ROOT = Path(__file__).parents[2]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what accelerate makes of its launch file
@@ -41,6 +44,29 @@ def broken(run: Path, copy: Path) -> str:
     return str(copy)
 
 
+def shard_as(rank: int, port: int, runs: list[Run]) -> None:
+    """Be one of two processes that go through some runs, each with half of the weights."""
+    train_as(rank, port, runs, FSDP)
+    torch.manual_seed(0)
+    shape = UNetConfig.from_dict({**UNET, "only_cross_attention": True})
+    unet, same = UNet2DConditionModel(shape), UNet2DConditionModel(shape)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    same.load_state_dict(unet.state_dict())
+    shard(unet, Accelerator())
+    sample, timesteps, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 900]), torch.randn(2, 5, 16)
+    for network in (unet, same):
+        network(sample, timesteps, context).square().mean().backward()
+    gathered = {
+        name: whole(parameter.grad) for name, parameter in unet.named_parameters() if parameter.grad is not None
+    }
+    for name, parameter in same.named_parameters():
+        torch.testing.assert_close(gathered[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+    held: Any = unet.parameters()
+    share = sum(parameter.to_local().numel() for parameter in held) / sum(p.numel() for p in same.parameters())
+    assert 0.49 < share < 0.51
+
+
 def test_shared_out_weights_train_as_whole_ones_do_and_resume_as_them_and_from_them(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     pictures(tmp_path / "pictures/train", 10)
@@ -53,13 +79,15 @@ def test_shared_out_weights_train_as_whole_ones_do_and_resume_as_them_and_from_t
     launch("eight-gpus-fsdp.yaml", "latentdiff", "train", file, *options, "--out", str(two))
     cli_train(file, overrides, True, broken(two, tmp_path / "two-then-one"))
     saving = [*overrides, "run.accumulation=2", "run.gradient_checkpointing=true"]
-    runs = [(file, overrides, True, broken(one, tmp_path / "one-then-two")), (file, saving, False, str(parts))]
-    torch.multiprocessing.spawn(train_as, (free_port(), runs, FSDP), nprocs=2)
+    runs = [(file, overrides, True, broken(run, tmp_path / f"{run.name}-then-two")) for run in (one, two)]
+    torch.multiprocessing.spawn(shard_as, (free_port(), [*runs, (file, saving, False, str(parts))]), nprocs=2)
     assert_same_run(one, two)
     assert_same_run(one, parts)
     assert "held_out/loss" in logged(two)
     for other in ("two", "parts", "two-then-one", "one-then-two"):
         assert_same_checkpoint(one, tmp_path / other)
+    unbroken, resumed = weights_of(two), weights_of(tmp_path / "two-then-two")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in unbroken.items())
     exported, same = (load_pipeline(run / "model").unet for run in (one, two))
     assert exported is not None and same is not None
     for name, tensor in exported.state_dict().items():
