@@ -60,7 +60,7 @@ from training.run import (
     start_step,
     stop_on_signal,
 )
-from training.sharding import averaged_parts, prepared, require_shardable, shard, shards_weights, whole
+from training.sharding import averaged_network, prepared, require_shardable, shard, shards_weights, whole
 from training.state import RunState
 from training.timesteps import ImportanceSampler, logit_normal_timesteps, stratified_timesteps
 from training.validation import ema_distance, held_out_scalars, load_held_out
@@ -93,9 +93,9 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
         compile_unet(network.to(accelerator.device), config, data, accelerator)
     reached = run_steps(network, config, parts, data, state, first, accelerator, held_out)
     if reached:
-        with averaged_parts(parts, state.modules["model"], state.ema, accelerator) as trained:
-            if trained is not None:
-                export(network, config, trained, folder)
+        with averaged_network(network, parts, state.modules["model"], state.ema, accelerator) as looked_at:
+            if looked_at is not None:
+                export(*looked_at, config, folder)
     return folder / (LORA_FILE if config.lora else EMBEDDING_FILE if config.textual_inversion else "model")
 
 
@@ -173,10 +173,10 @@ def run_steps(
                     done, {"ema_distance": ema_distance(state.ema, trained), "skipped_steps": state.guard.skipped}
                 )
             if done % run.sample_every == 0 or done == run.steps:
-                with averaged_parts(parts, trained, state.ema, accelerator) as shown:
-                    if shown is not None:
-                        draw_samples(shown, config, Path(run.out) / f"samples/{done:08d}.png")
-                        log.write(done, held_out_scalars(shown.unet, shown, config, held_out, accelerator))
+                with averaged_network(network, parts, trained, state.ema, accelerator) as looked_at:
+                    if looked_at is not None:
+                        draw_samples(looked_at[1], config, Path(run.out) / f"samples/{done:08d}.png")
+                        log.write(done, held_out_scalars(*looked_at, config, held_out, accelerator))
             if done % run.save_every == 0 or done == run.steps or stopping:
                 save_run(config, done, state, accelerator)
             if stopping:
@@ -229,7 +229,7 @@ def compile_unet(unet: nn.Module, config: DiffusionTraining, data: LatentSet, ac
     compile_checked(unet, *inputs, autocast=accelerator.autocast(), **told(batch))
 
 
-def export(network: nn.Module, config: DiffusionTraining, parts: Parts, folder: Path) -> None:
+def export(network: nn.Module, parts: Parts, config: DiffusionTraining, folder: Path) -> None:
     """Save the model or the LoRA, say how to use it, and show what it learnt where it was trained on pixels."""
     prompt = shlex.quote(config.prompts[0])
     if isinstance(network, Adapted):

@@ -42,8 +42,8 @@ def require_shardable(config: TrainingConfig, accelerator: Accelerator) -> None:
         raise InputError("the launch file asks for FSDP version 1; set fsdp_version: 2 in its fsdp_config")
     if not isinstance(config, DiffusionTraining):
         raise InputError("FSDP is for the diffusion stage, the autoencoder is small; launch it with MULTI_GPU")
-    if config.lora is not None:
-        raise InputError("FSDP is for whole networks, a LoRA is small; launch it with MULTI_GPU")
+    if config.lora is not None or config.encodes_each_step:
+        raise InputError("FSDP is for the U-Net, not for a LoRA, words or the text encoder; launch with MULTI_GPU")
     if config.run.compile:
         raise InputError("run.compile does not go together with FSDP; set it to false, or launch with MULTI_GPU")
     if config.run.precision == "fp16":
@@ -107,22 +107,29 @@ def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 @contextmanager
-def averaged_parts(parts: Parts, trained: nn.Module, ema: Ema, accelerator: Accelerator) -> Iterator[Parts | None]:
-    """Give the main process the parts with the averaged weights, for a `with` block, and the others None.
+def averaged_network(
+    network: nn.Module, parts: Parts, trained: nn.Module, ema: Ema, accelerator: Accelerator
+) -> Iterator[tuple[nn.Module, Parts] | None]:
+    """Give the main process the network and the parts with averaged weights, for a `with` block, and the others None.
 
     A sharded network runs in all processes or in none, and drawing is not for all. So its average is gathered into a
     whole network of the main process's own, for which all processes have to come here; else it is swapped into the one
     there is.
+
+    Args:
+        network: what is called while training.
+        trained: the part of it, or all, whose average `ema` is.
     """
     weights = gathered_on_main(ema.weights)
     if not accelerator.is_main_process:
         yield None
     elif not shards_weights(accelerator):
         with ema.swapped_into(trained):
-            yield parts
+            yield network, parts
     else:
         assert parts.unet is not None
         with torch.device("meta"):
             unet = UNet2DConditionModel(parts.unet.config)
         unet.load_state_dict(weights, assign=True)
-        yield replace(parts, unet=unet.to(accelerator.device).eval())
+        unet = unet.to(accelerator.device).eval()
+        yield unet, replace(parts, unet=unet)

@@ -112,7 +112,8 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
         ("autoencoder", [], "2", "FSDP is for the diffusion stage, the autoencoder is small; launch it with MULTI_GPU"),
         ("diffusion", ["run.compile=true"], "2", "run.compile does not go together with FSDP"),
         ("diffusion", ["run.precision=fp16"], "2", "run.precision fp16 does not go together with FSDP"),
-        ("lora", [], "2", "FSDP is for whole networks, a LoRA is small"),
+        ("lora", [], "2", "FSDP is for the U-Net, not for a LoRA, words or the text encoder"),
+        ("diffusion", ["train_text_encoder=true"], "2", "FSDP is for the U-Net, not for a LoRA, words or the text"),
     ],
 )
 def test_what_is_not_shared_out_is_refused_before_anything_is_written(
