@@ -137,12 +137,15 @@ def pipeline_index(
 def save_tensors(tensors: Mapping[str, Tensor], target: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, which appears under its name only when it is whole.
 
+    Args:
+        metadata: at most one entry, for equal tensors to give equal files: safetensors writes several in any order.
+
     Raises:
         StorageError: the file cannot be written.
     """
     temporary = target.with_name(f".tmp-{secrets.token_hex(8)}")
     try:
-        save_file(dict(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
+        save_file(dict(tensors), temporary, metadata=dict(metadata or {"format": "pt"}))
         temporary.chmod(0o644)  # safetensors makes it readable by its owner alone
         flush_to_disk(temporary)
         os.replace(temporary, target)

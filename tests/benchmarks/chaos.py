@@ -192,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="at random moments, over all stages and process counts")
     parser.add_argument("--flips", type=int, default=1000, help="bit flips and truncations, over all stages")
-    parser.add_argument("--stages", nargs="+", default=["autoencoder", "diffusion"])
+    parser.add_argument("--stages", nargs="+", default=["autoencoder", "diffusion", "lora"])
     parser.add_argument("--processes", nargs="+", type=int, choices=(1, 2), default=[1, 2])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -204,9 +204,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         place = Path(folder)
         pictures(place / "pictures", 6)
-        files = {stage: _config(place, stage) for stage in ("autoencoder", *arguments.stages)}
-        # The one that the diffusion stage needs.
-        assert Session(files["autoencoder"], place / "autoencoder", 1).wait(PATIENCE)
+        files = {stage: _config(place, stage) for stage in ("autoencoder", "diffusion", "lora")}
+        for stage in ("autoencoder", "diffusion"):  # what the stages after these start from
+            assert Session(files[stage], place / stage, 1).wait(PATIENCE)
         for number, (stage, processes) in enumerate(cases):
             kills = (number + 1) * arguments.kills // len(cases) - number * arguments.kills // len(cases)
             _kill_and_resume(Case(stage, files[stage], place, processes), kills, figures, rng)
@@ -298,7 +298,8 @@ def _digest_of(run: Path) -> str:
     """Return one digest of the last checkpoint's tensors and of the model that was written at the end."""
     digest = hashlib.sha256()
     last = run / f"checkpoints/step-{STEPS:08d}"
-    for file in [*sorted(last.glob("*.safetensors")), *sorted(run.glob("model/**/*.safetensors")), *run.glob("vae/*")]:
+    exported = (*sorted(run.glob("model/**/*.safetensors")), *run.glob("vae/*"), *run.glob("lora.safetensors"))
+    for file in (*sorted(last.glob("*.safetensors")), *exported):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 

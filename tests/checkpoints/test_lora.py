@@ -73,6 +73,13 @@ def test_what_was_saved_is_loaded_bit_for_bit(tmp_path: Path, family: str, diale
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_equal_loras_are_equal_files(parts: Parts, tmp_path: Path) -> None:
+    lora, files = lora_of(parts), [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for file in files:
+        save_lora(lora, file, parts)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_two_layers_share_a_name(family: str) -> None:
     """Full size, on the meta device; only queries, keys and values of OpenCLIP are one tensor."""

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from PIL import Image
-from safetensors.torch import load_file
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
@@ -18,7 +16,7 @@ from latentdiff.checkpoints.inspect import describe_file
 from latentdiff.checkpoints.saver import save_pipeline
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
-from tests.training.test_stages import SIZE, pictures, weights_of
+from tests.training.test_stages import check_interrupted, pictures, recipe, weights_of
 from training import cli_train
 from training.autoencoder import fold_statistics
 from training.config import load_config
@@ -28,22 +26,12 @@ from training.config import load_config
 def file(tmp_path: Path, built_model: Path) -> str:
     """A recipe over six tiny pictures that starts from the tiny model."""
     pictures(tmp_path / "pictures", 6)
-    run = {"out": str(tmp_path / "run"), "steps": 4, "batch_size": 4, "precision": "no", "save_every": 2}
-    tree: dict[str, Any] = {
-        "stage": "diffusion",
-        "data": {"folder": str(tmp_path / "pictures"), "size": SIZE},
-        "run": run | {"log_every": 2, "sample_every": 1000, "keep_checkpoints": 9},
-        "start_from": str(base(built_model, tmp_path / "base", tmp_path / "pictures")),
-        "lora": {"rank": 2, "layers": ["attention", "feed_forward", "convolution"], "dropout": 0.2},
-        "optimizer": {"learning_rate": 0.01, "warmup_steps": 1},
-        "prompts": ["red fox"],
-    }
-    (tmp_path / "lora.yaml").write_text(yaml.safe_dump(tree))
-    return str(tmp_path / "lora.yaml")
+    base(built_model, tmp_path / "diffusion/model", tmp_path / "pictures")
+    return recipe(tmp_path, "lora", optimizer__learning_rate=0.01, optimizer__warmup_steps=1)
 
 
-def base(model: Path, folder: Path, drawn: Path) -> Path:
-    """The tiny model, its latents of some pictures scaled to what training asks for."""
+def base(model: Path, folder: Path, drawn: Path) -> None:
+    """Save the tiny model, its latents of some pictures scaled to what training asks for."""
     parts = load_pipeline(model)
     autoencoder: Any = parts.autoencoder
     images = to_tensor([Image.open(file).convert("RGB") for file in sorted(drawn.glob("*.png"))])
@@ -53,39 +41,32 @@ def base(model: Path, folder: Path, drawn: Path) -> Path:
     fold_statistics(autoencoder, mean, std)
     autoencoder.config = replace(autoencoder.config, scaling_factor=1.0)
     save_pipeline(parts, folder, dtype=None)
-    return folder
 
 
 def test_a_run_ends_in_a_file_that_changes_pictures(file: str, tmp_path: Path) -> None:
-    before = {path: path.read_bytes() for path in (tmp_path / "base").rglob("*.safetensors")}
+    before = {path: path.read_bytes() for path in (tmp_path / "diffusion/model").rglob("*.safetensors")}
     cli_train(file, [], False, None)
     assert all(path.read_bytes() == content for path, content in before.items())
-    lora = tmp_path / "run" / "lora.safetensors"
+    lora = tmp_path / "lora" / "lora.safetensors"
     described = describe_file(lora)
     assert (described["kind"], described["dialect"], described["ranks"]) == ("LoRA", "diffusers", [2])
     assert described["precision"] == "F16" and described["layers"].keys() == {"unet"}
-    pipe = Pipeline.from_pretrained(tmp_path / "base", device="cpu")
+    pipe = Pipeline.from_pretrained(tmp_path / "diffusion/model", device="cpu")
     options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
     styled = pipe.with_loras({lora: 1.0})
     assert not torch.allclose(styled("red fox", **options).images, pipe("red fox", **options).images, atol=1e-3)
-    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "lora" / "model").exists()
 
 
 def test_an_interrupted_run_ends_with_the_same_file(file: str, tmp_path: Path) -> None:
-    cli_train(file, [], False, str(tmp_path / "unbroken"))
-    cli_train(file, [], False, str(tmp_path / "resumed"))
-    (newest,) = (tmp_path / "resumed/checkpoints").glob("step-00000004")
-    (newest / "manifest.json").unlink()
-    cli_train(file, [], True, str(tmp_path / "resumed"))
-    unbroken, resumed = weights_of(tmp_path / "unbroken"), weights_of(tmp_path / "resumed")
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in unbroken.items())
-    first, second = (load_file(tmp_path / run / "lora.safetensors") for run in ("unbroken", "resumed"))
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    check_interrupted(file, tmp_path)
+    first, second = ((tmp_path / run / "lora.safetensors").read_bytes() for run in ("unbroken", "resumed"))
+    assert first == second
 
 
 def test_only_the_thin_layers_are_in_checkpoints(file: str, tmp_path: Path) -> None:
     cli_train(file, ["lora.layers=[attention]"], False, None)
-    assert all("/attn" in name or "/proj_" in name for name in weights_of(tmp_path / "run"))
+    assert all("/attn" in name or "/proj_" in name for name in weights_of(tmp_path / "lora"))
 
 
 def test_odd_configs_are_refused(file: str) -> None:

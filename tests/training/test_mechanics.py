@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 
 from latentdiff.errors import InputError
-from tests.training.test_stages import pictures, recipe, weights_of
+from tests.training.test_stages import check_interrupted, pictures, recipe, weights_of
 from training import cli_train, diffusion
 from training.checkpointing import load_latest
 from training.config import RunConfig
@@ -89,14 +89,9 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(
 def test_dropout_is_drawn_anew_each_step_and_alike_after_a_break(tmp_path: Path) -> None:
     pictures(tmp_path / "pictures", 6)
     cli_train(recipe(tmp_path, "autoencoder"), [], False, None)
-    file, drop = recipe(tmp_path, "diffusion"), "model.dropout=0.3"
-    cli_train(file, [drop], False, str(tmp_path / "unbroken"))
-    cli_train(file, [drop], False, str(tmp_path / "broken"))
-    (tmp_path / "broken/checkpoints/step-00000004/manifest.json").unlink()
-    cli_train(file, [drop], True, str(tmp_path / "broken"))
-    cli_train(file, [], False, str(tmp_path / "without"))
-    unbroken, broken, without = (weights_of(tmp_path / name) for name in ("unbroken", "broken", "without"))
-    assert all(torch.equal(tensor, broken[name]) for name, tensor in unbroken.items())
+    check_interrupted(recipe(tmp_path, "diffusion", model__dropout=0.3), tmp_path)
+    cli_train(recipe(tmp_path, "diffusion"), [], False, str(tmp_path / "without"))
+    unbroken, without = weights_of(tmp_path / "unbroken"), weights_of(tmp_path / "without")
     assert not all(torch.equal(tensor, without[name]) for name, tensor in unbroken.items())
 
 

@@ -17,7 +17,7 @@ from latentdiff.diffusion.likelihood import bound_term
 from latentdiff.diffusion.prediction import as_denoiser
 from latentdiff.errors import InputError
 from tests.models.test_pixels import UNET, parts
-from tests.training.test_stages import pictures, weights_of
+from tests.training.test_stages import check_interrupted, pictures
 from training import cli_train
 from training.batches import Batch
 from training.config import DiffusionTraining, load_config
@@ -179,20 +179,14 @@ def test_runs_in_pixels_resume_to_the_bit_and_show_what_they_learnt(
     tmp_path: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures(tmp_path / "pictures", 6)
-    file = recipe(tmp_path, **changes)
-    cli_train(file, [], False, str(tmp_path / "run"))
-    cli_train(file, [], False, str(tmp_path / "resumed"))
-    next((tmp_path / "resumed/checkpoints").glob("step-00000004/manifest.json")).unlink()
-    cli_train(file, [], True, str(tmp_path / "resumed"))
-    unbroken, resumed = weights_of(tmp_path / "run"), weights_of(tmp_path / "resumed")
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in unbroken.items())
+    check_interrupted(recipe(tmp_path, **changes), tmp_path)
     output = capsys.readouterr().out
     assert "variational bound of 6 train pictures: " in output and "(L_0)" in output and "ODE: " in output
-    with Image.open(tmp_path / "run/samples/denoising.gif") as animation:
+    with Image.open(tmp_path / "unbroken/samples/denoising.gif") as animation:
         assert getattr(animation, "n_frames", 1) > 10
-    with Image.open(tmp_path / "run/samples/process.png") as strip:
+    with Image.open(tmp_path / "unbroken/samples/process.png") as strip:
         assert strip.size[0] > 9 * 128
-    drawn = Pipeline.from_pretrained(tmp_path / "run/model")("a", num_inference_steps=3).images[0]
+    drawn = Pipeline.from_pretrained(tmp_path / "unbroken/model")("a", num_inference_steps=3).images[0]
     assert drawn.size == (SIZE, SIZE)
 
 

@@ -46,7 +46,10 @@ def pictures(folder: Path, count: int) -> Path:
 
 
 def recipe(tmp_path: Path, stage: str, **changes: Any) -> str:
-    """Write a tiny config of a stage over tmp_path/pictures; `changes` are "section.key" values with __ for the dot."""
+    """Write a tiny config of a stage over tmp_path/pictures; `changes` are "section.key" values with __ for the dot.
+
+    Stage "lora" is one of diffusion that starts from the model of "diffusion" in the same place.
+    """
     run = {"out": str(tmp_path / stage), "steps": 4, "batch_size": 4, "precision": "no", "save_every": 2}
     tree: dict[str, Any] = {
         "stage": stage,
@@ -61,6 +64,10 @@ def recipe(tmp_path: Path, stage: str, **changes: Any) -> str:
             "norm_num_groups": 8,
             "sample_size": SIZE,
         }
+    elif stage == "lora":
+        layers = ["attention", "feed_forward", "convolution"]
+        tree |= {"stage": "diffusion", "start_from": str(tmp_path / "diffusion/model"), "prompts": ["a"]}
+        tree["lora"] = {"rank": 2, "layers": layers, "dropout": 0.2}
     else:
         model = {"block_out_channels": [32, 64], "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]}
         model |= {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "norm_num_groups": 8, "layers_per_block": 1}
@@ -92,6 +99,20 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
     checkpoint = load_latest(run)
     assert checkpoint is not None
     return checkpoint.tensors["model"] | {f"ema.{name}": tensor for name, tensor in checkpoint.tensors["ema"].items()}
+
+
+def check_interrupted(file: str, place: Path) -> None:
+    """Run a config of four steps twice, see that the second run ends alike when its last checkpoint is lost.
+
+    The runs are place/unbroken and place/resumed.
+    """
+    for name in ("unbroken", "resumed"):
+        cli_train(file, [], False, str(place / name))
+    (place / "resumed/checkpoints/step-00000004/manifest.json").unlink()
+    cli_train(file, [], True, str(place / "resumed"))
+    unbroken, resumed = weights_of(place / "unbroken"), weights_of(place / "resumed")
+    assert unbroken.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in unbroken.items())
 
 
 @pytest.mark.parametrize("term", ["l1", "l2", "gradient", "ssim", "kl"])
@@ -171,14 +192,7 @@ def test_sixteen_pictures_go_through_both_commands_and_resume_is_bitwise(tmp_pat
 def test_interrupted_run_ends_with_the_weights_of_the_unbroken_one(tmp_path: Path, stage: str) -> None:
     pictures(tmp_path / "pictures", 6)
     cli_train(recipe(tmp_path, "autoencoder"), [], False, None)
-    file = recipe(tmp_path, stage, run__keep_checkpoints=9)
-    cli_train(file, [], False, str(tmp_path / "unbroken"))
-    cli_train(file, [], False, str(tmp_path / "resumed"))
-    (newest,) = (tmp_path / "resumed/checkpoints").glob("step-00000004")
-    (newest / "manifest.json").unlink()
-    cli_train(file, [], True, str(tmp_path / "resumed"))
-    unbroken, resumed = weights_of(tmp_path / "unbroken"), weights_of(tmp_path / "resumed")
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in unbroken.items())
+    check_interrupted(recipe(tmp_path, stage), tmp_path)
 
 
 def test_batches_depend_on_seed_and_step_alone_and_drop_captions(tmp_path: Path) -> None:
