@@ -45,6 +45,7 @@ from training.ema import Ema
 from training.encoders import JointNetwork, add_words, new_words, train_encoder
 from training.latents import LatentSet, cached_latents
 from training.objective import diffusion_losses, model_inputs, require_trainable, told
+from training.posthoc_ema import power_emas, save_snapshot
 from training.prior import draw_prior
 from training.process import show_process
 from training.run import (
@@ -113,7 +114,8 @@ def assemble(
         checkpoint_gradients(unet)
     if shards_weights(accelerator):
         shard(unet, accelerator)
-    state = RunState(modules, {"optimizer": adamw(trained, config.optimizer)}, Ema(trained, config.run.ema_decay))
+    ema, profiles = Ema(trained, config.run.ema_decay), power_emas(trained, config.run)
+    state = RunState(modules, {"optimizer": adamw(trained, config.optimizer)}, ema, profiles)
     return network, replace(parts, unet=unet), state
 
 
@@ -147,7 +149,7 @@ def run_steps(
     """
     run, trained, importance = config.run, state.modules["model"], state.modules.get("importance")
     unet, optimizer = prepared(accelerator, network, state.optimizers["optimizer"])
-    state.ema.to(accelerator.device)
+    state.to(accelerator.device)
     log, stopping = Log(run, first, "diffusion", accelerator), False
     batches = latent_batches(data, config, first, own_shares(accelerator, run))
     with stop_on_signal() as stopped, fast_attention():
@@ -162,7 +164,7 @@ def run_steps(
             if finite or state.scaler is not None:  # which leaves out the step itself, and scales by less from then on
                 optimizer.step()
             if finite:
-                state.ema.update(trained)
+                state.average(trained)
             if isinstance(importance, ImportanceSampler):
                 importance.update(timesteps, losses)
             values = {"loss": loss, "grad_norm": norm, "null": nulls.mean(), "skipped": not finite}
@@ -177,6 +179,7 @@ def run_steps(
                     if looked_at is not None:
                         draw_samples(looked_at[1], config, Path(run.out) / f"samples/{done:08d}.png")
                         log.write(done, held_out_scalars(*looked_at, config, held_out, accelerator))
+            save_snapshot(run, done, state.profiles, accelerator)
             if done % run.save_every == 0 or done == run.steps or stopping:
                 save_run(config, done, state, accelerator)
             if stopping:

@@ -24,10 +24,14 @@ class Ema:
         """Move the average to a device."""
         self.weights = {name: weight.to(device) for name, weight in self.weights.items()}
 
+    def next_decay(self) -> float:
+        """Return the share of the average in the next one."""
+        return min(self.decay, (1 + self.updates) / (10 + self.updates))
+
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average towards the live weights."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = self.next_decay()
         self.updates += 1
         parameters = dict(model.named_parameters())
         live = [parameters[name].detach().float() for name in self.weights]

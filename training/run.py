@@ -38,6 +38,7 @@ from training.checkpointing import (
     save_checkpoint,
 )
 from training.config import OptimizerConfig, RunConfig, TrainingConfig
+from training.posthoc_ema import remove_snapshots
 from training.state import RunState
 
 SHOWN_DIFFERENCES = 5  # of two configs, in a message
@@ -69,6 +70,7 @@ def open_run(config: TrainingConfig, resume: bool, accelerator: Accelerator) -> 
         except OSError as error:
             raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
         remove_leftovers(folder)
+        remove_snapshots(folder, newest.step if newest else 0)
     return newest
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from latentdiff.errors import InputError
 from training.checkpointing import Checkpoint
 from training.ema import Ema
+from training.posthoc_ema import PowerEma
 from training.sharding import gathered_on_main, sharded_like
 
 # Steps in a row with a non-finite loss or gradient after which a run gives up.
@@ -57,12 +58,14 @@ class RunState:
 
     Attributes:
         modules, optimizers: by the name of their file in a checkpoint; not wrapped by an accelerator.
+        profiles: averages of other widths, by sigma_rel, that snapshots are kept of.
         scaler: of the loss, in fp16.
     """
 
     modules: Mapping[str, nn.Module]
     optimizers: Mapping[str, Optimizer]
     ema: Ema
+    profiles: Mapping[float, PowerEma] = field(default_factory=dict)
     guard: StepGuard = field(default_factory=StepGuard)
     scaler: torch.amp.GradScaler | None = None
 
@@ -70,7 +73,7 @@ class RunState:
         """Return the tensors, file by file, for `save_checkpoint`; see `gathered_on_main`."""
         parts: dict[str, Mapping[str, Tensor]] = {name: module.state_dict() for name, module in self.modules.items()}
         parts |= {name: optimizer_tensors(optimizer) for name, optimizer in self.optimizers.items()}
-        parts |= {"ema": self.ema.weights}
+        parts |= {name: average.weights for name, average in self._averages().items()}
         return {name: gathered_on_main(tensors) for name, tensors in parts.items()}
 
     def counters(self) -> dict[str, Any]:
@@ -88,13 +91,28 @@ class RunState:
             module.load_state_dict({key: sharded_like(tensor, live.get(key, tensor)) for key, tensor in saved})
         for name, optimizer in self.optimizers.items():
             load_optimizer(optimizer, checkpoint.tensors.get(name, {}))
-        average = checkpoint.tensors["ema"].items()
-        self.ema.weights = {key: sharded_like(tensor, self.ema.weights[key]) for key, tensor in average}
-        self.ema.updates = checkpoint.state["ema_updates"]
+        for name, average in self._averages().items():
+            saved = checkpoint.tensors[name].items()
+            average.weights = {key: sharded_like(tensor, average.weights[key]) for key, tensor in saved}
+            average.updates = checkpoint.state["ema_updates"]
         self.guard = StepGuard(checkpoint.state["bad_steps"], checkpoint.state["skipped"])
         if self.scaler is not None:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
         return checkpoint.step
+
+    def to(self, device: torch.device) -> None:
+        """Move the averages to a device."""
+        for average in self._averages().values():
+            average.to(device)
+
+    def average(self, model: nn.Module) -> None:
+        """Move the averages towards the live weights."""
+        for average in self._averages().values():
+            average.update(model)
+
+    def _averages(self) -> dict[str, Ema]:
+        """Return all averages by the name of their file in a checkpoint."""
+        return {"ema": self.ema, **{f"ema_{sigma_rel}": average for sigma_rel, average in self.profiles.items()}}
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
