@@ -190,7 +190,8 @@ def look_at_memory(network: nn.Module, parts: Parts, state: RunState, accelerato
     parameters = [parameter for module in modules for parameter in module.parameters()]
     yield Row("parameters", f"{trained:,} trained", f"of {sum(p.numel() for p in parameters):,} in all", trained > 0)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    gradients, optimizer, average = 4 * trained, 8 * trained, 4 * trained  # bytes, in float32; AdamW has two moments
+    gradients, optimizer = 4 * trained, 8 * trained  # bytes, in float32; AdamW has two moments
+    average = 4 * trained * (1 + len(state.profiles))
     needed = weights + gradients + optimizer + average
     on_gpu = accelerator.device.type == "cuda"
     there = torch.cuda.get_device_properties(0).total_memory if on_gpu else machine_memory()
@@ -214,11 +215,14 @@ def look_at_disk(config: DiffusionTraining, state: RunState) -> Row:
     moments = 8 * sum(parameter.numel() for parameter in state.modules["model"].parameters())
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + moments
     needed = size * (config.run.keep_checkpoints + 1)  # old ones go when a new one is there
+    value = f"{config.run.keep_checkpoints} + 1 checkpoints of {_size(size)}"
+    if state.profiles:
+        count, snapshot = math.ceil(config.run.steps / config.run.ema_snapshots), moments // 2  # 2 x 2 bytes a weight
+        needed, value = needed + count * snapshot, f"{value}, {count} snapshots of {_size(snapshot)}"
     place = Path(config.run.out).resolve()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    value = f"{config.run.keep_checkpoints} + 1 checkpoints of {_size(size)}"
     if needed > free:
         raise InputError(
             f"{value} need {_size(needed)}, and {place} has {_size(free)} free; free some, or lower "
@@ -241,7 +245,7 @@ def look_at_errors(
     shown what it is asked for; what was trained must be better.
     """
     samples = first_samples(data, config, LOOKED_AT)
-    state.ema.to(accelerator.device)
+    state.to(accelerator.device)
     with state.ema.swapped_into(state.modules["model"]):
         errors = held_out_errors(network, parts, config, samples, accelerator).mean(dim=1)
     bounds = gaussian_bounds(parts.schedule, samples).mean(dim=1)
@@ -277,7 +281,7 @@ def look_at_steps(
             accumulate_gradients(unet, config, parts, batches, importance, step, accelerator)
             norm = accelerator.clip_grad_norm_(trained.parameters(), config.optimizer.max_grad_norm)
             optimizer.step()
-        state.ema.update(trained)
+        state.average(trained)
         norms.append(float(norm))  # which waits for the device
         seconds.append(time.perf_counter() - began)
     if not all(map(math.isfinite, norms)) and state.scaler is None:

@@ -77,9 +77,9 @@ class RunConfig(Section):
     # Compute activations again in the backward pass instead of keeping them.
     gradient_checkpointing: bool = False
     ema_decay: float = Field(0.999, ge=0, lt=1)
-    # Averages of two widths in ema/ of the run, every so many steps and at the end; 0 for none. From them
-    # `training.posthoc_ema` makes one of any width afterwards, well from 50 or more. They take 4 bytes a weight on disk
-    # each time, and 8 in memory and in every checkpoint.
+    # Snapshots of averages of two widths, in ema/ of the run, every so many steps and at the end; 0 for none. From some
+    # 50 `training.posthoc_ema` makes the average of any width. Each takes 4 bytes a weight on disk, the averages 8 in
+    # memory and in every checkpoint.
     ema_snapshots: int = Field(0, ge=0)
     log_every: int = Field(50, ge=1)
     sample_every: int = Field(1000, ge=1)
@@ -163,8 +163,8 @@ class DiffusionTraining(Section):
     autoencoder: str | None = None
     # Of the pixels, where there is no autoencoder: 3 for colour, 1 for shades of grey.
     channels: Literal[1, 3] = 3
-    # Folder with text_encoder/ and tokenizer/; "embedded" takes those of the model that ships with the package,
-    # "labels" makes each different caption a class, "none" trains without any condition.
+    # Folder with text_encoder/ and tokenizer/, or of OpenCLIP's layout; "embedded" takes those of the model that ships
+    # with the package, "labels" makes each different caption a class, "none" trains without any condition.
     text_encoder: str = "embedded"
     # Keys of `latentdiff.models.unet.UNetConfig`; in_channels, out_channels and sample_size follow from the latents.
     model: dict[str, Any] = {}

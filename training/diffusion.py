@@ -31,6 +31,7 @@ from latentdiff.checkpoints.lora import save_lora
 from latentdiff.checkpoints.textual_inversion import save_embedding
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
+from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.lora import LoRA
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
@@ -368,6 +369,9 @@ def load_parts(config: DiffusionTraining) -> Parts:
         return Parts(None, space.requires_grad_(False), encoder.requires_grad_(False), None, schedule)
     text = embedded_model() if config.text_encoder == "embedded" else Path(config.text_encoder)
     encoder, tokenizer = load_text_encoder(text)
+    if isinstance(encoder, CLIPTextModel) and encoder.config.with_projection:  # of OpenCLIP's files, and of no use here
+        del encoder.text_projection
+        encoder.config = replace(encoder.config, with_projection=False)
     return Parts(None, space.requires_grad_(False), encoder, tokenizer, schedule)
 
 

@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--flips", type=int, default=1000, help="bit flips and truncations, over all stages")
     parser.add_argument("--stages", nargs="+", default=["autoencoder", "diffusion", "lora"])
     parser.add_argument("--processes", nargs="+", type=int, choices=(1, 2), default=[1, 2])
+    parser.add_argument("--ema-snapshots", type=int, default=0, help="of stage diffusion, every so many steps")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -204,8 +205,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         place = Path(folder)
         pictures(place / "pictures", 6)
-        files = {stage: _config(place, stage) for stage in ("autoencoder", "diffusion", "lora")}
-        for stage in ("autoencoder", "diffusion"):  # what the stages after these start from
+        snapshots = {"diffusion": arguments.ema_snapshots}
+        stages = ("autoencoder", "diffusion", "lora")
+        files = {stage: _config(place, stage, snapshots.get(stage, 0)) for stage in stages}
+        for stage in stages[:-1]:  # what the stages after these start from
             assert Session(files[stage], place / stage, 1).wait(PATIENCE)
         for number, (stage, processes) in enumerate(cases):
             kills = (number + 1) * arguments.kills // len(cases) - number * arguments.kills // len(cases)
@@ -220,9 +223,10 @@ def main() -> None:
     sys.exit(figures.failed())
 
 
-def _config(place: Path, stage: str) -> str:
+def _config(place: Path, stage: str, snapshots: int) -> str:
     """Write the tiny config of a stage."""
-    return recipe(place, stage, run__steps=STEPS, run__batch_size=2, run__save_every=INTERVAL, run__seed=1)
+    often = {"run__save_every": INTERVAL, "run__ema_snapshots": snapshots}
+    return recipe(place, stage, run__steps=STEPS, run__batch_size=2, run__seed=1, **often)
 
 
 def _kill_and_resume(case: Case, kills: int, figures: Figures, rng: random.Random) -> None:
@@ -295,11 +299,12 @@ def _watch(shared: mmap.mmap, die_at: int) -> None:
 
 
 def _digest_of(run: Path) -> str:
-    """Return one digest of the last checkpoint's tensors and of the model that was written at the end."""
+    """Return one digest of the last checkpoint's tensors, of all snapshots and of the model written at the end."""
     digest = hashlib.sha256()
     last = run / f"checkpoints/step-{STEPS:08d}"
+    kept = [*sorted(last.glob("*.safetensors")), *sorted(run.glob("ema/*"))]
     exported = (*sorted(run.glob("model/**/*.safetensors")), *run.glob("vae/*"), *run.glob("lora.safetensors"))
-    for file in (*sorted(last.glob("*.safetensors")), *exported):
+    for file in (*kept, *exported):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 
