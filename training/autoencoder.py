@@ -26,7 +26,7 @@ from latentdiff.images import to_tensor
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
 from training.augment import random_view, rgb
 from training.config import AutoencoderTraining
-from training.dataset import CaptionedImages, LazyImages, composite, load_images, open_images
+from training.dataset import CaptionedImages, LazyImages, composite, open_held_out, open_images
 from training.distributed import any_process, averaged, micro_batches, own_shares, sample_noise, start_accelerator
 from training.ema import Ema
 from training.loading import drawn_ahead, workers
@@ -53,6 +53,7 @@ from training.sharding import require_shardable
 from training.state import RunState
 
 WHOLE = slice(None)
+HELD_OUT = 1024  # pictures to measure by, at most, of a split
 
 
 def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path:
@@ -291,10 +292,8 @@ def _batch(data: CaptionedImages, config: AutoencoderTraining, step: int, share:
 
 
 def _held_out(config: AutoencoderTraining, data: CaptionedImages) -> Tensor:
-    """Return the pictures of the validation and test splits, or the last 16 training ones where there are none."""
-    ground = rgb(config.data.background)
-    try:
-        splits = [load_images(config.data, split).images for split in ("validation", "test")]
-    except InputError:
-        splits = [data.images[-16:]]
-    return to_tensor(composite(np.concatenate(splits), ground))
+    """Return pictures (N, 3, H, W) that are not trained on, a test split's too, or 16 that are where there are none."""
+    cache = Path(config.run.out) / "cache"
+    splits = [open_held_out(config.data, cache, HELD_OUT, split) for split in ("validation", "test")]
+    images = [split.images for split in splits if split is not None] or [data.images[-16:]]
+    return to_tensor(composite(np.concatenate(images), rgb(config.data.background)))

@@ -158,7 +158,7 @@ def look_at_held_out(config: DiffusionTraining, parts: Parts) -> Row:
     """Say whether there are pictures to measure by."""
     held_out = load_held_out(config, parts)
     found = "none, so that the log has no held-out errors" if held_out is None else f"{len(held_out.latents)} looked at"
-    return Row("held-out pictures", found, "a validation folder beside train", held_out is not None)
+    return Row("held-out pictures", found, "a validation split, or data.held_out", held_out is not None)
 
 
 def look_at_samples(config: DiffusionTraining, data: LatentSet, parts: Parts) -> Iterator[Row]:

@@ -36,6 +36,9 @@ class DataConfig(Section):
     drop: dict[str, list[str | bool]] = {}
     # One caption for each picture, drawn anew each time, instead of their own; a folder then needs only pictures.
     captions: list[str] = []
+    # Share of the pictures that is never trained on and measured by instead; which they are follows from each file's
+    # bytes. 0: the validation split, where there is one.
+    held_out: float = Field(0.0, ge=0, lt=1)
     background: str = "white"
     # Augmented versions of each picture: plain, flip, hue, background, pair (`training.augment`).
     variants: list[Literal["plain", "flip", "hue", "background", "pair"]] = ["plain"]

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image
-from tqdm import tqdm
 
-from latentdiff.errors import InputError, StorageError
-from latentdiff.images import decode_rgba, fit, write_file
+from latentdiff.errors import InputError
+from latentdiff.images import fit, write_file
 from latentdiff.prompts import MAX_PROMPT_LENGTH
 from training.buckets import bucket_sizes, crop_corner, nearest
 from training.config import DataConfig
-from training.loading import prefetched
+from training.findings import Finding, decode, examine, keep, known, make_folder
 from training.order import BatchOrder
-from training.sources import Source, open_source
+from training.sources import MissingSplitError, Source, open_source
 
 # Above this share of unusable rows, and more than one, a data set is refused.
 MAX_BAD_SHARE = 0.01
 # Sets whose pictures take no more than this are decoded once and held in memory.
 IN_MEMORY_BYTES = 2**30
-
-Finding = tuple[str, int, int]  # of a picture: SHA-256 of its file, width and height
 
 
 @dataclass(frozen=True)
@@ -67,12 +62,14 @@ class CaptionedImages:
         rows: N metadata rows; each has "captions", a list of at least one string.
         samples: N, one for each row.
         skipped: "place", "name" and "reason" of every row left out.
+        apart: how many rows are held out of these.
     """
 
     images: Any
     rows: list[dict[str, Any]]
     samples: list[Sample]
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    apart: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -87,7 +84,7 @@ class CaptionedImages:
         frames = sorted({sample.frame for sample in self.samples})
         groups = np.array([frames.index(sample.frame) for sample in self.samples])
         places = np.array([sample.place for sample in self.samples])
-        return BatchOrder(places, groups, len(self.samples) + len(self.skipped))
+        return BatchOrder(places, groups, len(self.samples) + len(self.skipped) + self.apart)
 
 
 @dataclass(frozen=True)
@@ -106,19 +103,56 @@ class LazyImages:
             return np.stack([self[number] for number in range(*index.indices(len(self)))])
         sample = self.samples[index]
         try:
-            return _framed(_decode(self.source, sample.place)[1], sample.frame)
+            digest, image = decode(self.source, sample.place)
         except ValueError as error:
             raise InputError(f"{self.source.place}: a picture has changed while it is in use: {error}") from error
+        if digest != sample.digest:
+            name = self.source.names[sample.place]
+            raise InputError(f"{self.source.place}: a picture has changed while it is in use: {name}; start again")
+        return _framed(image, sample.frame)
 
 
 def load_images(config: DataConfig, split: str = "train") -> CaptionedImages:
-    """Decode all pictures of one split, squares of data.size, whatever the size of the set.
+    """Decode all pictures of one split, squares of data.size, whatever the size of the set; none is held out.
 
     Raises:
         InputError: see `open_images`.
     """
     source = open_source(config, split)
     return _in_memory(source, [(config.size, config.size)])
+
+
+def open_held_out(config: DataConfig, cache: Path, most: int, split: str = "validation") -> CaptionedImages | None:
+    """Decode up to `most` pictures to measure by, evenly chosen, squares of data.size; None where there are none.
+
+    The validation pictures are the share data.held_out of all, or the split of that name where the share is 0.
+
+    Args:
+        cache: folder of what is kept, as that of `open_images`.
+
+    Raises:
+        InputError: the pictures are there and cannot be used.
+    """
+    squares = [(config.size, config.size)]
+    if config.held_out and split == "validation":
+        source = open_source(config)
+        samples, _, _ = _sift(source, known(source, cache), squares)
+        places = [sample.place for sample in samples if is_held_out(sample.digest, config.held_out)]
+    elif (found := _split_of(config, split)) is not None:
+        source, places = found, list(range(len(found)))
+    else:
+        return None
+    chosen = np.linspace(0, len(places) - 1, min(len(places), most)).round().astype(int)
+    return _in_memory(source.subset([places[number] for number in chosen]), squares)
+
+
+def is_held_out(digest: str, share: float) -> bool:
+    """Say whether a picture belongs to the share that is held out: by its bytes alone, so copies stay together.
+
+    Args:
+        digest: SHA-256 of the encoded picture.
+    """
+    return int(digest[:8], 16) < share * 2**32
 
 
 def open_images(
@@ -135,19 +169,27 @@ def open_images(
         multiple: what the widths and heights of buckets are multiples of, in pixels.
 
     Raises:
-        InputError: nothing of a known kind, a missing column, no picture left, or more than one picture and more than
-            1 % of all broken or without caption.
+        InputError: nothing of a known kind, a missing column, no picture left, more than one picture and more than
+            1 % of all broken or without caption, or data.held_out beside a validation split or of too few pictures.
         StorageError: a folder cannot be written.
     """
+    cache = cache or folder / "cache"
     source = open_source(config)
+    if config.held_out and _split_of(config, "validation") is not None:
+        raise InputError(
+            f"{source.place} has a validation split, and data.held_out is {config.held_out:g}; set it to 0 to measure "
+            "by the split, or remove that"
+        )
     frames = bucket_sizes(config.size, multiple) if config.buckets else [(config.size, config.size)]
     if len(source) * config.size**2 * 4 > IN_MEMORY_BYTES:
-        data = _lazy(source, frames, cache or folder / "cache")
+        data = _lazy(source, frames, cache)
     else:
-        data = _in_memory(source, frames)
+        data = _in_memory(source, frames, cache if config.held_out else None)
+    if config.held_out:
+        data = _trained_on(data, config.held_out, source.place)
     if data.skipped:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in data.skipped]
-        _folder(folder)
+        make_folder(folder)
         write_file(folder / "skipped.jsonl", "".join(lines).encode())
         print(f"{len(data.skipped)} of {len(source)} pictures are skipped: {folder}/skipped.jsonl", file=sys.stderr)
     if len(data) < batch_size:
@@ -162,46 +204,58 @@ def composite(rgba: np.ndarray, background: Sequence[int]) -> np.ndarray:
     return (mixed + 0.5).astype(np.uint8)
 
 
-def _in_memory(source: Source, frames: list[tuple[int, int]]) -> CaptionedImages:
+def _split_of(config: DataConfig, split: str) -> Source | None:
+    try:
+        return open_source(config, split)
+    except MissingSplitError:
+        return None
+
+
+def _trained_on(data: CaptionedImages, share: float, place: str) -> CaptionedImages:
+    """Leave out the pictures that are held out.
+
+    Raises:
+        InputError: either part is empty.
+    """
+    kept = [n for n, sample in enumerate(data.samples) if not is_held_out(sample.digest, share)]
+    apart = len(data) - len(kept)
+    if not kept or not apart:
+        lacking, remedy = ("measure by", "raise") if kept else ("train on", "lower")
+        raise InputError(
+            f"{place}: data.held_out {share:g} of {len(data)} pictures leaves none to {lacking}; {remedy} it"
+        )
+    samples, images = [data.samples[n] for n in kept], data.images
+    if isinstance(images, LazyImages):
+        images = replace(images, samples=samples)
+    else:
+        images = images[kept] if isinstance(images, np.ndarray) else [images[n] for n in kept]
+    return CaptionedImages(images, [data.rows[n] for n in kept], samples, data.skipped, apart)
+
+
+def _in_memory(source: Source, frames: list[tuple[int, int]], cache: Path | None = None) -> CaptionedImages:
+    """Decode all pictures now.
+
+    Args:
+        cache: where to keep what is found of them.
+    """
     pictures: dict[int, np.ndarray] = {}
 
-    def examine(place: int) -> Finding:
-        digest, image = _decode(source, place)
+    def look(place: int) -> Finding:
+        digest, image = decode(source, place)
         pictures[place] = _framed(image, nearest(*image.size, frames))
         return digest, *image.size
 
-    samples, rows, skipped = _sift(source, _examined(source, examine), frames)
+    findings = examine(source, look)
+    if cache is not None:
+        keep(findings, source, cache)
+    samples, rows, skipped = _sift(source, findings, frames)
     images: Any = [pictures.pop(sample.place) for sample in samples]
     return CaptionedImages(np.stack(images) if len(frames) == 1 else images, rows, samples, skipped)
 
 
 def _lazy(source: Source, frames: list[tuple[int, int]], cache: Path) -> CaptionedImages:
-    _folder(cache)
-    file = cache / f"pictures-{_stamp(source)}.json"
-
-    def examine(place: int) -> Finding:
-        digest, image = _decode(source, place)
-        return digest, *image.size
-
-    with FileLock(cache / "pictures.lock"):  # one process looks, the others read what it found
-        if not file.exists():
-            write_file(file, json.dumps(_examined(source, examine)).encode())
-    samples, rows, skipped = _sift(source, json.loads(file.read_text()), frames)
+    samples, rows, skipped = _sift(source, known(source, cache), frames)
     return CaptionedImages(LazyImages(source, samples), rows, samples, skipped)
-
-
-def _examined(source: Source, examine: Callable[[int], Finding]) -> list[Finding | str]:
-    """Return what is found of every picture, or why there is nothing to be found."""
-
-    def attempt(place: int) -> Finding | str:
-        try:
-            return examine(place)
-        except ValueError as error:
-            return str(error).removeprefix(f"{source.names[place]} ")
-
-    numbers = range(len(source))
-    quiet = len(source) < 1000
-    return list(tqdm(prefetched(attempt, numbers), "pictures", len(source), unit="picture", disable=quiet))
 
 
 def _sift(
@@ -241,37 +295,5 @@ def captions_of(row: dict[str, Any]) -> list[str] | str:
     return "a caption with a NUL character" if any("\0" in caption for caption in captions) else captions
 
 
-def _decode(source: Source, place: int) -> tuple[str, Image.Image]:
-    """Return the SHA-256 of an encoded picture, and the picture as RGBA.
-
-    Raises:
-        ValueError: it cannot be read; the message names it.
-    """
-    name = source.names[place]
-    try:
-        data = source.read(place)
-    except OSError as error:
-        raise ValueError(f"{name} cannot be read ({error.strerror or error})") from error
-    if not data:
-        raise ValueError(f"{name} is empty (0 bytes)")
-    return hashlib.sha256(data).hexdigest(), decode_rgba(data, name)
-
-
 def _framed(image: Image.Image, frame: tuple[int, int]) -> np.ndarray:
     return np.asarray(fit(image, *frame))
-
-
-def _stamp(source: Source) -> str:
-    """Return what changes when pictures may have changed: a hash of names, and of sizes and times of files."""
-    digest = hashlib.sha256(json.dumps(list(source.names)).encode())
-    for file in source.files:
-        status = file.stat() if file.exists() else None
-        digest.update(f"{file}\0{status and (status.st_size, status.st_mtime_ns)}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another place") from error

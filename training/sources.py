@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,10 @@ EXPECTED = (
     'an imagefolder (metadata.jsonl with "file_name" and "text"), a .csv, .jsonl, .parquet, .arrow or .tar file, a '
     "pattern of such files, or hub:owner/name"
 )
+
+
+class MissingSplitError(InputError):
+    """The source can be read and has no split of the name asked for."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def open_source(config: DataConfig, split: str = "train") -> Source:
     of it "train".
 
     Raises:
+        MissingSplitError: the source has no such split.
         InputError: there is nothing of a known kind, a column is missing, or no picture is left.
     """
     source = _open(config, split)
@@ -74,7 +79,7 @@ def open_source(config: DataConfig, split: str = "train") -> Source:
 
 def _open(config: DataConfig, split: str) -> Source:
     if config.folder.startswith(HUB):
-        return _hub(config, split)
+        return _loaded(config, split, {"path": config.folder.removeprefix(HUB)})
     place = Path(config.folder)
     if (place / split / "metadata.jsonl").is_file():
         return _image_folder(place / split, config)
@@ -85,13 +90,15 @@ def _open(config: DataConfig, split: str) -> Source:
     if (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():
         return _saved_dataset(place, config, split)
     if any(place.glob("*.parquet")) or any(place.glob("*/*.parquet")):
-        return _parquet(config, split, {"path": str(place)})
-    if split == "train" and config.captions and (pictures := _pictures_in(place)):
-        rows: list[dict[str, Any]] = [{} for _ in pictures]
-        return _of_paths(str(place), rows, [picture.name for picture in pictures], place)
-    if split != "train":
-        raise InputError(f"{place} has no split {split!r}; make a folder {split}/ with its own metadata.jsonl")
-    return _files(place, config)
+        return _loaded(config, split, {"path": str(place)})
+    if split == "train":
+        if config.captions and (pictures := _pictures_in(place)):
+            rows: list[dict[str, Any]] = [{} for _ in pictures]
+            return _of_paths(str(place), rows, [picture.name for picture in pictures], place)
+        return _files(place, config)
+    if (place / split).is_dir():
+        raise InputError(f"{place / split} has neither metadata.jsonl nor .tar files; give it its own, or remove it")
+    raise MissingSplitError(f"{place} has no split {split!r}; make a folder {split}/ with its own metadata.jsonl")
 
 
 def _pictures_in(place: Path) -> list[Path]:
@@ -110,7 +117,7 @@ def _files(place: Path, config: DataConfig) -> Source:
     if len(files) == 1 and kinds <= {".csv", ".tsv", ".jsonl"}:
         return _table(files[0], config)
     if kinds == {".parquet"}:
-        return _parquet(config, "train", {"path": "parquet", "data_files": [str(file) for file in files]})
+        return _loaded(config, "train", {"path": "parquet", "data_files": [str(file) for file in files]})
     if kinds == {".arrow"}:
         import datasets
 
@@ -168,30 +175,29 @@ def _shards(files: Sequence[Path], config: DataConfig) -> Source:
     return Source(place, rows, names, partial(_read_member, members), list(files))
 
 
-def _hub(config: DataConfig, split: str) -> Source:
-    return _parquet(config, split, {"path": config.folder.removeprefix(HUB)})
-
-
-def _parquet(config: DataConfig, split: str, arguments: dict[str, Any]) -> Source:
+def _loaded(config: DataConfig, split: str, arguments: dict[str, Any]) -> Source:
+    """Open what `datasets` makes of a hub name or of parquet files."""
     import datasets
 
     try:
-        table = datasets.load_dataset(**arguments, split=split)
+        tables = datasets.load_dataset(**arguments)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{config.folder}: `datasets` cannot load split {split!r} of it: {reason}") from error
-    return _from_datasets(table, config, [Path(one["filename"]) for one in table.cache_files])
+        raise InputError(f"{config.folder}: `datasets` cannot load it: {reason}") from error
+    return _of_split(tables, config, split)
 
 
 def _saved_dataset(place: Path, config: DataConfig, split: str) -> Source:
     import datasets
 
     table = datasets.load_from_disk(str(place))
-    if isinstance(table, datasets.DatasetDict):
-        if split not in table:
-            raise InputError(f"{place} has no split {split!r}{suggest(split, table)}")
-        table = table[split]
-    return _from_datasets(table, config, [Path(one["filename"]) for one in table.cache_files])
+    return _of_split(table if isinstance(table, datasets.DatasetDict) else {"train": table}, config, split)
+
+
+def _of_split(tables: Mapping[str, Any], config: DataConfig, split: str) -> Source:
+    if split not in tables:
+        raise MissingSplitError(f"{config.folder} has no split {split!r}{suggest(split, tables)}")
+    return _from_datasets(tables[split], config, [Path(one["filename"]) for one in tables[split].cache_files])
 
 
 def _from_datasets(table: Any, config: DataConfig, files: Sequence[Path]) -> Source:

@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from latentdiff.images import to_tensor
 from training.augment import rgb
 from training.batches import Batch
 from training.config import DiffusionTraining
-from training.dataset import composite, load_images
+from training.dataset import composite, open_held_out
 from training.ema import Ema
 from training.latents import Texts, Tokens, encode_captions, token_rows
 from training.objective import diffusion_losses, loss_weight
@@ -35,27 +34,25 @@ PICTURES = 64  # held out, at most: each is looked at once in every bucket
 
 @torch.no_grad()
 def load_held_out(config: DiffusionTraining, parts: Parts) -> Batch | None:
-    """Encode up to `PICTURES` pictures of the validation split, each with its first caption; None without a split.
+    """Encode up to `PICTURES` pictures that are not trained on, each with its first caption; None without any.
 
     Raises:
-        InputError: the split is there and cannot be used.
+        InputError: see `open_held_out`.
     """
-    if not (Path(config.data.folder) / "validation").is_dir():
+    data = open_held_out(config.data, Path(config.cache or Path(config.run.out) / "cache"), PICTURES)
+    if data is None:
         return None
-    data = load_images(config.data, "validation")
-    chosen = np.linspace(0, len(data) - 1, min(len(data), PICTURES)).round().astype(int)
-    images = to_tensor(composite(data.images[chosen], rgb(config.data.background)))  # (N, 3, H, W)
+    images = to_tensor(composite(data.images, rgb(config.data.background)))  # (N, 3, H, W)
     autoencoder, device = parts.autoencoder, next(parts.autoencoder.parameters()).device
     latents = [autoencoder.encode(image.to(device)).mode().float().cpu() for image in images.split(1)]
-    captions, everything = [data.rows[index]["captions"][0] for index in chosen], range(len(chosen))
+    captions = [row["captions"][0] for row in data.rows]
     tokens = config.encodes_each_step
     texts: Texts = Tokens(token_rows(captions, parts)) if tokens else encode_captions(captions, parts)
-    context, added = texts.take(everything)
+    context, added = texts.take(range(len(captions)))
     if added:
-        added["time_ids"] = torch.tensor([data.samples[index].condition for index in chosen], dtype=torch.float32)
-    everything_told = torch.zeros(len(chosen), dtype=torch.bool)
-    scaled = torch.cat(latents) * autoencoder.config.scaling_factor
-    return Batch(scaled, context, everything_told, added).map(Tensor.cpu)
+        added["time_ids"] = torch.tensor([sample.condition for sample in data.samples], dtype=torch.float32)
+    nulls = torch.zeros(len(captions), dtype=torch.bool)
+    return Batch(torch.cat(latents) * autoencoder.config.scaling_factor, context, nulls, added).map(Tensor.cpu)
 
 
 def bucket_timesteps(count: int, num_train_timesteps: int) -> Tensor:

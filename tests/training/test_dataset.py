@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from latentdiff.errors import InputError
-from training import dataset
+from training import dataset, findings
 from training.config import DataConfig
 from training.dataset import composite, load_images, open_images
 from training.order import BatchOrder
@@ -177,13 +177,16 @@ def test_large_sets_are_decoded_when_asked_for_and_examined_once(
     assert np.array_equal(lazy.images[:], held.images) and np.array_equal(lazy.images[1:3], held.images[1:3])
     assert (lazy.samples, lazy.rows) == (held.samples, held.rows)
     reads: list[int] = []
-    decode = dataset._decode
-    monkeypatch.setattr(dataset, "_decode", lambda source, place: reads.append(place) or decode(source, place))
+    decode = findings.decode
+    monkeypatch.setattr(findings, "decode", lambda source, place: reads.append(place) or decode(source, place))
     again = open_images(config, 2, tmp_path / "run")
     assert reads == [] and again.samples == held.samples
     Image.new("RGB", (30, 10)).save(tmp_path / "2.png")
     assert open_images(config, 2, tmp_path / "run").samples[2].size == (30, 10)
     assert sorted(reads) == [0, 1, 2, 3]
+    Image.new("RGB", (20, 10), "blue").save(tmp_path / "1.png")
+    with pytest.raises(InputError, match=r"changed while it is in use: 1\.png; start again"):
+        lazy.images[1]
     (tmp_path / "3.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"changed while it is in use: 3\.png is empty"):
         lazy.images[3]

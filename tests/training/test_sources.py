@@ -14,7 +14,7 @@ from PIL import Image
 from latentdiff.errors import InputError
 from training.config import DataConfig
 from training.dataset import load_images
-from training.sources import Source, open_source
+from training.sources import MissingSplitError, Source, open_source
 
 CAPTIONS = [["a", "an a"], ["b", "a b"], ["c", "a c"]]
 
@@ -136,14 +136,18 @@ def test_hub_names_go_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda **arguments: asked.append(arguments) or table())
+    splits = {"train": table(), "test": table().select([1])}
+    monkeypatch.setattr(datasets, "load_dataset", lambda **arguments: asked.append(arguments) or splits)
     assert len(opened("hub:owner/name")) == 3
-    assert asked == [{"path": "owner/name", "split": "train"}]
+    assert len(open_source(DataConfig(folder="hub:owner/name", size=8), "test")) == 1
+    assert asked == [{"path": "owner/name"}] * 2
+    with pytest.raises(MissingSplitError, match="has no split 'validation'; choose one of test, train"):
+        open_source(DataConfig(folder="hub:owner/name", size=8), "validation")
 
 
 def test_a_dataset_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
-    with pytest.raises(InputError, match="`datasets` cannot load split 'train'") as error:
+    with pytest.raises(InputError, match="`datasets` cannot load it") as error:
         opened(tmp_path / "x.parquet")
     assert "\n" not in str(error.value)
 
