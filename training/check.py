@@ -96,12 +96,12 @@ def look(config: DiffusionTraining) -> Iterator[Row]:
     if accelerator.num_processes > 1 or shards_weights(accelerator):
         raise InputError("--check is for one process; start it without accelerate launch")
     yield from look_at_folder(config)
-    parts = load_parts(config)
-    require_trainable(config, parts)
     with TemporaryDirectory(prefix="latentdiff-check-") as folder:
         out = Path(config.run.out).resolve()
         if config.cache is None or Path(config.cache).resolve().is_relative_to(out):
             config = config.model_copy(update={"cache": str(Path(folder) / "cache")})
+        parts = load_parts(config)
+        require_trainable(config, parts)
         images = open_data(config, parts, Path(folder))
         yield from look_at_pictures(config, images)
         if config.prior is not None:

@@ -22,7 +22,8 @@ class DataConfig(Section):
     """Captioned pictures, wherever they are kept (`training.sources`)."""
 
     # An imagefolder with metadata.jsonl (columns file_name and text or captions); a .csv, .tsv or .jsonl file of paths
-    # and captions; .parquet or .arrow files; webdataset's .tar shards, all of a folder or pattern; or hub:owner/name.
+    # and captions; .parquet or .arrow files; webdataset's .tar shards, all of a folder or pattern (in/{000..019}.tar),
+    # or remote ones (https://host/{000..019}.tar; s3:// and whatever else fsspec reads); or hub:owner/name.
     folder: str
     # Columns of tables; where null, the only one with a usual name.
     image_column: str | None = None

@@ -18,7 +18,7 @@ from latentdiff.images import fit, write_file
 from latentdiff.prompts import MAX_PROMPT_LENGTH
 from training.buckets import bucket_sizes, crop_corner, nearest
 from training.config import DataConfig
-from training.findings import Finding, decode, examine, keep, known, make_folder
+from training.findings import Finding, decode, examine, finding_of, keep, known, make_folder
 from training.order import BatchOrder
 from training.sources import MissingSplitError, Source, open_source
 
@@ -112,14 +112,32 @@ class LazyImages:
         return _framed(image, sample.frame)
 
 
-def load_images(config: DataConfig, split: str = "train") -> CaptionedImages:
-    """Decode all pictures of one split, squares of data.size, whatever the size of the set; none is held out.
+def load_images(
+    config: DataConfig, split: str = "train", cache: Path | None = None, most: int | None = None
+) -> CaptionedImages:
+    """Decode the pictures of one split, squares of data.size, whatever the size of the set; none is held out.
+
+    Args:
+        cache: folder of what is kept of remote shards; None keeps nothing.
+        most: how many rows are looked at, the first ones; all when None.
 
     Raises:
         InputError: see `open_images`.
     """
-    source = open_source(config, split)
+    source = open_source(config, split, cache)
+    if most is not None:
+        source = source.subset(range(min(most, len(source))))
     return _in_memory(source, [(config.size, config.size)])
+
+
+def read_captions(config: DataConfig, cache: Path | None = None) -> list[list[str]]:
+    """Return the captions of every row that has usable ones; no picture is looked at.
+
+    Args:
+        cache: folder of what is kept of remote shards; None keeps nothing.
+    """
+    found = map(captions_of, open_source(config, cache=cache).rows)
+    return [captions for captions in found if not isinstance(captions, str)]
 
 
 def open_held_out(config: DataConfig, cache: Path, most: int, split: str = "validation") -> CaptionedImages | None:
@@ -135,7 +153,7 @@ def open_held_out(config: DataConfig, cache: Path, most: int, split: str = "vali
     """
     squares = [(config.size, config.size)]
     if config.held_out and split == "validation":
-        source = open_source(config)
+        source = open_source(config, cache=cache)
         samples, _, _ = _sift(source, known(source, cache), squares)
         places = [sample.place for sample in samples if is_held_out(sample.digest, config.held_out)]
     elif (found := _split_of(config, split)) is not None:
@@ -158,9 +176,9 @@ def is_held_out(digest: str, share: float) -> bool:
 def open_images(
     config: DataConfig, batch_size: int, folder: Path, cache: Path | None = None, multiple: int = 8
 ) -> CaptionedImages:
-    """Open the captioned pictures to train on; those of a large set are decoded only when they are asked for.
+    """Open the captioned pictures to train on; those of a large or remote set are read only when they are asked for.
 
-    Each picture is read and decoded once to see whether it can be; for a large set what was found is kept. What was
+    Each picture is read and decoded once to see whether it can be; for such a set what was found is kept. What was
     skipped is named in skipped.jsonl.
 
     Args:
@@ -174,14 +192,14 @@ def open_images(
         StorageError: a folder cannot be written.
     """
     cache = cache or folder / "cache"
-    source = open_source(config)
+    source = open_source(config, cache=cache)
     if config.held_out and _split_of(config, "validation") is not None:
         raise InputError(
             f"{source.place} has a validation split, and data.held_out is {config.held_out:g}; set it to 0 to measure "
             "by the split, or remove that"
         )
     frames = bucket_sizes(config.size, multiple) if config.buckets else [(config.size, config.size)]
-    if len(source) * config.size**2 * 4 > IN_MEMORY_BYTES:
+    if source.findings is not None or len(source) * config.size**2 * 4 > IN_MEMORY_BYTES:
         data = _lazy(source, frames, cache)
     else:
         data = _in_memory(source, frames, cache if config.held_out else None)
@@ -243,7 +261,7 @@ def _in_memory(source: Source, frames: list[tuple[int, int]], cache: Path | None
     def look(place: int) -> Finding:
         digest, image = decode(source, place)
         pictures[place] = _framed(image, nearest(*image.size, frames))
-        return digest, *image.size
+        return finding_of(digest, image)
 
     findings = examine(source, look)
     if cache is not None:

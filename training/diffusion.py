@@ -40,7 +40,7 @@ from latentdiff.settings import Settings
 from training.adapters import Adapted
 from training.batches import Batch, draw_batch, latent_batches, sample_weights
 from training.config import DiffusionTraining
-from training.dataset import CaptionedImages, load_images, open_images
+from training.dataset import CaptionedImages, open_images, read_captions
 from training.distributed import any_process, gathered, micro_batches, own_shares, sample_noise, start_accelerator
 from training.ema import Ema
 from training.encoders import JointNetwork, add_words, new_words, train_encoder
@@ -364,7 +364,8 @@ def load_parts(config: DiffusionTraining) -> Parts:
     if config.text_encoder in ("labels", "none"):
         labels: tuple[str, ...] = ()
         if config.text_encoder == "labels":
-            labels = tuple(sorted({caption for row in load_images(config.data).rows for caption in row["captions"]}))
+            found = read_captions(config.data, _cache(config, Path(config.run.out)))
+            labels = tuple(sorted({caption for captions in found for caption in captions}))
         encoder: Any = LabelEncoder(LabelConfig(labels=labels, hidden_size=max(1, len(labels))))
         return Parts(None, space.requires_grad_(False), encoder.requires_grad_(False), None, schedule)
     text = embedded_model() if config.text_encoder == "embedded" else Path(config.text_encoder)

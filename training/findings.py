@@ -36,6 +36,11 @@ def look_at(data: bytes, name: str) -> tuple[str, Image.Image]:
     return hashlib.sha256(data).hexdigest(), decode_rgba(data, name)
 
 
+def finding_of(digest: str, image: Image.Image) -> Finding:
+    """Return what is kept of a picture that was decoded."""
+    return digest, *image.size
+
+
 def found(look: Callable[[], Finding], name: str) -> Finding | str:
     """Return what is found of a picture, or why there is nothing to be found."""
     try:
@@ -53,6 +58,8 @@ def decode(source: Source, place: int) -> tuple[str, Image.Image]:
     name = source.names[place]
     try:
         data = source.read(place)
+    except StorageError:  # of the network, not of this picture
+        raise
     except OSError as error:
         raise ValueError(f"{name} cannot be read ({error.strerror or error})") from error
     return look_at(data, name)
@@ -74,20 +81,17 @@ def examine(source: Source, look: Callable[[int], Finding]) -> list[Finding | st
 
 
 def known(source: Source, cache: Path) -> Sequence[Finding | str]:
-    """Return what is found of every picture of a source, from the cache where it was found before.
+    """Return what is found of every picture of a source, from the cache or the source where it was found before.
 
     Raises:
         StorageError: the cache cannot be written.
     """
-
-    def look(place: int) -> Finding:
-        digest, image = decode(source, place)
-        return digest, *image.size
-
+    if source.findings is not None:
+        return source.findings
     make_folder(cache)
     with FileLock(cache / "pictures.lock"):  # one process looks, the others read what it found
         if not _file(source, cache).exists():
-            keep(examine(source, look), source, cache)
+            keep(examine(source, lambda place: finding_of(*decode(source, place))), source, cache)
     return json.loads(_file(source, cache).read_text())
 
 

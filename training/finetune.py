@@ -12,8 +12,7 @@ from latentdiff.checkpoints import Parts, load_pipeline
 from latentdiff.drawing import native_size
 from latentdiff.errors import InputError
 from training.config import DataConfig, load_config, parse_config
-from training.dataset import captions_of
-from training.sources import open_source
+from training.dataset import read_captions
 
 SMALL = 100e6  # parameters of a U-Net up to which a CPU trains it in minutes
 PASSES = 40  # over the pictures
@@ -49,8 +48,7 @@ def recipe(dataset: str, out: str, model: str | None, rank: int | None) -> dict[
     height, width = native_size(parts)
     if height != width:
         raise InputError(f"only models of square pictures are fine-tuned, got {width}x{height}; use another model")
-    usable = map(captions_of, open_source(DataConfig(folder=dataset, size=height)).rows)
-    captions = [found[0] for found in usable if not isinstance(found, str)]
+    captions = [found[0] for found in read_captions(DataConfig(folder=dataset, size=height), Path(out) / "cache")]
     return choose(parts, dataset, captions, out, model or "embedded", rank)
 
 

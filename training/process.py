@@ -31,9 +31,9 @@ def show_process(parts: Parts, config: DiffusionTraining, folder: Path) -> None:
     The upper half of process.png are pictures on their way to noise, the lower half noise on its way to pictures.
     """
     split = "test" if (Path(config.data.folder) / "test").is_dir() else "train"
-    data = load_images(config.data, split)
-    images = to_tensor(composite(data.images[:MEASURED], (255, 255, 255)))  # (N, 3, H, W)
-    captions = [row["captions"][0] for row in data.rows[:MEASURED]]
+    data = load_images(config.data, split, Path(config.cache or folder / "cache"), MEASURED)
+    images = to_tensor(composite(data.images, (255, 255, 255)))  # (N, 3, H, W)
+    captions = [row["captions"][0] for row in data.rows]
     figures = negative_log_likelihood(parts, images, captions)
     if "bound" in figures:
         terms = " + ".join(f"{figures['bound'][name]['mean']:.4f} ({name})" for name in ("L_T", "L_t", "L_0"))

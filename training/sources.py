@@ -13,7 +13,9 @@ from typing import Any
 
 from latentdiff.errors import InputError, suggest
 from training.config import DataConfig
-from training.shards import PICTURES, Member, read_shards
+from training.findings import Finding
+from training.remote import is_remote, shown
+from training.shards import PICTURES, Member, expand_braces, read_remote_shards, read_shards
 
 # How the columns are called where the config does not say.
 IMAGE_COLUMNS = ("image", "img", "file_name", "filename", "file", "path", "image_path", "jpg", "png", "webp")
@@ -22,7 +24,7 @@ HUB = "hub:"
 SURPLUS = "(cells beyond the last column)"  # of a CSV row, as an unquoted comma makes them
 EXPECTED = (
     'an imagefolder (metadata.jsonl with "file_name" and "text"), a .csv, .jsonl, .parquet, .arrow or .tar file, a '
-    "pattern of such files, or hub:owner/name"
+    "pattern of such files, the address of .tar files, or hub:owner/name"
 )
 
 
@@ -40,6 +42,7 @@ class Source:
         names: what each is called in messages.
         read: returns the encoded bytes of one by its number; raises OSError or ValueError.
         files: whose sizes and times tell whether the pictures are still those of an earlier run.
+        findings: of each picture, where they were examined while they were found, as in remote shards.
     """
 
     place: str
@@ -47,6 +50,7 @@ class Source:
     names: Sequence[str]
     read: Callable[[int], bytes]
     files: Sequence[Path]
+    findings: Sequence[Finding | str] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,20 +58,26 @@ class Source:
     def subset(self, numbers: Sequence[int]) -> Source:
         """Return only the pictures with these numbers."""
         rows, names = [self.rows[n] for n in numbers], [self.names[n] for n in numbers]
-        return replace(self, rows=rows, names=names, read=partial(_read_of_subset, self.read, numbers))
+        findings = self.findings and [self.findings[n] for n in numbers]
+        read = partial(_read_of_subset, self.read, numbers)
+        return replace(self, rows=rows, names=names, read=read, findings=findings)
 
 
-def open_source(config: DataConfig, split: str = "train") -> Source:
+def open_source(config: DataConfig, split: str = "train", cache: Path | None = None) -> Source:
     """Return one split of the captioned pictures that a config names, without those that it does not keep.
 
     Splits are folders of that name (train, validation, test), or what `datasets` knows as such; what has none is all
     of it "train".
 
+    Args:
+        cache: folder of what is kept of remote shards; None keeps nothing.
+
     Raises:
         MissingSplitError: the source has no such split.
         InputError: there is nothing of a known kind, a column is missing, or no picture is left.
+        StorageError: remote shards cannot be read, or the cache cannot be written.
     """
-    source = _open(config, split)
+    source = _open(config, split, cache)
     wanted = [number for number, row in enumerate(source.rows) if _wanted(row, config)]
     if not source.rows:
         raise InputError(f"{source.place} is empty; add pictures")
@@ -77,7 +87,9 @@ def open_source(config: DataConfig, split: str = "train") -> Source:
     return source if not config.captions else replace(source, rows=[{"captions": config.captions}] * len(source))
 
 
-def _open(config: DataConfig, split: str) -> Source:
+def _open(config: DataConfig, split: str, cache: Path | None) -> Source:
+    if is_remote(config.folder):
+        return _remote(config, split, cache)
     if config.folder.startswith(HUB):
         return _loaded(config, split, {"path": config.folder.removeprefix(HUB)})
     place = Path(config.folder)
@@ -109,8 +121,7 @@ def _pictures_in(place: Path) -> list[Path]:
 
 def _files(place: Path, config: DataConfig) -> Source:
     """Open one file, all files of a pattern, or the tar files of a folder."""
-    pattern = str(place / "*.tar") if place.is_dir() else str(place)
-    files = [place] if place.is_file() else [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    files = [place] if place.is_file() else _matching(str(place / "*.tar") if place.is_dir() else str(place))
     kinds = {file.suffix.lower() for file in files}
     if kinds == {".tar"}:
         return _shards(files, config)
@@ -168,11 +179,38 @@ def _of_paths(place: str, rows: list[dict[str, Any]], paths: Sequence[Any], base
     return Source(place, rows, names, partial(_read_cell, paths, base), files)
 
 
+def _matching(pattern: str) -> list[Path]:
+    """Return the files of a pattern; each name that its braces stand for must be there, or match what is.
+
+    Raises:
+        InputError: one does not.
+    """
+    names = expand_braces(pattern)
+    found = [sorted(glob.glob(name, recursive=True)) for name in names]
+    if len(names) > 1 and not all(found):
+        raise InputError(f"{names[found.index([])]} of {pattern} is not there; make it, or name only those that are")
+    return [Path(name) for group in found for name in group]
+
+
 def _shards(files: Sequence[Path], config: DataConfig) -> Source:
-    members, place = read_shards(files), str(files[0].parent)
+    return _of_members(read_shards(files), str(files[0].parent), config, files)
+
+
+def _remote(config: DataConfig, split: str, cache: Path | None) -> Source:
+    place = shown(config.folder)
+    urls = expand_braces(config.folder)
+    if not all(shown(url).lower().endswith(".tar") for url in urls):
+        raise InputError(f"{place}: only .tar files are read from an address; download others, or name hub:owner/name")
+    if split != "train":
+        raise MissingSplitError(f"{place} has no split {split!r}; set data.held_out to hold out a share")
+    members = read_remote_shards(urls, cache)
+    source = _of_members(members, place, config, ())
+    return replace(source, findings=[one.finding or "no picture" for one in members])
+
+
+def _of_members(members: Sequence[Member], place: str, config: DataConfig, files: Sequence[Path]) -> Source:
     rows = _captioned([one.row for one in members], config, place)
-    names = [f"{one.shard.name}: {one.key}" for one in members]
-    return Source(place, rows, names, partial(_read_member, members), list(files))
+    return Source(place, rows, [one.name for one in members], partial(_read_member, members), files)
 
 
 def _loaded(config: DataConfig, split: str, arguments: dict[str, Any]) -> Source:

@@ -14,6 +14,7 @@ from PIL import Image
 from latentdiff.errors import InputError
 from training.config import DataConfig
 from training.dataset import load_images
+from training.shards import expand_braces
 from training.sources import MissingSplitError, Source, open_source
 
 CAPTIONS = [["a", "an a"], ["b", "a b"], ["c", "a c"]]
@@ -213,6 +214,46 @@ def test_a_broken_shard_is_named(tmp_path: Path, damage: str) -> None:
         file.write_text("not a tar file")
     with pytest.raises(InputError, match=r"0\.tar is not a whole, uncompressed tar file"):
         opened(file)
+
+
+def test_a_shard_that_lacks_its_end_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "0.tar"
+    write_tar(file, [("a.png", PICTURES[0]), ("b.png", PICTURES[1])])
+    whole = file.read_bytes()
+    second = whole.index(b"b.png")
+    destroyed = whole[:second] + b"x" * 512 + whole[second + 512 :]
+    for content in (whole[:second], destroyed):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=rf"0\.tar is not .* zeros at its end is not at byte {second}\)"):
+            opened(file)
+
+
+def test_braces_stand_for_shards(tmp_path: Path) -> None:
+    assert expand_braces("a/{008..010}-{x,yz}.tar") == [
+        f"a/{number}-{name}.tar" for number in ("008", "009", "010") for name in ("x", "yz")
+    ]
+    assert expand_braces("{}a{b}{1...2}.tar") == ["{}a{b}{1...2}.tar"]
+    with pytest.raises(InputError, match=r"\{3\.\.2\} must run up to at most 1,000,000 shards, as \{0000\.\.0019\}"):
+        expand_braces("{3..2}.tar")
+    with pytest.raises(InputError, match="stands for more than 1,000,000 shards"):
+        expand_braces("{0..9999}{0..9999}.tar")
+    shards(tmp_path)
+    assert opened(tmp_path / "part-{0..1}.tar").rows == opened(tmp_path / "part-*.tar").rows
+    assert len(opened(tmp_path / "part-{1,0}.tar")) == 3
+    with pytest.raises(InputError, match=r"part-2\.tar of .*part-\{0\.\.2\}\.tar is not there; make it"):
+        opened(tmp_path / "part-{0..2}.tar")
+
+
+def test_a_caption_of_10_mb_in_a_shard_is_a_bad_row(tmp_path: Path) -> None:
+    write_tar(
+        tmp_path / "0.tar",
+        [("a.png", PICTURES[0]), ("a.txt", b"x" * 10_000_000), ("b.png", PICTURES[1]), ("b.txt", b"b")],
+    )
+    data = load_images(DataConfig(folder=str(tmp_path), size=8))
+    assert [row["captions"] for row in data.rows] == [["b"]]
+    assert data.skipped == [
+        {"place": 0, "name": "0.tar: a", "reason": "a caption of 1048576 characters (at most 4000)"}
+    ]
 
 
 @pytest.mark.parametrize("content", ["", "path,caption\n"])
