@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from training.captions import COLORS, STYLE_PHRASES, colored, may_mirror, swap_sides
+from training.config import DataConfig
 from training.dataset import CaptionedImages, composite
 
 # Backgrounds that a caption can name, as sRGB.
@@ -39,6 +41,8 @@ class Variant:
         mirrored: whether left and right are exchanged.
         turn: of its colours around the colour circle, in turns.
         beside: index of a second drawing at its right.
+        corner: rows and columns left out above and at the left of its window in the scaled drawing, mirrored if it is;
+            None for its middle.
     """
 
     index: int
@@ -47,6 +51,39 @@ class Variant:
     mirrored: bool = False
     turn: float = 0.0
     beside: int | None = None
+    corner: tuple[int, int] | None = None
+
+    def condition(self, data: CaptionedImages) -> tuple[int, ...]:
+        """Return what a network is told of the picture's size; see `training.dataset.Sample.condition`."""
+        sample = data.samples[self.index]
+        return sample.condition if self.corner is None else sample.condition_at(self.corner)
+
+
+def plan_variants(data: CaptionedImages, index: int, config: DataConfig, seed: int) -> list[Variant]:
+    """Return how each of `config.views` is made of a drawing, a pure function of the arguments."""
+    variants, leeway = [], data.samples[index].leeway
+    for kind, window in config.views:
+        variant = plan_variant(data, index, kind, seed, config.background)
+        if config.crop == "random" and any(leeway) and variant.beside is None:
+            rng = np.random.default_rng([seed, data.place(index), sum(kind.encode()), 1 + window])
+            top, left = (_shift(free, window, config.crops, rng) for free in leeway)
+            variant = replace(variant, corner=(top, left))
+        variants.append(variant)
+    return variants
+
+
+def _shift(free: int, window: int, windows: int, rng: np.random.Generator) -> int:
+    """Draw how far a window is from the edge, 0 to `free`, in one of as many equal parts as there are windows."""
+    low, high = ((free + 1) * edge // windows for edge in (window, window + 1))
+    return int(rng.integers(low, max(high, low + 1)))
+
+
+def draw_view(config: DataConfig, rng: np.random.Generator) -> int:
+    """Draw one of `config.views`: a kind as often as the config names it, and any of its windows."""
+    kinds = list(dict.fromkeys(config.variants))
+    windows = len(config.views) // len(kinds)
+    kind = kinds.index(config.variants[rng.integers(len(config.variants))])
+    return kind * windows + (int(rng.integers(windows)) if windows > 1 else 0)
 
 
 def plan_variant(data: CaptionedImages, index: int, kind: str, seed: int, background: str) -> Variant:
@@ -82,14 +119,27 @@ def plan_variant(data: CaptionedImages, index: int, kind: str, seed: int, backgr
 
 def paint(data: CaptionedImages, variant: Variant) -> np.ndarray:
     """Return the picture of a variant, RGB (H, W, 3) uint8."""
-    rgba = data.images[variant.index]
-    if variant.mirrored:
-        rgba = rgba[:, ::-1]
-    if variant.turn:
-        rgba = turn_hue(rgba, variant.turn)
-    if variant.beside is not None:
-        rgba = side_by_side(rgba, data.images[variant.beside])
-    return composite(rgba, variant.ground)
+    return paint_all(data, [variant])[0]
+
+
+def paint_all(data: CaptionedImages, variants: Sequence[Variant]) -> list[np.ndarray]:
+    """Return the pictures of variants of one drawing, each RGB (H, W, 3) uint8; the drawing is read once."""
+    index, windows = variants[0].index, [variant.corner is not None for variant in variants]
+    middle: Any = None if all(windows) else data.images[index]
+    whole: Any = data.images.covering(index) if any(windows) else None
+    pictures = []
+    for variant in variants:
+        rgba = middle if variant.corner is None else whole
+        if variant.mirrored:
+            rgba = rgba[:, ::-1]
+        if variant.corner is not None:
+            rgba = _cut(rgba, variant.corner, data.samples[variant.index].frame)
+        if variant.turn:
+            rgba = turn_hue(rgba, variant.turn)
+        if variant.beside is not None:
+            rgba = side_by_side(rgba, data.images[variant.beside])
+        pictures.append(composite(rgba, variant.ground))
+    return pictures
 
 
 def turn_hue(rgba: np.ndarray, turn: float) -> np.ndarray:
@@ -125,6 +175,16 @@ def random_view(rgba: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         red, green, blue = colorsys.hsv_to_rgb(rng.random(), rng.random(), rng.random())
         ground = (round(red * 255), round(green * 255), round(blue * 255))
     return composite(rgba, ground)
+
+
+def random_window(data: CaptionedImages, index: int, rng: np.random.Generator) -> np.ndarray:
+    """Return what a frame shows of a drawing scaled to cover it, anywhere in it, RGBA (H, W, 4) uint8."""
+    top, left = (int(rng.integers(free + 1)) for free in data.samples[index].leeway)
+    return _cut(data.images.covering(index), (top, left), data.samples[index].frame)
+
+
+def _cut(rgba: np.ndarray, corner: tuple[int, int], frame: tuple[int, int]) -> np.ndarray:
+    return rgba[corner[0] : corner[0] + frame[1], corner[1] : corner[1] + frame[0]]
 
 
 def rgb(color: str) -> tuple[int, int, int]:

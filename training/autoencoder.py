@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
-from training.augment import random_view, rgb
+from training.augment import random_view, random_window, rgb
 from training.config import AutoencoderTraining
 from training.dataset import CaptionedImages, LazyImages, composite, open_held_out, open_images
 from training.distributed import any_process, averaged, micro_batches, own_shares, sample_noise, start_accelerator
@@ -284,6 +284,8 @@ def draw_views(data: CaptionedImages, config: AutoencoderTraining, shares: Seque
     indices, _ = data.order.batch(step, config.run.batch_size, config.run.seed)
     rngs = [np.random.default_rng([config.run.seed, step, data.place(index)]) for index in indices]
     pairs = list(zip(indices, rngs))[shares[share]]
+    if config.data.crop == "random":
+        return np.stack([random_view(random_window(data, index, rng), rng) for index, rng in pairs])
     return np.stack([random_view(data.images[index], rng) for index, rng in pairs])
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.augment import draw_view
 from training.config import DiffusionTraining
 from training.latents import LatentSet
 from training.loading import prefetched
@@ -67,7 +68,7 @@ def latent_batches(
 def draw_batch(data: LatentSet, config: DiffusionTraining, step: int, share: slice = WHOLE) -> Batch:
     """Return the samples at some positions in the batch of one step.
 
-    Variant, caption and caption dropout of a sample are a pure function of (seed, sample, epoch).
+    View, caption and caption dropout of a sample are a pure function of (seed, sample, epoch).
     """
     if data.prior is None:
         return _drawn(data, config, step, config.run.batch_size, range(config.run.batch_size)[share])
@@ -90,17 +91,15 @@ def sample_weights(config: DiffusionTraining) -> Tensor:
 
 def _drawn(data: LatentSet, config: DiffusionTraining, step: int, batch_size: int, positions: Sequence[int]) -> Batch:
     """Return the samples at some positions in the batch of one step of a set, which has no prior of its own."""
-    run, kinds = config.run, list(dict.fromkeys(config.data.variants))
+    run, picked, rows = config.run, [], []
     indices, epochs = (drawn[positions] for drawn in data.order.batch(step, batch_size, run.seed))
-    picked, rows = [], []
-    for index, epoch in zip(indices, epochs):
-        rng = np.random.default_rng([run.seed, data.samples[index].place, int(epoch)])
-        kind = kinds.index(config.data.variants[rng.integers(len(config.data.variants))])
-        caption = int(rng.choice(data.choices[index][kind]))
+    for index, epoch in zip(indices.tolist(), epochs.tolist()):
+        rng = np.random.default_rng([run.seed, data.samples[index].place, epoch])
+        view = draw_view(config.data, rng)
+        caption = int(rng.choice(data.choices[index][view]))
         rows.append(0 if rng.random() < config.caption_dropout else caption)
-        picked.append(int(index) * len(kinds) + kind)
-    sizes = torch.tensor([data.samples[index].condition for index in indices], dtype=torch.float32)
+        picked.append(index * len(data.choices[index]) + view)
     context, added = data.texts.take(rows)
     if added:
-        added["time_ids"] = sizes
+        added["time_ids"] = torch.from_numpy(data.conditions[picked]).float()
     return Batch(data.latents.take(picked), context, torch.tensor(rows) == 0, added)

@@ -32,6 +32,13 @@ def nearest(width: int, height: int, sizes: list[tuple[int, int]]) -> tuple[int,
     return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - shape), -size[0] * size[1], size))
 
 
+def covering_size(size: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int]:
+    """Return the width and height that a picture of `size` has when it is scaled to cover a frame, in whole pixels."""
+    if frame[0] * size[1] >= frame[1] * size[0]:
+        return frame[0], size[1] * frame[0] // size[0]
+    return size[0] * frame[1] // size[1], frame[1]
+
+
 def crop_corner(size: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int]:
     """Return how much is cut off above and at the left when a picture is scaled to cover a frame, in scaled pixels.
 

@@ -31,6 +31,10 @@ class DataConfig(Section):
     size: int = Field(64, ge=8, le=2048, multiple_of=8)
     # Sizes of about the area size x size near each picture's own shape, each batch of one of them; else all are square.
     buckets: bool = False
+    # What of a picture that is longer than its frame is kept: its middle, or a window anywhere in it.
+    crop: Literal["center", "random"] = "center"
+    # Of crop: random, how many windows of each picture have their latents in the cache.
+    crops: int = Field(4, ge=1, le=64)
     # Keep only the rows whose metadata columns have one of these values ({"group": ["animals-nature"]}) ...
     keep: dict[str, list[str | bool]] = {}
     # ... and none of these.
@@ -50,6 +54,12 @@ class DataConfig(Section):
         if self.buckets and "pair" in self.variants:
             raise ValueError("the variant pair needs squares: set buckets to false, or leave pair out")
         return self
+
+    @property
+    def views(self) -> list[tuple[str, int]]:
+        """Kind and window of each view of a picture whose latents are in the cache."""
+        windows = range(self.crops if self.crop == "random" else 1)
+        return [(kind, window) for kind in dict.fromkeys(self.variants) for window in windows]
 
 
 class OptimizerConfig(Section):

@@ -16,7 +16,7 @@ from PIL import Image
 from latentdiff.errors import InputError
 from latentdiff.images import fit, write_file
 from latentdiff.prompts import MAX_PROMPT_LENGTH
-from training.buckets import bucket_sizes, crop_corner, nearest
+from training.buckets import bucket_sizes, covering_size, crop_corner, nearest
 from training.config import DataConfig
 from training.findings import Finding, decode, examine, finding_of, keep, known, make_folder
 from training.order import BatchOrder
@@ -50,7 +50,17 @@ class Sample:
 
         Source: Podell et al. 2023, 2307.01952, section 2.2.
         """
-        return (*self.size[::-1], *crop_corner(self.size, self.frame), *self.frame[::-1])
+        return self.condition_at(crop_corner(self.size, self.frame))
+
+    def condition_at(self, corner: tuple[int, int]) -> tuple[int, ...]:
+        """Return the condition where the crop leaves out so much above and at the left, in scaled pixels."""
+        return (*self.size[::-1], *corner, *self.frame[::-1])
+
+    @property
+    def leeway(self) -> tuple[int, int]:
+        """Height and width of what a crop leaves out of the scaled picture, wherever it is."""
+        width, height = covering_size(self.size, self.frame)
+        return height - self.frame[1], width - self.frame[0]
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,14 @@ class LazyImages:
         """Return one picture (H, W, 4), or those of a slice (B, H, W, 4), as RGBA uint8."""
         if isinstance(index, slice):
             return np.stack([self[number] for number in range(*index.indices(len(self)))])
+        return _framed(self._decoded(index), self.samples[index].frame)
+
+    def covering(self, index: int) -> np.ndarray:
+        """Return the whole of one picture, scaled to cover its frame, as RGBA (H, W, 4) uint8."""
+        sample = self.samples[index]
+        return _framed(self._decoded(index), covering_size(sample.size, sample.frame))
+
+    def _decoded(self, index: int) -> Image.Image:
         sample = self.samples[index]
         try:
             digest, image = decode(self.source, sample.place)
@@ -109,7 +127,7 @@ class LazyImages:
         if digest != sample.digest:
             name = self.source.names[sample.place]
             raise InputError(f"{self.source.place}: a picture has changed while it is in use: {name}; start again")
-        return _framed(image, sample.frame)
+        return image
 
 
 def load_images(
@@ -176,7 +194,8 @@ def is_held_out(digest: str, share: float) -> bool:
 def open_images(
     config: DataConfig, batch_size: int, folder: Path, cache: Path | None = None, multiple: int = 8
 ) -> CaptionedImages:
-    """Open the captioned pictures to train on; those of a large or remote set are read only when they are asked for.
+    """Open the captioned pictures to train on; those of a large or remote set are read only when they are asked for,
+    and those of which random windows are seen.
 
     Each picture is read and decoded once to see whether it can be; for such a set what was found is kept. What was
     skipped is named in skipped.jsonl.
@@ -199,7 +218,8 @@ def open_images(
             "by the split, or remove that"
         )
     frames = bucket_sizes(config.size, multiple) if config.buckets else [(config.size, config.size)]
-    if source.findings is not None or len(source) * config.size**2 * 4 > IN_MEMORY_BYTES:
+    large = len(source) * config.size**2 * 4 > IN_MEMORY_BYTES
+    if large or source.findings is not None or config.crop == "random":
         data = _lazy(source, frames, cache)
     else:
         data = _in_memory(source, frames, cache if config.held_out else None)

@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from latentdiff.checkpoints import Parts
 from latentdiff.images import to_tensor
 from latentdiff.models.clip import CLIPTextModel
-from training.augment import Variant, paint, plan_variant
+from training.augment import Variant, paint_all, plan_variants
 from training.cache import KEY_BYTES, Stored, stored
 from training.config import DataConfig
 from training.dataset import CaptionedImages, Sample
@@ -63,12 +64,13 @@ class LatentSet:
     """What the diffusion stage trains on.
 
     Attributes:
-        latents: (C, h, w) each, scaled; latents[n * V + v] is kind of variant v of picture n.
+        latents: (C, h, w) each, scaled; latents[n * V + v] is view v (`DataConfig.views`) of picture n.
         texts: of the captions.
         captions: M captions, the empty one first.
-        choices: choices[n][v], the numbers of the captions that describe variant v of picture n.
+        choices: choices[n][v], the numbers of the captions that describe view v of picture n.
         order: what batches are drawn from.
         samples: N, sizes of the pictures.
+        conditions: (N * V, 6) int32, what a network is told of the size and crop of each latent.
         prior: pictures of the base model that every second position of a batch is from; None without any.
     """
 
@@ -78,6 +80,7 @@ class LatentSet:
     choices: list[list[list[int]]]
     order: BatchOrder
     samples: list[Sample]
+    conditions: np.ndarray
     prior: LatentSet | None = None
 
 
@@ -97,12 +100,13 @@ def cached_latents(
     Raises:
         StorageError: the cache cannot be written.
     """
-    kinds = list(dict.fromkeys(config.variants))
-    variants = [plan_variant(data, n, kind, seed, config.background) for n in range(len(data)) for kind in kinds]
+    variants = [variant for n in range(len(data)) for variant in plan_variants(data, n, config, seed)]
     captions = ["", *dict.fromkeys(caption for variant in variants for caption in variant.captions)]
     row = {caption: number for number, caption in enumerate(captions)}
     rows = [[row[caption] for caption in variant.captions] for variant in variants]
-    choices = [rows[first : first + len(kinds)] for first in range(0, len(rows), len(kinds))]
+    views = len(config.views)
+    choices = [rows[first : first + views] for first in range(0, len(rows), views)]
+    conditions = np.array([variant.condition(data) for variant in variants], dtype=np.int32)
     latents = stored(
         folder / f"latents-{_digest(parts.autoencoder)}",
         [_variant_key(data, variant) for variant in variants],
@@ -111,7 +115,7 @@ def cached_latents(
         batch_size=64,
     )
     texts = Tokens(token_rows(captions, parts)) if as_tokens else _cached_states(captions, parts, folder)
-    return LatentSet(latents, texts, captions, choices, data.order, data.samples)
+    return LatentSet(latents, texts, captions, choices, data.order, data.samples, conditions)
 
 
 def encode_captions(captions: Sequence[str], parts: Parts) -> States:
@@ -172,16 +176,19 @@ def _warn_of_long(captions: Sequence[str]) -> None:
 def _encode_pictures(data: CaptionedImages, variants: list[Variant], parts: Parts) -> Tensor:
     """Return the latents (B, C, h, w) of variants of one size."""
     autoencoder = parts.autoencoder
-    pictures = list(prefetched(lambda number: paint(data, variants[number]), range(len(variants))))
-    images = to_tensor(np.stack(pictures)).to(next(autoencoder.parameters()).device)
-    return autoencoder.encode(images).mode() * autoencoder.config.scaling_factor
+    groups = [list(group) for _, group in groupby(variants, lambda variant: variant.index)]
+    pictures = prefetched(lambda number: paint_all(data, groups[number]), range(len(groups)))
+    images = to_tensor(np.stack([picture for group in pictures for picture in group]))  # (B, 3, H, W)
+    latents = autoencoder.encode(images.to(next(autoencoder.parameters()).device)).mode()
+    return latents * autoencoder.config.scaling_factor
 
 
 def _variant_key(data: CaptionedImages, variant: Variant) -> bytes:
     """Name everything that the pixels of a variant depend on."""
     seen = [data.samples[n].digest for n in (variant.index, variant.beside) if n is not None]
     frame = data.samples[variant.index].frame
-    text = repr((seen, frame, variant.ground, variant.mirrored, variant.turn))
+    parts = (seen, frame, variant.ground, variant.mirrored, variant.turn)
+    text = repr(parts if variant.corner is None else (*parts, variant.corner))
     return hashlib.sha256(text.encode()).digest()[:KEY_BYTES]
 
 

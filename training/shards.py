@@ -203,8 +203,10 @@ def _read_shard(
                 kind = extension.rpartition(".")[-1].lower()
                 if kind in PICTURES and member.offset is None:
                     member.offset, member.size = entry.offset_data, entry.size
-                    if pass_by is not None:
-                        pass_by(member, _picture(archive, entry))
+                    if entry.size > MAX_FILE_BYTES:
+                        member.finding = f"is larger than {MAX_FILE_BYTES // 2**20} MiB"
+                    elif pass_by is not None:
+                        pass_by(member, _content(archive, entry, entry.size))
                 elif kind in ("txt", "json"):
                     member.row.update(_metadata(archive, entry, kind))
             stream.seek(archive.offset)  # of the first block that is no header of a member
@@ -215,22 +217,18 @@ def _read_shard(
     return list(members.values())
 
 
-def _picture(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
-    stream = archive.extractfile(entry)
-    if stream is None or entry.size > MAX_FILE_BYTES:
-        return b""
-    return stream.read()
-
-
 def _metadata(archive: tarfile.TarFile, entry: tarfile.TarInfo, kind: str) -> dict[str, Any]:
     """Return what a .txt or .json member says; one that cannot be read says nothing, as if it were missing."""
-    stream = archive.extractfile(entry)
-    if stream is None:
-        return {}
     try:
         cut = entry.size > MAX_METADATA_BYTES  # which leaves a text that is too long for a caption, and no JSON
-        text = stream.read(MAX_METADATA_BYTES).decode("utf-8", "ignore" if cut else "strict")
+        text = _content(archive, entry, MAX_METADATA_BYTES).decode("utf-8", "ignore" if cut else "strict")
         content = {"text": text.strip()} if kind == "txt" else json.loads(text)
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _content(archive: tarfile.TarFile, entry: tarfile.TarInfo, most: int) -> bytes:
+    """Return the first `most` bytes of a member."""
+    stream = archive.extractfile(entry)
+    return b"" if stream is None else stream.read(most)

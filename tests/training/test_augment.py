@@ -1,9 +1,25 @@
 """Augmentations change the caption with the picture, and are pure functions of their arguments."""
 
-import numpy as np
+import json
+from pathlib import Path
 
-from training.augment import BACKGROUNDS, paint, plan_variant, side_by_side, turn_hue
-from training.dataset import CaptionedImages, Sample
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.augment import (
+    BACKGROUNDS,
+    draw_view,
+    paint,
+    paint_all,
+    plan_variant,
+    plan_variants,
+    random_window,
+    side_by_side,
+    turn_hue,
+)
+from training.config import DataConfig
+from training.dataset import CaptionedImages, Sample, open_images
 
 
 def drawing(color: tuple[int, int, int]) -> np.ndarray:
@@ -68,3 +84,63 @@ def test_full_turn_of_the_hue_changes_nothing_and_keeps_alpha() -> None:
     turned = turn_hue(rgba, 1.0)
     assert (turned[..., 3] == rgba[..., 3]).all()
     assert np.abs(turned[..., :3].astype(int) - rgba[..., :3]).max() <= 3
+
+
+def ramps(folder: Path, **values: object) -> tuple[CaptionedImages, DataConfig]:
+    """Write pictures whose red says in which column, and whose green in which row of them a pixel is."""
+    lines = []
+    for index, (width, height) in enumerate([(96, 32), (32, 64), (32, 32)]):
+        rows, columns = np.mgrid[:height, :width]
+        pixels = np.stack([columns * 2, rows * 2, 0 * rows], axis=-1).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": "x"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    config = DataConfig(folder=str(folder), size=16, crop="random", variants=["plain", "flip"], **values)
+    return open_images(config, 2, folder), config
+
+
+def test_windows_are_where_they_say_and_not_distorted(tmp_path: Path) -> None:
+    data, config = ramps(tmp_path)
+    for index, scale in ((0, 2), (1, 2)):
+        variants = plan_variants(data, index, config, seed=3)
+        assert [variant.mirrored for variant in variants] == [False] * 4 + [True] * 4
+        for variant, picture in zip(variants, paint_all(data, variants), strict=True):
+            assert picture.shape == (16, 16, 3)
+            assert (picture == paint(data, variant)).all()
+            assert variant.corner is not None
+            top, left = variant.corner
+            assert variant.condition(data) == (*data.samples[index].size[::-1], top, left, 16, 16)
+            shown = picture[:, ::-1] if variant.mirrored else picture
+            first = 48 - 16 - left if variant.mirrored and index == 0 else left
+            columns, rows = np.arange(first, first + 16) * scale + 0.5, np.arange(top, top + 16) * scale + 0.5
+            assert np.abs(shown[4, 2:-2, 0] / 2 - columns[2:-2]).max() <= 1.5
+            assert np.abs(shown[2:-2, 4, 1] / 2 - rows[2:-2]).max() <= 1.5
+    assert all(variant.corner is None for variant in plan_variants(data, 2, config, seed=3))
+
+
+def test_windows_are_spread_over_the_picture_and_follow_from_seed_and_sample(tmp_path: Path) -> None:
+    data, config = ramps(tmp_path, crops=4)
+    lefts = [variant.corner[1] for variant in plan_variants(data, 0, config, 3)[:4] if variant.corner]
+    assert np.searchsorted([8, 16, 24], lefts, side="right").tolist() == [0, 1, 2, 3]
+    assert plan_variants(data, 0, config, 3) == plan_variants(data, 0, config, 3) != plan_variants(data, 0, config, 4)
+    more = config.model_copy(update={"crops": 64})
+    assert {variant.corner[1] for variant in plan_variants(data, 0, more, 3) if variant.corner} == set(range(33))
+
+
+def test_views_are_drawn_as_often_as_they_are_named() -> None:
+    config = DataConfig(folder="x", variants=["plain", "plain", "plain", "flip"], crop="random", crops=2)
+    assert config.views == [("plain", 0), ("plain", 1), ("flip", 0), ("flip", 1)]
+    drawn = np.bincount([draw_view(config, np.random.default_rng([7, n])) for n in range(4000)]) / 4000
+    assert drawn == pytest.approx([0.375, 0.375, 0.125, 0.125], abs=0.03)
+    middle = config.model_copy(update={"crop": "center"})
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        assert draw_view(middle, np.random.default_rng(seed)) == int(rng.integers(4) == 3)
+
+
+def test_a_random_window_is_anywhere(tmp_path: Path) -> None:
+    data, _ = ramps(tmp_path)
+    rng = np.random.default_rng(0)
+    pictures = [random_window(data, 0, rng) for _ in range(300)]
+    assert {picture.shape for picture in pictures} == {(16, 16, 4)}
+    assert len({int(picture[8, 8, 0]) for picture in pictures}) == 33

@@ -1,6 +1,8 @@
 """The diffusion stage's data: buckets, sizes for conditioning, shares of a batch, and nothing decoded twice."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,14 @@ import torch
 from PIL import Image
 
 from latentdiff.errors import InputError
+from latentdiff.images import to_tensor
 from training import cli_train, dataset
+from training.augment import paint, plan_variants
 from training.batches import Batch, draw_batch, latent_batches
 from training.config import AutoencoderTraining, DiffusionTraining, parse_config
+from training.dataset import open_images
 from training.diffusion import load_parts, prepare_data
+from training.latents import Texts
 
 SIZES = [(30, 30), (34, 30), (60, 30), (64, 31), (30, 60), (31, 63), (33, 30)]
 
@@ -63,6 +69,37 @@ def test_every_batch_is_of_one_bucket(tmp_path: Path) -> None:
     assert shapes == {(16, 16), (8, 24), (24, 8)}
 
 
+class Pooled:
+    """Texts of a U-Net that is told of sizes too."""
+
+    def __init__(self, texts: Texts) -> None:
+        self.texts = texts
+
+    def take(self, rows: Sequence[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        context, _ = self.texts.take(rows)
+        return context, {"text_embeds": context[:, 0]}
+
+
+def test_sizes_tell_which_window_is_seen(tmp_path: Path) -> None:
+    config = config_of(tree(tmp_path, crop="random", crops=3, buckets=False, variants=["plain", "flip"]))
+    data = prepare_data(config, load_parts(config), tmp_path / "run")
+    data = replace(data, texts=Pooled(data.texts))
+    images = open_images(config.data, 2, tmp_path / "run")
+    variants = [variant for n in range(len(images)) for variant in plan_variants(images, n, config.data, 0)]
+    seen = set()
+    for step in range(30):
+        batch = draw_batch(data, config, step)
+        for latent, size in zip(batch.latents, batch.added["time_ids"].int().tolist()):
+            named = [v for v in variants if list(v.condition(images)) == size]
+            pictures = to_tensor(np.stack([paint(images, variant) for variant in named]))
+            assert any(torch.allclose(latent, picture, atol=1e-3) for picture in pictures)
+            seen.add((*size[:2], *size[2:4]))
+    assert len(seen) > 2 * len(SIZES) - 2
+    shares = [draw_batch(data, config, 4, slice(number, number + 1)) for number in range(2)]
+    whole = draw_batch(data, config, 4).added["time_ids"]
+    assert torch.equal(shares[0].joined(shares[1]).added["time_ids"], whole)
+
+
 def test_batches_drawn_ahead_are_those_of_the_steps_share_by_share(tmp_path: Path) -> None:
     config = config_of(tree(tmp_path) | {"run": {"out": str(tmp_path), "steps": 9, "batch_size": 3}})
     data = prepare_data(config, load_parts(config), tmp_path / "run")
@@ -89,7 +126,7 @@ def test_what_was_encoded_is_not_decoded_again(tmp_path: Path, monkeypatch: pyte
     config = config_of(tree(tmp_path, variants=["plain", "flip"]))
     before = prepare_data(config, load_parts(config), tmp_path / "run")
     parts = load_parts(config)
-    monkeypatch.setattr(dataset, "_decode", lambda *arguments: pytest.fail("a picture was decoded"))
+    monkeypatch.setattr(dataset, "decode", lambda *arguments: pytest.fail("a picture was decoded"))
     again = prepare_data(config, parts, tmp_path / "run")
     for step in range(4):
         first, second = (tensors(draw_batch(data, config, step)) for data in (before, again))

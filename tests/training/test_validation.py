@@ -110,6 +110,18 @@ def test_held_out_pictures_are_those_of_the_split(tmp_path: Path) -> None:
     assert held_out_scalars(None, parts, config, None, Accelerator(cpu=True)) == {}
 
 
+def test_held_out_pictures_may_be_a_share(tmp_path: Path) -> None:
+    pictures(tmp_path / "pictures", 12)
+    config = config_of(tmp_path, "data.held_out=0.3", text_encoder="labels")
+    parts = load_parts(config)
+    trained, held_out = prepare_data(config, parts, Path(config.run.out)), load_held_out(config, parts)
+    assert held_out is not None and len(held_out.latents) + len(trained.samples) == 12
+    learnt = {trained.captions[row] for choice in trained.choices for row in choice[0]}
+    labels = parts.text_encoder.config.labels
+    measured = {labels[int(context.argmax())] for context in held_out.contexts}
+    assert len(labels) == 12 and learnt | measured == set(labels) and not learnt & measured
+
+
 def test_measuring_changes_neither_weights_nor_random_state(tmp_path: Path) -> None:
     with_validation(tmp_path / "pictures", 3)
     config = config_of(tmp_path, "model.dropout=0.5")
