@@ -17,12 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
+from latentdiff.checkpoints import Parts
+from latentdiff.diffusion import NoiseSchedule
 from latentdiff.errors import InputError, LatentDiffError, MissingDependencyError, StorageError
-from tests.training.test_cache import parts
+from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
 from tests.training.test_sources import write_tar
-from training import dataset, remote, shards
+from tests.training.test_stages import recipe
+from training import cli_train, dataset, remote, shards
 from training.autoencoder import draw_views, image_batches
 from training.cache import LatentSet, cached_latents
+from training.checkpointing import load_latest
 from training.config import AutoencoderTraining, DataConfig
 from training.dataset import CaptionedImages, LazyImages, load_images, open_held_out, open_images
 from training.loading import AHEAD
@@ -115,7 +119,8 @@ def opened(place: Path | str, run: Path, **values: Any) -> CaptionedImages:
 
 def latents(place: Path | str, run: Path, **values: Any) -> LatentSet:
     config = DataConfig(folder=str(place), size=8, **values)
-    return cached_latents(open_images(config, 2, run), config, 0, parts(), run / "cache")
+    parts = Parts(None, PixelSpace(PixelSpaceConfig()), LabelEncoder(LabelConfig()), None, NoiseSchedule())
+    return cached_latents(open_images(config, 2, run), config, 0, parts, run / "cache")
 
 
 def size_of(folder: Path) -> Counter[str]:
@@ -146,10 +151,16 @@ def test_remote_shards_give_the_samples_of_local_ones_in_one_pass(
     assert again.samples == local.samples and server.sent == probes()
 
 
-def test_latents_cost_the_pictures_once_more_and_then_nothing(tmp_path: Path, server: Server) -> None:
+VIEWS: list[dict[str, Any]] = [{}, {"variants": ["plain", "flip", "background"]}, {"crop": "random", "crops": 3}]
+
+
+@pytest.mark.parametrize("values", VIEWS, ids=["plain", "variants", "windows"])
+def test_latents_cost_the_pictures_once_more_and_then_nothing(
+    tmp_path: Path, server: Server, values: dict[str, Any]
+) -> None:
     pattern = write_shards(server.folder)
-    local = latents(pattern, tmp_path / "local")
-    away = latents(f"{server.address}/{pattern.name}", tmp_path / "run")
+    local = latents(pattern, tmp_path / "local", **values)
+    away = latents(f"{server.address}/{pattern.name}", tmp_path / "run", **values)
     assert all(torch.equal(away.latents[n], local.latents[n]) for n in range(len(local.latents)))
     assert (away.captions, away.choices, away.samples) == (local.captions, local.choices, local.samples)
     pictures = Counter(dict.fromkeys(size_of(server.folder), 0))
@@ -157,7 +168,7 @@ def test_latents_cost_the_pictures_once_more_and_then_nothing(tmp_path: Path, se
         pictures[Path(member.shard).name] += member.size if member.key != "1-2" else 0
     assert server.sent == size_of(server.folder) + probes() + pictures
     server.sent.clear()
-    latents(f"{server.address}/{pattern.name}", tmp_path / "run")
+    latents(f"{server.address}/{pattern.name}", tmp_path / "run", **values)
     assert server.sent == probes()
 
 
@@ -196,6 +207,30 @@ def test_a_run_goes_on_from_any_step_and_from_any_process(
         draw_views(away, configs[1], (slice(None),), 0)
     again = ForkingPickler.loads(ForkingPickler.dumps(error.value))  # as it comes from processes that draw
     assert isinstance(again, StorageError) and str(again) == str(error.value)
+
+
+def test_a_run_that_lost_its_server_ends_with_the_weights_of_one_that_did_not(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.autoencoder.workers", lambda: 0)
+    pattern, file = write_shards(server.folder), recipe(tmp_path, "autoencoder", data__size=8)
+    cli_train(file, [f"data.folder={pattern}", "run.save_every=1"], False, str(tmp_path / "local"))
+    overrides = [f"data.folder='{server.address}/{pattern.name}'", "run.save_every=1"]
+
+    def lose_the_server(data: Any, config: Any, shares: Any, number: int) -> np.ndarray:
+        server.failing = {1: "gone"} if number == 2 else {}
+        return draw_views(data, config, shares, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.autoencoder.draw_views", lose_the_server)
+        with pytest.raises(StorageError, match=r"could not be read in 5 attempts"):
+            cli_train(file, overrides, False, str(tmp_path / "away"))
+    server.failing = {}
+    cli_train(file, overrides, True, str(tmp_path / "away"))
+    local, away = (load_latest(tmp_path / name) for name in ("local", "away"))
+    assert local is not None and away is not None and (local.step, away.step) == (4, 4)
+    for name, tensors in local.tensors.items():
+        assert all(torch.equal(tensor, away.tensors[name][key]) for key, tensor in tensors.items())
 
 
 def test_a_pass_that_is_broken_off_goes_on_with_the_shard_it_was_in(
