@@ -111,12 +111,13 @@ class Forward:
 
     def read(self, size: int) -> bytes:
         """Return the next `size` bytes, or what there is before the end."""
+        if self.position < self.start:
+            raise ValueError(f"byte {self.position} has gone by")
         parts = []
         while size > 0 and self.position < self.file.size:
             while self.position >= self.start + len(self.block):
                 self.start += len(self.block)
                 self.block = next(self.blocks)
-            assert self.position >= self.start
             first = self.position - self.start
             parts.append(self.block[first : first + size])
             self.position += len(parts[-1])

@@ -195,6 +195,8 @@ def _read_shard(
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             for entry in archive:
+                if entry.size < 0:  # which would lead back to where it came from
+                    raise tarfile.ReadError(f"a size of {entry.size}")
                 if not entry.isreg():
                     continue
                 folder, slash, base = entry.name.rpartition("/")
@@ -212,7 +214,7 @@ def _read_shard(
             stream.seek(archive.offset)  # of the first block that is no header of a member
             if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"the block of zeros at its end is not at byte {archive.offset}")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{name} is not a whole, uncompressed tar file ({error}); write it again") from error
     return list(members.values())
 
@@ -223,7 +225,7 @@ def _metadata(archive: tarfile.TarFile, entry: tarfile.TarInfo, kind: str) -> di
         cut = entry.size > MAX_METADATA_BYTES  # which leaves a text that is too long for a caption, and no JSON
         text = _content(archive, entry, MAX_METADATA_BYTES).decode("utf-8", "ignore" if cut else "strict")
         content = {"text": text.strip()} if kind == "txt" else json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

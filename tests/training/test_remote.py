@@ -123,6 +123,11 @@ def latents(place: Path | str, run: Path, **values: Any) -> LatentSet:
     return cached_latents(open_images(config, 2, run), config, 0, parts, run / "cache")
 
 
+def autoencoder_config(place: str, run: Path, steps: int) -> AutoencoderTraining:
+    values = {"run": {"out": str(run), "steps": steps, "batch_size": 4}, "data": {"folder": place, "size": 8}}
+    return AutoencoderTraining.model_validate({"stage": "autoencoder", "model": {}, **values})
+
+
 def size_of(folder: Path) -> Counter[str]:
     return Counter({file.name: file.stat().st_size for file in folder.glob("*.tar")})
 
@@ -190,11 +195,8 @@ def test_a_run_goes_on_from_any_step_and_from_any_process(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pattern = write_shards(server.folder)
-    values = {"model": {}, "run": {"out": str(tmp_path / "run"), "steps": 9, "batch_size": 4}}
-    configs = [
-        AutoencoderTraining.model_validate({"stage": "autoencoder", "data": {"folder": place, "size": 8}, **values})
-        for place in (str(pattern), f"{server.address}/{pattern.name}")
-    ]
+    places = str(pattern), f"{server.address}/{pattern.name}"
+    configs = [autoencoder_config(place, tmp_path / "run", 9) for place in places]
     local, away = (open_images(config.data, 4, tmp_path / "run") for config in configs)
     assert isinstance(away.images, LazyImages) and not isinstance(local.images, LazyImages)
     whole = list(image_batches(local, configs[0], 0))
@@ -288,6 +290,26 @@ def test_every_kind_of_fsspec_is_read(tmp_path: Path) -> None:
     memory.rm("/set", recursive=True)
     with pytest.raises(InputError, match=r"memory://set/00\.tar cannot be read"):
         opened(f"memory://set/{pattern.name}", tmp_path / "run")
+
+
+def test_a_file_system_with_a_loop_of_its_own_is_read_from_other_processes(tmp_path: Path) -> None:
+    """As those of S3 and Google are; such a loop does not survive a fork."""
+    import fsspec
+    from fsspec.asyn import AsyncFileSystem
+
+    class Looping(AsyncFileSystem):
+        async def _info(self, path: str, **_: Any) -> dict[str, Any]:
+            return {"name": path, "type": "file", "size": Path(path).stat().st_size}
+
+        async def _cat_file(self, path: str, start: int = 0, end: int | None = None, **_: Any) -> bytes:
+            return Path(path).read_bytes()[start:end]
+
+    fsspec.register_implementation("looping", Looping, clobber=True)
+    pattern = write_shards(tmp_path)
+    local, away = (autoencoder_config(place, tmp_path / "run", 6) for place in (f"{pattern}", f"looping://{pattern}"))
+    opened = [open_images(config.data, 4, tmp_path / "run") for config in (local, away)]
+    for expected, images in zip(image_batches(opened[0], local, 0), image_batches(opened[1], away, 0), strict=True):
+        assert torch.equal(images, expected)
 
 
 def test_pictures_are_held_out_of_remote_shards(tmp_path: Path, server: Server) -> None:

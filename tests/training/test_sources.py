@@ -201,7 +201,7 @@ def test_shards_by_split_and_captions_from_text(tmp_path: Path) -> None:
         open_source(DataConfig(folder=str(tmp_path), size=8), "validation")
 
 
-@pytest.mark.parametrize("damage", ["cut", "compressed", "text"])
+@pytest.mark.parametrize("damage", ["cut", "compressed", "text", "loop"])
 def test_a_broken_shard_is_named(tmp_path: Path, damage: str) -> None:
     file = tmp_path / "0.tar"
     write_tar(file, [("a.png", PICTURES[0] * 40), ("a.txt", b"a")])
@@ -210,6 +210,11 @@ def test_a_broken_shard_is_named(tmp_path: Path, damage: str) -> None:
     elif damage == "compressed":
         with tarfile.open(file, "w:gz") as archive:
             archive.add(Path(__file__), "a.txt")
+    elif damage == "loop":  # the size of the first member is -512, so that the second seems to be the first again
+        header = bytearray(file.read_bytes()[:512])
+        header[124:136], header[148:156] = b"\xff" * 10 + b"\xfe\x00", b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        file.write_bytes(header + file.read_bytes()[512:])
     else:
         file.write_text("not a tar file")
     with pytest.raises(InputError, match=r"0\.tar is not a whole, uncompressed tar file"):
