@@ -17,27 +17,28 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from torch.func import functional_call
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
-from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
+from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from training.augment import random_view, random_window, rgb
+from training.autoencoder_log import gradient_norms, latent_scalars
 from training.config import AutoencoderTraining
 from training.dataset import CaptionedImages, LazyImages, composite, open_held_out, open_images
-from training.distributed import any_process, averaged, micro_batches, own_shares, sample_noise, start_accelerator
+from training.distributed import (
+    any_process,
+    averaged,
+    gathered,
+    micro_batches,
+    own_shares,
+    sample_noise,
+    start_accelerator,
+)
 from training.ema import Ema
 from training.loading import drawn_ahead, workers
-from training.losses import (
-    PatchDiscriminator,
-    adaptive_weight,
-    discriminator_loss,
-    multiscale_gradient,
-    psnr,
-    ssim,
-)
+from training.losses import PatchDiscriminator, psnr
+from training.lpips import Lpips, load_lpips
 from training.run import (
     Log,
     adamw,
@@ -51,6 +52,8 @@ from training.run import (
 )
 from training.sharding import require_shardable
 from training.state import RunState
+from training.terms import adversarial_term, critic_terms, loss_terms
+from training.validation import ema_distance
 
 WHOLE = slice(None)
 HELD_OUT = 1024  # pictures to measure by, at most, of a split
@@ -61,33 +64,42 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
 
     Raises:
         InputError: data or config cannot be used, or the loss is not finite 20 steps in a row.
+        ModelLoadError: the weights of LPIPS cannot be used.
         StorageError: a checkpoint cannot be written.
     """
     require_trainable(config)
     accelerator, folder = start_accelerator(config.run), Path(config.run.out)
     require_shardable(config, accelerator)
+    perceptual = load_perceptual(config, accelerator.device)
     checkpoint = open_run(config, resume, accelerator)
     data = open_images(config.data, config.run.batch_size, folder)
     held_out = _held_out(config, data)
-    torch.manual_seed(config.run.seed)
-    model, judge = AutoencoderKL(AutoencoderConfig.from_dict(config.model)), PatchDiscriminator()
-    optimizers = {"optimizer": adamw(model, config.optimizer), "critic": adamw(judge, config.optimizer)}
-    state = RunState({"model": model, "discriminator": judge}, optimizers, Ema(model, config.run.ema_decay))
+    model, state = assemble(config)
     first = state.restore(checkpoint)
-    if config.run.gradient_checkpointing:
-        checkpoint_gradients(model)
     if config.run.compile:
         compile_autoencoder(model.to(accelerator.device), config, data, accelerator)
-    if run_steps(config, data, held_out, state, first, accelerator) and accelerator.is_main_process:
+    if run_steps(config, data, held_out, perceptual, state, first, accelerator) and accelerator.is_main_process:
         with state.ema.swapped_into(model):
             export(model, to_tensor(composite(data.images[:4096], rgb(config.data.background))), held_out, folder)
     return folder / "vae"
+
+
+def assemble(config: AutoencoderTraining) -> tuple[AutoencoderKL, RunState]:
+    """Return a new autoencoder, and what of a run is trained: it and its discriminator."""
+    torch.manual_seed(config.run.seed)
+    model, judge = AutoencoderKL(AutoencoderConfig.from_dict(config.model)), PatchDiscriminator()
+    if config.run.gradient_checkpointing:
+        checkpoint_gradients(model)
+    optimizers = {"optimizer": adamw(model, config.optimizer), "critic": adamw(judge, config.optimizer)}
+    state = RunState({"model": model, "discriminator": judge}, optimizers, Ema(model, config.run.ema_decay))
+    return model, state
 
 
 def run_steps(
     config: AutoencoderTraining,
     data: CaptionedImages,
     held_out: Tensor,
+    perceptual: Lpips | None,
     state: RunState,
     first: int,
     accelerator: Accelerator,
@@ -101,26 +113,12 @@ def run_steps(
     batches = image_batches(data, config, first, own_shares(accelerator, run))
     with stop_on_signal() as stopped:
         for step in range(first, run.steps):
-            judged = config.loss.adversarial > 0 and step >= config.loss.adversarial_start
             start_step(config, step, optimizer, critic)
-            seen: list[dict[str, Tensor]] = []
-            for share in micro_batches(accelerator, run, step, model):
-                images = next(batches).to(accelerator.device)
-                noise = sample_noise(run.seed, step, share, run.batch_size, _latent_shape(plain, images))
-                with accelerator.autocast():
-                    reconstruction, posterior = model(images, noise)
-                reconstruction = reconstruction.float()
-                terms = loss_terms(reconstruction, images, posterior, config)
-                loss = torch.stack(list(terms.values())).sum()
-                if judged:
-                    terms["adversarial"], weight = adversarial_term(loss, reconstruction, plain, judge, accelerator)
-                    loss = loss + config.loss.adversarial * weight * terms["adversarial"]
-                    scores = discriminator(torch.cat([images, reconstruction.detach()])).chunk(2)
-                    terms["discriminator"] = discriminator_loss(*scores)
-                    accelerator.backward(terms["discriminator"])
-                accelerator.backward(loss / run.accumulation)
-                seen.append({"loss": loss, **terms})
-            values = averaged(accelerator, seen)
+            logged = (step + 1) % run.log_every == 0
+            values, scalars = accumulate_gradients(
+                model, discriminator, perceptual, config, batches, step, accelerator, logged
+            )
+            judged = "discriminator" in values
             norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
             if judged:
                 values["critic_norm"] = accelerator.clip_grad_norm_(judge.parameters(), config.optimizer.max_grad_norm)
@@ -133,6 +131,9 @@ def run_steps(
             values |= {"grad_norm": norm, "skipped": torch.tensor(not finite)}
             log.step(step, {**values, "learning_rate": optimizer.param_groups[0]["lr"]})
             done, stopping = step + 1, any_process(accelerator, bool(stopped))
+            if logged:
+                skipped = state.guard.skipped
+                log.write(done, {**scalars, "ema_distance": ema_distance(state.ema, plain), "skipped_steps": skipped})
             if accelerator.is_main_process and (done % run.sample_every == 0 or done == run.steps):
                 with state.ema.swapped_into(plain):
                     picture = Path(run.out) / f"samples/{done:08d}.png"
@@ -143,6 +144,64 @@ def run_steps(
                 break
     log.close()
     return not stopping
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    discriminator: nn.Module,
+    perceptual: Lpips | None,
+    config: AutoencoderTraining,
+    batches: Iterator[Tensor],
+    step: int,
+    accelerator: Accelerator,
+    measured: bool,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Add the gradients of a step's losses to those of both networks, micro-step by micro-step.
+
+    Args:
+        model, discriminator: as the accelerator prepared them.
+        batches: gives the images of each micro-step.
+        measured: whether to look at each term's own gradient, of the first micro-step, and at the latents.
+
+    Returns:
+        Of the whole batch the loss and its terms; and what was measured, by its name in the log.
+    """
+    run, plain, judge = config.run, accelerator.unwrap_model(model), accelerator.unwrap_model(discriminator)
+    judged = config.loss.adversarial > 0 and step >= config.loss.adversarial_start
+    seen: list[dict[str, Tensor]] = []
+    latents: list[Tensor] = []
+    scalars: dict[str, float] = {}
+    for share in micro_batches(accelerator, run, step, model):
+        images = next(batches).to(accelerator.device)
+        noise = sample_noise(run.seed, step, share, run.batch_size, _latent_shape(plain, images))
+        with accelerator.autocast():
+            reconstruction, posterior = model(images, noise)
+        reconstruction = reconstruction.float()
+        terms = loss_terms(reconstruction, images, posterior, config, perceptual)
+        loss = torch.stack(list(terms.values())).sum()
+        weighted, against = dict(terms), {}
+        if judged:
+            terms["adversarial"], weight = adversarial_term(loss, reconstruction, plain, judge, accelerator)
+            weighted["adversarial"] = config.loss.adversarial * weight * terms["adversarial"]
+            loss = loss + weighted["adversarial"]
+            against = critic_terms(discriminator, judge, images, reconstruction.detach(), config)
+        if measured and not seen:
+            scalars = gradient_norms(weighted, plain, accelerator) | gradient_norms(against, judge, accelerator)
+        if against:
+            accelerator.backward(torch.stack(list(against.values())).sum())
+        accelerator.backward(loss / run.accumulation)
+        seen.append({"loss": loss, **terms, **against})
+        if measured:
+            latents.append(posterior.mode())
+    if measured:
+        scalars |= latent_scalars(gathered(accelerator, latents))
+    return averaged(accelerator, seen), scalars
+
+
+def load_perceptual(config: AutoencoderTraining, device: torch.device) -> Lpips | None:
+    """Return the network of the term lpips, None where that is switched off; see `load_lpips`."""
+    loss = config.loss
+    return load_lpips(Path(loss.lpips_weights), device) if loss.lpips and loss.lpips_weights else None
 
 
 def require_trainable(config: AutoencoderTraining) -> None:
@@ -165,42 +224,6 @@ def compile_autoencoder(
     compile_checked(model.encoder, images, autocast=accelerator.autocast())
     latents = model.encode(images).mode().detach()
     compile_checked(model.decoder, latents, autocast=accelerator.autocast())
-
-
-def adversarial_term(
-    loss: Tensor, reconstruction: Tensor, model: AutoencoderKL, judge: PatchDiscriminator, accelerator: Accelerator
-) -> tuple[Tensor, Tensor]:
-    """Return how little the discriminator believes a reconstruction (B, 3, H, W), and the weight that balances it.
-
-    Args:
-        loss: the other terms.
-        judge: is left without gradients.
-    """
-    frozen = {name: parameter.detach() for name, parameter in judge.named_parameters()}
-    term = -functional_call(judge, frozen, (reconstruction,)).mean()
-
-    def average(gradient: Tensor) -> Tensor:
-        return accelerator.reduce(gradient, "mean")
-
-    return term, adaptive_weight(loss, term, model.decoder.conv_out.weight, average)
-
-
-def loss_terms(
-    reconstruction: Tensor, images: Tensor, posterior: DiagonalGaussian, config: AutoencoderTraining
-) -> dict[str, Tensor]:
-    """Return the weighted terms of the loss that are switched on, by name; their sum is what is minimised."""
-    weights, terms = config.loss, {}
-    if weights.l1:
-        terms["l1"] = weights.l1 * F.l1_loss(reconstruction, images)
-    if weights.l2:
-        terms["l2"] = weights.l2 * F.mse_loss(reconstruction, images)
-    if weights.gradient:
-        terms["gradient"] = weights.gradient * multiscale_gradient(reconstruction, images)
-    if weights.ssim:
-        terms["ssim"] = weights.ssim * (1 - ssim(reconstruction, images))
-    if weights.kl:
-        terms["kl"] = weights.kl * posterior.kl().mean() / posterior.mean[0].numel()
-    return terms
 
 
 @torch.no_grad()

@@ -109,8 +109,24 @@ class AutoencoderLoss(Section):
     gradient: float = Field(0.5, ge=0)
     ssim: float = Field(0.1, ge=0)
     kl: float = Field(1e-6, ge=0)
+    # Distance of features (`training.lpips`), and the file of the weights that it needs.
+    lpips: float = Field(0.0, ge=0)
+    lpips_weights: str | None = None
     adversarial: float = Field(0.0, ge=0)
     adversarial_start: int = Field(0, ge=0)
+    # Gamma of the penalty on the discriminator's slope; 0 for none.
+    r1: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Refuse what does not go together."""
+        if not any((self.l1, self.l2, self.gradient, self.ssim, self.kl, self.lpips)):
+            raise ValueError("the loss has no term: set loss.l1 above 0")
+        if self.lpips and self.lpips_weights is None:
+            raise ValueError("loss.lpips needs loss.lpips_weights; `python -m training.lpips FILE` makes the file")
+        if self.r1 and not self.adversarial:
+            raise ValueError("loss.r1 is of the discriminator: set loss.adversarial above 0, or loss.r1 to 0")
+        return self
 
 
 class LoraConfig(Section):
@@ -164,6 +180,8 @@ class AutoencoderTraining(Section):
             raise ValueError("an autoencoder is trained on squares; data.buckets is for stage diffusion")
         if self.run.ema_snapshots:
             raise ValueError("run.ema_snapshots is for stage diffusion; set it to 0")
+        if self.loss.lpips and self.data.size < 16:
+            raise ValueError(f"loss.lpips needs pictures of 16 pixels or more, got data.size {self.data.size}")
         return self
 
 

@@ -1,4 +1,4 @@
-"""Loss terms of the autoencoder, each a function of pictures; none needs a downloaded network."""
+"""Loss terms of the autoencoder, each a function of pictures; the one that needs a network is in `lpips`."""
 
 from __future__ import annotations
 
@@ -89,6 +89,25 @@ class PatchDiscriminator(nn.Module):
 def discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
     """Return the hinge loss of the discriminator (Lim and Ye 2017, arXiv 1705.02894, Eq. 2)."""
     return 0.5 * (F.relu(1 - real_scores).mean() + F.relu(1 + fake_scores).mean())
+
+
+def r1_penalty(discriminator: PatchDiscriminator, images: Tensor) -> Tensor:
+    """Return how steep the scores of real pictures are; without a bound on it a discriminator outruns its generator.
+
+    Args:
+        images: real ones, (B, 3, H, W).
+
+    Returns:
+        Half the squared gradient of the scores by the pixels, over the number of scores; a scalar, in float32 whatever
+        the precision of the run.
+
+    Source: Mescheder et al. 2018, arXiv 1801.04406, Eq. 9 without gamma; each score is one of a sample of its own.
+    """
+    images = images.detach().requires_grad_()
+    with torch.autocast(images.device.type, enabled=False):
+        scores = discriminator.layers(images)  # not its forward, which a run puts under autocast
+        (slope,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+    return 0.5 * slope.square().sum() / scores.numel()
 
 
 def adaptive_weight(
