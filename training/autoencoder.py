@@ -25,7 +25,7 @@ from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from training.augment import random_view, random_window, rgb
 from training.autoencoder_log import gradient_norms, latent_scalars
 from training.config import AutoencoderTraining
-from training.dataset import CaptionedImages, LazyImages, composite, open_held_out, open_images
+from training.dataset import CaptionedImages, LazyImages, composite, open_images
 from training.distributed import (
     any_process,
     averaged,
@@ -73,7 +73,7 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
     perceptual = load_perceptual(config, accelerator.device)
     checkpoint = open_run(config, resume, accelerator)
     data = open_images(config.data, config.run.batch_size, folder)
-    held_out = _held_out(config, data)
+    held_out = load_held_out(config, data)
     model, state = assemble(config)
     first = state.restore(checkpoint)
     if config.run.compile:
@@ -316,7 +316,7 @@ def _batch(data: CaptionedImages, config: AutoencoderTraining, step: int, share:
     return to_tensor(draw_views(data, config, (share,), step))
 
 
-def _held_out(config: AutoencoderTraining, data: CaptionedImages) -> Tensor:
+def load_held_out(config: AutoencoderTraining, data: CaptionedImages) -> Tensor:
     """Return pictures (N, 3, H, W) that are not trained on, a test split's too, or 16 that are where there are none."""
     cache = Path(config.run.out) / "cache"
     splits = [open_held_out(config.data, cache, HELD_OUT, split) for split in ("validation", "test")]

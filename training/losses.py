@@ -105,7 +105,8 @@ def r1_penalty(discriminator: PatchDiscriminator, images: Tensor) -> Tensor:
     """
     images = images.detach().requires_grad_()
     with torch.autocast(images.device.type, enabled=False):
-        scores = discriminator.layers(images)  # not its forward, which a run puts under autocast
+        # Not its forward, which a run puts under autocast; and a view, as what counts FLOPs takes no leaf.
+        scores = discriminator.layers(images.view_as(images))
         (slope,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
     return 0.5 * slope.square().sum() / scores.numel()
 

@@ -19,8 +19,9 @@ from training.config import RunConfig
 from training.distributed import start_accelerator
 
 Run = tuple[str, list[str], bool, str]  # what `cli_train` takes
+ADVERSARIAL = ["loss.adversarial=0.5", "loss.adversarial_start=2", "loss.r1=1"]
 OVERRIDES = {
-    "autoencoder": ["run.batch_size=8", "run.log_every=1", "loss.adversarial=0.5", "loss.adversarial_start=2"],
+    "autoencoder": ["run.batch_size=8", "run.log_every=1", *ADVERSARIAL],
     "diffusion": ["run.batch_size=8", "run.log_every=1", "timesteps=importance"],
 }
 
@@ -76,8 +77,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     ours, theirs = logged(one), logged(other)
     assert ours.keys() == theirs.keys() and len(ours["loss"]) == 4
     for name, values in ours.items():
-        if name == "images_per_second":
-            continue
+        if name == "images_per_second" or ("parts" in other.name and name.startswith("grad_norm/")):
+            continue  # the latter are of the first micro-step
         torch.testing.assert_close(torch.tensor(theirs[name]), torch.tensor(values), rtol=1e-5, atol=1e-5, msg=name)
     assert_same_weights(one, other)
 

@@ -1,0 +1,174 @@
+"""Each term of the loss moves the weights it is for, and no others; the discriminator learns, and is kept from more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from latentdiff.errors import InputError
+from tests.training.test_distributed import logged
+from tests.training.test_lpips import network  # noqa: F401  (a fixture)
+from tests.training.test_stages import SIZE, pictures, recipe
+from training import cli_train, terms
+from training.autoencoder import assemble
+from training.checkpointing import load_latest
+from training.config import AutoencoderTraining, load_config
+from training.losses import PatchDiscriminator, r1_penalty
+from training.lpips import Lpips
+from training.terms import adversarial_term, critic_terms, loss_terms
+
+TRAINED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("l1", "l2", "gradient", "ssim", "lpips", "adversarial"), ("encoder", "decoder")),
+    "kl": ("encoder",),
+    **dict.fromkeys(("discriminator", "r1"), ("discriminator",)),
+}
+ALL = "{l1: 1, l2: 1, gradient: 1, ssim: 1, kl: 1, lpips: 1, lpips_weights: x, adversarial: 1, r1: 1}"
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """Let accelerate, which knows one precision a process, forget the one of this test and of those before."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def part_of(name: str) -> str:
+    """Return which part of what is trained a weight belongs to."""
+    owner = name.split(".")[0]
+    return {"quant_conv": "encoder", "post_quant_conv": "decoder", "layers": "discriminator"}.get(owner, owner)
+
+
+def all_terms(config: AutoencoderTraining, model: Any, judge: PatchDiscriminator, perceptual: Lpips) -> dict[str, Any]:
+    """Return every term there is, of random pictures."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, SIZE, SIZE, generator=generator) * 2 - 1
+    reconstruction, posterior = model(images, generator)
+    found = loss_terms(reconstruction, images, posterior, config, perceptual)
+    loss = torch.stack(list(found.values())).sum()
+    found["adversarial"], _ = adversarial_term(loss, reconstruction, model, judge, Accelerator(cpu=True))
+    return found | critic_terms(judge, judge, images, reconstruction.detach(), config)
+
+
+@pytest.mark.parametrize("term", TRAINED)
+def test_a_term_alone_moves_what_it_is_for_and_nothing_else(tmp_path: Path, network: Lpips, term: str) -> None:  # noqa: F811
+    config = load_config(recipe(tmp_path, "autoencoder"), [f"loss={ALL}", "model.mid_block_add_attention=false"])
+    assert isinstance(config, AutoencoderTraining)
+    model, state = assemble(config)
+    judge = state.modules["discriminator"]
+    assert isinstance(judge, PatchDiscriminator)
+    found = all_terms(config, model, judge, network)
+    assert found.keys() == TRAINED.keys()
+    weights = {name: weight for module in (model, judge, network) for name, weight in module.named_parameters()}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    found[term].backward()
+    for optimizer in state.optimizers.values():
+        optimizer.step()
+    moved = {name for name, weight in weights.items() if not torch.equal(weight, before[name])}
+    meant = {name for name in weights if part_of(name) in TRAINED[term]}
+    assert moved == meant - ({"layers.5.bias"} if term == "r1" else set())  # no slope depends on that
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., dict[int, dict[str, dict[str, Tensor]]]]:
+    """A function that trains for four steps, with a discriminator from the third on; returns what each step saved."""
+    pictures(tmp_path / "pictures", 4)
+    file = recipe(tmp_path, "autoencoder", run__save_every=1, run__keep_checkpoints=9)
+
+    def train(*overrides: str, name: str) -> dict[int, dict[str, dict[str, Tensor]]]:
+        from safetensors.torch import load_file
+
+        cli_train(file, ["loss.adversarial=0.5", "loss.adversarial_start=2", *overrides], False, str(tmp_path / name))
+        steps = {step: tmp_path / name / f"checkpoints/step-{step:08d}" for step in range(1, 5)}
+        parts = ("model", "discriminator")
+        return {
+            step: {part: load_file(folder / f"{part}.safetensors") for part in parts} for step, folder in steps.items()
+        }
+
+    return train
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> set[bool]:
+    """Say of all tensors whether they are equal."""
+    return {torch.equal(tensor, theirs[name]) for name, tensor in ours.items()}
+
+
+def test_the_discriminator_is_updated_whenever_it_judges(saved: Callable[..., Any]) -> None:
+    steps = [found["discriminator"] for found in saved(name="run").values()]
+    assert [same(*pair) for pair in pairwise(steps)] == [{True}, {False}, {False}]
+
+
+@pytest.mark.parametrize("change", ["r1", "hinge"])
+def test_the_loss_of_the_discriminator_reaches_the_autoencoder_through_its_judgement_alone(
+    saved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """In the step in which that loss is another for the first time, the autoencoder is what it would have been."""
+    plain = saved(name="plain")
+    if change == "hinge":
+        monkeypatch.setattr(terms, "discriminator_loss", lambda real, fake: (real - 2 * fake).mean())
+    other = saved(*(["loss.r1=10"] if change == "r1" else []), name="other")
+    assert same(plain[3]["model"], other[3]["model"]) == {True}
+    assert False in same(plain[3]["discriminator"], other[3]["discriminator"])
+    assert same(plain[4]["model"], other[4]["model"]) != {True}
+
+
+def test_penalty_of_a_known_slope() -> None:
+    """Each of the scores of a filter that does not overlap has the filter's weights as its slope."""
+    layer: Any = nn.Conv2d(3, 1, 4, stride=4)
+    judge: Any = SimpleNamespace(layers=layer)
+    found = r1_penalty(judge, torch.rand(5, 3, 8, 8))
+    assert found.item() == pytest.approx(0.5 * layer.weight.square().sum().item(), rel=1e-5)
+    found.backward()
+    torch.testing.assert_close(layer.weight.grad, layer.weight.detach())
+
+
+def test_penalty_keeps_the_slope_down() -> None:
+    torch.manual_seed(0)
+    real, fake = torch.rand(4, 3, 16, 16), -torch.rand(4, 3, 16, 16)
+    slopes = []
+    for gamma in (0.0, 10.0):
+        torch.manual_seed(1)
+        judge = PatchDiscriminator(channels=8)
+        optimizer = torch.optim.Adam(judge.parameters(), lr=1e-2)
+        for _ in range(20):
+            optimizer.zero_grad()
+            (terms.discriminator_loss(judge(real), judge(fake)) + gamma * r1_penalty(judge, real)).backward()
+            optimizer.step()
+        slopes.append(r1_penalty(judge, real).item())
+    assert slopes[1] < 0.1 * slopes[0]
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_penalty_is_float32_in_a_run_that_is_not(saved: Callable[..., Any], tmp_path: Path) -> None:
+    found = {}
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        options = ["loss.adversarial_start=0", "loss.r1=3", f"run.precision={precision}", "run.log_every=1"]
+        saved(*options, name=precision)
+        found[precision] = {name: values[0] for name, values in logged(tmp_path / precision).items()}
+    assert found["bf16"]["discriminator"] != found["no"]["discriminator"]
+    for name in ("r1", "grad_norm/r1"):
+        assert found["bf16"][name] == pytest.approx(found["no"][name], rel=1e-6)
+    checkpoint = load_latest(tmp_path / "bf16")
+    assert checkpoint is not None and {t.dtype for t in checkpoint.tensors["discriminator"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("{l1: 0, gradient: 0, ssim: 0, kl: 0}", "the loss has no term: set loss.l1 above 0"),
+        ("{r1: 1}", "loss.r1 is of the discriminator: set loss.adversarial above 0, or loss.r1 to 0"),
+    ],
+)
+def test_losses_that_cannot_be_are_refused(tmp_path: Path, loss: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        cli_train(recipe(tmp_path, "autoencoder"), [f"loss={loss}"], False, None)

@@ -1,0 +1,207 @@
+"""What `latentdiff train --check` looks at in every stage: folder, pictures, memory, disk, and what a step costs."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from latentdiff.devices import DTYPES, machine_memory
+from latentdiff.errors import InputError
+from training.checkpointing import checkpoint_folders, checkpoint_problem, config_differences
+from training.config import RunConfig, TrainingConfig
+from training.dataset import CaptionedImages
+from training.distributed import start_accelerator
+from training.sharding import shards_weights
+from training.state import RunState
+
+TIMED = 3  # steps, after one that is not
+OVERFIT = 8  # samples of the self-test
+OVERFIT_STEPS = 300
+OVERFIT_RATE = 1e-3
+OVERFIT_FLOPS = {"cpu": 1e13, "cuda": 1e15}  # up to which it trains the network itself, not a reduced one
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    name: str
+    value: str
+    expected: str
+    fine: bool = True
+
+
+def start_check(run: RunConfig) -> Accelerator:
+    """Return what the run would start with.
+
+    Raises:
+        InputError: there are several processes, or see `start_accelerator`.
+    """
+    accelerator = start_accelerator(run)
+    if accelerator.num_processes > 1 or shards_weights(accelerator):
+        raise InputError("--check is for one process; start it without accelerate launch")
+    return accelerator
+
+
+def look_at_folder(config: TrainingConfig, what: str) -> Iterator[Row]:
+    """Say what is trained and whether the run folder has been used."""
+    yield Row("config", f"{config.stage}: {what}", "no unknown key, no wrong value")
+    found, state = checkpoint_folders(Path(config.run.out)), "new"
+    if found:
+        state = f"{found[0].name}, {_problem(found[0], config) or 'whole and of this config'}"
+    yield Row("run folder", f"{config.run.out}: {state}", "new, or whole and --resume", not found)
+
+
+def _problem(checkpoint: Path, config: TrainingConfig) -> str:
+    """Say what keeps a run from going on from a checkpoint, or return the empty string."""
+    if problem := checkpoint_problem(checkpoint):
+        return problem
+    before = json.loads((checkpoint / "state.json").read_text())["config"]
+    return "; ".join(config_differences(before, config.model_dump(mode="json")))
+
+
+def look_at_pictures(config: TrainingConfig, images: CaptionedImages) -> Iterator[Row]:
+    """Say how many pictures and captions there are, and which were left out."""
+    run = config.run
+    captions = sum(len(row["captions"]) for row in images.rows)
+    passes = run.steps * run.batch_size / len(images)
+    value = f"{len(images)} with {captions} captions, {passes:.1f} times each"
+    yield Row("pictures", value, f"at least a batch, {run.batch_size}", len(images) >= run.batch_size)
+    skipped = images.skipped
+    names = ", ".join(str(one["name"]) for one in skipped)
+    yield Row("skipped", f"{len(skipped)}: {names}"[:52] if skipped else "0", "0, at most 1 %", not skipped)
+
+
+def look_at_memory(networks: Sequence[nn.Module], state: RunState, accelerator: Accelerator) -> Iterator[Row]:
+    """Say how many parameters there are and what they, gradients, optimizer and average take; activations come on top.
+
+    Args:
+        networks: all that are in memory, those that are trained among them.
+
+    Raises:
+        InputError: that is more than the device has.
+    """
+    trained = _trained(state)
+    parameters = [parameter for network in networks for parameter in network.parameters()]
+    yield Row("parameters", f"{trained:,} trained", f"of {sum(p.numel() for p in parameters):,} in all", trained > 0)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    gradients, optimizer = 4 * trained, 8 * trained  # bytes, in float32; AdamW has two moments
+    average = 4 * trained * (1 + len(state.profiles))
+    needed = weights + gradients + optimizer + average
+    on_gpu = accelerator.device.type == "cuda"
+    there = torch.cuda.get_device_properties(0).total_memory if on_gpu else machine_memory()
+    value = f"{_size(weights)} weights + {_size(gradients)} + {_size(optimizer)} + {_size(average)}"
+    if needed > there:
+        raise InputError(
+            f"training needs {_size(needed)} ({value}: gradients, optimizer, average) and activations, and there are "
+            f"{_size(there)}; train a smaller model, or of a U-Net a lora"
+        )
+    expected = f"{_size(needed)} and activations, of {_size(there)}"
+    yield Row("memory", value, expected, needed < 0.8 * there)
+
+
+def look_at_disk(config: TrainingConfig, state: RunState) -> Row:
+    """Say how large checkpoints will be and whether there is room for them.
+
+    Raises:
+        InputError: there is not.
+    """
+    tensors = [tensor for named in state.tensors().values() for tensor in named.values()]
+    moments = 8 * _trained(state)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + moments
+    needed = size * (config.run.keep_checkpoints + 1)  # old ones go when a new one is there
+    value = f"{config.run.keep_checkpoints} + 1 checkpoints of {_size(size)}"
+    if state.profiles:
+        count, snapshot = math.ceil(config.run.steps / config.run.ema_snapshots), moments // 2  # 2 x 2 bytes a weight
+        needed, value = needed + count * snapshot, f"{value}, {count} snapshots of {_size(snapshot)}"
+    place = Path(config.run.out).resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise InputError(
+            f"{value} need {_size(needed)}, and {place} has {_size(free)} free; free some, or lower "
+            "run.keep_checkpoints"
+        )
+    return Row("disk", value, f"{_size(needed)} of {_size(free)} free", needed < 0.8 * free)
+
+
+def _trained(state: RunState) -> int:
+    groups = [group for optimizer in state.optimizers.values() for group in optimizer.param_groups]
+    return sum(parameter.numel() for group in groups for parameter in group["params"])
+
+
+def small_enough(flops: int, config: TrainingConfig, accelerator: Accelerator) -> bool:
+    """Say whether the self-test can train the network itself, a step of which takes so many FLOPs."""
+    return flops / config.run.batch_size * OVERFIT * OVERFIT_STEPS < OVERFIT_FLOPS[accelerator.device.type]
+
+
+def look_at_steps(
+    config: TrainingConfig, take_step: Callable[[int], Tensor], state: RunState, accelerator: Accelerator
+) -> Generator[Row, None, int]:
+    """Take a few steps, say what they cost, and return the FLOPs of one.
+
+    Args:
+        take_step: takes the step of a number, the first of which is 0, and returns the norm of its gradient.
+
+    Raises:
+        InputError: the gradient is not finite.
+    """
+    run, counter, seconds, norms = config.run, FlopCounterMode(display=False), [], []
+    for step in range(1 + TIMED):
+        began = time.perf_counter()
+        with counter if step == 0 else nullcontext():
+            norm = take_step(step)
+        norms.append(float(norm))  # which waits for the device
+        seconds.append(time.perf_counter() - began)
+    if not all(map(math.isfinite, norms)) and state.scaler is None:
+        raise InputError(f"the norms of the first gradients are {norms}; lower optimizer.learning_rate, or try bf16")
+    took, flops = median(seconds[1:]), counter.get_total_flops()
+    clipped = f"above 0, clipped at {config.optimizer.max_grad_norm:g}"
+    yield Row("gradient norm", ", ".join(f"{norm:.3g}" for norm in norms), clipped, min(norms) > 0)
+    compiled = ", less with run.compile" if run.compile else ""
+    rate = f"{took:.3g} s, {run.batch_size / took:.3g} images/s"
+    yield Row("step", rate, f"{run.steps} steps in {_duration(run.steps * took)}{compiled}")
+    peak = matrix_product_rate(accelerator)
+    share = f"{flops / took / peak:.0%} of what a matrix product reaches"
+    yield Row("FLOPs of a step", f"{flops:.3g}, {flops / took:.3g} per second", share)
+    return flops
+
+
+def matrix_product_rate(accelerator: Accelerator) -> float:
+    """Return the FLOP/s of a large matrix product in the precision of the run."""
+    names = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    side, device = (1024, "cpu") if accelerator.device.type == "cpu" else (8192, accelerator.device)
+    matrix = torch.ones(side, side, dtype=DTYPES[names[accelerator.mixed_precision]], device=device)
+    seconds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # which waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds)
+
+
+def short(values: Tensor) -> str:
+    """Write a few numbers."""
+    return "[" + ", ".join(f"{value:.2f}" for value in values[:6].tolist()) + (", ..." if len(values) > 6 else "") + "]"
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
