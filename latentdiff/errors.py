@@ -41,7 +41,7 @@ class MissingDependencyError(LatentDiffError, ImportError):
 
 
 class StorageError(LatentDiffError, OSError):
-    """A file or folder could not be written: no space, no permission, no such place."""
+    """A file or folder could not be written (no space, no permission, no such place), or a remote one not be read."""
 
     exit_code = 4
 

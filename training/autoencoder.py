@@ -25,7 +25,7 @@ from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from training.augment import random_view, random_window, rgb
 from training.autoencoder_log import gradient_norms, latent_scalars
 from training.config import AutoencoderTraining
-from training.dataset import CaptionedImages, LazyImages, composite, open_images
+from training.dataset import CaptionedImages, LazyImages, composite, open_held_out, open_images
 from training.distributed import (
     any_process,
     averaged,

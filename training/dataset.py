@@ -194,11 +194,11 @@ def is_held_out(digest: str, share: float) -> bool:
 def open_images(
     config: DataConfig, batch_size: int, folder: Path, cache: Path | None = None, multiple: int = 8
 ) -> CaptionedImages:
-    """Open the captioned pictures to train on; those of a large or remote set are read only when they are asked for,
-    and those of which random windows are seen.
+    """Open the captioned pictures to train on.
 
-    Each picture is read and decoded once to see whether it can be; for such a set what was found is kept. What was
-    skipped is named in skipped.jsonl.
+    Each picture is read and decoded once to see whether it can be. Those of a large or remote set, or of which random
+    windows are seen, are not held in memory but read whenever they are asked for; what was found of them is kept. What
+    was skipped is named in skipped.jsonl.
 
     Args:
         folder: of the run.
@@ -208,7 +208,7 @@ def open_images(
     Raises:
         InputError: nothing of a known kind, a missing column, no picture left, more than one picture and more than
             1 % of all broken or without caption, or data.held_out beside a validation split or of too few pictures.
-        StorageError: a folder cannot be written.
+        StorageError: a folder cannot be written, or remote shards cannot be read.
     """
     cache = cache or folder / "cache"
     source = open_source(config, cache=cache)

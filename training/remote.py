@@ -1,8 +1,8 @@
 """Files behind a URL, read by ranges of bytes: http and https with the standard library, all else with fsspec.
 
 Nothing stays open between two reads, so any thread may read, and any process forked from this one. A read that fails
-is tried again a few times. As any range can be read at any time, there is no position in a stream to be saved: where a
-run goes on follows from its step alone.
+is tried again a few times. As any range can be read at any time, no place in a stream has to be saved: the cursor of a
+run is the step in its checkpoint, from which all that it reads follows.
 """
 
 from __future__ import annotations
