@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from latentdiff.devices import DTYPES, machine_memory
 from latentdiff.errors import InputError
 from training.checkpointing import checkpoint_folders, checkpoint_problem, config_differences
-from training.config import RunConfig, TrainingConfig
+from training.config import RunConfig, TrainingConfig, completed
 from training.dataset import CaptionedImages
 from training.distributed import start_accelerator
 from training.sharding import shards_weights
@@ -68,7 +68,7 @@ def _problem(checkpoint: Path, config: TrainingConfig) -> str:
     if problem := checkpoint_problem(checkpoint):
         return problem
     before = json.loads((checkpoint / "state.json").read_text())["config"]
-    return "; ".join(config_differences(before, config.model_dump(mode="json")))
+    return "; ".join(config_differences(completed(before), config.model_dump(mode="json")))
 
 
 def look_at_pictures(config: TrainingConfig, images: CaptionedImages) -> Iterator[Row]:

@@ -315,6 +315,14 @@ def parse_config(tree: dict[str, Any], name: str = "config") -> TrainingConfig:
         raise InputError(f"{name}: {_first_problem(error, STAGES[str(stage)])}") from error
 
 
+def completed(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a config that an earlier release saved, with the keys that have come since then at their defaults."""
+    try:
+        return parse_config(tree).model_dump(mode="json")
+    except InputError:  # it has keys that are gone
+        return tree
+
+
 def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     """Say the first thing wrong in one line."""
     problem = error.errors()[0]

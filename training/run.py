@@ -37,7 +37,7 @@ from training.checkpointing import (
     remove_leftovers,
     save_checkpoint,
 )
-from training.config import OptimizerConfig, RunConfig, TrainingConfig
+from training.config import OptimizerConfig, RunConfig, TrainingConfig, completed
 from training.posthoc_ema import remove_snapshots
 from training.state import RunState
 
@@ -56,7 +56,7 @@ def open_run(config: TrainingConfig, resume: bool, accelerator: Accelerator) -> 
     if found and not resume:
         raise InputError(f"{folder} has a checkpoint, {found[0].name}; add --resume to go on, or choose another --out")
     newest = load_latest(folder, quiet=not accelerator.is_main_process)
-    if newest is not None and (differences := config_differences(newest.state["config"], tree)):
+    if newest is not None and (differences := config_differences(completed(newest.state["config"]), tree)):
         shown = "; ".join(differences[:SHOWN_DIFFERENCES])
         more = len(differences) - SHOWN_DIFFERENCES
         raise InputError(

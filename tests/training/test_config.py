@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
-from training.config import AutoencoderTraining, DiffusionTraining, load_config
+from training.config import AutoencoderTraining, DiffusionTraining, completed, load_config, parse_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 RECIPE = """
@@ -75,3 +76,11 @@ def test_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
         load_config(file)
     with pytest.raises(InputError, match="cannot read config"):
         load_config(tmp_path / "missing.yaml")
+
+
+def test_a_config_of_an_earlier_release_is_completed_with_defaults() -> None:
+    tree = yaml.safe_load(next(file for file in CONFIGS if file.name == "emoji-lora.yaml").read_text())
+    whole = parse_config(tree).model_dump(mode="json")
+    del whole["data"]["crop"], whole["run"]["ema_snapshots"], whole["prior"]
+    assert completed(whole) == parse_config(tree).model_dump(mode="json")
+    assert completed({**whole, "gone": 1}) == {**whole, "gone": 1}

@@ -118,7 +118,7 @@ def test_held_out_pictures_may_be_a_share(tmp_path: Path) -> None:
     assert held_out is not None and len(held_out.latents) + len(trained.samples) == 12
     learnt = {trained.captions[row] for choice in trained.choices for row in choice[0]}
     labels = parts.text_encoder.config.labels
-    measured = {labels[int(context.argmax())] for context in held_out.contexts}
+    measured = {labels[int(context.argmax())] for context in held_out.context}
     assert len(labels) == 12 and learnt | measured == set(labels) and not learnt & measured
 
 
