@@ -39,9 +39,9 @@ from training.ema import Ema
 from training.loading import drawn_ahead, workers
 from training.losses import PatchDiscriminator, psnr
 from training.lpips import Lpips, load_lpips
+from training.optimizers import make_optimizer
 from training.run import (
     Log,
-    adamw,
     checkpoint_gradients,
     compile_checked,
     open_run,
@@ -90,7 +90,10 @@ def assemble(config: AutoencoderTraining) -> tuple[AutoencoderKL, RunState]:
     model, judge = AutoencoderKL(AutoencoderConfig.from_dict(config.model)), PatchDiscriminator()
     if config.run.gradient_checkpointing:
         checkpoint_gradients(model)
-    optimizers = {"optimizer": adamw(model, config.optimizer), "critic": adamw(judge, config.optimizer)}
+    optimizers = {
+        "optimizer": make_optimizer(model, config.optimizer),
+        "critic": make_optimizer(judge, config.optimizer),
+    }
     state = RunState({"model": model, "discriminator": judge}, optimizers, Ema(model, config.run.ema_decay))
     return model, state
 

@@ -80,7 +80,7 @@ def check(config: TrainingConfig) -> None:
 
 def look(config: DiffusionTraining) -> Iterator[Row]:
     """Yield the lines of the table of a diffusion run; see `check`."""
-    accelerator = start_check(config.run)
+    accelerator = start_check(config)
     what = "from scratch" if config.start_from is None else f"from {config.start_from}"
     kind = "U-Net" if config.lora is None else f"LoRA of rank {config.lora.rank}"
     yield from look_at_folder(config, f"{kind}, {what}")

@@ -57,7 +57,7 @@ Trial = Callable[[int, bool], tuple[dict[str, Tensor], dict[str, float], Tensor]
 
 def look_at_autoencoder(config: AutoencoderTraining) -> Iterator[Row]:
     """Yield the lines of the table of an autoencoder run; see `training.check.check`."""
-    accelerator = start_check(config.run)
+    accelerator = start_check(config)
     yield from look_at_folder(config, "KL autoencoder, from scratch")
     require_trainable(config)
     perceptual = load_perceptual(config, accelerator.device)

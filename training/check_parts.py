@@ -20,9 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from latentdiff.devices import DTYPES, machine_memory
 from latentdiff.errors import InputError
 from training.checkpointing import checkpoint_folders, checkpoint_problem, config_differences
-from training.config import RunConfig, TrainingConfig, completed
+from training.config import TrainingConfig, completed
 from training.dataset import CaptionedImages
 from training.distributed import start_accelerator
+from training.optimizers import require_optimizer
 from training.sharding import shards_weights
 from training.state import RunState
 
@@ -42,15 +43,16 @@ class Row(NamedTuple):
     fine: bool = True
 
 
-def start_check(run: RunConfig) -> Accelerator:
+def start_check(config: TrainingConfig) -> Accelerator:
     """Return what the run would start with.
 
     Raises:
-        InputError: there are several processes, or see `start_accelerator`.
+        InputError, MissingDependencyError: there are several processes, or see `start_accelerator`, `require_optimizer`.
     """
-    accelerator = start_accelerator(run)
+    accelerator = start_accelerator(config.run)
     if accelerator.num_processes > 1 or shards_weights(accelerator):
         raise InputError("--check is for one process; start it without accelerate launch")
+    require_optimizer(config.optimizer)
     return accelerator
 
 

@@ -63,8 +63,12 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with linear warm-up, then a constant learning rate, then a cosine fall to zero."""
+    """An optimizer with linear warm-up, then a constant learning rate, then a cosine fall to zero."""
 
+    # adamw; adamw_8bit, the same with a quarter of its memory (bitsandbytes); adafactor, which keeps the means of rows
+    # and columns alone: next to nothing for linear layers, two thirds of one moment for 3x3 convolutions.
+    kind: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    # Of adafactor: relative to the size of each tensor, so that 1e-3 to 1e-2 is usual.
     learning_rate: float = Field(1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
@@ -72,6 +76,13 @@ class OptimizerConfig(Section):
     # Share of all steps, at the end, over which the learning rate falls to zero by a cosine.
     decay_share: float = Field(0.5, ge=0, le=1)
     max_grad_norm: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        """Refuse what does not go together."""
+        if self.kind == "adafactor" and self.betas != type(self).model_fields["betas"].default:
+            raise ValueError("optimizer.betas are those of adamw; leave them out with optimizer.kind adafactor")
+        return self
 
 
 class RunConfig(Section):

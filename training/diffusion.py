@@ -46,12 +46,12 @@ from training.ema import Ema
 from training.encoders import JointNetwork, add_words, new_words, train_encoder
 from training.latents import LatentSet, cached_latents
 from training.objective import diffusion_losses, model_inputs, require_trainable, told
+from training.optimizers import make_optimizer
 from training.posthoc_ema import power_emas, save_snapshot
 from training.prior import draw_prior
 from training.process import show_process
 from training.run import (
     Log,
-    adamw,
     checkpoint_gradients,
     compile_checked,
     fast_attention,
@@ -116,7 +116,7 @@ def assemble(
     if shards_weights(accelerator):
         shard(unet, accelerator)
     ema, profiles = Ema(trained, config.run.ema_decay), power_emas(trained, config.run)
-    state = RunState(modules, {"optimizer": adamw(trained, config.optimizer)}, ema, profiles)
+    state = RunState(modules, {"optimizer": make_optimizer(trained, config.optimizer)}, ema, profiles)
     return network, replace(parts, unet=unet), state
 
 

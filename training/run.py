@@ -38,6 +38,7 @@ from training.checkpointing import (
     save_checkpoint,
 )
 from training.config import OptimizerConfig, RunConfig, TrainingConfig, completed
+from training.optimizers import require_optimizer
 from training.posthoc_ema import remove_snapshots
 from training.state import RunState
 
@@ -49,8 +50,10 @@ def open_run(config: TrainingConfig, resume: bool, accelerator: Accelerator) -> 
 
     Raises:
         InputError: the folder has checkpoints and `resume` is not set, or they are of another config.
+        MissingDependencyError: the config asks for a package that is not installed.
         StorageError: the folder cannot be written.
     """
+    require_optimizer(config.optimizer)
     folder, tree = Path(config.run.out), config.model_dump(mode="json")
     found = checkpoint_folders(folder)
     if found and not resume:
@@ -100,13 +103,6 @@ def mixed_precision(run: RunConfig) -> str:
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bf16" if native() else "no"
-
-
-def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return the optimizer of a model."""
-    return torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
 
 
 def fast_attention() -> AbstractContextManager[None]:

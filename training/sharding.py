@@ -44,6 +44,8 @@ def require_shardable(config: TrainingConfig, accelerator: Accelerator) -> None:
         raise InputError("FSDP is for the diffusion stage, the autoencoder is small; launch it with MULTI_GPU")
     if config.lora is not None or config.encodes_each_step:
         raise InputError("FSDP is for the U-Net, not for a LoRA, words or the text encoder; launch with MULTI_GPU")
+    if config.optimizer.kind != "adamw":
+        raise InputError(f"FSDP goes with optimizer.kind adamw, got {config.optimizer.kind}; launch with MULTI_GPU")
     if config.run.compile:
         raise InputError("run.compile does not go together with FSDP; set it to false, or launch with MULTI_GPU")
     if config.run.precision == "fp16":

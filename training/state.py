@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,14 +118,28 @@ class RunState:
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """Flatten an optimizer's state to named tensors: "0.exp_avg", "0.step", ... in the order of its parameters."""
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": torch.as_tensor(value) for index, slot in state.items() for key, value in slot.items()}
+    return {f"{index}.{key}": tensor for index, slot in state.items() for key, tensor in _flat(slot)}
+
+
+def _flat(slot: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what an optimizer keeps for one parameter, whole numbers as int64."""
+    for key, value in slot.items():
+        if isinstance(value, Mapping):  # in which bitsandbytes puts what is quantised, and takes it without, too
+            yield from _flat(value)
+        elif key.startswith("qmap"):  # its table, one for all parameters, which a file cannot hold under several names
+            yield key, value.clone()
+        else:
+            yield key, torch.as_tensor(value)
 
 
 def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` took."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = sharded_like(tensor, parameters[int(index)])
+        whole_number = tensor.dtype == torch.int64 and tensor.ndim == 0
+        state.setdefault(int(index), {})[key] = (
+            tensor.item() if whole_number else sharded_like(tensor, parameters[int(index)])
+        )
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

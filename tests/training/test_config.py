@@ -57,6 +57,11 @@ def test_override_wins_and_is_typed(tmp_path: Path) -> None:
         ("stage=autoenoder", "stage must be one of"),
         ("run.steps", "--set needs key=value"),
         ("stage.x=1", "is a value, not a section"),
+        ("optimizer.kind=adam", "optimizer.kind: input should be 'adamw', 'adamw_8bit' or 'adafactor', got 'adam'"),
+        (
+            "optimizer={kind: adafactor, betas: [0.9, 0.95]}",
+            "optimizer.betas are those of adamw; leave them out with optimizer.kind adafactor",
+        ),
     ],
 )
 def test_wrong_entry_is_one_line_that_says_what_to_do(tmp_path: Path, override: str, message: str) -> None:
