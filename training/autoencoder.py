@@ -141,6 +141,7 @@ def run_steps(
                 with state.ema.swapped_into(plain):
                     picture = Path(run.out) / f"samples/{done:08d}.png"
                     log.write(done, {"held_out_psnr": evaluate(plain, held_out, picture)})
+                log.image(done, picture)
             if done % run.save_every == 0 or done == run.steps or stopping:
                 save_run(config, done, state, accelerator)
             if stopping:

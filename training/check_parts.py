@@ -26,6 +26,7 @@ from training.distributed import start_accelerator
 from training.optimizers import require_optimizer
 from training.sharding import shards_weights
 from training.state import RunState
+from training.trackers import require_trackers
 
 TIMED = 3  # steps, after one that is not
 OVERFIT = 8  # samples of the self-test
@@ -47,12 +48,13 @@ def start_check(config: TrainingConfig) -> Accelerator:
     """Return what the run would start with.
 
     Raises:
-        InputError, MissingDependencyError: there are several processes, or see `start_accelerator`, `require_optimizer`.
+        InputError, MissingDependencyError: there are several processes, or the config asks for what is not there.
     """
     accelerator = start_accelerator(config.run)
     if accelerator.num_processes > 1 or shards_weights(accelerator):
         raise InputError("--check is for one process; start it without accelerate launch")
     require_optimizer(config.optimizer)
+    require_trackers(config.run.trackers)
     return accelerator
 
 

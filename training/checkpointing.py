@@ -30,7 +30,7 @@ _NAME = re.compile(r"step-(\d{8})$")
 # Keys of a config that a resumed run may change: where, how long, how often, and how a step is computed, not what.
 FREE_KEYS = {
     *("run.out", "run.steps", "run.log_every", "run.sample_every", "run.save_every", "run.keep_checkpoints"),
-    *("run.accumulation", "run.compile", "run.gradient_checkpointing"),
+    *("run.accumulation", "run.compile", "run.gradient_checkpointing", "run.trackers"),
 }
 
 
@@ -140,6 +140,12 @@ def config_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     return [f"{name} was {ours.get(name)!r}, is {theirs.get(name)!r}" for name in names]
 
 
+def config_digest(config: Mapping[str, Any]) -> str:
+    """Return a hash of all settings other than `FREE_KEYS`."""
+    fixed = {name: value for name, value in _flat(config).items() if name not in FREE_KEYS}
+    return _sha256(json.dumps(fixed, sort_keys=True).encode())
+
+
 def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     """Write the files and the manifest of a checkpoint and wait until they are on the disk."""
     from safetensors.torch import save_file
@@ -151,10 +157,9 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]],
     names = sorted(file.name for file in folder.iterdir())
     for name in names:
         flush_to_disk(folder / name)
-    fixed = {name: value for name, value in _flat(state.get("config", {})).items() if name not in FREE_KEYS}
     manifest = {
         "step": step,
-        "config_sha256": _sha256(json.dumps(fixed, sort_keys=True).encode()),
+        "config_sha256": config_digest(state.get("config", {})),
         "versions": {
             "latentdiff": latentdiff.__version__,
             "torch": str(torch.__version__),

@@ -110,6 +110,16 @@ class RunConfig(Section):
     sample_every: int = Field(1000, ge=1)
     save_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+    # Where scalars and sample grids are written besides the run folder's samples/: TensorBoard files in its logs/,
+    # Weights & Biases, Trackio. Nothing leaves this machine but by the last two.
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        """Refuse what does not go together."""
+        if len({*self.trackers}) < len(self.trackers):
+            raise ValueError("run.trackers names one twice; leave that out")
+        return self
 
 
 class AutoencoderLoss(Section):

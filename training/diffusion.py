@@ -176,10 +176,12 @@ def run_steps(
                     done, {"ema_distance": ema_distance(state.ema, trained), "skipped_steps": state.guard.skipped}
                 )
             if done % run.sample_every == 0 or done == run.steps:
+                picture = Path(run.out) / f"samples/{done:08d}.png"
                 with averaged_network(network, parts, trained, state.ema, accelerator) as looked_at:
                     if looked_at is not None:
-                        draw_samples(looked_at[1], config, Path(run.out) / f"samples/{done:08d}.png")
+                        draw_samples(looked_at[1], config, picture)
                         log.write(done, held_out_scalars(*looked_at, config, held_out, accelerator))
+                log.image(done, picture)
             save_snapshot(run, done, state.profiles, accelerator)
             if done % run.save_every == 0 or done == run.steps or stopping:
                 save_run(config, done, state, accelerator)

@@ -41,6 +41,7 @@ from training.config import OptimizerConfig, RunConfig, TrainingConfig, complete
 from training.optimizers import require_optimizer
 from training.posthoc_ema import remove_snapshots
 from training.state import RunState
+from training.trackers import open_trackers, require_trackers
 
 SHOWN_DIFFERENCES = 5  # of two configs, in a message
 
@@ -54,6 +55,7 @@ def open_run(config: TrainingConfig, resume: bool, accelerator: Accelerator) -> 
         StorageError: the folder cannot be written.
     """
     require_optimizer(config.optimizer)
+    require_trackers(config.run.trackers)
     folder, tree = Path(config.run.out), config.model_dump(mode="json")
     found = checkpoint_folders(folder)
     if found and not resume:
@@ -203,17 +205,14 @@ def stop_on_signal() -> Iterator[list[int]]:
 
 
 class Log:
-    """TensorBoard scalars and a progress bar; averages what it is given between two lines of the log.
+    """The trackers of a run and a progress bar; averages what it is given between two lines of the log.
 
-    Only the main process writes. Lines that a killed run wrote after its last checkpoint are taken back.
+    Only the main process writes.
     """
 
     def __init__(self, config: RunConfig, first_step: int, label: str, accelerator: Accelerator) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.every, self.batch_size, main = config.log_every, config.batch_size, accelerator.is_main_process
-        place = str(Path(config.out) / "logs")
-        self.writer = SummaryWriter(place, purge_step=first_step + 1 if first_step else None) if main else None
+        self.trackers = open_trackers(config, first_step) if main else []
         total, hidden = config.steps, not main
         self.bar = tqdm(total=total, initial=first_step, desc=label, unit="step", mininterval=5, disable=hidden)
         self.sums: dict[str, Tensor] = {}
@@ -234,17 +233,19 @@ class Log:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Write scalars at once."""
-        if self.writer is None:
-            return
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
+        for tracker in self.trackers:
+            tracker.scalars(step, scalars)
+
+    def image(self, step: int, file: Path) -> None:
+        """Write a sample grid at once."""
+        for tracker in self.trackers:
+            tracker.image(step, "samples", file)
 
     def close(self) -> None:
         """Flush and close."""
         self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def save_grid(images: Tensor | Sequence[Tensor], file: Path, columns: int, gap: int = 2) -> None:

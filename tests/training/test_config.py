@@ -58,6 +58,8 @@ def test_override_wins_and_is_typed(tmp_path: Path) -> None:
         ("run.steps", "--set needs key=value"),
         ("stage.x=1", "is a value, not a section"),
         ("optimizer.kind=adam", "optimizer.kind: input should be 'adamw', 'adamw_8bit' or 'adafactor', got 'adam'"),
+        ("run.trackers=[tensorboard, tensorboard]", "run.trackers names one twice; leave that out"),
+        ("run.trackers=[mlflow]", "run.trackers.0: input should be 'tensorboard', 'wandb' or 'trackio', got 'mlflow'"),
         (
             "optimizer={kind: adafactor, betas: [0.9, 0.95]}",
             "optimizer.betas are those of adamw; leave them out with optimizer.kind adafactor",
