@@ -40,6 +40,7 @@ from training.loading import drawn_ahead, workers
 from training.losses import PatchDiscriminator, psnr
 from training.lpips import Lpips, load_lpips
 from training.optimizers import make_optimizer
+from training.resources import require_room
 from training.run import (
     Log,
     checkpoint_gradients,
@@ -65,7 +66,7 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
     Raises:
         InputError: data or config cannot be used, or the loss is not finite 20 steps in a row.
         ModelLoadError: the weights of LPIPS cannot be used.
-        StorageError: a checkpoint cannot be written.
+        StorageError: a checkpoint cannot be written, or there is no room for it.
     """
     require_trainable(config)
     accelerator, folder = start_accelerator(config.run), Path(config.run.out)
@@ -75,6 +76,7 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
     data = open_images(config.data, config.run.batch_size, folder)
     held_out = load_held_out(config, data)
     model, state = assemble(config)
+    require_room(config.run, state, tuple(state.modules.values()), accelerator.device)
     first = state.restore(checkpoint)
     if config.run.compile:
         compile_autoencoder(model.to(accelerator.device), config, data, accelerator)

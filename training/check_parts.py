@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
@@ -17,13 +16,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentdiff.devices import DTYPES, machine_memory
+from latentdiff.devices import DTYPES
 from latentdiff.errors import InputError
 from training.checkpointing import checkpoint_folders, checkpoint_problem, config_differences
 from training.config import TrainingConfig, completed
 from training.dataset import CaptionedImages
 from training.distributed import start_accelerator
 from training.optimizers import require_optimizer
+from training.resources import estimate_disk, estimate_memory, readable
 from training.sharding import shards_weights
 from training.state import RunState
 from training.trackers import require_trackers
@@ -96,54 +96,21 @@ def look_at_memory(networks: Sequence[nn.Module], state: RunState, accelerator: 
     Raises:
         InputError: that is more than the device has.
     """
-    trained = _trained(state)
-    parameters = [parameter for network in networks for parameter in network.parameters()]
-    yield Row("parameters", f"{trained:,} trained", f"of {sum(p.numel() for p in parameters):,} in all", trained > 0)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    gradients, optimizer = 4 * trained, 8 * trained  # bytes, in float32; AdamW has two moments
-    average = 4 * trained * (1 + len(state.profiles))
-    needed = weights + gradients + optimizer + average
-    on_gpu = accelerator.device.type == "cuda"
-    there = torch.cuda.get_device_properties(0).total_memory if on_gpu else machine_memory()
-    value = f"{_size(weights)} weights + {_size(gradients)} + {_size(optimizer)} + {_size(average)}"
-    if needed > there:
-        raise InputError(
-            f"training needs {_size(needed)} ({value}: gradients, optimizer, average) and activations, and there are "
-            f"{_size(there)}; train a smaller model, or of a U-Net a lora"
-        )
-    expected = f"{_size(needed)} and activations, of {_size(there)}"
-    yield Row("memory", value, expected, needed < 0.8 * there)
+    memory = estimate_memory(state, networks, accelerator.device)
+    yield Row("parameters", f"{memory.trained:,} trained", f"of {memory.parameters:,} in all", memory.trained > 0)
+    expected = f"{readable(memory.needed)} and activations, of {readable(memory.there)}"
+    yield Row("memory", str(memory), expected, memory.needed < 0.8 * memory.there)
 
 
 def look_at_disk(config: TrainingConfig, state: RunState) -> Row:
     """Say how large checkpoints will be and whether there is room for them.
 
     Raises:
-        InputError: there is not.
+        StorageError: there is not.
     """
-    tensors = [tensor for named in state.tensors().values() for tensor in named.values()]
-    moments = 8 * _trained(state)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + moments
-    needed = size * (config.run.keep_checkpoints + 1)  # old ones go when a new one is there
-    value = f"{config.run.keep_checkpoints} + 1 checkpoints of {_size(size)}"
-    if state.profiles:
-        count, snapshot = math.ceil(config.run.steps / config.run.ema_snapshots), moments // 2  # 2 x 2 bytes a weight
-        needed, value = needed + count * snapshot, f"{value}, {count} snapshots of {_size(snapshot)}"
-    place = Path(config.run.out).resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise InputError(
-            f"{value} need {_size(needed)}, and {place} has {_size(free)} free; free some, or lower "
-            "run.keep_checkpoints"
-        )
-    return Row("disk", value, f"{_size(needed)} of {_size(free)} free", needed < 0.8 * free)
-
-
-def _trained(state: RunState) -> int:
-    groups = [group for optimizer in state.optimizers.values() for group in optimizer.param_groups]
-    return sum(parameter.numel() for group in groups for parameter in group["params"])
+    disk = estimate_disk(config.run, state)
+    expected = f"{readable(disk.needed)} of {readable(disk.free)} free"
+    return Row("disk", str(disk), expected, disk.needed < 0.8 * disk.free)
 
 
 def small_enough(flops: int, config: TrainingConfig, accelerator: Accelerator) -> bool:
@@ -199,10 +166,6 @@ def matrix_product_rate(accelerator: Accelerator) -> float:
 def short(values: Tensor) -> str:
     """Write a few numbers."""
     return "[" + ", ".join(f"{value:.2f}" for value in values[:6].tolist()) + (", ..." if len(values) > 6 else "") + "]"
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _duration(seconds: float) -> str:

@@ -50,6 +50,7 @@ from training.optimizers import make_optimizer
 from training.posthoc_ema import power_emas, save_snapshot
 from training.prior import draw_prior
 from training.process import show_process
+from training.resources import require_room
 from training.run import (
     Log,
     checkpoint_gradients,
@@ -79,7 +80,7 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
 
     Raises:
         InputError: data or config cannot be used, or the loss is not finite 20 steps in a row.
-        StorageError: a checkpoint cannot be written.
+        StorageError: a checkpoint cannot be written, or there is no room for it.
     """
     accelerator, folder = start_accelerator(config.run), Path(config.run.out)
     require_shardable(config, accelerator)
@@ -89,6 +90,7 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     with accelerator.main_process_first():  # which writes the cache
         data, held_out = prepare_data(config, parts, folder), load_held_out(config, parts)
     network, parts, state = assemble(config, data, parts, accelerator)
+    require_room(config.run, state, (network, parts.autoencoder, parts.text_encoder), accelerator.device)
     state.scaler = accelerator.scaler
     first = state.restore(checkpoint)
     if config.run.compile:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from latentdiff.errors import InputError, MissingDependencyError
 from training.config import OptimizerConfig
+from training.sharding import own
 
 # bitsandbytes by default: smaller tensors keep moments in float32; of the others each block has a scale.
 EIGHT_BIT_FROM = 4096
@@ -69,16 +70,25 @@ def _adamw_8bit(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> 
     return AdamW8bit(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
 
 
-def state_bytes(kind: str, parameters: Iterable[Tensor]) -> int:
-    """Return how many bytes an optimizer keeps for its parameters; single numbers and tables are left out."""
-    return sum(_state_bytes(kind, parameter.shape, parameter.numel()) for parameter in parameters)
+def state_bytes(optimizer: Optimizer) -> int:
+    """Return how many bytes an optimizer keeps once it has taken a step; single numbers and tables are left out."""
+    kept = KEPT[type(optimizer).__name__]
+    return sum(kept(own(parameter).shape) for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _state_bytes(kind: str, shape: torch.Size, count: int) -> int:
-    if kind == "adafactor" and len(shape) > 1:  # the mean of each row and each column, in float32
-        return 4 * (count // shape[-1] + count // shape[-2])
-    if kind == "adafactor":
-        return 4 * count
-    if kind == "adamw_8bit" and count >= EIGHT_BIT_FROM:  # two moments of a byte, and their scales in float32
-        return 2 * count + 2 * 4 * -(-count // EIGHT_BIT_BLOCK)
-    return 8 * count
+def _moments(shape: torch.Size) -> int:
+    return 2 * 4 * shape.numel()
+
+
+def _moments_in_8_bits(shape: torch.Size) -> int:
+    count = shape.numel()
+    blocks = -(-count // EIGHT_BIT_BLOCK)
+    return 2 * (count + 4 * blocks) if count >= EIGHT_BIT_FROM else _moments(shape)
+
+
+def _means_of_rows_and_columns(shape: torch.Size) -> int:
+    count = shape.numel()
+    return 4 * (count // shape[-1] + count // shape[-2] if len(shape) > 1 else count)
+
+
+KEPT = {"AdamW": _moments, "AdamW8bit": _moments_in_8_bits, "Adafactor": _means_of_rows_and_columns}

@@ -77,6 +77,12 @@ def prepared(accelerator: Accelerator, network: nn.Module, optimizer: Optimizer)
     return (network, optimizer) if shards_weights(accelerator) else accelerator.prepare(network, optimizer)
 
 
+def own(tensor: Tensor) -> Tensor:
+    """Return this process's share of a sharded tensor, any other as it is."""
+    sharded: Any = tensor
+    return sharded.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return a sharded tensor whole, any other as it is. All processes have to call it."""
     sharded: Any = tensor

@@ -73,7 +73,7 @@ class RunState:
         """Return the tensors, file by file, for `save_checkpoint`; see `gathered_on_main`."""
         parts: dict[str, Mapping[str, Tensor]] = {name: module.state_dict() for name, module in self.modules.items()}
         parts |= {name: optimizer_tensors(optimizer) for name, optimizer in self.optimizers.items()}
-        parts |= {name: average.weights for name, average in self._averages().items()}
+        parts |= {name: average.weights for name, average in self.averages().items()}
         return {name: gathered_on_main(tensors) for name, tensors in parts.items()}
 
     def counters(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class RunState:
             module.load_state_dict({key: sharded_like(tensor, live.get(key, tensor)) for key, tensor in saved})
         for name, optimizer in self.optimizers.items():
             load_optimizer(optimizer, checkpoint.tensors.get(name, {}))
-        for name, average in self._averages().items():
+        for name, average in self.averages().items():
             saved = checkpoint.tensors[name].items()
             average.weights = {key: sharded_like(tensor, average.weights[key]) for key, tensor in saved}
             average.updates = checkpoint.state["ema_updates"]
@@ -102,15 +102,15 @@ class RunState:
 
     def to(self, device: torch.device) -> None:
         """Move the averages to a device."""
-        for average in self._averages().values():
+        for average in self.averages().values():
             average.to(device)
 
     def average(self, model: nn.Module) -> None:
         """Move the averages towards the live weights."""
-        for average in self._averages().values():
+        for average in self.averages().values():
             average.update(model)
 
-    def _averages(self) -> dict[str, Ema]:
+    def averages(self) -> dict[str, Ema]:
         """Return all averages by the name of their file in a checkpoint."""
         return {"ema": self.ema, **{f"ema_{sigma_rel}": average for sigma_rel, average in self.profiles.items()}}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from latentdiff.cli import main
-from latentdiff.errors import InputError
+from latentdiff.errors import InputError, StorageError
 from tests.training.test_diffusion import config_of
 from tests.training.test_diffusion import tree as shapes
 from tests.training.test_lora_stage import file as lora_recipe  # noqa: F401  (a fixture)
@@ -19,7 +19,7 @@ from tests.training.test_objective import LEARNED, recipe
 from tests.training.test_stages import pictures
 from tests.training.test_validation import with_validation
 from training import check as check_module
-from training import check_parts, cli_train
+from training import check_parts, cli_train, resources
 from training.batches import Batch
 from training.check import look
 from training.check_parts import Row
@@ -132,19 +132,19 @@ def test_what_would_stop_the_run_is_an_error(
     pictures(tmp_path / "pictures", 4)
     file = recipe(tmp_path)
     memory, norms = (
-        r"needs 4\.. MiB \(.*and there are 1.0 MiB; train a smaller",
+        r"needs 4\.. MiB \(.*and there are 1.0 MiB; train a lora, a smaller model",
         r"gradients are \[nan, .*; lower optimizer",
     )
     for module, name, value, message in (
-        (check_parts, "machine_memory", lambda: 2**20, memory),
+        (resources, "machine_memory", lambda: 2**20, memory),
         (check_module, "accumulate_gradients", poisoned, norms),
     ):
         with monkeypatch.context() as changed, pytest.raises(InputError, match=message):
             changed.setattr(torch.cuda, "is_available", lambda: False)
             changed.setattr(module, name, value)
             found(file)
-    monkeypatch.setattr(check_parts.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match=r"2 \+ 1 checkpoints of .* MiB need .* MiB, and .* has 0.0 MiB free"):
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    with pytest.raises(StorageError, match=r"3 checkpoints of .* MiB need .* MiB, and .* has 0.0 MiB free"):
         found(file)
     capsys.readouterr()
     assert main(["train", file, "--check", "--set", "run.stepz=3"]) == 2
