@@ -98,7 +98,7 @@ def estimate_memory(state: RunState, networks: Sequence[nn.Module], device: torc
     if memory.needed > memory.there:
         raise InputError(
             f"training needs {readable(memory.needed)} ({memory}: gradients, optimizer, average) and activations, and "
-            f"there are {readable(memory.there)}; train a lora, a smaller model, or with another optimizer.kind"
+            f"there are {readable(memory.there)}; train a smaller model, with another optimizer.kind, or a lora"
         )
     return memory
 

@@ -132,7 +132,7 @@ def test_what_would_stop_the_run_is_an_error(
     pictures(tmp_path / "pictures", 4)
     file = recipe(tmp_path)
     memory, norms = (
-        r"needs 4\.. MiB \(.*and there are 1.0 MiB; train a lora, a smaller model",
+        r"needs 4\.. MiB \(.*and there are 1.0 MiB; train a smaller model",
         r"gradients are \[nan, .*; lower optimizer",
     )
     for module, name, value, message in (

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from latentdiff.cli import main
-from latentdiff.errors import InputError
+from latentdiff.errors import InputError, StorageError
 from tests.training.test_check import everything_in
 from tests.training.test_lpips import network, weights  # noqa: F401  (fixtures)
 from tests.training.test_stages import pictures, recipe
-from training import check_autoencoder, check_parts, cli_train
+from training import check_autoencoder, check_parts, cli_train, resources
 from training.check_autoencoder import look_at_autoencoder
 from training.check_parts import Row
 from training.config import AutoencoderTraining, load_config
@@ -102,13 +102,13 @@ def test_what_would_stop_the_run_is_an_error(file: str, tmp_path: Path, monkeypa
         monkeypatch.context() as changed,
         pytest.raises(InputError, match=r"and there are 1.0 MiB; train a smaller mod"),
     ):
-        changed.setattr(check_parts, "machine_memory", lambda: 2**20)
+        changed.setattr(resources, "machine_memory", lambda: 2**20)
         found(file)
     with (
         monkeypatch.context() as changed,
-        pytest.raises(InputError, match=r"2 \+ 1 checkpoints of .* has 0.0 MiB free"),
+        pytest.raises(StorageError, match=r"3 checkpoints of .* has 0.0 MiB free"),
     ):
-        changed.setattr(check_parts.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+        changed.setattr(resources.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
         found(file)
     with monkeypatch.context() as changed, pytest.raises(InputError, match=r"first gradients are \[nan, nan"):
         changed.setattr(check_autoencoder, "accumulate_gradients", poisoned)

@@ -66,7 +66,7 @@ def test_too_little_memory_or_disk_is_refused_before_the_first_step(
         assert main(command) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("latentdiff: training needs ") and " weights + " in error
-    assert "and there are 0.2 MiB; train a lora, a smaller model, or with another optimizer.kind" in error
+    assert "and there are 0.2 MiB; train a smaller model, with another optimizer.kind, or a lora" in error
     monkeypatch.setattr(resources.shutil, "disk_usage", lambda place: SimpleNamespace(free=2**18))
     assert main(command) == 4
     error = capsys.readouterr().err.strip().splitlines()[-1]
