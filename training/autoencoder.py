@@ -23,7 +23,6 @@ from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from training.augment import random_view, random_window, rgb
-from training.autoencoder_log import gradient_norms, latent_scalars
 from training.config import AutoencoderTraining
 from training.dataset import CaptionedImages, LazyImages, composite, open_held_out, open_images
 from training.distributed import (
@@ -36,6 +35,7 @@ from training.distributed import (
     start_accelerator,
 )
 from training.ema import Ema
+from training.instruments import gradient_norms, latent_scalars
 from training.loading import drawn_ahead, workers
 from training.losses import PatchDiscriminator, psnr
 from training.lpips import Lpips, load_lpips

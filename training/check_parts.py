@@ -11,17 +11,16 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentdiff.devices import DTYPES
 from latentdiff.errors import InputError
 from training.checkpointing import checkpoint_folders, checkpoint_problem, config_differences
 from training.config import TrainingConfig, completed
 from training.dataset import CaptionedImages
 from training.distributed import start_accelerator
+from training.instruments import matrix_product_rate
 from training.optimizers import require_optimizer
 from training.resources import estimate_disk, estimate_memory, readable
 from training.sharding import shards_weights
@@ -148,19 +147,6 @@ def look_at_steps(
     share = f"{flops / took / peak:.0%} of what a matrix product reaches"
     yield Row("FLOPs of a step", f"{flops:.3g}, {flops / took:.3g} per second", share)
     return flops
-
-
-def matrix_product_rate(accelerator: Accelerator) -> float:
-    """Return the FLOP/s of a large matrix product in the precision of the run."""
-    names = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    side, device = (1024, "cpu") if accelerator.device.type == "cpu" else (8192, accelerator.device)
-    matrix = torch.ones(side, side, dtype=DTYPES[names[accelerator.mixed_precision]], device=device)
-    seconds = []
-    for _ in range(4):
-        began = time.perf_counter()
-        float((matrix @ matrix)[0, 0])  # which waits for the device
-        seconds.append(time.perf_counter() - began)
-    return 2 * side**3 / min(seconds)
 
 
 def short(values: Tensor) -> str:

@@ -44,8 +44,9 @@ from training.dataset import CaptionedImages, open_images, read_captions
 from training.distributed import any_process, gathered, micro_batches, own_shares, sample_noise, start_accelerator
 from training.ema import Ema
 from training.encoders import JointNetwork, add_words, new_words, train_encoder
+from training.instruments import LatentStatistics, gradient_norms, measure_speed
 from training.latents import LatentSet, cached_latents
-from training.objective import diffusion_losses, model_inputs, require_trainable, told
+from training.objective import loss_terms, model_inputs, require_trainable, told
 from training.optimizers import make_optimizer
 from training.posthoc_ema import power_emas, save_snapshot
 from training.prior import draw_prior
@@ -63,7 +64,7 @@ from training.run import (
     start_step,
     stop_on_signal,
 )
-from training.sharding import averaged_network, prepared, require_shardable, shard, shards_weights, whole
+from training.sharding import averaged_network, blank_unet, prepared, require_shardable, shard, shards_weights, whole
 from training.state import RunState
 from training.timesteps import ImportanceSampler, logit_normal_timesteps, stratified_timesteps
 from training.validation import ema_distance, held_out_scalars, load_held_out
@@ -151,14 +152,17 @@ def run_steps(
     `network` is what is called, and `state.modules["model"]` the part of it, or all, that is trained.
     """
     run, trained, importance = config.run, state.modules["model"], state.modules.get("importance")
+    example, twice = draw_batch(data, config, 0, slice(1)), 0.5 * config.self_conditioning
+    plain = blank_unet(parts) if shards_weights(accelerator) else network
+    speed = measure_speed(plain, *called_with(example, config), accelerator=accelerator, more=twice, **told(example))
     unet, optimizer = prepared(accelerator, network, state.optimizers["optimizer"])
     state.to(accelerator.device)
-    log, stopping = Log(run, first, "diffusion", accelerator), False
-    batches = latent_batches(data, config, first, own_shares(accelerator, run))
+    log, statistics, stopping = Log(run, first, "diffusion", accelerator, speed), LatentStatistics(), False
+    batches = statistics.watching(latent_batches(data, config, first, own_shares(accelerator, run)))
     with stop_on_signal() as stopped, fast_attention():
         for step in range(first, run.steps):
             start_step(config, step, optimizer)
-            losses, weights, timesteps, nulls = accumulate_gradients(
+            losses, weights, timesteps, nulls, norms = accumulate_gradients(
                 unet, config, parts, batches, importance, step, accelerator
             )
             loss = (losses * weights).mean()
@@ -174,9 +178,8 @@ def run_steps(
             log.step(step, {**values, "learning_rate": optimizer.param_groups[0]["lr"]})
             done, stopping = step + 1, any_process(accelerator, bool(stopped))
             if done % run.log_every == 0:
-                log.write(
-                    done, {"ema_distance": ema_distance(state.ema, trained), "skipped_steps": state.guard.skipped}
-                )
+                counted = {"ema_distance": ema_distance(state.ema, trained), "skipped_steps": state.guard.skipped}
+                log.write(done, {**counted, **statistics.scalars(accelerator), **norms})
             if done % run.sample_every == 0 or done == run.steps:
                 picture = Path(run.out) / f"samples/{done:08d}.png"
                 with averaged_network(network, parts, trained, state.ema, accelerator) as looked_at:
@@ -201,7 +204,7 @@ def accumulate_gradients(
     importance: nn.Module | None,
     step: int,
     accelerator: Accelerator,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, float]]:
     """Add the gradients of a step's loss to those of the network, micro-step by micro-step.
 
     Args:
@@ -209,10 +212,12 @@ def accumulate_gradients(
 
     Returns:
         Of the whole batch, each (B,) on the CPU: losses, their weights, timesteps, and 1 where the caption was dropped.
+        Of this process's first micro-step, where the log has a line and the loss several terms: their gradient norms.
     """
-    run, total = config.run, parts.schedule.num_train_timesteps
-    generator, seen = seeded(run.seed, step, 0), []
-    to_device = partial(Tensor.to, device=accelerator.device)
+    run, total, generator = config.run, parts.schedule.num_train_timesteps, seeded(config.run.seed, step, 0)
+    # A compiled backward pass can be gone through but once, and sharded gradients are not looked at one by one.
+    logged = (step + 1) % run.log_every == 0 and not run.compile and not shards_weights(accelerator)
+    seen, norms, to_device = list[Tensor](), dict[str, float](), partial(Tensor.to, device=accelerator.device)
     timesteps, weights = draw_timesteps(config.timesteps, importance, total, run.batch_size, generator)
     weights = weights * sample_weights(config)
     estimated = bool(torch.rand((), generator=generator) < 0.5)
@@ -221,20 +226,31 @@ def accumulate_gradients(
         noise, shown = map(to_device, draw_noises(config, step, share, batch.latents.shape[1:]))
         times = timesteps[share].to(accelerator.device)
         with accelerator.autocast():
-            losses = diffusion_losses(unet, parts, config, batch, times, noise, estimated, shown)  # (b,)
+            terms = loss_terms(unet, parts, config, batch, times, noise, estimated, shown)  # (b,) each
+        losses = torch.stack([*terms.values()]).sum(dim=0)  # (b,)
+        if config.prior is not None:
+            of_prior = torch.arange(run.batch_size)[share].to(accelerator.device) % 2
+            terms = {"instance": losses * (1 - of_prior), "prior": losses * of_prior}
+        if logged and not seen and len(terms) > 1:
+            means = {name: (term * weights[share].to(term)).mean() for name, term in terms.items()}
+            norms = gradient_norms(means, unet, accelerator)
         accelerator.backward((losses * weights[share].to(losses)).mean() / run.accumulation)
         seen.append(torch.stack([losses, batch.nulls.to(losses)], dim=1))
     losses, nulls = gathered(accelerator, seen).cpu().unbind(dim=1)
-    return losses, weights, timesteps, nulls
+    return losses, weights, timesteps, nulls, norms
 
 
 def compile_unet(unet: nn.Module, config: DiffusionTraining, data: LatentSet, accelerator: Accelerator) -> None:
     """Compile the network in place on one micro-batch; see `compile_checked`."""
-    share = own_shares(accelerator, config.run)[0]
-    batch = draw_batch(data, config, 0, share).map(partial(Tensor.to, device=accelerator.device))
-    timesteps = torch.zeros(len(batch), dtype=torch.int64, device=accelerator.device)
-    inputs = (model_inputs(batch.latents, config), timesteps, batch.context)
-    compile_checked(unet, *inputs, autocast=accelerator.autocast(), **told(batch))
+    batch = draw_batch(data, config, 0, own_shares(accelerator, config.run)[0])
+    batch = batch.map(partial(Tensor.to, device=accelerator.device))
+    compile_checked(unet, *called_with(batch, config), autocast=accelerator.autocast(), **told(batch))
+
+
+def called_with(batch: Batch, config: DiffusionTraining) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an example of what the network is called with."""
+    timesteps = torch.zeros(len(batch), dtype=torch.int64, device=batch.latents.device)
+    return model_inputs(batch.latents, config), timesteps, batch.context
 
 
 def export(network: nn.Module, parts: Parts, config: DiffusionTraining, folder: Path) -> None:

@@ -72,7 +72,22 @@ def diffusion_losses(
     estimated: bool = False,
     shown: Tensor | None = None,
 ) -> Tensor:
-    """Return the loss (B,) of each image of a batch.
+    """Return the loss (B,) of each image of a batch, the sum of its terms; arguments are those of `loss_terms`."""
+    given = (unet, parts, config, batch, timesteps, noise, estimated, shown)
+    return torch.stack([*loss_terms(*given).values()]).sum(dim=0)
+
+
+def loss_terms(
+    unet: Any,
+    parts: Parts,
+    config: DiffusionTraining,
+    batch: Batch,
+    timesteps: Tensor,
+    noise: Tensor,
+    estimated: bool = False,
+    shown: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Return the terms of the loss, each (B,), of each image of a batch: "simple", "vlb", or both.
 
     Args:
         unet: called as the network is; may run in half precision.
@@ -100,7 +115,7 @@ def diffusion_losses(
     errors = (prediction - schedule.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))  # (B,)
     simple = errors * loss_weight(schedule, timesteps, config.weighting, config.min_snr_gamma)
     if config.loss == "simple":
-        return simple
+        return {"simple": simple}
     # Hybrid: the bound trains the variance alone, so that its noisy gradient leaves the prediction in peace.
     judged = prediction.detach() if config.loss == "hybrid" else prediction
     x0 = x0_estimate(schedule.prediction_type, noisy, judged, sigmas)
@@ -108,7 +123,7 @@ def diffusion_losses(
     in_pixels = isinstance(parts.autoencoder, PixelSpace)
     nats = bound_nats(schedule, latents, x_t, x0, timesteps, variance, eight_bit=in_pixels)
     bound = schedule.num_train_timesteps * nats.mean(dim=(1, 2, 3)) / math.log(2)  # (B,) bits per dimension
-    return bound if config.loss == "vlb" else simple + config.vlb_weight * bound
+    return {"vlb": bound} if config.loss == "vlb" else {"simple": simple, "vlb": config.vlb_weight * bound}
 
 
 def loss_weight(schedule: NoiseSchedule, timesteps: Tensor, weighting: str = "min_snr", gamma: float = 5.0) -> Tensor:

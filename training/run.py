@@ -38,6 +38,7 @@ from training.checkpointing import (
     save_checkpoint,
 )
 from training.config import OptimizerConfig, RunConfig, TrainingConfig, completed
+from training.instruments import Speed
 from training.optimizers import require_optimizer
 from training.posthoc_ema import remove_snapshots
 from training.state import RunState
@@ -210,7 +211,10 @@ class Log:
     Only the main process writes.
     """
 
-    def __init__(self, config: RunConfig, first_step: int, label: str, accelerator: Accelerator) -> None:
+    def __init__(
+        self, config: RunConfig, first_step: int, label: str, accelerator: Accelerator, speed: Speed | None = None
+    ) -> None:
+        self.speed = speed
         self.every, self.batch_size, main = config.log_every, config.batch_size, accelerator.is_main_process
         self.trackers = open_trackers(config, first_step) if main else []
         total, hidden = config.steps, not main
@@ -227,7 +231,9 @@ class Log:
         if (step + 1) % self.every == 0:
             means = {name: (total / self.count).item() for name, total in self.sums.items()}
             seconds = time.perf_counter() - self.since  # drawing and saving included
-            self.write(step + 1, {**means, "images_per_second": self.count * self.batch_size / seconds})
+            rate = self.count * self.batch_size / seconds
+            speed = {} if self.speed is None else self.speed.scalars(rate)
+            self.write(step + 1, {**means, "images_per_second": rate, **speed})
             self.bar.set_postfix_str(" ".join(f"{name} {value:.4g}" for name, value in means.items()), refresh=False)
             self.sums, self.count, self.since = {}, 0, time.perf_counter()
 

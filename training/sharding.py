@@ -114,6 +114,13 @@ def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor, model.device_mesh, model.placements)
 
 
+def blank_unet(parts: Parts) -> UNet2DConditionModel:
+    """Return a whole U-Net of the shape of a model's, without weights."""
+    assert parts.unet is not None
+    with torch.device("meta"):
+        return UNet2DConditionModel(parts.unet.config)
+
+
 @contextmanager
 def averaged_network(
     network: nn.Module, parts: Parts, trained: nn.Module, ema: Ema, accelerator: Accelerator
@@ -135,9 +142,7 @@ def averaged_network(
         with ema.swapped_into(trained):
             yield network, parts
     else:
-        assert parts.unet is not None
-        with torch.device("meta"):
-            unet = UNet2DConditionModel(parts.unet.config)
+        unet = blank_unet(parts)
         unet.load_state_dict(weights, assign=True)
         unet = unet.to(accelerator.device).eval()
         yield unet, replace(parts, unet=unet)

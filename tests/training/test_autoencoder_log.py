@@ -13,8 +13,8 @@ from tests.training.test_distributed import logged
 from tests.training.test_lpips import network, weights  # noqa: F401  (fixtures)
 from tests.training.test_stages import pictures, recipe
 from training import cli_train
-from training.autoencoder_log import gradient_norms, latent_scalars
 from training.checkpointing import load_latest
+from training.instruments import gradient_norms, latent_scalars
 
 LOSS = ["loss.adversarial=0.5", "loss.adversarial_start=1", "loss.r1=1", "loss.lpips=0.5"]
 
