@@ -60,7 +60,7 @@ def open_trackers(run: RunConfig, first_step: int) -> list[Tracker]:
     Raises:
         InputError: a service refuses.
     """
-    folder = Path(run.out)
+    folder = Path(run.out).resolve()
     return [OPEN[name](folder, first_step) for name in run.trackers]
 
 
@@ -103,6 +103,8 @@ class Remembered:
         known = json.loads(file.read_text()) if file.exists() else {}
         if known.get("config") == self.config:
             self.id, self.last = known["id"], known["last"]
+        else:
+            self.note(0)
 
     def note(self, step: int) -> None:
         """Keep that the service is being told of a step."""
