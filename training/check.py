@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from latentdiff.checkpoints import Parts
 from latentdiff.models.pixels import PixelSpace
+from training.assembly import assemble, encode_data, load_parts, network_to_train, open_data
 from training.batches import Batch, draw_batch, latent_batches
 from training.check_autoencoder import look_at_autoencoder
 from training.check_parts import (
@@ -36,14 +37,7 @@ from training.check_parts import (
     start_check,
 )
 from training.config import AutoencoderTraining, DiffusionTraining, TrainingConfig
-from training.diffusion import (
-    accumulate_gradients,
-    assemble,
-    encode_data,
-    load_parts,
-    network_to_train,
-    open_data,
-)
+from training.diffusion import accumulate_gradients
 from training.distributed import own_shares, sample_noise
 from training.encoders import JointNetwork
 from training.latents import LatentSet

@@ -8,9 +8,7 @@ Try:
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,40 +19,28 @@ from torch import Tensor, nn
 
 from latentdiff.checkpoints import (
     Parts,
-    embedded_model,
-    load_autoencoder,
-    load_pipeline,
-    load_text_encoder,
     save_pipeline,
 )
 from latentdiff.checkpoints.lora import save_lora
 from latentdiff.checkpoints.textual_inversion import save_embedding
-from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import InputError
-from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.lora import LoRA
-from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
-from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
+from latentdiff.models.pixels import PixelSpace
 from latentdiff.pipeline import Pipeline
 from latentdiff.settings import Settings
 from training.adapters import Adapted
+from training.assembly import assemble, load_parts, prepare_data
 from training.batches import Batch, draw_batch, latent_batches, sample_weights
 from training.config import DiffusionTraining
-from training.dataset import CaptionedImages, open_images, read_captions
 from training.distributed import any_process, gathered, micro_batches, own_shares, sample_noise, start_accelerator
-from training.ema import Ema
-from training.encoders import JointNetwork, add_words, new_words, train_encoder
+from training.encoders import JointNetwork
 from training.instruments import LatentStatistics, gradient_norms, measure_speed
-from training.latents import LatentSet, cached_latents
+from training.latents import LatentSet
 from training.objective import loss_terms, model_inputs, require_trainable, told
-from training.optimizers import make_optimizer
-from training.posthoc_ema import power_emas, save_snapshot
-from training.prior import draw_prior
+from training.posthoc_ema import save_snapshot
 from training.process import show_process
 from training.resources import require_room
 from training.run import (
     Log,
-    checkpoint_gradients,
     compile_checked,
     fast_attention,
     open_run,
@@ -64,16 +50,13 @@ from training.run import (
     start_step,
     stop_on_signal,
 )
-from training.sharding import averaged_network, blank_unet, prepared, require_shardable, shard, shards_weights, whole
+from training.sharding import averaged_network, blank_unet, prepared, require_shardable, shards_weights, whole
 from training.state import RunState
 from training.timesteps import ImportanceSampler, logit_normal_timesteps, stratified_timesteps
 from training.validation import ema_distance, held_out_scalars, load_held_out
 
 LORA_FILE = "lora.safetensors"
 EMBEDDING_FILE = "embedding.safetensors"
-
-# Latents whose mean and standard deviation are looked at before training, at most about so many.
-MEASURED = 4096
 
 
 def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
@@ -102,39 +85,6 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
             if looked_at is not None:
                 export(*looked_at, config, folder)
     return folder / (LORA_FILE if config.lora else EMBEDDING_FILE if config.textual_inversion else "model")
-
-
-def assemble(
-    config: DiffusionTraining, data: LatentSet, parts: Parts, accelerator: Accelerator
-) -> tuple[nn.Module, Parts, RunState]:
-    """Return the network that is called while training, the parts with its U-Net, and what of it all is trained."""
-    torch.manual_seed(config.run.seed)
-    unet = network_to_train(config, data, parts)
-    network, trained = adapt(unet, config, parts)
-    modules: dict[str, nn.Module] = {"model": trained}
-    if config.timesteps == "importance":
-        modules["importance"] = ImportanceSampler(parts.schedule.num_train_timesteps)
-    if config.run.gradient_checkpointing:
-        checkpoint_gradients(unet)
-    if shards_weights(accelerator):
-        shard(unet, accelerator)
-    ema, profiles = Ema(trained, config.run.ema_decay), power_emas(trained, config.run)
-    state = RunState(modules, {"optimizer": make_optimizer(trained, config.optimizer)}, ema, profiles)
-    return network, replace(parts, unet=unet), state
-
-
-def adapt(unet: UNet2DConditionModel, config: DiffusionTraining, parts: Parts) -> tuple[nn.Module, nn.Module]:
-    """Return what is called in place of a U-Net while training, and the part of it, or all, that is trained."""
-    if config.lora is not None:
-        adapted = Adapted(unet, config.lora)
-        return adapted, adapted.adapters
-    if config.textual_inversion is not None:
-        words = new_words(parts, config.textual_inversion)
-        return JointNetwork(unet.requires_grad_(False), parts.text_encoder.requires_grad_(False), words), words
-    if config.train_text_encoder:
-        joint = JointNetwork(unet, train_encoder(parts))
-        return joint, joint
-    return unet, unet
 
 
 def run_steps(
@@ -300,105 +250,9 @@ def draw_noises(config: DiffusionTraining, step: int, share: slice, shape: Seque
     return noise, noise + config.input_perturbation * more
 
 
-def prepare_data(config: DiffusionTraining, parts: Parts, folder: Path) -> LatentSet:
-    """Open the pictures, encode them and their captions (from the cache where it has them), and check latents.
-
-    Raises:
-        InputError: the pictures cannot be used, or the latents' mean or standard deviation is far from 0 and 1.
-        StorageError: the cache cannot be written.
-    """
-    data = encode_data(config, parts, folder, open_data(config, parts, folder))
-    if config.prior is None:
-        return data
-    drawn = config.model_copy(update={"data": draw_prior(config, parts, folder)})
-    return replace(data, prior=encode_data(drawn, parts, folder, open_data(drawn, parts, folder)))
-
-
-def open_data(config: DiffusionTraining, parts: Parts, folder: Path) -> CaptionedImages:
-    """Open the pictures to train on; see `training.dataset.open_images`."""
-    multiple = 8 * parts.autoencoder.config.downsample_factor
-    return open_images(config.data, config.run.batch_size, folder, _cache(config, folder), multiple)
-
-
-def encode_data(config: DiffusionTraining, parts: Parts, folder: Path, images: CaptionedImages) -> LatentSet:
-    """Encode pictures and their captions, and check the latents; see `prepare_data`."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for network in (parts.autoencoder, parts.text_encoder, parts.text_encoder_2):
-        if network is not None:
-            network.to(device)
-    cache = _cache(config, folder)
-    data = cached_latents(images, config.data, config.run.seed, parts, cache, config.encodes_each_step)
-    if isinstance(parts.autoencoder, PixelSpace):
-        return data
-    kinds = len(data.choices[0])
-    measured = range(0, len(data.latents), kinds * (1 + (len(images) - 1) // MEASURED))
-    plain = torch.cat([data.latents[index].float().flatten(1) for index in measured], dim=1)  # (C, N*h*w)
-    mean, std = plain.mean(dim=1), plain.std(dim=1)
-    if mean.abs().max() > 0.3 or std.max() > 1.5 or std.min() < 0.6:
-        problem = f"mean about 0 and standard deviation about 1, got {_short(mean)} and {_short(std)}"
-        if config.start_from is None:
-            raise InputError(
-                f"latents must have {problem}; the autoencoder was measured on other pictures: train it on these, or "
-                "run its export again"
-            )
-        print(f"latents of these pictures do not have {problem}: the model knows other ones", file=sys.stderr)
-    return data
-
-
-def network_to_train(config: DiffusionTraining, data: LatentSet, parts: Parts) -> UNet2DConditionModel:
-    """Return a new U-Net that fits the latents and contexts, or that of the model to start from."""
-    if parts.unet is not None:
-        return parts.unet.requires_grad_(True).train()
-    channels, side = data.latents[0].shape[0], round(data.latents[0][0].numel() ** 0.5)
-    follows = {
-        "in_channels": channels * (1 + config.self_conditioning),
-        "out_channels": channels * (1 + (parts.schedule.variance_type == "learned_range")),
-        "sample_size": side,
-        "self_conditioning": config.self_conditioning,
-    }
-    shape = {"cross_attention_dim": parts.text_encoder.config.hidden_size, **config.model, **follows}
-    return UNet2DConditionModel(UNetConfig.from_dict(shape))
-
-
 def draw_samples(parts: Parts, config: DiffusionTraining, file: Path) -> None:
     """Draw the config's prompts, one row of pictures each eight, with fixed seeds."""
     steps = min(Settings.num_inference_steps, parts.schedule.num_train_timesteps)
     options: dict[str, Any] = {"guidance_scale": config.guidance_scale, "num_inference_steps": steps}
     result = Pipeline(parts)(config.prompts, seed=0, output_type="pt", **options)
     save_grid(result.images * 2 - 1, file, columns=8)
-
-
-def load_parts(config: DiffusionTraining) -> Parts:
-    """Load the model to start from; or the frozen halves, autoencoder, text encoder and schedule, without a U-Net.
-
-    Without an autoencoder latents are pixels; without a text encoder each different caption is a class.
-    """
-    if config.start_from is not None:
-        parts = load_pipeline(config.start_from)
-        return parts if config.textual_inversion is None else add_words(parts, config.textual_inversion)
-    schedule = NoiseSchedule.from_dict(config.schedule)
-    if config.autoencoder is None:
-        space: Any = PixelSpace(PixelSpaceConfig(latent_channels=config.channels))
-    else:
-        space = load_autoencoder(Path(config.autoencoder))
-    if config.text_encoder in ("labels", "none"):
-        labels: tuple[str, ...] = ()
-        if config.text_encoder == "labels":
-            found = read_captions(config.data, _cache(config, Path(config.run.out)))
-            labels = tuple(sorted({caption for captions in found for caption in captions}))
-        encoder: Any = LabelEncoder(LabelConfig(labels=labels, hidden_size=max(1, len(labels))))
-        return Parts(None, space.requires_grad_(False), encoder.requires_grad_(False), None, schedule)
-    text = embedded_model() if config.text_encoder == "embedded" else Path(config.text_encoder)
-    encoder, tokenizer = load_text_encoder(text)
-    if isinstance(encoder, CLIPTextModel) and encoder.config.with_projection:  # of OpenCLIP's files, and of no use here
-        del encoder.text_projection
-        encoder.config = replace(encoder.config, with_projection=False)
-    return Parts(None, space.requires_grad_(False), encoder, tokenizer, schedule)
-
-
-def _cache(config: DiffusionTraining, folder: Path) -> Path:
-    return Path(config.cache) if config.cache else folder / "cache"
-
-
-def _short(values: Tensor) -> str:
-    return "[" + ", ".join(f"{value:.2f}" for value in values.tolist()) + "]"

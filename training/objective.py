@@ -16,11 +16,14 @@ from latentdiff.errors import InputError
 from latentdiff.models.pixels import PixelSpace
 from training.batches import Batch
 from training.config import DiffusionTraining
+from training.encoders import require_one_encoder
 
 
 def require_trainable(config: DiffusionTraining, parts: Parts) -> None:
     """Raise InputError where loss, variance and schedule do not fit together, or the U-Net asks for more than text."""
     schedule = parts.schedule
+    if config.encodes_each_step:
+        require_one_encoder(parts, "train_text_encoder" if config.train_text_encoder else "textual_inversion")
     if parts.unet is not None:
         shape = parts.unet.config
         more = {

@@ -14,11 +14,11 @@ from PIL import Image
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
 from training import cli_train, dataset
+from training.assembly import load_parts, prepare_data
 from training.augment import paint, plan_variants
 from training.batches import Batch, draw_batch, latent_batches
 from training.config import AutoencoderTraining, DiffusionTraining, parse_config
 from training.dataset import open_images
-from training.diffusion import load_parts, prepare_data
 from training.latents import Texts
 
 SIZES = [(30, 30), (34, 30), (60, 30), (64, 31), (30, 60), (31, 63), (33, 30)]

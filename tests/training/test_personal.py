@@ -21,10 +21,10 @@ from tests.training.test_lora_stage import base
 from tests.training.test_lora_stage import file as lora_file  # noqa: F401  (a fixture)
 from tests.training.test_stages import SIZE, weights_of
 from training import cli_train
+from training.assembly import load_parts, prepare_data
 from training.batches import draw_batch, sample_weights
 from training.checkpointing import checkpoint_folders
 from training.config import DiffusionTraining, load_config
-from training.diffusion import load_parts, prepare_data
 from training.encoders import JointNetwork, add_words, new_words
 
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}

@@ -16,13 +16,13 @@ from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.bert import BertConfig, BertModel
 from tests.models.tiny import BERT, write_bert_vocabulary
 from training import cli_train
+from training.assembly import load_parts as diffusion_parts
+from training.assembly import network_to_train, prepare_data
 from training.autoencoder import fold_statistics
 from training.batches import draw_batch
 from training.checkpointing import load_latest
 from training.config import load_config, parse_config
 from training.dataset import load_images
-from training.diffusion import load_parts as diffusion_parts
-from training.diffusion import network_to_train, prepare_data
 from training.losses import psnr
 
 PARTS = ("autoencoder", "text_encoder", "model", "schedule")

@@ -21,8 +21,8 @@ from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from tests.models.tiny import randomize, write_bert_vocabulary, write_clip_vocabulary
 from tests.training.test_stages import SIZE, pictures, recipe, weights_of
 from training import cli_train
+from training.assembly import load_parts, prepare_data
 from training.config import load_config
-from training.diffusion import load_parts, prepare_data
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 WINDOW, END = 8, "<|endoftext|>"

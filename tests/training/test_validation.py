@@ -19,9 +19,9 @@ from tests.training.test_distributed import logged
 from tests.training.test_objective import recipe
 from tests.training.test_stages import pictures, weights_of
 from training import cli_train
+from training.assembly import load_parts, network_to_train, prepare_data
 from training.batches import Batch
 from training.config import DiffusionTraining, load_config
-from training.diffusion import load_parts, network_to_train, prepare_data
 from training.ema import Ema
 from training.validation import (
     BUCKETS,
