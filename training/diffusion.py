@@ -17,10 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latentdiff.checkpoints import (
-    Parts,
-    save_pipeline,
-)
+from latentdiff.checkpoints import Parts, save_pipeline
 from latentdiff.checkpoints.lora import save_lora
 from latentdiff.checkpoints.textual_inversion import save_embedding
 from latentdiff.models.lora import LoRA
