@@ -40,7 +40,7 @@ from training.config import AutoencoderTraining, DiffusionTraining, TrainingConf
 from training.diffusion import accumulate_gradients
 from training.distributed import own_shares, sample_noise
 from training.encoders import JointNetwork
-from training.latents import LatentSet
+from training.latents import LatentSet, tell_of_cut
 from training.objective import diffusion_losses, require_trainable
 from training.run import fast_attention, seeded, start_step
 from training.state import RunState
@@ -91,6 +91,7 @@ def look(config: DiffusionTraining) -> Iterator[Row]:
             yield Row("prior pictures", value[:52], "drawn before the first step, left out here")
             config = config.model_copy(update={"prior": None})
         data = encode_data(config, parts, Path(folder), images)
+        tell_of_cut(data.captions, parts)
         yield look_at_held_out(config, parts)
         yield from look_at_samples(config, data, parts)
         network, parts, state = assemble(config, data, parts, accelerator)

@@ -31,7 +31,7 @@ from training.config import DiffusionTraining
 from training.distributed import any_process, gathered, micro_batches, own_shares, sample_noise, start_accelerator
 from training.encoders import JointNetwork
 from training.instruments import LatentStatistics, gradient_norms, measure_speed
-from training.latents import LatentSet
+from training.latents import LatentSet, tell_of_cut
 from training.objective import loss_terms, model_inputs, require_trainable, told
 from training.posthoc_ema import save_snapshot
 from training.process import show_process
@@ -70,6 +70,8 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     require_trainable(config, parts)
     with accelerator.main_process_first():  # which writes the cache
         data, held_out = prepare_data(config, parts, folder), load_held_out(config, parts)
+    if accelerator.is_main_process:
+        tell_of_cut(data.captions, parts)
     network, parts, state = assemble(config, data, parts, accelerator)
     require_room(config.run, state, (network, parts.autoencoder, parts.text_encoder), accelerator.device)
     state.scaler = accelerator.scaler

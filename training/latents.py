@@ -25,6 +25,8 @@ from training.dataset import CaptionedImages, Sample
 from training.loading import prefetched
 from training.order import BatchOrder
 
+TOLD_TOGETHER = 256  # captions, since all of them get as many windows as the longest
+
 
 class Texts(Protocol):
     """What the network is told of each of M captions, the empty one first."""
@@ -127,8 +129,22 @@ def token_rows(captions: Sequence[str], parts: Parts) -> Tensor:
     """Return numbers and mask (M, 2, L) of the tokens of captions, of those that are longer than L the first part."""
     assert parts.tokenizer is not None
     tokens, length = parts.tokenizer(captions), parts.tokenizer.model_max_length
-    _warn_of_long([caption for caption, windows in zip(captions, tokens.windows) if windows > 1])
     return torch.stack([tokens.input_ids[:, :length], tokens.attention_mask[:, :length]], dim=1)
+
+
+def tell_of_cut(captions: Sequence[str], parts: Parts) -> None:
+    """Say on stderr how many captions are longer than the text window, whether they are encoded now or were before."""
+    if parts.tokenizer is None:
+        return
+    shares = [captions[first : first + TOLD_TOGETHER] for first in range(0, len(captions), TOLD_TOGETHER)]
+    windows = [count for share in shares for count in parts.tokenizer(share).windows]
+    cut = [caption for caption, count in zip(captions, windows) if count > 1]
+    if cut:
+        print(
+            f"{len(cut)} of {len(captions)} captions are longer than the text window of "
+            f"{parts.tokenizer.model_max_length} tokens, and only what fits is seen; first {cut[0][:80]!r}",
+            file=sys.stderr,
+        )
 
 
 def _cached_states(captions: Sequence[str], parts: Parts, folder: Path) -> States:
@@ -156,7 +172,6 @@ def _pooled_width(parts: Parts) -> int:
 def _packed_states(captions: Sequence[str], parts: Parts) -> Tensor:
     """Return what `States` are made of, (B, L, D) or (B, L + 1, D)."""
     encoded = parts.prompt_encoder(captions)
-    _warn_of_long([caption for caption, states in zip(captions, encoded) if len(states.states) > 1])
     packed = []
     for caption, own in zip(captions, encoded):
         states = own.states[0]  # (L, D)
@@ -164,12 +179,6 @@ def _packed_states(captions: Sequence[str], parts: Parts) -> Tensor:
             states = torch.cat([states, F.pad(own.pooled, (0, states.shape[1] - len(own.pooled)))[None]])
         packed.append(states * 0 if parts.force_zeros and not caption else states)
     return torch.stack(packed)
-
-
-def _warn_of_long(captions: Sequence[str]) -> None:
-    if captions:
-        shown = f"{captions[0]!r:.200}"
-        print(f"{len(captions)} captions are longer than the text window and cut, first {shown}", file=sys.stderr)
 
 
 @torch.no_grad()

@@ -73,16 +73,19 @@ ENCODERS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of pictures, a trained autoencoder of them and the config of a run that gives the network text."""
+    """A folder of pictures, one of them with a long caption, a trained autoencoder, and the config of a run."""
     folder = tmp_path_factory.mktemp("runs")
-    pictures(folder / "pictures", 6)
+    metadata = pictures(folder / "pictures", 6) / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace('"f"', f'"{" ".join("f" * 20)}"'))
     cli_train(recipe(folder, "autoencoder"), [], False, None)
     recipe(folder, "diffusion")
     return folder
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_a_network_learns_from_an_encoder_and_its_model_draws_alike_everywhere(place: Path, kind: str) -> None:
+def test_a_network_learns_from_an_encoder_and_its_model_draws_alike_everywhere(
+    place: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     write, peer_class = ENCODERS[kind]
     torch.manual_seed(0)
     write(place / kind)
@@ -93,15 +96,18 @@ def test_a_network_learns_from_an_encoder_and_its_model_draws_alike_everywhere(p
     config: Any = load_config(place / "diffusion.yaml", changes)
     data = prepare_data(config, load_parts(config), run)
     words = transformers.AutoTokenizer.from_pretrained(run / "model/tokenizer")
-    batch = words(data.captions, padding="max_length", max_length=WINDOW, return_tensors="pt")
+    batch = words(data.captions, padding="max_length", max_length=WINDOW, truncation=True, return_tensors="pt")
     with torch.no_grad():
         expected = peer_class.from_pretrained(place / kind / "text_encoder").eval()(batch.input_ids).last_hidden_state
-    contexts = torch.stack([data.contexts[row].float() for row in range(len(data.captions))])
+    contexts, _ = data.texts.take(range(len(data.captions)))
     torch.testing.assert_close(contexts, expected, rtol=2e-3, atol=2e-3)  # float16 on disk
 
     shutil.copytree(run, broken)
     (broken / "checkpoints/step-00000004/manifest.json").unlink()
+    capsys.readouterr()
     cli_train(str(place / "diffusion.yaml"), changes, True, str(broken))
+    told = "1 of 7 captions are longer than the text window of 8 tokens, and only what fits is seen; first 'f f f"
+    assert told in capsys.readouterr().err  # though they were encoded before
     unbroken, resumed = weights_of(run), weights_of(broken)
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in unbroken.items())
 
