@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from latentdiff.checkpoints import Parts, embedded_model, load_autoencoder, load_pipeline, load_text_encoder
 from latentdiff.diffusion.schedule import NoiseSchedule
@@ -26,7 +26,7 @@ from training.latents import LatentSet, cached_latents
 from training.optimizers import make_optimizer
 from training.posthoc_ema import power_emas
 from training.prior import draw_prior
-from training.run import checkpoint_gradients
+from training.run import checkpoint_gradients, short
 from training.sharding import shard, shards_weights
 from training.state import RunState
 from training.timesteps import ImportanceSampler
@@ -98,7 +98,7 @@ def encode_data(config: DiffusionTraining, parts: Parts, folder: Path, images: C
     plain = torch.cat([data.latents[index].float().flatten(1) for index in measured], dim=1)  # (C, N*h*w)
     mean, std = plain.mean(dim=1), plain.std(dim=1)
     if mean.abs().max() > 0.3 or std.max() > 1.5 or std.min() < 0.6:
-        problem = f"mean about 0 and standard deviation about 1, got {_short(mean)} and {_short(std)}"
+        problem = f"mean about 0 and standard deviation about 1, got {short(mean, most=16)} and {short(std, most=16)}"
         if config.start_from is None:
             raise InputError(
                 f"latents must have {problem}; the autoencoder was measured on other pictures: train it on these, or "
@@ -158,7 +158,3 @@ def network_to_train(config: DiffusionTraining, data: LatentSet, parts: Parts) -
 
 def _cache(config: DiffusionTraining, folder: Path) -> Path:
     return Path(config.cache) if config.cache else folder / "cache"
-
-
-def _short(values: Tensor) -> str:
-    return "[" + ", ".join(f"{value:.2f}" for value in values.tolist()) + "]"

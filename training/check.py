@@ -32,7 +32,6 @@ from training.check_parts import (
     look_at_memory,
     look_at_pictures,
     look_at_steps,
-    short,
     small_enough,
     start_check,
 )
@@ -42,7 +41,7 @@ from training.distributed import own_shares, sample_noise
 from training.encoders import JointNetwork
 from training.latents import LatentSet, tell_of_cut
 from training.objective import diffusion_losses, require_trainable
-from training.run import fast_attention, seeded, start_step
+from training.run import fast_attention, seeded, short, start_step
 from training.state import RunState
 from training.timesteps import stratified_timesteps
 from training.validation import bucket_names, gaussian_bounds, held_out_errors, load_held_out

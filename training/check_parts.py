@@ -149,11 +149,6 @@ def look_at_steps(
     return flops
 
 
-def short(values: Tensor) -> str:
-    """Write a few numbers."""
-    return "[" + ", ".join(f"{value:.2f}" for value in values[:6].tolist()) + (", ..." if len(values) > 6 else "") + "]"
-
-
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.2g} s"

@@ -185,6 +185,12 @@ def seeded(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(repr(parts)).getrandbits(63))
 
 
+def short(values: Tensor, most: int = 6) -> str:
+    """Return numbers as messages have them, the first few: "[0.12, -1.00, ...]"."""
+    more = ", ..." if len(values) > most else ""
+    return f"[{', '.join(f'{value:.2f}' for value in values[:most].tolist())}{more}]"
+
+
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list that the loop looks at after each step; the second one exits at once."""
