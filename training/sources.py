@@ -73,7 +73,7 @@ def open_source(config: DataConfig, split: str = "train", cache: Path | None = N
         cache: folder of what is kept of remote shards; None keeps nothing.
 
     Raises:
-        MissingSplitError: the source has no such split.
+        MissingSplitError: the source has no such split, or nothing in it that is kept.
         InputError: there is nothing of a known kind, a column is missing, or no picture is left.
         StorageError: remote shards cannot be read, or the cache cannot be written.
     """
@@ -82,7 +82,8 @@ def open_source(config: DataConfig, split: str = "train", cache: Path | None = N
     if not source.rows:
         raise InputError(f"{source.place} is empty; add pictures")
     if not wanted:
-        raise InputError(f"{source.place}: no picture is left after data.keep and data.drop; loosen them")
+        kind = InputError if split == "train" else MissingSplitError
+        raise kind(f"{source.place}: no picture is left after data.keep and data.drop; loosen them")
     source = source if len(wanted) == len(source) else source.subset(wanted)
     return source if not config.captions else replace(source, rows=[{"captions": config.captions}] * len(source))
 

@@ -105,6 +105,8 @@ def test_held_out_pictures_are_those_of_the_split(tmp_path: Path) -> None:
     held_out = load_held_out(config, parts)
     assert held_out is not None and held_out.latents.shape == (3, 3, 16, 16) and held_out.latents.abs().max() <= 1
     assert held_out.context.argmax(dim=2).flatten().tolist() == [0, 1, 2]
+    narrow = config.data.model_copy(update={"keep": {"text": ["f"]}})
+    assert load_held_out(config.model_copy(update={"data": narrow}), parts) is None  # which is trained on alone
     shutil.rmtree(tmp_path / "pictures/validation")
     assert load_held_out(config, parts) is None
     assert held_out_scalars(None, parts, config, None, Accelerator(cpu=True)) == {}
