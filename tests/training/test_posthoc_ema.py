@@ -17,8 +17,10 @@ from latentdiff.checkpoints import load_pipeline
 from latentdiff.errors import InputError
 from tests.training.test_stages import pictures, recipe, weights_of
 from training import cli_train, posthoc_ema
+from training.check import look_at_disk
 from training.checkpointing import load_latest
 from training.config import RunConfig, load_config, parse_config
+from training.ema import Ema
 from training.posthoc_ema import (
     SIGMA_RELS,
     PowerEma,
@@ -33,6 +35,7 @@ from training.posthoc_ema import (
     sigma_rel_of,
     snapshots,
 )
+from training.state import RunState
 
 UPDATES, EVERY, WIDTH = 2000, 25, 64
 # Of reconstructions, as shares of how far the average is from the live weights: from float32, and as it is stored.
@@ -117,7 +120,7 @@ def test_any_width_is_the_average_that_would_have_been_kept(
     steps = keep_snapshots(tmp_path)
     for step in (UPDATES, UPDATES // 2):
         for sigma_rel, tolerances in TOLERANCES.items():
-            found, error = average_of(tmp_path, sigma_rel, step)
+            found, error, _ = average_of(tmp_path, sigma_rel, step)
             expected = weights_of_steps(sigma_rel, step) @ steps[:step]
             tolerance = tolerances[stored == torch.float16] * np.abs(steps[step - 1] - expected).max()
             assert np.abs(found["weight"].numpy() - expected).max() < tolerance, sigma_rel
@@ -129,16 +132,17 @@ def test_what_was_stored_comes_back_to_rounding(walk: tuple[Path, np.ndarray], s
     run, _ = walk
     stored = load_file(snapshots(run)[step])
     for sigma_rel in SIGMA_RELS:
-        found, error = average_of(run, sigma_rel, step)
-        assert error < 1e-6
+        found, error, rounding = average_of(run, sigma_rel, step)
+        assert error < 1e-6 and rounding == pytest.approx(1, abs=1e-4)
         assert torch.allclose(found["weight"], stored[f"{sigma_rel}/weight"].float(), rtol=0, atol=1e-6)
 
 
 def test_between_snapshots_and_with_few_of_them_the_error_says_so(walk: tuple[Path, np.ndarray]) -> None:
     run, steps = walk
     middle = UPDATES // 2 + EVERY // 2
-    found, error = average_of(run, 0.1, middle)
+    found, error, _ = average_of(run, 0.1, middle)
     expected = weights_of_steps(0.1, middle) @ steps[:middle]
+    assert average_of(run, 0.02).rounding > 10
     assert np.abs(found["weight"].numpy() - expected).max() < 0.1 * np.abs(steps[middle - 1] - expected).max()
     assert 0.1 < error < 0.2
     gammas = np.array([gamma_of(sigma_rel) for sigma_rel in SIGMA_RELS])
@@ -163,7 +167,7 @@ def test_damage_and_impossible_wishes_are_told(walk: tuple[Path, np.ndarray], tm
         (copy / file.name).write_bytes(content if step == EVERY else content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(InputError, match=r"step-00000050.safetensors is damaged; delete it to do without"):
         average_of(tmp_path, 0.1)
-    assert average_of(tmp_path, 0.1, EVERY)[1] < 1e-6
+    assert average_of(tmp_path, 0.1, EVERY).error < 1e-6
 
 
 def test_nothing_is_stored_before_the_first_update(tmp_path: Path) -> None:
@@ -176,7 +180,7 @@ def test_nothing_is_stored_before_the_first_update(tmp_path: Path) -> None:
         average.update(layer)
     save_snapshot(run, 2, averages, MAIN)
     assert list(snapshots(tmp_path)) == [2]
-    found, error = average_of(tmp_path, 0.1)
+    found, error, _ = average_of(tmp_path, 0.1)
     assert error < 1e-6 and torch.allclose(found["weight"], layer.weight, atol=1e-3)
 
 
@@ -231,7 +235,7 @@ def test_the_command_writes_models_that_differ_in_the_network_alone(
         assert main([str(run), "--sigma-rel", sigma_rel, "--out", str(tmp_path / sigma_rel)]) == 0
         assert f"saved {tmp_path / sigma_rel}; its profile is that of sigma_rel {sigma_rel}" in capsys.readouterr().out
     narrow, wide, own = (load_pipeline(folder) for folder in (tmp_path / "0.05", tmp_path / "0.2", run / "model"))
-    expected, _ = average_of(run, 0.05)
+    expected = average_of(run, 0.05).weights
     assert narrow.unet is not None and wide.unet is not None
     for name, weight in narrow.unet.state_dict().items():
         assert torch.equal(weight, expected[name].half().float())
@@ -251,6 +255,15 @@ def test_the_command_says_in_a_line_what_is_wrong(
         assert main([str(run), *options, "--out", str(tmp_path / "out")]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_check_counts_them(tmp_path: Path) -> None:
+    run = RunConfig(out=str(tmp_path), steps=1000, batch_size=1, ema_snapshots=300)
+    config: Any = SimpleNamespace(run=run)
+    layer = nn.Linear(1024, 1024, bias=False)  # 4 MiB; two moments and three averages of the same size each
+    row = look_at_disk(config, RunState({"model": layer}, {}, Ema(layer, 0.9), power_emas(layer, run)))
+    assert row.value == "2 + 1 checkpoints of 24.0 MiB, 4 snapshots of 4.0 MiB"
+    assert row.expected.startswith("88.0 MiB of ")
 
 
 def test_stages_without_it_refuse_it(trained: tuple[str, Path]) -> None:
