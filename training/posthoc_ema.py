@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -87,7 +86,7 @@ def save_snapshot(run: RunConfig, step: int, averages: Mapping[float, PowerEma],
         return
     weights, folder = stored_weights(whole, STORED), Path(run.out) / FOLDER
     # One entry of metadata: safetensors writes several in any order, and a resumed run shall write the same files.
-    metadata = {KEY: json.dumps({"updates": updates, "sha256": _digest(step, updates, weights)})}
+    metadata = {KEY: f"{updates} {_digest(step, updates, weights)}"}
     folder.mkdir(exist_ok=True)
     write_file(folder / f"step-{step:08d}.safetensors", save(weights, metadata))
     flush_to_disk(folder)
@@ -198,7 +197,7 @@ def average_of(run: Path, sigma_rel: float, step: int | None = None) -> Average:
     if not 1 <= end <= last:
         raise InputError(f"step must be from 1 to {last}, the last snapshot of {run}, got {end}")
     used = [*(number for number in found if number < end), min(number for number in found if number >= end)]
-    updates = [_metadata(found[number])["updates"] for number in used]  # skipped steps are none
+    updates = [_metadata(found[number])[0] for number in used]  # skipped steps are none
     reached = float(np.interp(end, [0, *used], [0, *updates]))
     profiles = [(sigma, number, count) for number, count in zip(used, updates) for sigma in SIGMA_RELS]
     gammas, ends = (np.array([gamma_of(sigma) for sigma, *_ in profiles]), np.array([float(n) for *_, n in profiles]))
@@ -219,9 +218,9 @@ def export(run: Path, sigma_rel: float, step: int | None, out: Path) -> None:
         InputError: the run has not exported its model yet.
         ModelLoadError, StorageError: the model cannot be read, or the folder not be written.
     """
-    average = average_of(run, sigma_rel, step)
-    if not (run / "model").is_dir():
+    if snapshots(run) and not (run / "model").is_dir():
         raise InputError(f"{run / 'model'} is not there yet; train to the end, with --resume, then try again")
+    average = average_of(run, sigma_rel, step)
     parts = load_pipeline(run / "model")
     assert parts.unet is not None
     parts.unet.load_state_dict(average.weights)
@@ -234,17 +233,23 @@ def export(run: Path, sigma_rel: float, step: int | None, out: Path) -> None:
 
 def _read(file: Path, step: int) -> dict[str, Tensor]:
     """Read a snapshot, and see that nothing in it has changed since it was written."""
-    weights, written = read_weights(file, read_header(file).tensors), _metadata(file)
-    if _digest(step, written["updates"], weights) != written["sha256"]:
-        raise InputError(f"{file} is damaged; delete it to do without")
+    weights, (updates, digest) = read_weights(file, read_header(file).tensors), _metadata(file)
+    if _digest(step, updates, weights) != digest:
+        raise _damaged(file)
     return weights
 
 
-def _metadata(file: Path) -> dict[str, Any]:
+def _metadata(file: Path) -> tuple[int, str]:
+    """Return how many updates are in the averages of a snapshot, and its digest."""
     try:
-        return json.loads(read_header(file).metadata[KEY])
+        updates, digest = read_header(file).metadata[KEY].split()
+        return max(1, int(updates)), digest
     except (KeyError, ValueError) as error:
-        raise InputError(f"{file} is no snapshot, or damaged; delete it to do without") from error
+        raise _damaged(file) from error
+
+
+def _damaged(file: Path) -> InputError:
+    return InputError(f"{file} is damaged; delete it to do without")
 
 
 def _digest(step: int, updates: int, weights: Mapping[str, Tensor]) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
-from latentdiff.errors import InputError
+from latentdiff.errors import InputError, ModelLoadError
 from tests.training.test_stages import pictures, recipe, weights_of
 from training import cli_train, posthoc_ema
 from training.check import look_at_disk
@@ -160,14 +160,23 @@ def test_damage_and_impossible_wishes_are_told(walk: tuple[Path, np.ndarray], tm
         average_of(tmp_path, 0.1)
     with pytest.raises(InputError, match=r"model is not there yet; train to the end"):
         export(run, 0.1, None, tmp_path / "out")
-    copy = tmp_path / "ema"
-    copy.mkdir()
-    for step, file in list(snapshots(run).items())[:2]:
-        content = file.read_bytes()
-        (copy / file.name).write_bytes(content if step == EVERY else content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(InputError, match=r"step-00000050.safetensors is damaged; delete it to do without"):
+
+
+def test_every_flipped_bit_and_every_lost_byte_is_found(walk: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    (tmp_path / "ema").mkdir()
+    (first, content), (second, other) = ((file, file.read_bytes()) for file in list(snapshots(walk[0]).values())[:2])
+    place = tmp_path / "ema" / first.name
+    (tmp_path / "ema" / second.name).write_bytes(other)
+    for number in range(len(content)):
+        flipped = bytes([content[number] ^ 1 << number % 8])
+        place.write_bytes(content[:number] + (flipped + content[number + 1 :] if number % 3 else b""))
+        with pytest.raises((InputError, ModelLoadError), match=r"step-00000025\.safetensors"):
+            average_of(tmp_path, 0.1)
+    place.write_bytes(other)  # whole, and of another step
+    with pytest.raises(InputError, match=r"step-00000025\.safetensors is damaged; delete it to do without"):
         average_of(tmp_path, 0.1)
-    assert average_of(tmp_path, 0.1, EVERY).error < 1e-6
+    place.unlink()
+    assert average_of(tmp_path, 0.1).error < 1e-6
 
 
 def test_nothing_is_stored_before_the_first_update(tmp_path: Path) -> None:
