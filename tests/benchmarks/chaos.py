@@ -176,7 +176,8 @@ class Case:
         self.kept = newest
 
     def finish(self, session: Session, figures: Figures) -> None:
-        """See that a run that got to its end has the weights of the unbroken one, and clear it away."""
+        """See that a run that nobody kills any more ends with the weights of the unbroken one, and clear it away."""
+        session.wait(PATIENCE)
         self.look(session, figures)
         figures.finished_runs += 1
         if session.status:
