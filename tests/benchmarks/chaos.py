@@ -47,7 +47,7 @@ from training import cli_train
 from training.checkpointing import checkpoint_folders, checkpoint_problem, load_latest
 
 STEPS, INTERVAL = 40, 2
-PATIENCE = 60.0  # seconds after which a process that should have ended counts as hung
+PATIENCE = 300.0  # seconds after which a process that should have ended counts as hung, even on a busy machine
 GRACE = 10.0  # seconds that a launcher leaves the other processes when one has died
 WRITERS = ((safetensors.torch, "save_file"), (Path, "write_text"))
 OTHERS = ((os, "mkdir"), (os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"))
