@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from training import dataset
-from training.autoencoder import _held_out, draw_views, image_batches
+from training.autoencoder import draw_views, image_batches, load_held_out
 from training.config import AutoencoderTraining
 
 SAMPLE = Path(__file__).parents[2] / "assets" / "sample"
@@ -50,10 +50,10 @@ def test_held_out_pictures_are_those_of_the_share(tmp_path: Path) -> None:
     run = {"out": str(tmp_path), "steps": 1, "batch_size": 6}
     config = AutoencoderTraining.model_validate({"stage": "autoencoder", "model": {}, "data": values, "run": run})
     data = dataset.open_images(config.data, 6, tmp_path)
-    held_out = _held_out(config, data)
+    held_out = load_held_out(config, data)
     assert held_out.shape[1:] == (3, 16, 16) and len(held_out) + len(data) == len(dataset.load_images(config.data))
     trained = {image.tobytes() for image in data.images}
     chosen = dataset.open_held_out(config.data, tmp_path / "cache", 64)
     assert chosen is not None and not any(image.tobytes() in trained for image in chosen.images)
     without = config.model_copy(update={"data": config.data.model_copy(update={"held_out": 0.0})})
-    assert len(_held_out(without, data)) == 16
+    assert len(load_held_out(without, data)) == 16

@@ -30,7 +30,7 @@ def file(tmp_path: Path, built_model: Path) -> str:
     return recipe(tmp_path, "lora", optimizer__learning_rate=0.01, optimizer__warmup_steps=1)
 
 
-def base(model: Path, folder: Path, drawn: Path) -> None:
+def base(model: Path, folder: Path, drawn: Path) -> Path:
     """Save the tiny model, its latents of some pictures scaled to what training asks for."""
     parts = load_pipeline(model)
     autoencoder: Any = parts.autoencoder
@@ -41,6 +41,7 @@ def base(model: Path, folder: Path, drawn: Path) -> None:
     fold_statistics(autoencoder, mean, std)
     autoencoder.config = replace(autoencoder.config, scaling_factor=1.0)
     save_pipeline(parts, folder, dtype=None)
+    return folder
 
 
 def test_a_run_ends_in_a_file_that_changes_pictures(file: str, tmp_path: Path) -> None:

@@ -57,18 +57,18 @@ def test_an_interrupted_run_ends_with_the_same_weights(lora_file: str, tmp_path:
 
 
 def test_a_word_is_learnt_and_nothing_else(lora_file: str, tmp_path: Path) -> None:  # noqa: F811
-    before = {path: path.read_bytes() for path in (tmp_path / "base").rglob("*") if path.is_file()}
-    cli_train(lora_file, WORD, False, None)
+    before = {path: path.read_bytes() for path in (tmp_path / "diffusion/model").rglob("*") if path.is_file()}
+    cli_train(lora_file, WORD, False, str(tmp_path / "run"))
     assert all(path.read_bytes() == content for path, content in before.items())
     assert weights_of(tmp_path / "run").keys() == {"vectors", "ema.vectors"}
     file = tmp_path / "run" / "embedding.safetensors"
     (vectors,) = load_file(file).values()
     assert list(load_file(file)) == ["<it>"] and vectors.shape == (3, 16)
-    table = weights(tmp_path / "base", "text_encoder")["embeddings.word_embeddings.weight"]
-    tokens = load_pipeline(tmp_path / "base").tokenizer(["red fox"]).input_ids[0]  # type: ignore[misc]
+    table = weights(tmp_path / "diffusion/model", "text_encoder")["embeddings.word_embeddings.weight"]
+    tokens = load_pipeline(tmp_path / "diffusion/model").tokenizer(["red fox"]).input_ids[0]  # type: ignore[misc]
     start = table[tokens[[1, 2, 1]]]
     assert 0 < float((vectors - start).abs().max()) < 0.1  # a few steps from where it began
-    pipe = Pipeline.from_pretrained(tmp_path / "base", device="cpu")
+    pipe = Pipeline.from_pretrained(tmp_path / "diffusion/model", device="cpu")
     knowing = pipe.with_embedding(file)
     assert torch.equal(knowing("red fox", **QUICK).images, pipe("red fox", **QUICK).images)
     assert not torch.equal(knowing("a <it>", **QUICK).images, pipe("a <it>", **QUICK).images)
@@ -98,8 +98,8 @@ def test_the_picture_with_a_word_is_the_same_while_it_is_trained_and_from_its_fi
 
 
 def test_a_trained_text_encoder_is_in_the_model(lora_file: str, tmp_path: Path) -> None:  # noqa: F811
-    cli_train(lora_file, [*ENCODER, "caption_dropout=0.0"], False, None)
-    before, after = (weights(place, "text_encoder") for place in (tmp_path / "base", tmp_path / "run/model"))
+    cli_train(lora_file, [*ENCODER, "caption_dropout=0.0"], False, str(tmp_path / "run"))
+    before, after = (weights(place, "text_encoder") for place in (tmp_path / "diffusion/model", tmp_path / "run/model"))
     changed = {name for name in before if not torch.allclose(before[name], after[name].float(), atol=2e-3, rtol=1e-3)}
     assert any(name.startswith("encoder.layer.0") for name in changed)
     assert not any(name.startswith("pooler") for name in changed)  # which no U-Net sees
@@ -149,7 +149,7 @@ def test_a_model_of_xl_is_trained_with_sizes_and_pooled_text(lora_file: str, tmp
     torch.testing.assert_close(context[0], encoded.states[0], atol=2e-3, rtol=1e-3)
     torch.testing.assert_close(added["text_embeds"][0], encoded.pooled, atol=2e-3, rtol=1e-3)
     assert batch.nulls.any() and bool(batch.context[batch.nulls].any()) != loaded.force_zeros
-    cli_train(lora_file, ["lora=null", f"start_from={start}"], False, None)
+    cli_train(lora_file, ["lora=null", f"start_from={start}"], False, str(tmp_path / "run"))
     before, after = (weights(place, "unet") for place in (start, tmp_path / "run/model"))
     assert not torch.allclose(
         before["add_embedding.linear_1.weight"], after["add_embedding.linear_1.weight"].float(), atol=2e-3

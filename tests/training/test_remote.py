@@ -25,10 +25,10 @@ from tests.training.test_sources import write_tar
 from tests.training.test_stages import recipe
 from training import cli_train, dataset, remote, shards
 from training.autoencoder import draw_views, image_batches
-from training.cache import LatentSet, cached_latents
 from training.checkpointing import load_latest
 from training.config import AutoencoderTraining, DataConfig
 from training.dataset import CaptionedImages, LazyImages, load_images, open_held_out, open_images
+from training.latents import LatentSet, cached_latents
 from training.loading import AHEAD
 from training.remote import AT_ONCE, Forward, look_up, read_range, shown
 

@@ -21,10 +21,11 @@ from latentdiff.images import to_tensor
 from tests.checkpoints.test_single_file import parts_of, tensors_of, tiny
 from tests.training.test_stages import pictures, weights_of
 from training import cli_train
+from training.assembly import load_parts, prepare_data
 from training.autoencoder import fold_statistics
+from training.batches import Batch
 from training.config import load_config
-from training.diffusion import load_parts, prepare_data
-from training.validation import Samples, held_out_errors
+from training.validation import held_out_errors
 
 FAMILY, SIZE = "Stable Diffusion 1.x", 32
 
@@ -91,7 +92,8 @@ def test_a_checkpoint_learns_what_it_predicts_and_resumes_to_the_bit(
     assert before.schedule.prediction_type == after.schedule.prediction_type == prediction_type
     data = prepare_data(config, before, run)
     latents = data.latents.take(range(6))
-    samples = Samples(latents, data.contexts.take([choice[0][0] for choice in data.choices]))
+    context, _ = data.texts.take([choice[0][0] for choice in data.choices])
+    samples = Batch(latents, context, torch.zeros(len(latents), dtype=torch.bool))
     errors = [held_out_errors(one.unet, one, config, samples, Accelerator(cpu=True)).mean() for one in (before, after)]
     assert errors[1] < 0.9 * errors[0]
 
