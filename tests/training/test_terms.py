@@ -126,10 +126,11 @@ def test_the_loss_of_the_discriminator_reaches_the_autoencoder_through_its_judge
 
 
 def test_penalty_of_a_known_slope() -> None:
-    """Each of the scores of a filter that does not overlap has the filter's weights as its slope."""
+    """Each score of a filter that does not overlap has the filter's weights as its slope, to float32 precision."""
     layer: Any = nn.Conv2d(3, 1, 4, stride=4)
     judge: Any = SimpleNamespace(layers=layer)
-    found = r1_penalty(judge, torch.rand(5, 3, 8, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = r1_penalty(judge, torch.rand(5, 3, 8, 8))
     assert found.item() == pytest.approx(0.5 * layer.weight.square().sum().item(), rel=1e-5)
     found.backward()
     torch.testing.assert_close(layer.weight.grad, layer.weight.detach())
