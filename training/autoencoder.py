@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
@@ -76,7 +77,8 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
     data = open_images(config.data, config.run.batch_size, folder)
     held_out = load_held_out(config, data)
     model, state = assemble(config)
-    require_room(config.run, state, tuple(state.modules.values()), accelerator.device)
+    networks = [*state.modules.values(), *([] if perceptual is None else [perceptual])]
+    require_room(config.run, state, networks, accelerator.device)
     first = state.restore(checkpoint)
     if config.run.compile:
         compile_autoencoder(model.to(accelerator.device), config, data, accelerator)
@@ -225,6 +227,8 @@ def compile_autoencoder(
     model: AutoencoderKL, config: AutoencoderTraining, data: CaptionedImages, accelerator: Accelerator
 ) -> None:
     """Compile both halves in place on one micro-batch; see `compile_checked`."""
+    if hasattr(functorch, "donated_buffer"):  # of newer releases: a graph that can be gone back through but once
+        functorch.donated_buffer = False
     share = own_shares(accelerator, config.run)[0]
     images = _batch(data, config, 0, share).to(accelerator.device)
     compile_checked(model.encoder, images, autocast=accelerator.autocast())

@@ -127,8 +127,8 @@ def gradient_norms(terms: Mapping[str, Tensor], network: nn.Module, accelerator:
     """Return the norm of the gradient that each term of a loss, as it is weighed, sends into all weights of a network.
 
     Costs a backward pass for each term, and while one is looked at the memory of all gradients. Nothing is changed: the
-    gradients that the network has stay, and the terms can still be gone back through. A term that sends nothing is 0. A
-    compiled network, whose graph can be gone through but once, cannot be looked at.
+    gradients that the network has stay, and the terms can still be gone back through. A term that sends nothing is 0.
+    The graph of a compiled network can be gone through but once, unless it was compiled as `compile_autoencoder` does.
 
     Args:
         terms: means over this process's share of a batch; the norm is that of the gradient's mean over all shares.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch._functorch import config as functorch
 
 from tests.training.test_distributed import logged
 from tests.training.test_lpips import network, weights  # noqa: F401  (fixtures)
@@ -48,6 +49,19 @@ def test_a_run_that_measures_ends_as_one_that_does_not(
     assert min(min(log[name]) for name in channels if "std" in name) > 0
     assert min(log["ema_distance"]) > 0 and log["skipped_steps"] == [0.0] * 4
     assert not any("/" in name for name in logged(tmp_path / "without"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of what reads the network
+def test_a_compiled_network_is_gone_back_through_term_by_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures(tmp_path / "pictures", 4)
+    compile_in_place, options = nn.Module.compile, ["run.compile=true", "run.log_every=1", "run.steps=1"]
+    # What derives the backward pass is the usual one; what makes machine code of it takes minutes.
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_in_place(module, backend="aot_eager"))
+    monkeypatch.setattr(functorch, "donated_buffer", True)
+    options += ["model.mid_block_add_attention=false", "model.block_out_channels=[8]"]
+    cli_train(recipe(tmp_path, "autoencoder"), options, False, None)
+    log = logged(tmp_path / "autoencoder")
+    assert all(log[f"grad_norm/{name}"][0] > 0 for name in ("l1", "gradient", "ssim", "kl"))
 
 
 def test_the_norm_of_one_term_is_that_of_the_step(tmp_path: Path) -> None:
