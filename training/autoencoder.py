@@ -25,6 +25,7 @@ from latentdiff.images import to_tensor
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from training.augment import random_view, random_window, rgb
 from training.config import AutoencoderTraining
+from training.cpu import tuned_for_cpu
 from training.dataset import CaptionedImages, LazyImages, composite, open_held_out, open_images
 from training.distributed import (
     any_process,
@@ -118,7 +119,7 @@ def run_steps(
     state.ema.to(accelerator.device)
     log, stopping = Log(run, first, "autoencoder", accelerator), False
     batches = image_batches(data, config, first, own_shares(accelerator, run))
-    with stop_on_signal() as stopped:
+    with stop_on_signal() as stopped, tuned_for_cpu(plain):
         for step in range(first, run.steps):
             start_step(config, step, optimizer, critic)
             logged = (step + 1) % run.log_every == 0

@@ -28,6 +28,7 @@ from training.adapters import Adapted
 from training.assembly import assemble, load_parts, prepare_data
 from training.batches import Batch, draw_batch, latent_batches, sample_weights
 from training.config import DiffusionTraining
+from training.cpu import tuned_for_cpu
 from training.distributed import any_process, gathered, micro_batches, own_shares, sample_noise, start_accelerator
 from training.encoders import JointNetwork
 from training.instruments import LatentStatistics, gradient_norms, measure_speed
@@ -108,7 +109,7 @@ def run_steps(
     state.to(accelerator.device)
     log, statistics, stopping = Log(run, first, "diffusion", accelerator, speed), LatentStatistics(), False
     batches = statistics.watching(latent_batches(data, config, first, own_shares(accelerator, run)))
-    with stop_on_signal() as stopped, fast_attention():
+    with stop_on_signal() as stopped, fast_attention(), tuned_for_cpu(network):
         for step in range(first, run.steps):
             start_step(config, step, optimizer)
             losses, weights, timesteps, nulls, norms = accumulate_gradients(

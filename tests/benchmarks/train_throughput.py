@@ -1,9 +1,11 @@
 """Images a second and peak memory of one diffusion training step, against the same step by diffusers' means, in turns.
 
-Same shape, weights, batch, precision, optimizer (AdamW), clipping and average of the weights; latents and text states
-cached for both. Ours runs as `latentdiff train` runs it, theirs as diffusers' text-to-image script does.
+Same shape, weights, batch, precision, optimizer (AdamW), clipping and average of the weights. Latents and text states
+are cached for both; uncached, both start from pixels and tokens, which frozen encoders of the same weights encode. Ours
+runs as `latentdiff train` runs it, theirs as diffusers' text-to-image script does, each in a process of its own.
 
     python tests/benchmarks/train_throughput.py
+    python tests/benchmarks/train_throughput.py --uncached
     python tests/benchmarks/train_throughput.py --model sd2-256 --batch-size 16 --precision bf16 --rounds 5
 """
 
@@ -15,23 +17,29 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import UNet2DConditionModel as TheirUNet
+from diffusers.training_utils import EMAModel
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from latentdiff.checkpoints import embedded_model
+from latentdiff.checkpoints import embedded_model, load_autoencoder, load_text_encoder
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.parity.published import UNETS
 from training.batches import Batch
+from training.cpu import tuned_for_cpu
 from training.ema import Ema
 from training.objective import diffusion_losses
 from training.run import fast_attention
@@ -49,28 +57,27 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), default="embedded")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--uncached", action="store_true", help="encode pictures and text in each step (embedded only)")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peak-of", choices=list(STEP_OF), help="run a few steps of one and print its peak memory")
+    parser.add_argument("--side", choices=list(STEPS_OF), help="be one of both, which waits for its turns")
     options = parser.parse_args()
-    if options.peak_of is not None:
-        print(peak(options))
+    if options.uncached and options.model != "embedded":
+        parser.error("--uncached is for --model embedded, whose encoders are at hand")
+    if options.side is not None:
+        take_turns(options)
         return
-    steps = {name: make(options) for name, make in STEP_OF.items()}
-    flops = count_flops(options)
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    command = [sys.executable, __file__, *sys.argv[1:], "--side"]
+    sides = {name: subprocess.Popen([*command, name], **PIPES) for name in STEPS_OF}
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(options.rounds + 1):  # the first warms up
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            for _ in range(STEPS):
-                step()
-            synchronize()
+        for name, side in sides.items():
+            seconds = float(ask(side, "go"))
             if number:
-                times[name].append((time.perf_counter() - begin) / STEPS)
-    command = [sys.executable, __file__, *sys.argv[1:], "--peak-of"]
+                times[name].append(seconds)
     figures: dict[str, Any] = {"device": device(), "threads": torch.get_num_threads(), **vars(options)}
+    flops = count_flops(options)
     for name, measured in times.items():
-        middle = statistics.median(measured)
-        memory = float(subprocess.run([*command, name], capture_output=True, text=True, check=True).stdout)
+        middle, memory = statistics.median(measured), float(ask(sides[name], "end"))
         rate = options.batch_size / middle
         print(
             f"{name:10} {rate:.1f} images/s ({middle * 1e3:.0f} ms a step, {min(measured) * 1e3:.0f} to "
@@ -83,6 +90,33 @@ def main() -> None:
     print(json.dumps(figures))
 
 
+def ask(side: subprocess.Popen[str], question: str) -> str:
+    """Return a side's answer."""
+    assert side.stdin is not None and side.stdout is not None
+    print(question, file=side.stdin, flush=True)
+    return side.stdout.readline()
+
+
+def take_turns(options: argparse.Namespace) -> None:
+    """Run `STEPS` steps at each "go" and print the seconds of one, and at "end" the most memory in MB that they took.
+
+    Memory is that of the GPU, or of the process beyond what it has before.
+    """
+    torch.zeros(1, device=device())
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
+    before, steps = high_water(), STEPS_OF[options.side](options)
+    for line in sys.stdin:
+        if line.startswith("end"):
+            break
+        begin = time.perf_counter()
+        for _ in range(STEPS):
+            next(steps)
+        synchronize()
+        print((time.perf_counter() - begin) / STEPS, flush=True)
+    on_gpu = torch.cuda.is_available()
+    print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else high_water() - before)
+
+
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -92,29 +126,19 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def peak(options: argparse.Namespace) -> float:
-    """Return the most memory in MB that three steps take: of the GPU, or of the process beyond what it has before."""
-    torch.zeros(1, device=device())
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
-    before = high_water()
-    step = STEP_OF[options.peak_of](options)
-    for _ in range(3):
-        step()
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return high_water() - before
-
-
 def high_water() -> float:
     """Return the most memory of the process in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-def batch_of(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return latents (B, 4, h, w) and context (B, L, D)."""
+def batch_of(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Return latents (B, 4, h, w) and context (B, L, D); uncached, images (B, 3, H, W) and tokens (B, L)."""
     _, side, length, width = MODELS[options.model]
     torch.manual_seed(0)
+    if options.uncached:
+        images = torch.rand(options.batch_size, 3, 4 * side, 4 * side, device=device()) * 2 - 1
+        return images, torch.randint(1000, 30000, (options.batch_size, length), device=device())
     latents = torch.randn(options.batch_size, 4, side, side, device=device())
     return latents, torch.randn(options.batch_size, length, width, device=device())
 
@@ -129,45 +153,73 @@ def our_unet(options: argparse.Namespace) -> UNet2DConditionModel:
         return UNet2DConditionModel(UNetConfig.from_dict(MODELS[options.model][0])).train()
 
 
-def ours(options: argparse.Namespace) -> Callable[[], None]:
-    """Return a training step of ours."""
-    unet, (latents, context) = our_unet(options), batch_of(options)
+def our_encoders(options: argparse.Namespace) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return what makes latents and context of a batch; what is cached stays as it is."""
+    if not options.uncached:
+        return lambda latents, context: (latents, context)
+    autoencoder = load_autoencoder(embedded_model()).to(device())
+    text_encoder = load_text_encoder(embedded_model())[0].to(device())
+
+    @torch.no_grad()
+    def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        latents = autoencoder.encode(images).mode() * autoencoder.config.scaling_factor
+        return latents.float(), text_encoder(tokens).last_hidden_state
+
+    return encode
+
+
+def their_encoders(options: argparse.Namespace) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return the same by diffusers' autoencoder and transformers' text encoder."""
+    if not options.uncached:
+        return lambda latents, context: (latents, context)
+    folder, dtype = embedded_model(), torch.bfloat16 if options.precision == "bf16" else torch.float32
+    autoencoder: Any = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype).to(device())
+    text_encoder: Any = BertModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device())
+    for network in (autoencoder, text_encoder):
+        network.requires_grad_(False)
+
+    def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        latents = autoencoder.encode(images.to(dtype)).latent_dist.mode() * autoencoder.config.scaling_factor
+        return latents, text_encoder(tokens, return_dict=False)[0]
+
+    return encode
+
+
+def ours(options: argparse.Namespace) -> Iterator[None]:
+    """Train by ours, a step at a time."""
+    unet, batch, encode = our_unet(options), batch_of(options), our_encoders(options)
     schedule = NoiseSchedule(beta_schedule="scaled_linear", prediction_type="v_prediction")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
     ema = Ema(unet, 0.999)
     parts: Any = SimpleNamespace(schedule=schedule)
-    batch = Batch(latents, context, torch.zeros(len(latents), dtype=torch.bool))
     config: Any = SimpleNamespace(self_conditioning=False, loss="simple", weighting="min_snr", min_snr_gamma=0.0)
-
-    def step() -> None:
-        timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device)
-        with fast_attention():
-            with autocast(options):
-                noise = torch.randn_like(latents)
-                loss = diffusion_losses(unet, parts, config, batch, timesteps, noise).mean()
+    nulls = torch.zeros(options.batch_size, dtype=torch.bool)
+    with fast_attention(), tuned_for_cpu(unet):
+        while True:
             optimizer.zero_grad()
+            with autocast(options):
+                latents, context = encode(*batch)
+                timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device)
+                noise = torch.randn_like(latents)
+                loss = diffusion_losses(unet, parts, config, Batch(latents, context, nulls), timesteps, noise).mean()
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        ema.update(unet)
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            ema.update(unet)
+            yield
 
-    return step
 
-
-def theirs(options: argparse.Namespace) -> Callable[[], None]:
-    """Return the same step by diffusers' U-Net, scheduler and average."""
-    import diffusers
-    from diffusers.training_utils import EMAModel
-
-    latents, context = batch_of(options)
+def theirs(options: argparse.Namespace) -> Iterator[None]:
+    """Do the same by diffusers' U-Net, scheduler and average."""
+    batch, encode = batch_of(options), their_encoders(options)
     with torch.device(device()):
-        unet: Any = diffusers.UNet2DConditionModel.from_config(MODELS[options.model][0]).train()
+        unet: Any = TheirUNet.from_config(MODELS[options.model][0]).train()
     unet.load_state_dict(our_unet(options).state_dict())
-    schedule: Any = diffusers.DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
+    schedule: Any = DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
     ema = EMAModel(unet.parameters(), decay=0.999, foreach=True)
-
-    def step() -> None:
+    while True:
+        latents, context = encode(*batch)
         timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device)
         noise = torch.randn_like(latents)
         noisy = schedule.add_noise(latents, noise, timesteps)
@@ -180,16 +232,16 @@ def theirs(options: argparse.Namespace) -> Callable[[], None]:
         optimizer.step()
         optimizer.zero_grad()
         ema.step(unet.parameters())
+        yield
 
-    return step
 
-
-STEP_OF: dict[str, Callable[[argparse.Namespace], Callable[[], None]]] = {"ours": ours, "diffusers": theirs}
+PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+STEPS_OF: dict[str, Callable[[argparse.Namespace], Iterator[None]]] = {"ours": ours, "diffusers": theirs}
 
 
 def count_flops(options: argparse.Namespace) -> float:
-    """Return the floating-point operations of a step: those of the forward pass three times."""
-    unet, (latents, context) = our_unet(options), batch_of(options)
+    """Return the floating-point operations of a step: those of the U-Net's forward pass three times."""
+    unet, (latents, context) = our_unet(options), our_encoders(options)(*batch_of(options))
     with FlopCounterMode(display=False) as counter, torch.no_grad(), fast_attention():
         unet(latents[:1], torch.zeros(1, device=latents.device), context[:1])
     return 3.0 * counter.get_total_flops() * options.batch_size

@@ -1,0 +1,84 @@
+"""What training on a CPU is made faster by: the same outputs and gradients, memory that stays."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from latentdiff.models.layers import Upsample2D
+from training.cpu import tuned_for_cpu
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def transposed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of kernels that convolutions were transposed with."""
+    shapes: list[torch.Size] = []
+    convolve: Any = F.conv_transpose2d
+    monkeypatch.setattr(F, "conv_transpose2d", lambda x, w, *a, **k: shapes.append(w.shape) or convolve(x, w, *a, **k))
+    return shapes
+
+
+def results(layer: Upsample2D, x: torch.Tensor, size: tuple[int, int] | None) -> list[torch.Tensor]:
+    """Return the layer's output and all gradients of the sum of its sines."""
+    output = layer(x, size)
+    return [output, *torch.autograd.grad(output.sin().sum(), [x, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("size", [None, (10, 14)])
+def test_upsampling_has_the_same_outputs_and_gradients(
+    transposed: list[torch.Size], size: tuple[int, int] | None
+) -> None:
+    torch.manual_seed(0)
+    network: Any = torch.nn.Sequential(Upsample2D(6))
+    x = torch.randn(2, 6, 5, 7, requires_grad=True)
+    plain = results(network[0], x, size)
+    with tuned_for_cpu(network):
+        tuned = results(network[0], x, size)
+    assert transposed == [(6, 6, 4, 4)]
+    for ours, theirs in zip(tuned, plain):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(results(network[0], x, size), plain))
+
+
+def test_odd_sides_and_layers_beside_the_convolution_are_left_alone(transposed: list[torch.Size]) -> None:
+    layer, x = Upsample2D(6), torch.randn(2, 6, 5, 7, requires_grad=True)
+    expected = layer(x, (9, 13))
+    with tuned_for_cpu(layer):
+        assert torch.equal(layer(x, (9, 13)), expected)
+    layer.conv.register_forward_hook(lambda module, inputs, output: output + 1)
+    with tuned_for_cpu(layer):
+        assert torch.equal(layer(x, (9, 13)), expected + 1) and torch.equal(layer(x), layer.forward(x))
+    assert not transposed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted by Linux")
+def test_freed_memory_is_not_asked_for_again() -> None:
+    script = """if True:
+        import resource, sys, torch
+        from training.cpu import keep_freed_memory
+
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(4):
+                tensors = [torch.ones(n * 2**18) for n in range(1, 40)]  # of 1 to 39 MB
+                del tensors
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        many = faults()
+        keep_freed_memory()
+        faults()
+        print(many, faults())
+    """
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    before, after = map(int, ended.stdout.split())
+    assert after < before / 100
