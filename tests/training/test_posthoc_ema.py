@@ -270,8 +270,9 @@ def test_check_counts_them(tmp_path: Path) -> None:
     run = RunConfig(out=str(tmp_path), steps=1000, batch_size=1, ema_snapshots=300)
     config: Any = SimpleNamespace(run=run)
     layer = nn.Linear(1024, 1024, bias=False)  # 4 MiB; two moments and three averages of the same size each
-    row = look_at_disk(config, RunState({"model": layer}, {}, Ema(layer, 0.9), power_emas(layer, run)))
-    assert row.value == "2 + 1 checkpoints of 24.0 MiB, 4 snapshots of 4.0 MiB"
+    optimizers = {"optimizer": torch.optim.AdamW(layer.parameters())}
+    row = look_at_disk(config, RunState({"model": layer}, optimizers, Ema(layer, 0.9), power_emas(layer, run)))
+    assert row.value == "3 checkpoints of 24.0 MiB and 4 snapshots of 4.0 MiB"
     assert row.expected.startswith("88.0 MiB of ")
 
 

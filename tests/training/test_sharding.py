@@ -46,6 +46,7 @@ def broken(run: Path, copy: Path) -> str:
 
 def shard_as(rank: int, port: int, runs: list[Run]) -> None:
     """Be one of two processes that go through some runs, each with half of the weights."""
+    torch.set_num_threads(1)  # as in the processes that accelerate launches
     train_as(rank, port, runs, FSDP)
     torch.manual_seed(0)
     shape = UNetConfig.from_dict({**UNET, "only_cross_attention": True})
