@@ -29,6 +29,7 @@ from training.prior import draw_prior
 from training.run import checkpoint_gradients, short
 from training.sharding import shard, shards_weights
 from training.state import RunState
+from training.tasks import Task, extra_channels, with_task
 from training.timesteps import ImportanceSampler
 
 # Latents whose mean and standard deviation are looked at before training, at most about so many.
@@ -40,14 +41,19 @@ def load_parts(config: DiffusionTraining) -> Parts:
 
     Without an autoencoder latents are pixels; without a text encoder each different caption is a class.
     """
-    if config.start_from is not None:
-        parts = load_pipeline(config.start_from)
-        return parts if config.textual_inversion is None else add_words(parts, config.textual_inversion)
+    if config.start_from is None:
+        return with_task(config, _load_halves(config))
+    parts = with_task(config, load_pipeline(config.start_from))
+    return parts if config.textual_inversion is None else add_words(parts, config.textual_inversion)
+
+
+def _load_halves(config: DiffusionTraining) -> Parts:
     schedule = NoiseSchedule.from_dict(config.schedule)
     if config.autoencoder is None:
         space: Any = PixelSpace(PixelSpaceConfig(latent_channels=config.channels))
     else:
-        space = load_autoencoder(Path(config.autoencoder))
+        embedded = config.autoencoder == "embedded"
+        space = load_autoencoder(embedded_model() if embedded else Path(config.autoencoder))
     if config.text_encoder in ("labels", "none"):
         labels: tuple[str, ...] = ()
         if config.text_encoder == "labels":
@@ -90,7 +96,8 @@ def encode_data(config: DiffusionTraining, parts: Parts, folder: Path, images: C
         if network is not None:
             network.to(device)
     cache = _cache(config, folder)
-    data = cached_latents(images, config.data, config.run.seed, parts, cache, config.encodes_each_step)
+    task = None if config.task == "text_to_image" else Task.of(config, parts)
+    data = cached_latents(images, config.data, config.run.seed, parts, cache, config.encodes_each_step, task)
     if isinstance(parts.autoencoder, PixelSpace):
         return data
     kinds = len(data.choices[0])
@@ -147,11 +154,13 @@ def network_to_train(config: DiffusionTraining, data: LatentSet, parts: Parts) -
         return parts.unet.requires_grad_(True).train()
     channels, side = data.latents[0].shape[0], round(data.latents[0][0].numel() ** 0.5)
     follows = {
-        "in_channels": channels * (1 + config.self_conditioning),
+        "in_channels": channels * (1 + config.self_conditioning) + extra_channels(config, channels),
         "out_channels": channels * (1 + (parts.schedule.variance_type == "learned_range")),
         "sample_size": side,
         "self_conditioning": config.self_conditioning,
     }
+    if config.task == "upscale":
+        follows["num_class_embeds"] = config.max_noise_level + 1
     shape = {"cross_attention_dim": parts.text_encoder.config.hidden_size, **config.model, **follows}
     return UNet2DConditionModel(UNetConfig.from_dict(shape))
 

@@ -14,6 +14,7 @@ from training.augment import draw_view
 from training.config import DiffusionTraining
 from training.latents import LatentSet
 from training.loading import prefetched
+from training.tasks import Beside
 
 WHOLE = slice(None)
 
@@ -27,12 +28,14 @@ class Batch:
         context: text states (B, L, D); numbers and mask of tokens (B, 2, L) int64 for a `JointNetwork`.
         nulls: (B,) bool, which have the null prompt in place of their caption.
         added: "text_embeds" (B, P) and "time_ids" (B, 6) for U-Nets of XL.
+        beside: what the network sees beside the noisy latents, of a task that has it; see `training.tasks.Beside`.
     """
 
     latents: Tensor
     context: Tensor
     nulls: Tensor
     added: Mapping[str, Tensor] = field(default_factory=dict)
+    beside: Beside | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -40,7 +43,8 @@ class Batch:
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Return a batch of what a function makes of each tensor: moved, or a part of it."""
         added = {name: change(tensor) for name, tensor in self.added.items()}
-        return Batch(change(self.latents), change(self.context), change(self.nulls), added)
+        beside = None if self.beside is None else self.beside.map(change)
+        return Batch(change(self.latents), change(self.context), change(self.nulls), added, beside)
 
     def joined(self, other: Batch) -> Batch:
         """Return the samples of both, one after the other."""
@@ -91,7 +95,7 @@ def sample_weights(config: DiffusionTraining) -> Tensor:
 
 def _drawn(data: LatentSet, config: DiffusionTraining, step: int, batch_size: int, positions: Sequence[int]) -> Batch:
     """Return the samples at some positions in the batch of one step of a set, which has no prior of its own."""
-    run, picked, rows = config.run, [], []
+    run, picked, rows, beside = config.run, [], [], []
     indices, epochs = (drawn[positions] for drawn in data.order.batch(step, batch_size, run.seed))
     for index, epoch in zip(indices.tolist(), epochs.tolist()):
         rng = np.random.default_rng([run.seed, data.samples[index].place, epoch])
@@ -99,7 +103,10 @@ def _drawn(data: LatentSet, config: DiffusionTraining, step: int, batch_size: in
         caption = int(rng.choice(data.choices[index][view]))
         rows.append(0 if rng.random() < config.caption_dropout else caption)
         picked.append(index * len(data.choices[index]) + view)
+        if data.drawer is not None:
+            beside.append(data.drawer(picked[-1], rng))
     context, added = data.texts.take(rows)
     if added:
         added["time_ids"] = torch.from_numpy(data.conditions[picked]).float()
-    return Batch(data.latents.take(picked), context, torch.tensor(rows) == 0, added)
+    together = Beside.stack(beside) if beside else None
+    return Batch(data.latents.take(picked), context, torch.tensor(rows) == 0, added, together)

@@ -33,6 +33,8 @@ class DataConfig(Section):
     buckets: bool = False
     # What of a picture that is longer than its frame is kept: its middle, or a window anywhere in it.
     crop: Literal["center", "random"] = "center"
+    # Of crop: random, how many times larger than needed pictures are before a window is cut out of them.
+    zoom: float = Field(1.0, ge=1, le=16)
     # Of crop: random, how many windows of each picture have their latents in the cache.
     crops: int = Field(4, ge=1, le=64)
     # Keep only the rows whose metadata columns have one of these values ({"group": ["animals-nature"]}) ...
@@ -51,6 +53,8 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         """Refuse what does not go together."""
+        if self.zoom > 1 and self.crop != "random":
+            raise ValueError(f"data.zoom {self.zoom:g} leaves most of a picture out; it needs data.crop random")
         if self.buckets and "pair" in self.variants:
             raise ValueError("the variant pair needs squares: set buckets to false, or leave pair out")
         return self
@@ -210,9 +214,19 @@ class DiffusionTraining(Section):
     """`stage: diffusion`: text-to-image in the latent space of a trained autoencoder, or classes, or in pixels."""
 
     stage: Literal["diffusion"]
+    # inpaint: part of a picture is drawn anew, by the U-Net of any text-to-image model with more input channels.
+    # upscale: a picture is drawn as many times larger as the autoencoder makes it smaller (`training.tasks`).
+    task: Literal["text_to_image", "inpaint", "upscale"] = "text_to_image"
+    # Of task: inpaint, share of samples that are drawn anew as a whole, so that text alone stays enough.
+    full_mask: float = Field(0.1, ge=0, le=1)
+    # Of task: upscale, how often small pictures are blurred, noisy and compressed besides; and how noisy at most, in
+    # timesteps of low_res_schedule (keys of `latentdiff.diffusion.schedule.NoiseSchedule`), which the U-Net is told.
+    degradation: float = Field(0.5, ge=0, le=1)
+    max_noise_level: int = Field(350, ge=0, le=999)
+    low_res_schedule: dict[str, Any] = {}
     data: DataConfig
     run: RunConfig
-    # Run or model folder whose autoencoder is used; null for diffusion of the pixels themselves.
+    # Run or model folder whose autoencoder is used, or "embedded"; null for diffusion of the pixels themselves.
     autoencoder: str | None = None
     # Of the pixels, where there is no autoencoder: 3 for colour, 1 for shades of grey.
     channels: Literal[1, 3] = 3
@@ -258,6 +272,26 @@ class DiffusionTraining(Section):
     def encodes_each_step(self) -> bool:
         """Whether text states change while training."""
         return self.train_text_encoder or self.textual_inversion is not None
+
+    @model_validator(mode="after")
+    def _what_is_drawn(self) -> Self:
+        """Refuse what does not go together with a task."""
+        if self.task == "text_to_image":
+            return self
+        others = {
+            "prior": self.prior,
+            "textual_inversion": self.textual_inversion,
+            "self_conditioning": self.self_conditioning,
+            "data.buckets": self.data.buckets,
+        }
+        other = next((name for name, given in others.items() if given), None)
+        if other is not None:
+            raise ValueError(f"task: {self.task} does not go with {other}; leave one out")
+        if self.start_from is None and self.autoencoder is None:
+            raise ValueError(f"task: {self.task} needs latents; name an autoencoder, or a model to start_from")
+        if self.lora is not None and self.task == "inpaint":
+            raise ValueError("task: inpaint trains new input channels, which a lora has not; leave lora out")
+        return self
 
     @model_validator(mode="after")
     def _what_is_trained(self) -> Self:

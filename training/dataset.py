@@ -36,13 +36,15 @@ class Sample:
         place: its number among all rows, those that were skipped included.
         digest: SHA-256 of the encoded picture.
         size: width and height as it would be seen, upright.
-        frame: width and height that it is scaled to cover and cropped to.
+        frame: width and height that it is cropped to.
+        zoom: how many times larger than needed to cover that it is scaled before.
     """
 
     place: int
     digest: str
     size: tuple[int, int]
     frame: tuple[int, int]
+    zoom: float = 1.0
 
     @property
     def condition(self) -> tuple[int, ...]:
@@ -59,8 +61,14 @@ class Sample:
     @property
     def leeway(self) -> tuple[int, int]:
         """Height and width of what a crop leaves out of the scaled picture, wherever it is."""
-        width, height = covering_size(self.size, self.frame)
+        width, height = self.covering
         return height - self.frame[1], width - self.frame[0]
+
+    @property
+    def covering(self) -> tuple[int, int]:
+        """Width and height of the picture when it is scaled to cover its frame."""
+        zoomed = round(self.frame[0] * self.zoom), round(self.frame[1] * self.zoom)
+        return covering_size(self.size, zoomed)
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ class LazyImages:
     def covering(self, index: int) -> np.ndarray:
         """Return the whole of one picture, scaled to cover its frame, as RGBA (H, W, 4) uint8."""
         sample = self.samples[index]
-        return _framed(self._decoded(index), covering_size(sample.size, sample.frame))
+        return _framed(self._decoded(index), sample.covering)
 
     def _decoded(self, index: int) -> Image.Image:
         sample = self.samples[index]
@@ -223,6 +231,9 @@ def open_images(
         data = _lazy(source, frames, cache)
     else:
         data = _in_memory(source, frames, cache if config.held_out else None)
+    if config.zoom > 1:
+        samples = [replace(sample, zoom=config.zoom) for sample in data.samples]
+        data = replace(data, samples=samples, images=LazyImages(source, samples))
     if config.held_out:
         data = _trained_on(data, config.held_out, source.place)
     if data.skipped:

@@ -50,6 +50,7 @@ from training.run import (
 )
 from training.sharding import averaged_network, blank_unet, prepared, require_shardable, shards_weights, whole
 from training.state import RunState
+from training.tasks import examples, extra_channels
 from training.timesteps import ImportanceSampler, logit_normal_timesteps, stratified_timesteps
 from training.validation import ema_distance, held_out_scalars, load_held_out
 
@@ -199,8 +200,10 @@ def compile_unet(unet: nn.Module, config: DiffusionTraining, data: LatentSet, ac
 
 def called_with(batch: Batch, config: DiffusionTraining) -> tuple[Tensor, Tensor, Tensor]:
     """Return an example of what the network is called with."""
-    timesteps = torch.zeros(len(batch), dtype=torch.int64, device=batch.latents.device)
-    return model_inputs(batch.latents, config), timesteps, batch.context
+    latents, timesteps = batch.latents, torch.zeros(len(batch), dtype=torch.int64, device=batch.latents.device)
+    more = extra_channels(config, latents.shape[1])
+    beside = latents.new_zeros(len(batch), more, *latents.shape[2:]) if more else None
+    return model_inputs(latents, config, beside=beside), timesteps, batch.context
 
 
 def export(network: nn.Module, parts: Parts, config: DiffusionTraining, folder: Path) -> None:
@@ -251,8 +254,15 @@ def draw_noises(config: DiffusionTraining, step: int, share: slice, shape: Seque
 
 
 def draw_samples(parts: Parts, config: DiffusionTraining, file: Path) -> None:
-    """Draw the config's prompts, one row of pictures each eight, with fixed seeds."""
+    """Draw the config's prompts, or examples of its task below what they are made of, in rows of eight, seeds fixed."""
     steps = min(Settings.num_inference_steps, parts.schedule.num_train_timesteps)
     options: dict[str, Any] = {"guidance_scale": config.guidance_scale, "num_inference_steps": steps}
-    result = Pipeline(parts)(config.prompts, seed=0, output_type="pt", **options)
-    save_grid(result.images * 2 - 1, file, columns=8)
+    draw: Any = partial(Pipeline(parts), output_type="pt", **options)
+    if config.task == "text_to_image":
+        save_grid(draw(config.prompts, seed=0).images * 2 - 1, file, columns=8)
+        return
+    shown, drawn = [], []
+    for number, (prompt, given, picture) in enumerate(examples(config, parts)):
+        shown.append(picture)
+        drawn.append(draw(prompt, seed=number, **given).images[0] * 2 - 1)
+    save_grid([*shown, *drawn], file, columns=len(shown))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
@@ -18,12 +19,13 @@ from torch.nn import functional as F
 from latentdiff.checkpoints import Parts
 from latentdiff.images import to_tensor
 from latentdiff.models.clip import CLIPTextModel
-from training.augment import Variant, paint_all, plan_variants
+from training.augment import Variant, paint, paint_all, plan_variants
 from training.cache import KEY_BYTES, Stored, stored
 from training.config import DataConfig
 from training.dataset import CaptionedImages, Sample
 from training.loading import prefetched
 from training.order import BatchOrder
+from training.tasks import Beside, Task
 
 TOLD_TOGETHER = 256  # captions, since all of them get as many windows as the longest
 
@@ -73,6 +75,7 @@ class LatentSet:
         order: what batches are drawn from.
         samples: N, sizes of the pictures.
         conditions: (N * V, 6) int32, what a network is told of the size and crop of each latent.
+        drawer: draws what the network sees beside a latent, of a task that has it.
         prior: pictures of the base model that every second position of a batch is from; None without any.
     """
 
@@ -83,6 +86,7 @@ class LatentSet:
     order: BatchOrder
     samples: list[Sample]
     conditions: np.ndarray
+    drawer: Callable[[int, np.random.Generator], Beside] | None = None
     prior: LatentSet | None = None
 
 
@@ -93,11 +97,13 @@ def cached_latents(
     parts: Parts,
     folder: Path,
     as_tokens: bool = False,
+    task: Task | None = None,
 ) -> LatentSet:
     """Return the latents and texts of every variant of every picture; what `folder` lacks is computed first.
 
     Args:
         as_tokens: for a text encoder that is trained, whose states are not known before.
+        task: draws what the network sees beside latents; None for text-to-image.
 
     Raises:
         StorageError: the cache cannot be written.
@@ -117,7 +123,14 @@ def cached_latents(
         batch_size=64,
     )
     texts = Tokens(token_rows(captions, parts)) if as_tokens else _cached_states(captions, parts, folder)
-    return LatentSet(latents, texts, captions, choices, data.order, data.samples, conditions)
+    drawer = None if task is None else partial(_beside, data, variants, task)
+    return LatentSet(latents, texts, captions, choices, data.order, data.samples, conditions, drawer)
+
+
+def _beside(
+    data: CaptionedImages, variants: Sequence[Variant], task: Task, number: int, rng: np.random.Generator
+) -> Beside:
+    return task.draw(paint(data, variants[number]), rng)
 
 
 def encode_captions(captions: Sequence[str], parts: Parts) -> States:
@@ -197,7 +210,8 @@ def _variant_key(data: CaptionedImages, variant: Variant) -> bytes:
     seen = [data.samples[n].digest for n in (variant.index, variant.beside) if n is not None]
     frame = data.samples[variant.index].frame
     parts = (seen, frame, variant.ground, variant.mirrored, variant.turn)
-    text = repr(parts if variant.corner is None else (*parts, variant.corner))
+    window = () if variant.corner is None else (variant.corner, data.samples[variant.index].covering)
+    text = repr((*parts, *window))
     return hashlib.sha256(text.encode()).digest()[:KEY_BYTES]
 
 

@@ -29,12 +29,12 @@ def require_trainable(config: DiffusionTraining, parts: Parts) -> None:
         more = {
             "how beautiful a picture is (XL's refiner)": shape.addition_embed_type is not None
             and parts.text_encoder_2 is None,
-            "a mask": parts.inpaints,
-            "a small picture": parts.upscales,
+            "a mask (task: inpaint)": parts.inpaints and config.task != "inpaint",
+            "a small picture (task: upscale)": parts.upscales and config.task != "upscale",
             "an embedded guidance scale": shape.time_cond_proj_dim is not None,
         }
         for what in (name for name, wanted in more.items() if wanted):
-            raise InputError(f"start_from: its U-Net also expects {what}, which is not trained yet; use another model")
+            raise InputError(f"start_from: its U-Net also expects {what}, which is not trained here; use another model")
         if shape.self_conditioning != config.self_conditioning:
             raise InputError(f"start_from: its U-Net has self_conditioning {shape.self_conditioning}; set it so")
     learned = schedule.variance_type == "learned_range"
@@ -53,8 +53,17 @@ def require_trainable(config: DiffusionTraining, parts: Parts) -> None:
         raise InputError(f"loss: {config.loss} needs some signal at the last timestep; choose loss: simple")
 
 
-def model_inputs(noisy: Tensor, config: DiffusionTraining, estimate: Tensor | None = None) -> Tensor:
-    """Return what the network is given of noisy latents (B, C, h, w): with self-conditioning an estimate besides."""
+def model_inputs(
+    noisy: Tensor, config: DiffusionTraining, estimate: Tensor | None = None, beside: Tensor | None = None
+) -> Tensor:
+    """Return what the network is given of noisy latents (B, C, h, w).
+
+    Args:
+        estimate: (B, C, h, w), that of the step before, with self-conditioning.
+        beside: (B, C', h, w), what a task has besides.
+    """
+    if beside is not None:
+        return torch.cat([noisy, beside], dim=1)
     if not config.self_conditioning:
         return noisy
     return torch.cat([noisy, torch.zeros_like(noisy) if estimate is None else estimate], dim=1)
@@ -62,7 +71,10 @@ def model_inputs(noisy: Tensor, config: DiffusionTraining, estimate: Tensor | No
 
 def told(batch: Batch) -> dict[str, Any]:
     """Return what the network is called with besides noisy latents, timesteps and context."""
-    return {"added": batch.added} if batch.added else {}
+    options: dict[str, Any] = {"added": batch.added} if batch.added else {}
+    if batch.beside is not None and batch.beside.levels is not None:
+        options["class_labels"] = batch.beside.levels
+    return options
 
 
 def diffusion_losses(
@@ -111,7 +123,8 @@ def loss_terms(
         with torch.no_grad():
             output = unet(model_inputs(noisy, config), timesteps, batch.context, **told(batch)).float()[:, :channels]
         estimate = x0_estimate(schedule.prediction_type, noisy, output, sigmas)
-    prediction = unet(model_inputs(noisy, config, estimate), timesteps, batch.context, **told(batch)).float()
+    beside = None if batch.beside is None else batch.beside.inputs(parts)
+    prediction = unet(model_inputs(noisy, config, estimate, beside), timesteps, batch.context, **told(batch)).float()
     variance: str | Tensor = "fixed_small"
     if prediction.shape[1] > channels:
         prediction, variance = halves(prediction)

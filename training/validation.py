@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from training.ema import Ema
 from training.latents import Texts, Tokens, encode_captions, token_rows
 from training.objective import diffusion_losses, loss_weight
 from training.run import seeded
+from training.tasks import Beside, Task
 
 BUCKETS = 4  # equal ranges of timesteps
 PICTURES = 64  # held out, at most: each is looked at once in every bucket
@@ -51,8 +53,12 @@ def load_held_out(config: DiffusionTraining, parts: Parts) -> Batch | None:
     context, added = texts.take(range(len(captions)))
     if added:
         added["time_ids"] = torch.tensor([sample.condition for sample in data.samples], dtype=torch.float32)
-    nulls = torch.zeros(len(captions), dtype=torch.bool)
-    return Batch(torch.cat(latents) * autoencoder.config.scaling_factor, context, nulls, added).map(Tensor.cpu)
+    nulls, beside = torch.zeros(len(captions), dtype=torch.bool), None
+    if config.task != "text_to_image":
+        task, pictures = Task.of(config, parts), composite(data.images, rgb(config.data.background))
+        beside = Beside.stack([task.draw(one, np.random.default_rng([0, n])) for n, one in enumerate(pictures)])
+    scaled = torch.cat(latents) * autoencoder.config.scaling_factor
+    return Batch(scaled, context, nulls, added, beside).map(Tensor.cpu)
 
 
 def bucket_timesteps(count: int, num_train_timesteps: int) -> Tensor:

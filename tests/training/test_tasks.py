@@ -1,0 +1,149 @@
+"""Inpainting and super-resolution as tasks of the diffusion stage: what is seen, what is trained, what comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from latentdiff import Pipeline
+from latentdiff.checkpoints import load_pipeline
+from latentdiff.errors import InputError
+from latentdiff.images import to_tensor
+from tests.training.test_lora_stage import file as lora_file  # noqa: F401  (a fixture)
+from tests.training.test_stages import SIZE, check_interrupted, pictures, recipe
+from training import cli_train
+from training.assembly import load_parts, network_to_train, prepare_data
+from training.batches import draw_batch
+from training.config import DiffusionTraining, load_config
+from training.objective import diffusion_losses
+from training.tasks import Beside, Task, widened
+
+INPAINT = ["lora=null", "task=inpaint", "full_mask=0.25"]
+QUICK: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
+
+
+def config_of(file: str, *changes: str) -> DiffusionTraining:
+    config = load_config(file, list(changes))
+    assert isinstance(config, DiffusionTraining)
+    return config
+
+
+@pytest.fixture
+def upscale_file(tmp_path: Path) -> str:
+    """A recipe of a small upscaler of windows of tiny pictures, beside its autoencoder."""
+    if not (tmp_path / "pictures").exists():
+        pictures(tmp_path / "pictures", 6)
+    cli_train(recipe(tmp_path, "autoencoder"), [], False, None)
+    changes = ["task: upscale", "degradation: 0.5", "max_noise_level: 20"]
+    file = Path(recipe(tmp_path, "diffusion"))
+    file.write_text(file.read_text() + "\n".join(changes) + "\n")
+    return str(file)
+
+
+def test_new_channels_change_nothing_at_first(built_model: Path) -> None:
+    unet = load_pipeline(built_model).unet
+    assert unet is not None
+    wide, x = widened(unet, 5), torch.randn(2, 4, 8, 8)
+    timesteps, context = torch.tensor([3, 700]), torch.randn(2, 5, 16)
+    beside = torch.randn(2, 5, 8, 8)
+    with torch.no_grad():
+        before, after = unet(x, timesteps, context), wide(torch.cat([x, beside], dim=1), timesteps, context)
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=1e-5)
+    assert wide.config.in_channels == 9 and unet.config.in_channels == 4
+
+
+def test_a_mask_and_what_is_kept_are_those_of_the_pipeline(lora_file: str, tmp_path: Path) -> None:  # noqa: F811
+    config = config_of(lora_file, *INPAINT, "run.batch_size=16")
+    parts = load_parts(config)
+    assert parts.inpaints
+    data = prepare_data(config, parts, tmp_path / "run")
+    batch, again = (draw_batch(data, config, 1) for _ in range(2))
+    assert batch.beside is not None and again.beside is not None and batch.beside.kept is not None
+    assert torch.equal(batch.beside.channels, again.beside.channels)
+    shares = [draw_batch(data, config, 1, part).beside for part in (slice(0, 5), slice(5, 16))]
+    assert torch.equal(torch.cat([share.channels for share in shares if share is not None]), batch.beside.channels)
+    full = batch.beside.channels.flatten(1).mean(dim=1) == 1
+    assert 0 < int(full.sum()) < 16
+    inputs = batch.beside.inputs(parts)
+    assert inputs.shape == (16, 5, *batch.latents.shape[2:])
+    number = int((~full).nonzero()[0])
+    kept, factor = batch.beside.kept[number], parts.autoencoder.config.downsample_factor
+    white = Image.fromarray((kept.abs().sum(dim=0) == 0).numpy().astype(np.uint8) * 255)
+    whole = Image.fromarray(((kept.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy())
+    assert torch.equal(to_tensor([whole])[0] * (kept != 0), kept)
+    mask = torch.from_numpy(np.asarray(white)[::factor, ::factor] > 0).float()
+    assert (mask >= batch.beside.channels[number, 0]).all()  # what happens to be middle grey looks masked
+
+
+def test_an_inpainting_run_resumes_and_makes_a_model_that_paints(lora_file: str, tmp_path: Path) -> None:  # noqa: F811
+    file = Path(lora_file)
+    file.write_text(yaml.safe_dump(config_of(lora_file, *INPAINT).model_dump(mode="json")))
+    check_interrupted(str(file), tmp_path)
+    pipe = Pipeline.from_pretrained(tmp_path / "unbroken/model", device="cpu")
+    assert pipe.unet.config.in_channels == 9
+    assert not torch.equal(pipe.unet.conv_in.weight[:, 4:], torch.zeros_like(pipe.unet.conv_in.weight[:, 4:]))
+    image, mask = Image.new("RGB", (32, 32), "red"), Image.new("L", (32, 32))
+    mask.paste(255, (8, 8, 24, 24))
+    drawn = pipe("red fox", image=image, mask=mask, num_inference_steps=2).images[0]
+    assert drawn.getpixel((1, 1)) == (255, 0, 0)
+    with Image.open(tmp_path / "unbroken/samples/00000004.png") as samples:
+        assert samples.height == 2 * SIZE + 2
+
+
+def test_an_upscaling_run_makes_a_model_that_enlarges(upscale_file: str, tmp_path: Path) -> None:
+    config = config_of(upscale_file)
+    parts = load_parts(config)
+    data = prepare_data(config, parts, tmp_path / "run")
+    batch = draw_batch(data, config, 0)
+    assert batch.beside is not None and batch.beside.levels is not None
+    assert batch.beside.channels.shape == (4, 3, 8, 8) and 0 <= int(batch.beside.levels.max()) <= 20
+    check_interrupted(upscale_file, tmp_path)
+    pipe = Pipeline.from_pretrained(tmp_path / "unbroken/model", device="cpu")
+    assert pipe.parts.upscales
+    result = pipe("a", image=Image.new("RGB", (8, 8), "red"), num_inference_steps=2)
+    assert result.images[0].size == (16, 16)
+
+
+@pytest.mark.parametrize("changes", [INPAINT, None], ids=["inpaint", "upscale"])
+def test_the_loss_moves_the_new_channels(
+    tmp_path: Path, request: pytest.FixtureRequest, changes: list[str] | None
+) -> None:
+    file = request.getfixturevalue("upscale_file" if changes is None else "lora_file")
+    config = config_of(file, *(changes or []))
+    parts = load_parts(config)
+    data = prepare_data(config, parts, tmp_path / "loss")
+    unet = network_to_train(config, data, parts)
+    batch = draw_batch(data, config, 0)
+    noise, timesteps = torch.randn_like(batch.latents), torch.full((len(batch),), 500)
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
+    diffusion_losses(unet, parts, config, batch, timesteps, noise).mean().backward()
+    gradient: Any = unet.conv_in.weight.grad
+    assert (gradient[:, batch.latents.shape[1] :].abs().amax(dim=(0, 2, 3)) > 0).all()
+
+
+def test_samples_are_stacked() -> None:
+    assert Task(4, None, 0.0, 0.0, 0).draw(np.zeros((16, 16, 3), np.uint8), np.random.default_rng(0)).kept is not None
+    stacked = Beside.stack([Beside(torch.zeros(1, 2, 2), torch.zeros(3, 8, 8))] * 3)
+    assert stacked.kept is not None and stacked.kept.shape == (3, 3, 8, 8) and stacked.levels is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["task=inpaint"], "which a lora has not; leave lora out"),
+        ([*INPAINT, "prior={prompt: x}"], "task: inpaint does not go with prior"),
+        ([*INPAINT, "self_conditioning=true"], "does not go with self_conditioning"),
+        ([*INPAINT, "data.buckets=true"], r"does not go with data\.buckets"),
+        ([*INPAINT, "data.zoom=2"], r"data\.zoom 2 leaves most of a picture out; it needs data\.crop random"),
+        (["lora=null", "task=paint"], r"task: .*got 'paint'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(lora_file: str, changes: list[str], message: str) -> None:  # noqa: F811
+    with pytest.raises(InputError, match=message):
+        load_config(lora_file, changes)
