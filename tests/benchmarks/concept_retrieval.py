@@ -80,10 +80,12 @@ def whole_set(folder: str, size: int, autoencoder: torch.nn.Module) -> tuple[Ten
     return torch.cat(latents), np.array(concepts)
 
 
-def nearest(latent: Tensor, latents: Tensor, concepts: np.ndarray) -> list[str]:
-    """Return the concepts of the `NEAREST` drawings, nearest first."""
-    order = (latents - latent).square().sum(dim=1).topk(NEAREST, largest=False).indices
-    return concepts[order.numpy()].tolist()
+def nearest(latent: Tensor, latents: Tensor, concepts: np.ndarray, without: int | None = None) -> list[str]:
+    """Return the concepts of the `NEAREST` drawings, nearest first, leaving out the one with the number `without`."""
+    distances = (latents - latent).square().sum(dim=1)
+    if without is not None:
+        distances[without] = torch.inf
+    return concepts[distances.topk(NEAREST, largest=False).indices.numpy()].tolist()
 
 
 if __name__ == "__main__":

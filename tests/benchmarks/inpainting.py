@@ -1,0 +1,184 @@
+"""Complete held-out drawings under seeded masks: a trained inpainting model against the blend of the base model.
+
+    latentdiff data emoji data/emoji64 --size 64
+    python tests/benchmarks/inpainting.py --data data/emoji64 --out assets/inpainting.png
+    python tests/benchmarks/inpainting.py --data data/emoji64 --trained runs/inpaint/model --images 50
+    python tests/benchmarks/inpainting.py --data data/emoji64 --trained none
+
+Each drawing of the test split, whose concepts no training has seen, is completed from its first caption, by both with
+the same seed. Measured are PSNR inside the mask, whether the concept is among the five nearest drawings of the whole
+set but this one (`concept_retrieval.py`; for the drawings themselves it says what can be reached), whether all other
+pixels are those given, and the time beside that of a plain generation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from concept_retrieval import NEAREST, encode, nearest, whole_set
+
+from latentdiff import Pipeline
+from latentdiff.images import to_tensor
+from training.config import DataConfig
+from training.dataset import composite, load_images
+from training.masks import draw_mask
+from training.run import save_grid
+
+SHOWN = 8
+TIMED = 10  # plain generations
+LEAST_ERROR = 1 / 255  # RMS, in [0, 1]; a mask over plain white would else count without bound
+
+
+@dataclass(frozen=True)
+class Example:
+    """A drawing, (H, W, 3) uint8 on white, its mask (H, W), and its number in the whole set counted from the end."""
+
+    picture: np.ndarray
+    mask: np.ndarray
+    caption: str
+    concept: str
+    place: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder made by `latentdiff data emoji`")
+    parser.add_argument("--trained", default="embedded-inpaint", help="inpainting model; none for the blend alone")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, help="the pipeline's own by default")
+    parser.add_argument("--seed", type=int, default=0, help="of the first mask and picture")
+    parser.add_argument("--out", type=Path, help="PNG to draw: input, blend, trained, truth")
+    arguments = parser.parse_args()
+    base = Pipeline.from_pretrained(device="cpu")
+    pipes = {"blend": base}
+    if arguments.trained != "none":
+        pipes["trained"] = Pipeline.from_pretrained(arguments.trained, device="cpu")
+    examples = held_out(arguments.data, base.native_size[0], arguments.images, arguments.seed)
+    height, width = base.native_size
+    options: dict[str, Any] = {"num_inference_steps": arguments.steps, "height": height, "width": width}
+    if arguments.guidance is not None:
+        options["guidance_scale"] = arguments.guidance
+    drawn, seconds = complete(pipes, base, examples, arguments.seed, options)
+    drawn["truth"] = [example.picture for example in examples]
+    if arguments.out is not None:
+        draw_grid(examples, drawn, arguments.out)
+    figures = measure(examples, drawn, base, arguments.data)
+    report(figures, seconds, len(examples))
+
+
+def held_out(folder: str, size: int, count: int, seed: int) -> list[Example]:
+    """Return drawings of the test split, evenly spread over it, each with a mask of its own that leaves something."""
+    data = load_images(DataConfig(folder=folder, size=size), "test")
+    examples = []
+    for number, row in enumerate(np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int).tolist()):
+        mask = draw_mask(np.random.default_rng([seed, number]), size, size, full=0.0)
+        picture, known = composite(data.images[row], (255, 255, 255)), data.rows[row]
+        examples.append(Example(picture, mask, known["captions"][0], known["concept"], row - len(data)))
+    return examples
+
+
+def complete(
+    pipes: dict[str, Pipeline], base: Pipeline, examples: Sequence[Example], seed: int, options: dict[str, Any]
+) -> tuple[dict[str, list[np.ndarray]], dict[str, float]]:
+    """Return the pictures (H, W, 3) uint8 that each pipeline completes, and the median seconds that one takes."""
+    drawn: dict[str, list[np.ndarray]] = {name: [] for name in pipes}
+    seconds: dict[str, list[float]] = {name: [] for name in ("plain", *pipes)}
+    base("a fox", **options)  # warms up
+    for number, example in enumerate(tqdm(examples, desc="completing")):
+        given: dict[str, Any] = {"image": Image.fromarray(example.picture), "mask": Image.fromarray(example.mask)}
+        if number < TIMED:
+            begin = time.perf_counter()
+            base(example.caption, seed=seed + number, **options)
+            seconds["plain"].append(time.perf_counter() - begin)
+        for name, pipe in pipes.items():
+            begin = time.perf_counter()
+            picture = pipe(example.caption, seed=seed + number, **given, **options).images[0]
+            seconds[name].append(time.perf_counter() - begin)
+            drawn[name].append(np.asarray(picture))
+    return drawn, {name: float(np.median(taken[:TIMED])) for name, taken in seconds.items()}
+
+
+def measure(
+    examples: Sequence[Example], drawn: dict[str, list[np.ndarray]], base: Pipeline, folder: str
+) -> dict[str, dict[str, Tensor]]:
+    """Return for each way of completing what is found of each picture, (N,) float64."""
+    latents, concepts = whole_set(folder, base.native_size[0], base.autoencoder)
+    figures = {}
+    for name, pictures in drawn.items():
+        seen = encode(base.autoencoder, to_tensor(np.stack(pictures)))
+        found = [
+            example.concept in nearest(one, latents, concepts, without=len(concepts) + example.place)
+            for example, one in zip(examples, seen)
+        ]
+        pairs = list(zip(examples, pictures))
+        kept = [np.array_equal(picture[~one.mask], one.picture[~one.mask]) for one, picture in pairs]
+        psnr = [psnr_inside(picture, one.picture, one.mask) for one, picture in pairs]
+        values = {"psnr": psnr, "top5": found, "kept": kept}
+        figures[name] = {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
+    return figures
+
+
+def psnr_inside(picture: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio in dB of the pixels (H, W, 3) uint8 in a mask (H, W)."""
+    difference = (picture[mask].astype(np.float64) - truth[mask]) / 255
+    return float(-20 * np.log10(max(np.sqrt(np.square(difference).mean()), LEAST_ERROR)))
+
+
+def report(figures: dict[str, dict[str, Tensor]], seconds: dict[str, float], count: int) -> None:
+    """Print a table, what the trained model is better by, and one JSON line."""
+    print(f"{count} held-out drawings, mean +- standard error")
+    summary: dict[str, Any] = {"images": count, "seconds": seconds}
+    for name, values in figures.items():
+        summary[name] = {"top5": mean_error(values["top5"])}
+        line = f"{name:8} concept among {NEAREST} {shown(values['top5'], 100, ' %')}"
+        if name in seconds:
+            kept = int(values["kept"].sum())
+            summary[name] |= {"psnr": mean_error(values["psnr"]), "kept": kept}
+            line += f", PSNR inside {shown(values['psnr'], 1, ' dB')}, all other pixels as given in {kept} of {count}, "
+            line += f"{seconds[name]:.2f} s, {seconds[name] / seconds['plain']:.2f} x a plain generation"
+        print(line)
+    if "trained" in figures:
+        gains = {key: figures["trained"][key] - figures["blend"][key] for key in ("psnr", "top5")}
+        summary["gain"] = {key: mean_error(gain) for key, gain in gains.items()}
+        print(f"trained - blend, of each drawing: {shown(gains['psnr'], 1, ' dB')}, {shown(gains['top5'], 100, ' %')}")
+    print(json.dumps(summary))
+
+
+def mean_error(values: Tensor) -> tuple[float, float]:
+    """Return the mean of independent values and its standard error."""
+    return float(values.mean()), float(values.std() / len(values) ** 0.5)
+
+
+def shown(values: Tensor, scale: float, unit: str) -> str:
+    mean, error = mean_error(values)
+    return f"{scale * mean:.2f} +- {scale * error:.2f}{unit}"
+
+
+def draw_grid(examples: Sequence[Example], drawn: dict[str, list[np.ndarray]], file: Path) -> None:
+    """Draw rows of the input, its mask in grey, what was made of it, and the truth."""
+    cells: list[np.ndarray] = []
+    for number in np.linspace(0, len(examples) - 1, min(SHOWN, len(examples))).round().astype(int).tolist():
+        example = examples[number]
+        cells.append(np.where(example.mask[..., None], np.uint8(128), example.picture))
+        cells += [pictures[number] for pictures in drawn.values()]
+    save_grid(to_tensor(np.stack(cells)), file, columns=1 + len(drawn))
+
+
+if __name__ == "__main__":
+    main()
