@@ -219,9 +219,10 @@ class DiffusionTraining(Section):
     task: Literal["text_to_image", "inpaint", "upscale"] = "text_to_image"
     # Of task: inpaint, share of samples that are drawn anew as a whole, so that text alone stays enough.
     full_mask: float = Field(0.1, ge=0, le=1)
-    # Of task: upscale, how often small pictures are blurred, noisy and compressed besides; and how noisy at most, in
-    # timesteps of low_res_schedule (keys of `latentdiff.diffusion.schedule.NoiseSchedule`), which the U-Net is told.
-    degradation: float = Field(0.5, ge=0, le=1)
+    # Of task: upscale, how strongly small pictures are blurred, noisy and compressed at most, each sample by a strength
+    # of its own from 0 up (`training.degradation`); and how much noise is put on them at most, of which the U-Net is
+    # told, in timesteps of low_res_schedule (keys of `latentdiff.diffusion.schedule.NoiseSchedule`).
+    degradation: float = Field(1.0, ge=0, le=1)
     max_noise_level: int = Field(350, ge=0, le=999)
     low_res_schedule: dict[str, Any] = {}
     data: DataConfig

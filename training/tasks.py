@@ -91,7 +91,7 @@ class Task:
             mask = draw_mask(rng, height, width, self.full_mask)  # (H, W)
             kept = to_tensor(picture[None])[0] * torch.from_numpy(~mask)
             return Beside(torch.from_numpy(mask[None, :: self.factor, :: self.factor]).float(), kept)
-        small = to_tensor(degrade(picture, self.factor, rng, self.degradation)[None])  # (1, 3, h, w)
+        small = to_tensor(degrade(picture, self.factor, rng, rng.uniform(0, self.degradation))[None])  # (1, 3, h, w)
         level = torch.tensor([int(rng.integers(self.max_noise_level + 1))])
         noise = torch.from_numpy(rng.standard_normal(small.shape, dtype=np.float32))
         return Beside(self.low_res_schedule.add_noise(small, noise, level)[0].float(), levels=level[0])
