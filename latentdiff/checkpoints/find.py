@@ -1,4 +1,4 @@
-"""Which folder a model's name means: a path, the embedded model, or `owner/name` in the cache of huggingface_hub.
+"""Which folder a model's name means: a path, an embedded model, or `owner/name` in the cache of huggingface_hub.
 
 A path opens no socket. Of a model on a hub only JSON, vocabularies and safetensors are fetched. A download that broke
 off goes on where it stopped, and HF_HUB_OFFLINE=1 takes what the cache has; both are the library's.
@@ -12,44 +12,53 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from latentdiff.checkpoints.folder import NETWORKS, read_index, weight_files
+from latentdiff.checkpoints.folder import NETWORKS, read_layout, weight_files
 from latentdiff.errors import InputError, ModelPathError, suggest
 from latentdiff.models.tokenizer import FILES
 
 __all__ = ["EMBEDDED", "embedded_model", "find_model"]
 
 EMBEDDED = "embedded"  # what the model that comes with the package is called in settings
+# All that come with it, and the folders that they are in.
+ASSETS = {EMBEDDED: "emoji", "embedded-inpaint": "emoji-inpaint", "embedded-upscale": "emoji-upscale"}
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 SMALL = ("model_index.json", "*/config.json", "*/scheduler_config.json", *(f"tokenizer*/{name}" for name in FILES))
 
 
 @cache
-def embedded_model() -> Path:
-    """Return the folder of the model that comes with the package: in a checkout, or inside an installed package.
+def embedded_model(name: str = EMBEDDED) -> Path:
+    """Return the folder of a model that comes with the package: in a checkout, or inside an installed package.
+
+    Args:
+        name: one of `ASSETS`.
 
     Raises:
         ModelPathError: this copy of the package came without it.
     """
     package = Path(__file__).resolve().parents[1]
-    for folder in (package.parent / "assets" / "emoji", package / "_assets" / "emoji"):
+    for folder in (package.parent / "assets" / ASSETS[name], package / "_assets" / ASSETS[name]):
         if folder.is_dir():
             return folder
-    raise ModelPathError("the embedded model is missing from this copy of latentdiff; pass --model or install it again")
+    raise ModelPathError(
+        f"the model {name!r} is missing from this copy of latentdiff; pass another as --model, or install it again"
+    )
 
 
 def find_model(model: str | os.PathLike[str] | None) -> tuple[Path, str]:
     """Return the folder of a model, and the name under which settings refer to it.
 
     Args:
-        model: a folder; `owner/name` or `owner/name@revision` on a hub, where there is no such folder; None or
-            "embedded" for the embedded model.
+        model: a folder; `owner/name` or `owner/name@revision` on a hub, where there is no such folder; one of `ASSETS`,
+            None for "embedded".
 
     Raises:
         InputError: there is no such model.
+        ModelPathError: it is one of `ASSETS`, which this copy of the package came without.
     """
-    if model is None or model == EMBEDDED:
-        return embedded_model(), EMBEDDED
+    if model is None or model in ASSETS:
+        name = EMBEDDED if model is None else os.fspath(model)
+        return embedded_model(name), name
     folder, name = Path(model), os.fspath(model)
     try:
         if folder.is_dir():
@@ -67,7 +76,7 @@ def find_model(model: str | os.PathLike[str] | None) -> tuple[Path, str]:
         if isinstance(error, InputError):
             raise
         siblings = []
-    remedy = suggest(folder.name, [*siblings, EMBEDDED])
+    remedy = suggest(folder.name, [*siblings, *ASSETS])
     raise InputError(f"model {name[:200]!r} is no folder here{remedy}")
 
 
@@ -82,7 +91,7 @@ def _fetch(model: str) -> Path:
     """
     name, _, revision = model.partition("@")
     folder = _snapshot(name, revision, SMALL, ())
-    components = [component for component in NETWORKS if component in read_index(folder)]
+    components = [component for component in NETWORKS if component in read_layout(folder).classes]
     folder = _snapshot(name, revision, _weights(components), ("*.fp16.*", "*.fp16-*", "*non_ema*"))
     lacking = [component for component in components if not _has_weights(folder, component)]
     return _snapshot(name, revision, _weights(lacking), ()) if lacking else folder

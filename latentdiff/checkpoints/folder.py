@@ -2,7 +2,10 @@
 
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/
 
-Nothing outside the folder is ever opened: a name in an index must be a plain file name, and a symbolic link may not
+A variant lacks components that another model has: "_base" in its model_index.json, which diffusers passes over, is the
+name of that model's folder, beside its own.
+
+Nothing outside these folders is ever opened: a name in an index must be a plain file name, and a symbolic link may not
 lead out. No configuration can name code to run.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +29,24 @@ from latentdiff.errors import (
 from latentdiff.models.tokenizer import FILES
 
 __all__ = [
+    "BASE",
     "CLASSES",
+    "DIFFERENCE",
+    "INDEX",
     "NETWORKS",
+    "Layout",
     "child",
+    "home",
     "model_files",
     "model_hash",
-    "read_index",
     "read_json",
+    "read_layout",
     "tokenizer_files",
     "weight_files",
 ]
 
 MAX_JSON_BYTES = 16 * 2**20
+LONGEST_NAME = 255  # of a file, in bytes, as most systems have it
 MAX_DEPTH = 64  # of objects and lists within each other
 MAX_TOKENIZER_BYTES = 64 * 2**20
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
@@ -68,6 +78,28 @@ COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 LOW_RES = "low_res_scheduler"  # of the x4 upscaler
 SECOND = ("text_encoder_2", "tokenizer_2")  # of Stable Diffusion XL, whose refiner has no first ones
+INDEX = "model_index.json"
+BASE = "_base"  # in the index of a variant
+DIFFERENCE = "unet_difference.safetensors"  # in `unet`, in place of weights: what a variant's differ by from the base's
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which components a model has, and where they are.
+
+    Attributes:
+        index: content of model_index.json; of a variant, completed by that of its base.
+        classes: class name of every component that is there, and that of the pipeline.
+        homes: folder that each component is in: that of the model or that of its base.
+        base: folder of the model that has what this one lacks; None for a model that is whole.
+        difference: file of what the weights of the U-Net differ by from those of the base; None for whole weights.
+    """
+
+    index: dict[str, Any]
+    classes: dict[str, str]
+    homes: dict[str, Path]
+    base: Path | None
+    difference: Path | None
 
 
 def child(root: Path, *names: str) -> Path:
@@ -129,22 +161,75 @@ def _keys(tree: Any, depth: int = 0) -> Iterator[str]:
                 yield from _keys(item, depth + 1)
 
 
-def read_index(root: Path) -> dict[str, str]:
-    """Read model_index.json and return the class name of every component that is there, with that of the pipeline.
+def read_layout(root: Path) -> Layout:
+    """Read model_index.json, and of a variant that of its base too.
+
+    Raises:
+        ModelPathError: the base is no folder beside this one, or has a base itself.
+        ModelConfigError: a component is missing, or of a class that is not in `CLASSES`.
+        ModelLoadError: a file cannot be used; see `read_json`.
+    """
+    own, base, difference = _read_index(root), None, None
+    index = own
+    if BASE in own:
+        base = _base_folder(root, own[BASE])
+        theirs = _read_index(base)
+        if BASE in theirs:
+            raise ModelPathError(f"{base}: expected a whole model as the base of {root.name}, got another variant")
+        index = {**theirs, **own}
+        if "unet" in own and child(root, "unet", DIFFERENCE).exists():
+            difference = child(root, "unet", DIFFERENCE)
+    classes = _classes(root / INDEX, index)
+    homes = {component: root if base is None or component in own else base for component in classes}
+    return Layout(index, classes, homes, base, difference)
+
+
+def home(root: Path, component: str) -> Path:
+    """Return the folder that a component of a model is in: `root`, or that of its base where this is a variant.
+
+    Raises:
+        ModelLoadError: see `read_layout`.
+    """
+    if not (root / INDEX).exists() or (root / component).exists():
+        return root
+    return read_layout(root).homes.get(component, root)
+
+
+def _read_index(root: Path) -> dict[str, Any]:
+    path = child(root, INDEX)
+    if not path.is_file():
+        _refuse_pickles(root)
+    return read_json(path)
+
+
+def _base_folder(root: Path, name: Any) -> Path:
+    place = root.resolve().parent
+    if not _is_plain(name):
+        raise ModelPathError(f"{root / INDEX}: expected the plain name of a folder as {BASE}, got {str(name)[:80]!r}")
+    base = child(place, name)
+    if not base.is_dir():
+        raise ModelPathError(f"{base}: {root.name} is a variant of this model, but it is missing; put it there")
+    return base
+
+
+def _is_plain(name: Any) -> bool:
+    """Say whether this is the name of a file or folder, and no path."""
+    if not isinstance(name, str) or len(name.encode(errors="replace")) > LONGEST_NAME:
+        return False
+    return name == Path(name).name and name not in ("", "..") and not set(name) & set("/\\:\0")
+
+
+def _classes(path: Path, index: dict[str, Any]) -> dict[str, str]:
+    """Return the class name of every component that is there, with that of the pipeline.
 
     A model that knows classes instead of text has no tokenizer; one may have a second text encoder, or it alone.
 
     Raises:
         ModelConfigError: a component is missing, or of a class that is not in `CLASSES`.
-        ModelLoadError: the file cannot be used; see `read_json`.
     """
-    path = child(root, "model_index.json")
-    if not path.is_file():
-        _refuse_pickles(root)
-    tree = read_json(path)
-    named = {"pipeline": tree.get("_class_name")}
+    named = {"pipeline": index.get("_class_name")}
     for component in (*COMPONENTS, *SECOND, LOW_RES):
-        entry = tree.get(component)
+        entry = index.get(component)
         named[component] = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
     optional: set[str] = set()
     if named["text_encoder_2"] is None:
@@ -194,8 +279,7 @@ def _shards(root: Path, component: str, index: Path) -> dict[Path, set[str] | No
         raise ModelFormatError(f"{index}: expected a weight_map from tensor to file, got {type(weight_map).__name__}")
     names: dict[str, set[str]] = {}
     for tensor, file in weight_map.items():
-        plain = isinstance(file, str) and file == Path(file).name and not set(file) & set("/\\:\0")
-        if not plain or not file.endswith(".safetensors"):
+        if not _is_plain(file) or not file.endswith(".safetensors"):
             raise ModelPathError(f"{index}: expected a plain file name ending in .safetensors, got {str(file)[:80]!r}")
         names.setdefault(file, set()).add(tensor)
     files: dict[Path, set[str] | None] = {}
@@ -232,16 +316,31 @@ def tokenizer_files(root: Path, component: str = "tokenizer") -> list[Path]:
     return files
 
 
-def model_files(root: Path) -> list[Path]:
-    """Return every file that decides what the model computes, in a fixed order."""
-    files, classes = [child(root, "model_index.json")], read_index(root)
+def model_files(root: Path) -> dict[str, Path]:
+    """Return every file that decides what the model computes, by name, in a fixed order."""
+    layout, files = read_layout(root), dict[str, Path]()
+
+    def add(home: Path, *paths: Path) -> None:
+        before = "" if home == root else f"{BASE}/"
+        files.update({f"{before}{path.relative_to(home).as_posix()}": path for path in paths})
+
+    for place in (root, *([] if layout.base is None else [layout.base])):
+        add(place, child(place, INDEX))
     for component in NETWORKS:
-        if component in classes:
-            files += [child(root, component, "config.json"), *weight_files(root, component)]
+        if component not in layout.classes:
+            continue
+        place = layout.homes[component]
+        if component == "unet" and layout.difference is not None and layout.base is not None:
+            add(place, child(place, component, "config.json"), layout.difference)
+            place = layout.base
+        add(place, child(place, component, "config.json"), *weight_files(place, component))
     for component in ("tokenizer", "tokenizer_2"):
-        files += tokenizer_files(root, component) if component in classes else []
-    schedules = [component for component in ("scheduler", LOW_RES) if component in classes]
-    return [*files, *(child(root, component, "scheduler_config.json") for component in schedules)]
+        if component in layout.classes:
+            add(layout.homes[component], *tokenizer_files(layout.homes[component], component))
+    for component in ("scheduler", LOW_RES):
+        if component in layout.classes:
+            add(layout.homes[component], child(layout.homes[component], component, "scheduler_config.json"))
+    return files
 
 
 def model_hash(root: Path) -> str:
@@ -251,9 +350,9 @@ def model_hash(root: Path) -> str:
         ModelLoadError: a file is missing or cannot be read.
     """
     digest = hashlib.sha256()
-    for path in [root] if root.is_file() else model_files(root):
+    for name, path in ({".": root} if root.is_file() else model_files(root)).items():
         try:
-            digest.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
+            digest.update(f"{name}\0{path.stat().st_size}\0".encode())
             with path.open("rb") as file:
                 while block := file.read(2**20):
                     digest.update(block)

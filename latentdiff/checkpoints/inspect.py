@@ -14,8 +14,8 @@ from latentdiff.checkpoints.folder import (
     NETWORKS,
     child,
     model_hash,
-    read_index,
     read_json,
+    read_layout,
     tokenizer_files,
     weight_files,
 )
@@ -41,21 +41,26 @@ def describe_folder(root: Path) -> dict[str, Any]:
     Raises:
         ModelLoadError: it is none, or a file in it was refused.
     """
-    classes = read_index(root)
+    layout = read_layout(root)
+    classes, homes, base = layout.classes, layout.homes, layout.base
     parts, tensors = {}, []
     for component in NETWORKS:
         if component not in classes:
             continue
-        found = [info for file in weight_files(root, component) for info in read_header(file).tensors.values()]
+        changes = layout.difference if component == "unet" else None
+        files = [changes] if changes else weight_files(homes[component], component)
+        found = [info for file in files for info in read_header(file).tensors.values()]
         parts[component] = {"class": classes[component], **_count(found)}
+        if base is not None and (changes or homes[component] == base):
+            parts[component]["difference from" if changes else "of"] = base.name
         tensors += found
-    unet = read_json(child(root, "unet", "config.json"))
-    vae = read_json(child(root, "vae", "config.json"))
-    schedule = NoiseSchedule.from_dict(read_json(child(root, "scheduler", "scheduler_config.json")))
+    unet = read_json(child(homes["unet"], "unet", "config.json"))
+    vae = read_json(child(homes["vae"], "vae", "config.json"))
+    schedule = NoiseSchedule.from_dict(read_json(child(homes["scheduler"], "scheduler", "scheduler_config.json")))
     for component in ("tokenizer", "tokenizer_2"):
-        tokenizer_files(root, component)
+        tokenizer_files(homes.get(component, root), component)
     return {
-        "kind": "model folder",
+        "kind": "model folder" if base is None else f"variant of the model {base.name} beside it",
         "family": _family(classes.get("text_encoder", ""), unet.get("cross_attention_dim")),
         "prediction_type": schedule.prediction_type,
         "beta_schedule": schedule.beta_schedule,

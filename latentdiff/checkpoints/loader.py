@@ -19,9 +19,11 @@ from torch.overrides import TorchFunctionMode
 from latentdiff.checkpoints.find import find_model
 from latentdiff.checkpoints.folder import (
     NETWORKS,
+    Layout,
     child,
-    read_index,
+    home,
     read_json,
+    read_layout,
     tokenizer_files,
     weight_files,
 )
@@ -97,13 +99,12 @@ def load_pipeline(
 
         return load_single_file(Path(model), dtype, device, prediction_type)
     folder, name = find_model(model)
-    classes = read_index(folder)
+    layout = read_layout(folder)
+    classes, homes = layout.classes, layout.homes
     networks = {
-        component: _load(folder, component, (classes[component],), dtype, device)
-        for component in NETWORKS
-        if component in classes
+        component: _load_component(layout, component, dtype, device) for component in NETWORKS if component in classes
     }
-    tokenizers = [_load_tokenizer(folder, name) for name in ("tokenizer", "tokenizer_2") if name in classes]
+    tokenizers = [_load_tokenizer(homes[name], name) for name in ("tokenizer", "tokenizer_2") if name in classes]
     encoders = [networks[name] for name in ("text_encoder", "text_encoder_2") if name in networks]
     schedule = load_schedule(folder)
     if prediction_type is not None:
@@ -117,7 +118,7 @@ def load_pipeline(
         low_res_schedule=load_schedule(folder, "low_res_scheduler") if "low_res_scheduler" in classes else None,
         text_encoder_2=encoders[1] if len(encoders) > 1 else None,
         tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else None,
-        force_zeros=read_json(child(folder, "model_index.json")).get("force_zeros_for_empty_prompt") is True,
+        force_zeros=layout.index.get("force_zeros_for_empty_prompt") is True,
         name=name,
         folder=folder,
     )
@@ -135,7 +136,7 @@ def load_autoencoder(
     """
     folder = Path(path)
     if not (folder / "config.json").exists():
-        folder = folder / "vae"
+        folder = home(folder, "vae") / "vae"
     return _load(folder.parent, folder.name, ("AutoencoderKL",), dtype, device)
 
 
@@ -152,16 +153,37 @@ def load_text_encoder(
     folder, kinds = Path(path), ("BertModel", "CLIPTextModel", "T5EncoderModel")
     if (folder / CONFIG).is_file():
         return load_open_clip(folder, None, dtype, device)
-    return _load(folder, "text_encoder", kinds, dtype, device), _load_tokenizer(folder)
+    places = [home(folder, component) for component in ("text_encoder", "tokenizer")]
+    return _load(places[0], "text_encoder", kinds, dtype, device), _load_tokenizer(places[1])
 
 
-def _load(root: Path, component: str, classes: tuple[str, ...], dtype: torch.dtype, device: str | torch.device) -> Any:
+def _load_component(layout: Layout, component: str, dtype: torch.dtype, device: str | torch.device) -> Any:
+    """Load a network of a model, which may be in the folder of its base, or differ from one that is."""
+    root, classes = layout.homes[component], (layout.classes[component],)
+    if component != "unet" or layout.difference is None or layout.base is None:
+        return _load(root, component, classes, dtype, device)
+    from latentdiff.checkpoints.variant import apply_difference  # which needs this module
+
+    base = _load(layout.base, component, classes, dtype, device)
+    path, data, named = _read_config(root, component, classes)
+    changes = read_header(layout.difference).tensors
+    network = build(path, KINDS[named], data, len(base.state_dict()) + len(changes), dtype)
+    return apply_difference(layout.difference, changes, base, network).requires_grad_(False).eval()
+
+
+def _read_config(root: Path, component: str, classes: tuple[str, ...]) -> tuple[Path, dict[str, Any], str]:
+    """Return the configuration of a network, with its path and the class that it names, one of `classes`."""
     path = child(root, component, "config.json")
     data = read_json(path)
     architectures = data.get("architectures")
     named = data.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
     if named not in classes:
         raise ModelConfigError(f"{path}: expected class {' or '.join(classes)}, got {str(named)[:80]!r}")
+    return path, data, named
+
+
+def _load(root: Path, component: str, classes: tuple[str, ...], dtype: torch.dtype, device: str | torch.device) -> Any:
+    path, data, named = _read_config(root, component, classes)
     files = weight_files(root, component)
     headers = {file: read_header(file).tensors for file in files}
     for file, placed in files.items():
@@ -262,7 +284,7 @@ def load_schedule(root: Path, component: str = "scheduler") -> NoiseSchedule:
     Raises:
         ModelLoadError: see `load_pipeline`.
     """
-    path = child(root, component, "scheduler_config.json")
+    path = child(home(root, component), component, "scheduler_config.json")
     try:
         return NoiseSchedule.from_dict({"_class_name": "", **read_json(path)})
     except ModelConfigError as error:

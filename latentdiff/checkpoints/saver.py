@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from latentdiff.checkpoints.folder import INDEX
 from latentdiff.checkpoints.loader import KINDS
 from latentdiff.checkpoints.parts import Parts
 from latentdiff.checkpoints.weights import stored_weights
@@ -24,7 +25,15 @@ from latentdiff.models.config import ModelConfig
 from latentdiff.models.pixels import LabelEncoder, PixelSpace
 from latentdiff.models.tokenizer import Tokenizer
 
-__all__ = ["pipeline_index", "save_model", "save_pipeline", "save_tensors"]
+__all__ = [
+    "pipeline_index",
+    "replace_folder",
+    "save_model",
+    "save_pipeline",
+    "save_tensors",
+    "write_components",
+    "write_json",
+]
 
 TOKENIZER_CLASS = {
     "BertModel": "BertTokenizer",
@@ -57,7 +66,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dt
         ModelValueError: a weight is not finite in that dtype.
         StorageError: the folder cannot be written.
     """
-    _replace_folder(Path(folder), "config.json", lambda place: _write_model(model, place, dtype))
+    replace_folder(Path(folder), "config.json", lambda place: write_model(model, place, dtype))
 
 
 def save_pipeline(parts: Parts, folder: str | os.PathLike[str], dtype: torch.dtype | None = torch.float16) -> None:
@@ -78,16 +87,27 @@ def save_pipeline(parts: Parts, folder: str | os.PathLike[str], dtype: torch.dty
     index, networks, tokenizers, schedules = pipeline_index(parts)
 
     def write(place: Path) -> None:
-        for component, network in networks.items():
-            _write_model(network, place / component, dtype)
-        for component, tokenizer in tokenizers.items():
-            tokenizer.save(place / component)
-        for component, schedule in schedules.items():
-            (place / component).mkdir()
-            _write_json(place / component / "scheduler_config.json", schedule.to_dict())
-        _write_json(place / "model_index.json", index)
+        write_components(place, networks, tokenizers, schedules, dtype)
+        write_json(place / INDEX, index)
 
-    _replace_folder(Path(folder), "model_index.json", write)
+    replace_folder(Path(folder), INDEX, write)
+
+
+def write_components(
+    place: Path,
+    networks: Mapping[str, Any],
+    tokenizers: Mapping[str, Tokenizer],
+    schedules: Mapping[str, NoiseSchedule],
+    dtype: torch.dtype | None,
+) -> None:
+    """Write components of a model, by their names, into its folder; see `save_pipeline`."""
+    for component, network in networks.items():
+        write_model(network, place / component, dtype)
+    for component, tokenizer in tokenizers.items():
+        tokenizer.save(place / component)
+    for component, schedule in schedules.items():
+        (place / component).mkdir()
+        write_json(place / component / "scheduler_config.json", schedule.to_dict())
 
 
 def pipeline_index(
@@ -173,7 +193,8 @@ def _class_name(network: nn.Module) -> str:
     return named[0] if named else type(network).__name__
 
 
-def _write_model(model: nn.Module, place: Path, dtype: torch.dtype | None) -> None:
+def write_model(model: nn.Module, place: Path, dtype: torch.dtype | None) -> None:
+    """Write config.json and the weights of one network into a folder."""
     kind = KINDS[type(model).__name__]
     weights = stored_weights(model.state_dict(), dtype)
     place.mkdir(parents=True, exist_ok=True)
@@ -181,14 +202,15 @@ def _write_model(model: nn.Module, place: Path, dtype: torch.dtype | None) -> No
     save_file(weights, file, metadata={"format": "pt"})
     file.chmod(0o644)  # safetensors makes it readable by its owner alone
     config: Any = model.config
-    _write_json(place / "config.json", config.to_dict())
+    write_json(place / "config.json", config.to_dict())
 
 
-def _write_json(path: Path, tree: dict[str, Any]) -> None:
+def write_json(path: Path, tree: dict[str, Any]) -> None:
+    """Write a JSON file."""
     path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
-def _replace_folder(folder: Path, mark: str, write: Callable[[Path], None]) -> None:
+def replace_folder(folder: Path, mark: str, write: Callable[[Path], None]) -> None:
     """Write a folder beside its place, flush it to disk, and exchange it for an older one that has the file `mark`."""
     folder = folder.absolute()
     if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):

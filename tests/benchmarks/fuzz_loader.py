@@ -40,7 +40,7 @@ from tests.checkpoints.folder_mutations import CHANGES, Folder
 from tests.checkpoints.header_mutations import MUTATIONS, archives, good, many
 from tests.checkpoints.oracle import FLOATS, bitwise_equal, finite, rules, tensor
 from tests.checkpoints.single_mutations import SingleFile
-from tests.checkpoints.small_models import build_folders, weights_of
+from tests.checkpoints.small_models import BASE, VARIANTS, build_folders, weights_of
 
 SLOW, ALARM = 1.0, 5.0  # seconds of computing that count as a hang, and of waiting after which a case is ended
 LONGEST_MESSAGE = 1000
@@ -137,12 +137,16 @@ class Fuzzer:
         return Case(f"special: {kind}", self.load_file(self.file), ModelLoadError)
 
     def folder_case(self, rng: random.Random) -> Case:
-        source = rng.choices(list(self.folders), weights=(12, 2, 1))[0]
+        source = rng.choices(list(self.folders), weights=(12, 2, 1, 2, 3))[0]
         root = self.place / "copies" / source.name
         shutil.copytree(source, root)
+        base = source.with_name(BASE)
+        if source.name in VARIANTS:
+            shutil.copytree(base, root.with_name(BASE))
         os.link(source.parent / "outside.safetensors", root.parent / "outside.safetensors")
         dtype = rng.choice(DTYPES)
-        folder = Folder(root, {name: held.to(dtype) for name, held in self.folders[source].items()}, dtype)
+        weights, theirs = ({name: held.to(dtype) for name, held in self.folders[one].items()} for one in (source, base))
+        folder = Folder(root, weights, dtype, theirs)
         change = rng.choice(CHANGES)
         verdict = change(rng, folder)
         return Case(f"folder: {change.__name__}", lambda: weights_of(load_pipeline(root, dtype)), verdict)

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from latentdiff.checkpoints.folder import DIFFERENCE
 from latentdiff.errors import ModelLoadError, UnsafeModelError
 from tests.checkpoints.header_mutations import MUTATIONS, archives, join, recoded, same, split
 from tests.checkpoints.oracle import FLOATS, finite, rules, tensor
-from tests.checkpoints.small_models import UNET, Weights
+from tests.checkpoints.small_models import BASE, UNET, Weights
 
 Verdict = Weights | type[ModelLoadError]  # what is loaded, or how it is refused
 
@@ -55,6 +56,7 @@ HARMLESS = {
     "text_encoder": {"_x": ODD[:4], "torch_dtype": ["float16"], "transformers_version": ["9"]},
     "scheduler": {"lambda_min_clipped": [-inf], "clip_sample_range": [2.0], "steps_offset": [1], "x": ["y"]},
 }
+HALVES = (".lora_down.weight", ".lora_up.weight")  # of factors in a difference
 CODE = ({"auto_map": {"AutoModel": "evil.Model"}}, {"_target_": "os.system"}, {"custom_pipelines": {}})
 OUTSIDE = (
     *("../../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "", "c:x.safetensors", 3, None, ["x"]),
@@ -63,20 +65,34 @@ OUTSIDE = (
 
 
 class Folder:
-    """A copy of a model folder that may be changed, and what loading it should give."""
+    """A copy of a model folder that may be changed, and what loading it should give.
 
-    def __init__(self, root: Path, weights: Weights, dtype: torch.dtype) -> None:
-        self.root, self.weights, self.dtype = root, dict(weights), dtype
+    Args:
+        root: of the copy; where it is a variant, its base is beside it.
+        weights: of the model, in `dtype`.
+        dtype: in which it is loaded.
+        base: weights of the base in that dtype.
+    """
+
+    def __init__(self, root: Path, weights: Weights, dtype: torch.dtype, base: Weights) -> None:
+        self.root, self.weights, self.dtype, self.base = root, dict(weights), dtype, base
         self.components = [name for name in STEMS if (root / name).is_dir()]
+        self.configured = [name for name in CONFIGS if (root / CONFIGS[name]).exists()]
+        self.differs = (root / "unet" / DIFFERENCE).exists()
+        if self.differs:  # rounded after it is added to weights that are
+            self.verdict("unet", self.file("unet").read_bytes())
 
     def file(self, component: str) -> Path:
-        return self.root / component / f"{STEMS[component]}.safetensors"
+        name = DIFFERENCE if component == "unet" and self.differs else f"{STEMS[component]}.safetensors"
+        return self.root / component / name
 
     def verdict(self, component: str, content: bytes) -> Verdict:
         """Judge the content of a component's weight file."""
         prefix = f"{component}."
         wanted = {name.removeprefix(prefix): weight for name, weight in self.weights.items() if name.startswith(prefix)}
         found = rules(content)
+        if found is not None and component == "unet" and self.differs:
+            return self._merged(found, {name: tuple(weight.shape) for name, weight in wanted.items()})
         if found is None or found.keys() != wanted.keys():
             return ModelLoadError
         for name, (dtype, shape, raw) in found.items():
@@ -87,19 +103,55 @@ class Folder:
                 return ModelLoadError
         return self.weights
 
+    def _merged(self, found: dict[str, Any], wanted: dict[str, tuple[int, ...]]) -> Verdict:
+        """Judge a difference: what it has whole, factors to add to what both have, and nothing may be missing."""
+        before = {name.removeprefix("unet."): held for name, held in self.base.items() if name.startswith("unet.")}
+        before = {name: held for name, held in before.items() if wanted.get(name) == tuple(held.shape)}
+        if any(dtype not in FLOATS for dtype, _, _ in found.values()):
+            return ModelLoadError
+        held = {name: tensor(*parts) for name, parts in found.items()}
+        if not all(finite(one.float()) for one in held.values()):
+            return ModelLoadError
+        whole = {name: one.to(self.dtype) for name, one in held.items() if not name.endswith(HALVES)}
+        if any(wanted.get(name) != tuple(one.shape) for name, one in whole.items()):
+            return ModelLoadError
+        if wanted.keys() - before.keys() - whole.keys():
+            return ModelLoadError
+        changed = {}
+        for layer in {name.removesuffix(HALVES[0]).removesuffix(HALVES[1]) for name in held.keys() - whole.keys()}:
+            name, pair = f"{layer}.weight", [held.get(layer + half) for half in HALVES]
+            if name not in before or name in whole or len(wanted[name]) < 2 or pair[0] is None or pair[1] is None:
+                return ModelLoadError
+            down, up = (plain(tuple(half.shape)) for half in pair if half is not None)
+            rows, *rest = plain(wanted[name])
+            if not down or not down[0] or up != (rows, down[0]) or down[1:] != tuple(rest):
+                return ModelLoadError
+            product = pair[1].float().flatten(1) @ pair[0].float().flatten(1)
+            changed[name] = (before[name].float() + product.view(wanted[name])).to(self.dtype)
+        weights = {**before, **whole, **changed}
+        if not all(map(finite, weights.values())):
+            return ModelLoadError
+        self.weights.update({f"unet.{name}": one for name, one in weights.items()})
+        return self.weights
+
     def config(self, component: str) -> dict[str, Any]:
         """Return the configuration of a component."""
         content: dict[str, Any] = json.loads((self.root / CONFIGS[component]).read_text())
         return content
 
     def json_files(self) -> list[str]:
-        """Return the names of the JSON files that every model needs."""
-        return ["model_index.json", *(CONFIGS[name] for name in (*self.components, "scheduler"))]
+        """Return the names of the JSON files that the model needs."""
+        return ["model_index.json", *(CONFIGS[name] for name in self.configured)]
 
     def rewrite(self, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
         """Change a JSON file."""
         path = self.root / name
         path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def plain(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without axes of length one after the second."""
+    return shape[:2] if set(shape[2:]) <= {1} else shape
 
 
 def weights(rng: random.Random, folder: Folder) -> Verdict:
@@ -122,7 +174,7 @@ def precision(rng: random.Random, folder: Folder) -> Verdict:
 
 def config(rng: random.Random, folder: Folder) -> Verdict:
     """Give a key that decides the shape of a network, or how noise is added, an odd value."""
-    component = rng.choice([*folder.components, "scheduler"])
+    component = rng.choice(folder.configured)
     tree = folder.config(component)
     key = rng.choice([key for key in (*SHAPED[component], "_class_name", "architectures") if key in tree])
     allowed = [tree[key]] if not isinstance(tree[key], bool) else [True, False]
@@ -154,7 +206,7 @@ def deep(levels: int) -> list[Any]:
 
 def harmless(rng: random.Random, folder: Folder) -> Verdict:
     """Change what decides nothing."""
-    component = rng.choice([*folder.components, "scheduler"])
+    component = rng.choice(folder.configured)
     tree = folder.config(component)
     few = tree.get("_class_name") in ("PixelSpace", "LabelEncoder")  # which have hardly a key
     key = "_x" if few else rng.choice(list(HARMLESS[component]))
@@ -212,6 +264,8 @@ def index(rng: random.Random, folder: Folder) -> Verdict:
 def shards(rng: random.Random, folder: Folder) -> Verdict:
     """Divide a weight file, with an index that is right or not."""
     component = rng.choice(folder.components)
+    if folder.differs:  # which is one file
+        return folder.weights
     path = folder.file(component)
     entries, data = split(path.read_bytes())
     path.unlink()
@@ -304,6 +358,28 @@ def files(rng: random.Random, folder: Folder) -> Verdict:
     return ModelLoadError
 
 
+def base(rng: random.Random, folder: Folder) -> Verdict:
+    """Name another base, or damage it."""
+    names = (
+        *(name for name in OUTSIDE if not isinstance(name, str) or not name.startswith("x.")),
+        "nowhere",
+        "x" * 999,
+    )
+    change = rng.randrange(4)
+    place = folder.root.with_name(BASE)
+    if change == 0 or not place.is_dir() or place == folder.root:
+        folder.rewrite("model_index.json", lambda tree: {**tree, "_base": rng.choice(names)})
+    elif change == 1:
+        (place / "model_index.json").write_text(rng.choice(("", "{}", "[]", '{"_base": "x"}')))
+    elif change == 2:
+        shutil.rmtree(place)
+        place.symlink_to(f"../good/{BASE}")  # from which it was copied
+    else:
+        name = f"{rng.choice(('vae', 'text_encoder'))}/config.json"
+        (place / name).unlink()
+    return ModelLoadError
+
+
 def vocabulary(rng: random.Random, folder: Folder) -> Verdict:
     """Damage a tokenizer, where there is one."""
     place = folder.root / "tokenizer"
@@ -331,5 +407,5 @@ def vocabulary(rng: random.Random, folder: Folder) -> Verdict:
 
 CHANGES = (
     *(weights, weights, weights, precision, config, config, numbers, harmless),
-    *(code, unreadable, index, shards, shards, files, vocabulary),
+    *(code, unreadable, index, shards, shards, files, vocabulary, base),
 )

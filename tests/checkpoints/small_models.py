@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from latentdiff.checkpoints import Parts, save_pipeline
+from latentdiff.checkpoints import Parts, load_pipeline, save_pipeline
+from latentdiff.checkpoints.variant import save_variant
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.bert import BertConfig, BertModel
@@ -21,6 +24,7 @@ Weights = dict[str, Tensor]
 
 UNET = {"block_out_channels": [16], "norm_num_groups": 4, "cross_attention_dim": 16, "attention_head_dim": 2}
 UNET |= {"layers_per_block": 1, "down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+BASE, VARIANTS = "bert", {"variant": None, "difference": 1}  # names of folders, and the rank of the difference
 VAE = {"block_out_channels": [8], "norm_num_groups": 4}
 
 
@@ -39,7 +43,10 @@ def weights_of(parts: Parts) -> Weights:
 
 
 def build_folders(place: Path) -> list[Path]:
-    """Write three small models: one of classes in pixels, one with BERT, one with CLIP."""
+    """Write small models: one of classes in pixels, one with BERT, one with CLIP, and two variants of that with BERT.
+
+    The first variant has a whole U-Net, the second a difference.
+    """
     texts = {
         "labels": LabelEncoder(LabelConfig.from_dict({"labels": ["a", "b"], "hidden_size": 16})),
         "bert": BertModel(BertConfig.from_dict({**BERT, "vocab_size": 256, "num_hidden_layers": 1})),
@@ -58,4 +65,15 @@ def build_folders(place: Path) -> list[Path]:
         parts = Parts(unet, vae, text, tokenizer, NoiseSchedule())  # type: ignore[arg-type]
         save_pipeline(parts, place / name, dtype=None)
     (place / "outside.safetensors").write_bytes((place / "bert/unet/diffusion_pytorch_model.safetensors").read_bytes())
-    return [place / name for name in texts]
+    for name, rank in VARIANTS.items():
+        parts = load_pipeline(place / BASE)
+        assert parts.unet is not None
+        unet = UNet2DConditionModel(replace(parts.unet.config, in_channels=9))
+        weights = unet.state_dict()
+        randomize(unet, 7)
+        for key, value in parts.unet.state_dict().items():
+            if value.ndim > 1 and value.shape == weights[key].shape:
+                weights[key] = value + 0.1 * torch.outer(value.flatten(1)[:, 0], value.flatten(1)[0]).view_as(value)
+        unet.load_state_dict(weights)
+        save_variant(replace(parts, unet=unet), place / name, place / BASE, dtype=None, rank=rank)
+    return [place / name for name in (*texts, *VARIANTS)]

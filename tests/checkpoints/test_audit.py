@@ -28,7 +28,8 @@ import json, os, pickle, subprocess, sys, warnings
 from latentdiff.checkpoints import load_pipeline, single_file
 from latentdiff.errors import ModelLoadError
 
-good, file, hostile, shapes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
+good, file, variant = sys.argv[1:4]
+hostile, shapes = json.loads(sys.argv[4]), json.loads(sys.argv[5])
 single_file.families = lambda: shapes
 warnings.simplefilter("ignore")
 RUNS = ("exec", "compile", "import", "socket.", "subprocess.", "os.system", "os.exec", "os.spawn", "os.posix_spawn",
@@ -51,7 +52,7 @@ def watch(event, arguments):
 
 def load(path):
     global inside, watching
-    inside = (os.path.realpath(path), package)
+    inside = (os.path.realpath(path), package, *([os.path.realpath(good)] if path == variant else []))
     watching = True
     try:
         assert load_pipeline(path).model_hash
@@ -69,10 +70,10 @@ def prove():
     exec("1")
     import this_module_is_nowhere
 
-load(good), load(file)  # which import what is imported late
+load(good), load(file), load(variant)  # which import what is imported late
 seen.clear()
 sys.addaudithook(watch)
-outcomes = {path: load(path) for path in (good, file, *hostile)}
+outcomes = {path: load(path) for path in (good, file, variant, *hostile)}
 violations = list(seen)
 seen.clear()
 try:
@@ -99,6 +100,16 @@ def linked(path: Path, target: str) -> None:
     """Put a link where something was."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     path.symlink_to(target)
+
+
+def without_vae(folder: Path, base: Any) -> None:
+    """Let a folder be a variant of what a name stands for, which may be a link to /etc beside it."""
+    shutil.rmtree(folder / "vae")
+    tree = json.loads((folder / "model_index.json").read_text())
+    del tree["vae"]
+    (folder / "model_index.json").write_text(json.dumps({**tree, "_base": base}))
+    (folder.parent / "etc").unlink(missing_ok=True)
+    (folder.parent / "etc").symlink_to("/etc")
 
 
 PICKLE_NAMES = (
@@ -139,6 +150,12 @@ HOSTILE: dict[str, Callable[[Path], Any]] = {
     "linked vocabulary": lambda f: linked(f / "tokenizer/vocab.txt", "/etc/passwd"),
     "linked shard": lambda f: (index(f, "a.safetensors"), linked(f / "unet/a.safetensors", "/etc/passwd")),
     "loop": lambda f: linked(f / "scheduler/scheduler_config.json", "scheduler_config.json"),
+    **{
+        f"base {number}": lambda f, name=name: without_vae(f, name)  # type: ignore[misc]
+        for number, name in enumerate(
+            ("..", "../../good", "../good", "/etc", "etc", ".", "", 3, "\0", "base/../../good")
+        )
+    },
     "pipe": lambda f: ((f / UNET).unlink(), os.mkfifo(f / UNET)),
     "YAML tags": lambda f: (f / "unet/config.json").write_text("!!python/object/apply:os.system ['touch executed']"),
 }
@@ -146,10 +163,12 @@ HOSTILE: dict[str, Callable[[Path], Any]] = {
 
 @pytest.fixture
 def report(built_model: Path, tmp_path: Path) -> dict[str, Any]:
-    """What a watched process saw when it loaded a good folder, a good file and the hostile folders."""
+    """What a watched process saw when it loaded a good folder, file and variant, and the hostile folders."""
     shape = tiny(FAMILY)
     save_file(tensors_of(parts_of(shape), shape), tmp_path / "good.safetensors")
     good = shutil.copytree(built_model, tmp_path / "good")
+    variant = shutil.copytree(built_model, tmp_path / "variant")
+    without_vae(variant, "good")
     hostile = []
     for number, change in enumerate(HOSTILE.values()):
         folder = shutil.copytree(built_model, tmp_path / "hostile" / str(number))
@@ -158,7 +177,8 @@ def report(built_model: Path, tmp_path: Path) -> dict[str, Any]:
         change(folder)
         hostile.append(str(folder))
     (tmp_path / "evil.py").write_text(CODE)  # which the working folder would let an import find
-    arguments = [str(good), str(tmp_path / "good.safetensors"), json.dumps(hostile), json.dumps({FAMILY: shape})]
+    arguments = [str(good), str(tmp_path / "good.safetensors"), str(variant)]
+    arguments += [json.dumps(hostile), json.dumps({FAMILY: shape})]
     run = subprocess.run(
         [sys.executable, "-c", WATCH, *arguments],
         capture_output=True,
@@ -175,8 +195,8 @@ def report(built_model: Path, tmp_path: Path) -> dict[str, Any]:
 
 def test_loading_runs_nothing_and_opens_nothing_outside(report: dict[str, Any]) -> None:
     outcomes = list(report["outcomes"].values())
-    assert outcomes[:2] == ["loaded", "loaded"]
-    assert [name for name, outcome in zip(HOSTILE, outcomes[2:]) if outcome == "loaded"] == []
+    assert outcomes[:3] == ["loaded"] * 3
+    assert [name for name, outcome in zip(HOSTILE, outcomes[3:]) if outcome == "loaded"] == []
     print(f"{len(outcomes)} loads, violations: {report['violations']}")
     assert report["violations"] == []
     # The hook sees what it should: one deliberate violation of each kind.

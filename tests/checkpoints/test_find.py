@@ -1,4 +1,4 @@
-"""What a model's name means: a path, the embedded model, or a model in the cache of a hub, fetched or not."""
+"""What a model's name means: a path, an embedded model, or a model in the cache of a hub, fetched or not."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from latentdiff.checkpoints import embedded_model, find_model, load_pipeline
+from latentdiff.checkpoints.find import ASSETS
 from latentdiff.errors import InputError, ModelPathError
 from tests.test_imports import OFFLINE
 
@@ -121,8 +122,9 @@ def test_a_link_out_of_the_cache_is_refused(built_model: Path, tmp_path: Path) -
 def test_unknown_models_name_the_nearest(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="did you mean 'model'"):
         find_model(model_folder.with_name("modle"))
-    with pytest.raises(InputError, match="did you mean 'embedded'"):
-        find_model("embeded")
+    for name in ("embedded", "embedded-inpaint", "embedded-upscale"):
+        with pytest.raises(InputError, match=f"did you mean '{name}'"):
+            find_model(name.replace("dd", "d"))
     with pytest.raises(InputError, match="must be a folder"):
         find_model(model_folder / "model_index.json")
     with pytest.raises(InputError, match="no folder here"):
@@ -142,9 +144,16 @@ def test_embedded_model_is_found_in_an_installed_package(tmp_path: Path, monkeyp
     monkeypatch.setattr(module, "__file__", str(package / "checkpoints" / "find.py"))
     embedded_model.cache_clear()
     try:
-        with pytest.raises(ModelPathError, match="missing from this copy"):
-            embedded_model()
-        (package / "_assets" / "emoji").mkdir(parents=True)
-        assert embedded_model() == package / "_assets" / "emoji"
+        for name, folder in ASSETS.items():
+            with pytest.raises(ModelPathError, match=f"the model '{name}' is missing from this copy"):
+                find_model(name)
+            (package / "_assets" / folder).mkdir(parents=True)
+            assert find_model(name) == (package / "_assets" / folder, name)
+        assert embedded_model() == find_model(None)[0] == package / "_assets" / "emoji"
     finally:
         embedded_model.cache_clear()
+
+
+def test_the_wheel_takes_every_embedded_model() -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert all(f'"assets/{folder}"' in project for folder in ASSETS.values())
