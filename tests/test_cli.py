@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-import latentdiff.commands
+import latentdiff.commands.drawing
 from latentdiff import Pipeline
 from latentdiff.cli import main
 from latentdiff.images import open_image, read_texts
@@ -180,7 +180,7 @@ def test_output_is_checked_before_the_model_is_loaded(draw: Any, monkeypatch: py
     def never(*arguments: Any) -> Pipeline:
         raise AssertionError("model loaded")
 
-    monkeypatch.setattr(latentdiff.commands, "_load", never)
+    monkeypatch.setattr(latentdiff.commands.drawing, "load", never)
     assert draw("fox", "-o", "none/a.png") == 4
     assert draw("fox", "--sampler", "dimm") == 2
 

@@ -1,0 +1,125 @@
+"""`latentdiff replay`: a picture once more, from what is written in its file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentdiff.commands.shared import draw, load, output_paths, report
+from latentdiff.errors import InputError
+
+if TYPE_CHECKING:
+    from latentdiff.pipeline import Pipeline
+
+__all__ = ["replay"]
+
+NOT_REPLAYED = ("prompts", "seed", "variation_seed", "num_images", "strength")  # as they are, that is
+
+
+def replay(options: argparse.Namespace) -> None:
+    """Draw a picture again from the settings in its file."""
+    from latentdiff.images import open_image, pixel_hash
+    from latentdiff.result import read_record
+    from latentdiff.settings import Settings, check_integer
+
+    record = read_record(options.image)
+    settings = Settings.from_record(record)
+    remedy = "use the file as latentdiff wrote it"
+    size = check_integer("batch_size", record.get("batch_size"), 1, 1024, remedy)
+    counted = "variation_seed" if settings.variation_strength else "seed"  # what differs from image to image
+    seeds = {"seed": settings.seed, "variation_seed": settings.variation_seed}
+    row = check_integer("batch_index", record.get("batch_index"), 0, min(size, seeds[counted] + 1) - 1, remedy)
+    seeds[counted] -= row
+    initial = _initial_image(record, settings.strength, options.force)
+    source = Path(options.image)
+    (path,) = output_paths(options.out or str(source.with_name(f"{source.stem}-replay.png")), [settings.prompts[0]])
+    started = time.perf_counter()
+    recorded = {key: str(record.get(key)) for key in ("model", "model_hash", "device", "dtype", "torch")}
+    chosen = {key: getattr(options, key) or recorded[key] for key in ("model", "device", "dtype")}
+    pipe = load(**chosen, prediction_type=record.get("prediction_type"))
+    if pipe.parts.model_hash != recorded["model_hash"] and not options.force:
+        raise InputError(
+            f"{source} was made by model {recorded['model_hash'][:10]}, got {pipe.parts.model_hash[:10]}; "
+            "pass that one as --model, or add --force"
+        )
+    pipe = _replay_embeddings(pipe, record.get("embeddings") or [], options.force)
+    pipe = _replay_loras(pipe, record.get("loras") or [], options.force)
+    _use_threads(record.get("threads"))
+    # The batch it was drawn in had this many rows; what was in the others does not matter, how many does.
+    result = draw(
+        pipe,
+        settings.prompts,
+        num_images=size,
+        batch_size=size,
+        **seeds,
+        **initial,
+        **{name: value for name, value in vars(settings).items() if name not in NOT_REPLAYED},
+    )
+    result.write(row, path)
+    identical = pixel_hash(result.images[row]) == pixel_hash(open_image(source))
+    if not identical:
+        now = f"torch {result.settings['torch']} on {result.settings['device']}"
+        then = f"torch {recorded['torch']} on {recorded['device']}"
+        print(f"latentdiff: the pixels differ from {source}, which {then} drew; this is {now}", file=sys.stderr)
+    report(options, result, {row: path}, seconds=round(time.perf_counter() - started, 3), identical=identical)
+
+
+def _replay_embeddings(pipe: Pipeline, records: Any, force: bool) -> Pipeline:
+    """Return a pipeline with the learned words of a record, if their files are still what they were."""
+    for record in records if isinstance(records, list) else [records]:
+        path, word = (record.get(key) if isinstance(record, dict) else None for key in ("path", "word"))
+        if not isinstance(path, str) or not isinstance(word, str):
+            raise InputError("the record of an embedding must have path and word; use the file as latentdiff wrote it")
+        pipe = pipe.with_embedding(path, word)
+        if pipe.parts.embeddings[-1]["hash"] != record.get("hash") and not force:
+            raise InputError(
+                f"{path} is no longer the embedding this picture was made with; restore it, or add --force"
+            )
+    return pipe
+
+
+def _replay_loras(pipe: Pipeline, records: Any, force: bool) -> Pipeline:
+    """Return a pipeline with the LoRAs of a record, if their files are still what they were."""
+    from latentdiff.checkpoints.lora import load_lora
+
+    loras: dict[Any, Any] = {}
+    for record in records if isinstance(records, list) else [records]:
+        path = record.get("path") if isinstance(record, dict) else None
+        if not isinstance(path, str):
+            raise InputError("the picture was drawn with a LoRA in memory, which no file keeps; draw it in Python")
+        lora = load_lora(path, pipe.parts)
+        if lora.hash != record.get("hash") and not force:
+            raise InputError(f"{path} is no longer the LoRA this picture was made with; restore it, or add --force")
+        loras[lora] = record.get("weight")
+    return pipe.with_loras(loras) if loras else pipe
+
+
+def _initial_image(record: dict[str, Any], strength: float, force: bool) -> dict[str, Any]:
+    """Return the arguments that replay what was drawn from pictures, if those are still what they were."""
+    from latentdiff.images import open_image, pixel_hash
+
+    if record.get("latents_given"):
+        raise InputError(
+            "the picture was drawn from latents that were passed in, which no file keeps; draw it in Python"
+        )
+    pictures = {name: record[name] for name in ("image", "mask") if record.get(name) is not None}
+    for name, used in pictures.items():
+        path = used.get("path") if isinstance(used, dict) else None
+        if not isinstance(path, str):
+            raise InputError("the picture was drawn from an image in memory, which no file keeps; draw it in Python")
+        if pixel_hash(open_image(path)) != used.get("hash") and not force:
+            raise InputError(f"{path} is no longer the {name} this one was made from; restore it, or add --force")
+        pictures[name] = path
+    return {**pictures, "strength": strength} if pictures else {}
+
+
+def _use_threads(count: object) -> None:
+    """Compute with as many threads as a picture was drawn with, where this machine has them: sums depend on it."""
+    import torch
+
+    if isinstance(count, int) and 1 <= count <= (os.cpu_count() or 1):
+        torch.set_num_threads(count)
