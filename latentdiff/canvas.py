@@ -7,13 +7,13 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from latentdiff.errors import InputError
-from latentdiff.images import fit, open_image, pixel_hash, to_rgb, to_tensor, to_unit_range
+from latentdiff.images import fit, pixel_hash, to_rgb, to_tensor
+from latentdiff.masks import Edit, make_edit, open_mask, open_picture
 from latentdiff.settings import SIZE_MULTIPLE, Settings, check_size
 
 __all__ = ["Canvas", "enlarged_canvas", "make_canvas"]
@@ -28,15 +28,17 @@ class Canvas:
     Attributes:
         height, width: of the result in pixels.
         pixels: (1, 3, H, W) in [-1, 1], the picture to start from (smaller where it is to be enlarged), or None.
-        mask: (1, 1, H, W) in [0, 1], 1 where the picture is drawn anew, 0 where it stays; None for everywhere.
+        edit: which part of the picture is drawn anew; None for all of it.
         given: what a record keeps of picture and mask: paths and hashes.
+        notes: what the caller should know.
     """
 
     height: int
     width: int
     pixels: Tensor | None
-    mask: Tensor | None
+    edit: Edit | None
     given: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def make_canvas(
@@ -46,7 +48,7 @@ def make_canvas(
 
     Args:
         settings: of the call.
-        image, mask: pictures or paths, or None.
+        image, mask: pictures or paths, or None; the mask may be any `MaskLike`.
         native: height and width, in pixels, that the model was trained at.
         factor: pixels per latent along each side.
         opaque: refuse an image with transparent parts.
@@ -54,28 +56,49 @@ def make_canvas(
     Raises:
         InputError: a size, a picture or a mask that cannot be used.
     """
-    picture, painted = _open(image, "image", opaque), _open(mask, "mask")
-    multiple = math.lcm(SIZE_MULTIPLE, factor)
-    height, width = _size(settings, picture, native, multiple)
-    left, top, right, bottom = settings.outpaint or (0, 0, 0, 0)
-    result = (height + top + bottom, width + left + right)
-    for name, side, limit in zip(("height", "width"), result, native):
-        check_size(name, side, multiple, limit * MAX_SCALE)
-    given = {"image": _trace(image, picture), "mask": _trace(mask, painted)}
+    picture, multiple = open_picture(image, "image"), math.lcm(SIZE_MULTIPLE, factor)
+    _check_request(settings, picture is not None, mask is not None)
     if picture is None:
-        for what, value in (("a mask", painted), ("outpaint", settings.outpaint)):
-            if value is not None:
-                raise InputError(f"{what} says which part of an image is drawn anew, got no image; pass an image too")
-        return Canvas(*result, None, None, given)
-    pixels = to_tensor([fit(picture, width, height)])  # (1, 3, H, W)
-    drawn = None if painted is None else _mask(painted, picture, (width, height))
-    if settings.outpaint is not None:
-        if drawn is not None:
-            raise InputError("outpaint makes its own mask, got a mask besides; leave one of them out")
-        sides = (left, right, top, bottom)
-        pixels = F.pad(pixels, sides, mode="replicate")
-        drawn = F.pad(torch.zeros(1, 1, height, width), sides, value=1.0)
-    return Canvas(*result, pixels, drawn, given)
+        height, width = settings.height or native[0], settings.width or native[1]
+        _check_sides((height, width), native, multiple)
+        return Canvas(height, width, None, None, {"image": None, "mask": None})
+    seen = to_rgb(picture, opaque=opaque)
+    size = f"{seen.width}x{seen.height}"
+    if min(seen.size) < factor:
+        raise InputError(f"the image must be at least {factor}x{factor} pixels, one latent, got {size}; enlarge it")
+    painted = None if mask is None else open_mask(mask, picture)
+    edited = painted is not None or settings.outpaint is not None
+    height, width = _size(settings, seen, native, multiple, edited)
+    left, top, right, bottom = sides = settings.outpaint or (0, 0, 0, 0)
+    result = (height + top + bottom, width + left + right)
+    _check_sides(result, native, multiple, " with outpaint" if settings.outpaint else "")
+    given = {"image": _trace(image, seen), "mask": None if painted is None else painted.given}
+    pixels = F.pad(to_tensor([fit(seen, width, height)]), (left, right, top, bottom), mode="replicate")  # (1, 3, H, W)
+    if not edited:
+        return Canvas(*result, pixels, None, given)
+    notes = []
+    if settings.height is None and settings.width is None and seen.size != (width, height):
+        limits = f"multiples of {multiple} up to {native[1] * MAX_SCALE}x{native[0] * MAX_SCALE}"
+        notes.append(f"the image was scaled from {size} to {width}x{height} pixels; it stays as it is with {limits}")
+    edit = make_edit(picture, painted, (width, height), sides, settings.feather)
+    return Canvas(*result, pixels, edit, given, tuple(notes))
+
+
+def _check_request(settings: Settings, pictured: bool, masked: bool) -> None:
+    """Raise InputError where what says which part of an image is drawn lacks the image, or says it twice or of none."""
+    outpainted = settings.outpaint is not None
+    for what, given in (("a mask", masked), ("outpaint", outpainted)):
+        if given and not pictured:
+            raise InputError(f"{what} says which part of an image is drawn anew, got no image; pass an image too")
+    if outpainted and masked:
+        raise InputError("outpaint makes its own mask, got a mask besides; leave one of them out")
+    if settings.feather and not outpainted and not masked:
+        raise InputError("feather softens the edge of what is drawn anew, got no mask and no outpaint; leave it out")
+
+
+def _check_sides(sides: tuple[int, int], native: tuple[int, int], multiple: int, more: str = "") -> None:
+    for name, side, limit in zip(("height", "width"), sides, native):
+        check_size(name + more, side, multiple, limit * MAX_SCALE)
 
 
 def enlarged_canvas(settings: Settings, image: Any, mask: Any, native: tuple[int, int], factor: int) -> Canvas:
@@ -90,9 +113,10 @@ def enlarged_canvas(settings: Settings, image: Any, mask: Any, native: tuple[int
     Raises:
         InputError: there is no picture, or something is asked for that such a model cannot do.
     """
-    picture = _open(image, "image")
-    if picture is None:
+    opened = open_picture(image, "image")
+    if opened is None:
         raise InputError(f"this model draws a picture {factor} times as large, got no image; pass an image")
+    picture = to_rgb(opened)
     sides = {"height": picture.height * factor, "width": picture.width * factor}
     for (name, side), limit in zip(sides.items(), native):
         multiple = math.lcm(SIZE_MULTIPLE, factor) // factor
@@ -100,52 +124,42 @@ def enlarged_canvas(settings: Settings, image: Any, mask: Any, native: tuple[int
     odd = {
         "a mask": mask is not None,
         "outpaint": settings.outpaint is not None,
+        "feather": settings.feather > 0,
         "strength below 1": settings.strength < 1,
         f"height other than {sides['height']}": settings.height not in (None, sides["height"]),
         f"width other than {sides['width']}": settings.width not in (None, sides["width"]),
     }
-    for what in (name for name, given in odd.items() if given):
+    for what in (name for name, asked in odd.items() if asked):
         raise InputError(f"this model draws a picture {factor} times as large, got {what}; leave it out")
-    pixels, given = to_tensor([picture]), {"image": _trace(image, picture), "mask": None}
-    return Canvas(sides["height"], sides["width"], pixels, None, given)
+    given = {"image": _trace(image, picture), "mask": None}
+    return Canvas(sides["height"], sides["width"], to_tensor([picture]), None, given)
 
 
-def _size(settings: Settings, picture: Image.Image | None, native: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """Return height and width in pixels: as asked for, else the shape of the picture at the model's own area."""
+def _size(
+    settings: Settings, picture: Image.Image, native: tuple[int, int], multiple: int, edited: bool
+) -> tuple[int, int]:
+    """Return height and width in pixels: as asked for, else of the picture's shape.
+
+    A picture of which a part is kept keeps its size where that can be drawn; others get the model's own area.
+    """
     height, width = native
-    if picture is not None and settings.height is None and settings.width is None:
-        scale = math.sqrt(native[0] * native[1] / (picture.width * picture.height))
-        sides = (picture.height * scale, picture.width * scale)
+    if settings.height is None and settings.width is None:
         limits = (native[0] * MAX_SCALE, native[1] * MAX_SCALE)
-        height, width = (min(max(round(side / multiple), 1) * multiple, limit) for side, limit in zip(sides, limits))
+        sides = (picture.height, picture.width)
+        if edited and all(side % multiple == 0 and side <= limit for side, limit in zip(sides, limits)):
+            return sides
+        if max(sides) > MAX_SCALE**2 * min(sides):
+            longest = f"at most {MAX_SCALE**2} times as long as wide"
+            raise InputError(
+                f"the image must be {longest}, got {picture.width}x{picture.height}; cut it, or give height and width"
+            )
+        scale = math.sqrt(native[0] * native[1] / (picture.width * picture.height))
+        height, width = (
+            min(max(round(side * scale / multiple), 1) * multiple, limit) for side, limit in zip(sides, limits)
+        )
     return settings.height or height, settings.width or width
 
 
-def _mask(mask: Image.Image, picture: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Return a mask as (1, 1, H, W) in [0, 1], scaled and cut as the image is."""
-    if mask.size != picture.size:
-        sizes = [f"{one.width}x{one.height}" for one in (picture, mask)]
-        raise InputError(f"the mask must have the size of the image, {sizes[0]}, got {sizes[1]}; scale it first")
-    low, high = mask.convert("L").getextrema()
-    if high < 128:  # type: ignore[operator]  # one band
-        raise InputError("the mask is black everywhere, so nothing would be drawn; paint white what is to be")
-    if low > 127:  # type: ignore[operator]
-        raise InputError("the mask is white everywhere, so nothing of the image is kept; leave image and mask out")
-    return to_unit_range(to_tensor([fit(mask, *size)])).mean(dim=1, keepdim=True)
-
-
-def _trace(given: Any, picture: Image.Image | None) -> dict[str, Any] | None:
+def _trace(given: Any, picture: Image.Image) -> dict[str, Any]:
     """Return what a record keeps of a picture that was passed in: its path, where it has one, and the hash of it."""
-    if picture is None:
-        return None
     return {"path": None if isinstance(given, Image.Image) else os.fspath(given), "hash": pixel_hash(picture)}
-
-
-def _open(image: object, name: str, opaque: bool = False) -> Image.Image | None:
-    if image is None:
-        return None
-    if isinstance(image, Image.Image):
-        return to_rgb(image, opaque=opaque)
-    if isinstance(image, (str, os.PathLike)):
-        return open_image(image, opaque=opaque)
-    raise InputError(f"{name} must be a PIL image or a path, got {type(image).__name__}; convert it first")

@@ -160,8 +160,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", metavar="WxH", help="in pixels, multiples of 8")
     parser.add_argument("--image", help="PNG, JPEG or WebP to start from")
     parser.add_argument("--strength", type=float, help="above 0, up to 1: how much of --image is drawn anew")
-    parser.add_argument("--mask", help="picture of the size of --image: what is white is drawn anew, the rest stays")
+    parser.add_argument(
+        "--mask",
+        metavar="FILE|alpha|L,T,R,B",
+        help="what of --image is drawn anew, while the rest stays: what is white in a picture of its size, what is "
+        "transparent in it, or a box of its pixels",
+    )
     parser.add_argument("--outpaint", metavar="left=N,top=N,...", help="pixels to draw around --image, multiples of 8")
+    parser.add_argument("--feather", type=int, metavar="N", help="pixels over which what is drawn passes into the rest")
     parser.add_argument("--attention", default="sdpa", help="sdpa (torch's own, default) or xformers (CUDA only)")
     parser.add_argument("--offload", action="store_true", help="keep networks in CPU memory while they do not run")
     _add_machine(parser)

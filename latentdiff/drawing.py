@@ -92,13 +92,12 @@ class Drawing:
         self.device, self.dtype = device_of(parts) if offload is None else offload.device, dtype_of(parts)
         self.lend = (lambda *networks: nullcontext()) if offload is None else offload.lend
         self.tile_size = tile_size
-        self.notes = list[str]()
         factor = parts.autoencoder.config.downsample_factor
         if parts.upscales:
             self.canvas = enlarged_canvas(settings, image, mask, native_size(parts), factor)
         else:
             self.canvas = make_canvas(settings, image, mask, native_size(parts), factor, opaque=opaque)
-        canvas = self.canvas
+        canvas, self.notes = self.canvas, list(self.canvas.notes)
         left, top, right, bottom = settings.outpaint or (0, 0, 0, 0)
         height, width = canvas.height - top - bottom, canvas.width - left - right
         self.settings = settings = replace(settings, height=height, width=width)
@@ -107,7 +106,8 @@ class Drawing:
         self.plan = self._plan(scheduler)
         with self.lend(parts.text_encoder, parts.text_encoder_2):
             self.conditioning = Conditioning(parts, settings, (canvas.height, canvas.width), self.device)
-        self.pixels, self.mask = (x if x is None else x.to(self.device) for x in (canvas.pixels, canvas.mask))
+        self.pixels = None if canvas.pixels is None else canvas.pixels.to(self.device)
+        self.mask = None if canvas.edit is None else canvas.edit.mask.to(self.device)  # (1, 1, H, W)
         self.image_latents: Tensor | None = None
         if self.pixels is not None and not parts.upscales:
             latents = self._finite(lambda model, x: model.encode(x).mode(), self.pixels)  # (1, C, h, w)
@@ -121,7 +121,7 @@ class Drawing:
         Source: Rombach et al. 2022, arXiv 2112.10752, section 4.5, as the published inpainting models have it.
         """
         factor, size = self.autoencoder.config.downsample_factor, (1, 1, self.canvas.height, self.canvas.width)
-        mask = torch.ones(size, device=self.device) if self.mask is None else (self.mask >= 0.5).float()
+        mask = torch.ones(size, device=self.device) if self.mask is None else self.mask
         pixels = torch.zeros(1, 3, *size[2:], device=self.device) if self.pixels is None else self.pixels
         latents = self._finite(lambda model, x: model.encode(x).mode(), pixels * (mask == 0))
         latents = latents * self.autoencoder.config.scaling_factor
@@ -146,7 +146,7 @@ class Drawing:
                 schedule, settings.sampler, steps, eta=settings.eta, strength=strength, resampling=resampling
             )
         needing = {
-            "a mask": self.canvas.mask is not None,
+            "a mask": self.canvas.edit is not None,
             "resampling": settings.resampling > 1,
             "eta": settings.eta > 0,
             "this self-conditioned model": self.unet.config.self_conditioning,
@@ -167,7 +167,11 @@ class Drawing:
                 drawn += latents if output_type == "latent" else map(self.decode, latents)
         for note in self.notes:
             warnings.warn(note, RuntimeWarning, stacklevel=4)  # shown at the line that called the pipeline
-        return self.result(OUTPUT_TYPES[output_type](torch.cat(drawn)), batches)
+        pictures = OUTPUT_TYPES[output_type](torch.cat(drawn))
+        if output_type == "pil" and self.canvas.edit is not None and self.canvas.edit.alpha is not None:
+            for picture in pictures:
+                picture.putalpha(self.canvas.edit.alpha)
+        return self.result(pictures, batches)
 
     def batches(self, batch_size: int) -> list[list[int]]:
         """Return the numbers of the images to draw together: as many as allowed, all with equally many text windows."""
@@ -227,7 +231,10 @@ class Drawing:
         """Return images (B, 3, H, W) float32 of scaled latents; where nothing is drawn, the pixels of the image."""
         scaling_factor = self.autoencoder.config.scaling_factor
         images = self._finite(lambda model, x: decode(model, x, self.tile_size), latents / scaling_factor)
-        return images if self.mask is None or self.pixels is None else torch.lerp(self.pixels, images, self.mask)
+        edit = self.canvas.edit
+        if edit is None:
+            return images
+        return torch.lerp(edit.kept.to(images), images.clamp(-1, 1), edit.share.to(images))
 
     def _finite(self, run: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
         """Run the autoencoder, once more in float32 where its own dtype overflows, and note that."""

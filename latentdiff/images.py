@@ -32,9 +32,11 @@ __all__ = [
     "from_tensor",
     "numbered",
     "open_image",
+    "open_rgba",
     "pixel_hash",
     "read_texts",
     "to_rgb",
+    "to_rgba",
     "to_tensor",
     "to_unit_range",
     "write_file",
@@ -80,11 +82,16 @@ def decode_rgba(data: bytes, name: str) -> Image.Image:
     Raises:
         InputError: it is another format, animated, truncated, broken or too large.
     """
-    color, alpha = _upright(_decode(data, name))
-    rgba = color.convert("RGBA")
-    if alpha is not None:
-        rgba.putalpha(alpha)
-    return rgba
+    return to_rgba(_decode(data, name))
+
+
+def open_rgba(path: str | os.PathLike[str]) -> Image.Image:
+    """Open a PNG, JPEG or WebP file as `decode_rgba` does.
+
+    Raises:
+        InputError: as `open_image`.
+    """
+    return decode_rgba(_read(path), os.fspath(path))
 
 
 def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -160,6 +167,19 @@ def to_rgb(image: Image.Image, *, opaque: bool = False) -> Image.Image:
     if opaque and alpha.getextrema()[0] < 255:  # type: ignore[operator]  # one band
         raise InputError("image must be opaque here, got transparent parts; lay it on a background first")
     return Image.composite(color, Image.new("RGB", color.size, "white"), alpha)
+
+
+def to_rgba(image: Image.Image) -> Image.Image:
+    """Return any decoded picture as upright 8-bit sRGB with its opacity (mode "RGBA"), not premultiplied.
+
+    Raises:
+        InputError: the mode has no defined range (32-bit floating point).
+    """
+    color, alpha = _upright(image)
+    rgba = color.convert("RGBA")
+    if alpha is not None:
+        rgba.putalpha(alpha)
+    return rgba
 
 
 def _upright(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:

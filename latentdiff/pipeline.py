@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from latentdiff.drawing import OUTPUT_TYPES, Callback, Drawing, device_of, dtype
 from latentdiff.engine.attention import find_attention, use_attention
 from latentdiff.engine.offload import Offload
 from latentdiff.errors import InputError, suggest
+from latentdiff.masks import MaskLike
 from latentdiff.models.unet import UNet2DConditionModel
 from latentdiff.result import Result
 from latentdiff.settings import Settings, check_integer
@@ -151,7 +153,7 @@ class Pipeline:
         *,
         negative_prompt: str = Settings.negative_prompt,
         image: str | os.PathLike[str] | Image.Image | None = None,
-        mask: str | os.PathLike[str] | Image.Image | None = None,
+        mask: MaskLike | None = None,
         strength: float | None = None,
         num_inference_steps: int = Settings.num_inference_steps,
         guidance_scale: float = Settings.guidance_scale,
@@ -166,6 +168,7 @@ class Pipeline:
         num_images: int = Settings.num_images,
         resampling: int = Settings.resampling,
         outpaint: Mapping[str, int] | Sequence[int] | None = Settings.outpaint,
+        feather: int = Settings.feather,
         variation_strength: float = Settings.variation_strength,
         variation_seed: int = Settings.variation_seed,
         blend_prompt: str = Settings.blend_prompt,
@@ -187,8 +190,11 @@ class Pipeline:
             image: a picture, or its path, to start from; it is scaled to cover the size and cut evenly. Without height
                 and width the result has its shape and the model's own area. `strength` is then 0.8 unless given. For a
                 model that enlarges, the small picture.
-            mask: a picture of the size of `image`, or its path: what is white there is drawn anew (inpainting), the
-                rest keeps its pixels. `strength` is then 1 unless given, as it is with `outpaint`.
+            mask: what of `image` is drawn anew (inpainting): what is white in a picture of its size, or a path of one;
+                "alpha" for what is transparent in it; or left, top, right and bottom of a box in it. All else keeps
+                its pixels, bit for bit, and without height and width the image its size, if its sides are multiples of
+                8 within the model's limit. `strength` is then 1 unless given, as it is with `outpaint`. A model trained
+                for it (9 input channels) sees what is kept; with any other it is put into every step.
             sampler: a name, or any scheduler object of diffusers; pictures of those cannot be replayed.
             latents: standard normal noise (B, C, h, w) to start from instead of that of the seeds.
             output_type: "pil", "pt", "np" or "latent"; see `Result.images`.
@@ -199,37 +205,16 @@ class Pipeline:
         Raises:
             InputError: something that cannot be used, with what can.
         """
+        given = locals()
         check_integer("batch_size", batch_size, 1, 1024, f"try {BATCH_SIZE}")
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type {output_type!r} is unknown{suggest(str(output_type), OUTPUT_TYPES)}")
-        settings = Settings(
-            prompts=prompt,  # type: ignore[arg-type]  # checked and made a tuple there
-            negative_prompt=negative_prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            guidance_schedule=guidance_schedule,
-            guidance_parallel=guidance_parallel,
-            guidance_limit=guidance_limit,
-            sampler=sampler if isinstance(sampler, str) else FOREIGN + type(sampler).__name__,
-            eta=eta,
-            seed=seed,
-            num_images=num_images,
-            strength=_strength(strength, image, self.parts.upscales or mask or outpaint),
-            resampling=resampling,
-            outpaint=outpaint,  # type: ignore[arg-type]  # checked and made a tuple there
-            variation_strength=variation_strength,
-            variation_seed=variation_seed,
-            blend_prompt=blend_prompt,
-            blend=blend,
-            clip_skip=clip_skip,
-            noise_level=noise_level,
-            prompt_weights=prompt_weights,
-            height=height,
-            width=width,
-        )
+        chosen = {item.name: given[item.name] for item in fields(Settings) if item.name in given}
+        chosen["strength"] = _strength(strength, image, self.parts.upscales or mask or outpaint)
         scheduler = None if isinstance(sampler, str) else sampler
+        if scheduler is not None:
+            chosen["sampler"] = FOREIGN + type(scheduler).__name__
+        settings = Settings(prompts=prompt, **chosen)  # type: ignore[arg-type]  # checked and made a tuple there
         parts, lender, tile = self.parts, self.offload, self.tile_size
         drawing = Drawing(parts, settings, image, mask, latents, scheduler, offload=lender, tile_size=tile)
         return drawing.draw(output_type, batch_size, callback, progress)

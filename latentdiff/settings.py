@@ -36,6 +36,7 @@ SHARES = {
 LATER = (
     *("guidance_schedule", "guidance_parallel", "guidance_limit", "eta", "resampling", "outpaint"),
     *("variation_strength", "variation_seed", "blend_prompt", "blend", "clip_skip", "noise_level", "prompt_weights"),
+    *("feather",),
 )
 
 
@@ -61,6 +62,8 @@ class Settings:
         strength: above 0, up to 1; how much of an initial image is drawn anew. 1 without one.
         resampling: 1 to 100, how often each step is taken; more than once lets what is drawn fit what is kept.
         outpaint: {"left": 16, ...}: pixels of the result, multiples of 8, that are drawn around the image.
+        feather: 0 to 512, over how many pixels what is drawn passes into what is kept, beside the edge of a mask or of
+            the picture that is outpainted, on the side that is drawn.
         variation_strength: 0 to 1, how far the initial noise is turned towards that of `variation_seed`.
         variation_seed: of the first image; image i has variation_seed + i, and while the strength is above 0 all have
             the same `seed`: they are variations of its picture.
@@ -91,6 +94,7 @@ class Settings:
     strength: float = 1.0
     resampling: int = 1
     outpaint: tuple[int, int, int, int] | None = None
+    feather: int = 0
     variation_strength: float = 0.0
     variation_seed: int = 0
     blend_prompt: str = ""
@@ -111,6 +115,7 @@ class Settings:
         for name, remedy in SHARES.items():
             check_number(name, getattr(self, name), 0, 1, remedy)
         check_integer("resampling", self.resampling, 1, 100, "try 5")
+        check_integer("feather", self.feather, 0, 512, "try 4")
         check_integer("clip_skip", self.clip_skip, 0, 24, "try 1")
         check_integer("noise_level", self.noise_level, 0, 350, "try 20")
         if not isinstance(self.prompt_weights, bool):
@@ -252,6 +257,8 @@ def parameters_text(record: Mapping[str, Any]) -> str:
         pairs["LoRA"] = json.dumps("; ".join(names))
     if record.get("image"):
         pairs["Denoising strength"] = f"{record['strength']:g}"
+    if record.get("feather"):
+        pairs["Mask blur"] = record["feather"]
     if record.get("variation_strength"):
         pairs["Variation seed"] = record["variation_seed"]
         pairs["Variation seed strength"] = f"{record['variation_strength']:g}"

@@ -174,7 +174,10 @@ def test_inversion_refuses_transparent_parts(pipe: Pipeline, picture: Image.Imag
         ({"outpaint": {"left": -8}, "image": ...}, "outpaint left must be a whole number from 0"),
         ({"outpaint": {"left": 0}, "image": ...}, "outpaint must add pixels on some side"),
         ({"outpaint": 8, "image": ...}, "outpaint must be sides with pixels, got 8"),
-        ({"outpaint": {"left": 800}, "image": ...}, "width must be a whole number from 8 to 128, got 832"),
+        (
+            {"outpaint": {"left": 800}, "image": ...},
+            "width with outpaint must be a whole number from 8 to 128, got 832",
+        ),
         ({"resampling": 0}, "resampling must be a whole number from 1 to 100"),
         ({"resampling": 2, "sampler": "heun"}, "resampling needs a sampler that calls the network once a step"),
         ({"eta": 0.5}, "eta is an option of ddim"),

@@ -25,6 +25,7 @@ ROOMS = (
         "drawing",
         "conditioning",
         "canvas",
+        "masks",
         "result",
         "settings",
         "evaluate",

@@ -12,6 +12,14 @@ from latentdiff.errors import InputError
 
 __all__ = ["generate"]
 
+# What options mean that need --image.
+SAYS = {
+    "strength": "how much of",
+    "mask": "which part of",
+    "outpaint": "how much around",
+    "feather": "how softly what is around",
+}
+
 
 def generate(options: argparse.Namespace) -> None:
     """Draw pictures of prompts."""
@@ -25,11 +33,12 @@ def generate(options: argparse.Namespace) -> None:
         "seed": options.seed,
         "num_images": options.num_images,
         "strength": options.strength,
+        "feather": options.feather,
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
     chosen["width"], chosen["height"] = _size(options.size)
     chosen |= {} if options.outpaint is None else {"outpaint": _sides(options.outpaint)}
-    for name, says in {"strength": "how much of", "mask": "which part of", "outpaint": "how much around"}.items():
+    for name, says in SAYS.items():
         if getattr(options, name) is not None and options.image is None:
             raise InputError(f"--{name} says {says} --image is drawn anew, got no --image; add it")
     # Everything that can be wrong without a model is found before one is loaded.
@@ -42,7 +51,7 @@ def generate(options: argparse.Namespace) -> None:
     for file, word in embeddings:
         pipe = pipe.with_embedding(file, word)
     pipe = pipe.with_loras(loras) if loras else pipe
-    result = draw(pipe, options.prompts, image=options.image, mask=options.mask, **chosen)
+    result = draw(pipe, options.prompts, image=options.image, mask=_mask(options.mask), **chosen)
     for index, path in enumerate(paths):
         result.write(index, path)
     report(options, result, dict(enumerate(paths)), seconds=round(time.perf_counter() - started, 3))
@@ -67,6 +76,14 @@ def _sides(text: str) -> dict[str, int]:
     if not all(equals and value.strip().isdecimal() for _, equals, value in pairs):
         raise InputError(f"--outpaint must be sides with pixels, got {text!r}; try left=16,right=16")
     return {side.strip(): int(value) for side, _, value in pairs}
+
+
+def _mask(text: str | None) -> str | list[int] | None:
+    """Return the box of "10,20,40,50", or what else stands for a mask."""
+    numbers = [] if text is None or Path(text).exists() else text.split(",")
+    if len(numbers) > 1 and all(number.strip().isdecimal() for number in numbers):
+        return [int(number) for number in numbers]
+    return text
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:

@@ -22,7 +22,7 @@ NOT_REPLAYED = ("prompts", "seed", "variation_seed", "num_images", "strength")  
 
 def replay(options: argparse.Namespace) -> None:
     """Draw a picture again from the settings in its file."""
-    from latentdiff.images import open_image, pixel_hash
+    from latentdiff.images import open_rgba, pixel_hash, to_rgba
     from latentdiff.result import read_record
     from latentdiff.settings import Settings, check_integer
 
@@ -60,7 +60,7 @@ def replay(options: argparse.Namespace) -> None:
         **{name: value for name, value in vars(settings).items() if name not in NOT_REPLAYED},
     )
     result.write(row, path)
-    identical = pixel_hash(result.images[row]) == pixel_hash(open_image(source))
+    identical = pixel_hash(to_rgba(result.images[row])) == pixel_hash(open_rgba(source))
     if not identical:
         now = f"torch {result.settings['torch']} on {result.settings['device']}"
         then = f"torch {recorded['torch']} on {recorded['device']}"
@@ -100,7 +100,8 @@ def _replay_loras(pipe: Pipeline, records: Any, force: bool) -> Pipeline:
 
 def _initial_image(record: dict[str, Any], strength: float, force: bool) -> dict[str, Any]:
     """Return the arguments that replay what was drawn from pictures, if those are still what they were."""
-    from latentdiff.images import open_image, pixel_hash
+    from latentdiff.images import open_image, open_rgba, pixel_hash
+    from latentdiff.masks import ALPHA, open_mask
 
     if record.get("latents_given"):
         raise InputError(
@@ -108,12 +109,17 @@ def _initial_image(record: dict[str, Any], strength: float, force: bool) -> dict
         )
     pictures = {name: record[name] for name in ("image", "mask") if record.get(name) is not None}
     for name, used in pictures.items():
-        path = used.get("path") if isinstance(used, dict) else None
+        used = used if isinstance(used, dict) else {}
+        if isinstance(used.get("box"), list):
+            pictures[name] = used["box"]
+            continue
+        alpha, path = used.get("alpha") is True, pictures["image"] if used.get("alpha") is True else used.get("path")
         if not isinstance(path, str):
             raise InputError("the picture was drawn from an image in memory, which no file keeps; draw it in Python")
-        if pixel_hash(open_image(path)) != used.get("hash") and not force:
+        now = open_mask(ALPHA, open_rgba(path)).given["hash"] if alpha else pixel_hash(open_image(path))
+        if now != used.get("hash") and not force:
             raise InputError(f"{path} is no longer the {name} this one was made from; restore it, or add --force")
-        pictures[name] = path
+        pictures[name] = ALPHA if alpha else path
     return {**pictures, "strength": strength} if pictures else {}
 
 
