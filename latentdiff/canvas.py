@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentdiff.errors import InputError
-from latentdiff.images import fit, pixel_hash, to_rgb, to_tensor
+from latentdiff.images import MAX_PIXELS, fit, pixel_hash, to_rgb, to_tensor
 from latentdiff.masks import Edit, make_edit, open_mask, open_picture
+from latentdiff.prompts import check_prompts
+from latentdiff.result import record_of
 from latentdiff.settings import SIZE_MULTIPLE, Settings, check_size
 
 __all__ = ["Canvas", "enlarged_canvas", "make_canvas"]
@@ -26,11 +28,13 @@ class Canvas:
     """The canvas of a call, on the CPU.
 
     Attributes:
-        height, width: of the result in pixels.
+        height, width: of what is drawn, in pixels.
         pixels: (1, 3, H, W) in [-1, 1], the picture to start from (smaller where it is to be enlarged), or None.
         edit: which part of the picture is drawn anew; None for all of it.
         given: what a record keeps of picture and mask: paths and hashes.
         notes: what the caller should know.
+        size: width and height of the result where it was enlarged; None where it is as it was drawn.
+        alpha: opacity of a picture that was enlarged, mode "L"; None where it was opaque.
     """
 
     height: int
@@ -39,6 +43,8 @@ class Canvas:
     edit: Edit | None
     given: dict[str, Any]
     notes: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
+    alpha: Image.Image | None = None
 
 
 def make_canvas(
@@ -59,13 +65,16 @@ def make_canvas(
     picture, multiple = open_picture(image, "image"), math.lcm(SIZE_MULTIPLE, factor)
     _check_request(settings, picture is not None, mask is not None)
     if picture is None:
-        height, width = settings.height or native[0], settings.width or native[1]
-        _check_sides((height, width), native, multiple)
-        return Canvas(height, width, None, None, {"image": None, "mask": None})
+        asked = (settings.height or native[0], settings.width or native[1])
+        _check_sides(asked, native, multiple)
+        height, width = (round(side * settings.hires / multiple) * multiple for side in asked)
+        _check_sides((height, width), native, multiple, " with hires")
+        size = (width, height) if settings.hires > 1 else None
+        return Canvas(height, width, None, None, {"image": None, "mask": None}, size=size)
     seen = to_rgb(picture, opaque=opaque)
-    size = f"{seen.width}x{seen.height}"
     if min(seen.size) < factor:
-        raise InputError(f"the image must be at least {factor}x{factor} pixels, one latent, got {size}; enlarge it")
+        got = f"{seen.width}x{seen.height}"
+        raise InputError(f"the image must be at least {factor}x{factor} pixels, one latent, got {got}; enlarge it")
     painted = None if mask is None else open_mask(mask, picture)
     edited = painted is not None or settings.outpaint is not None
     height, width = _size(settings, seen, native, multiple, edited)
@@ -79,7 +88,8 @@ def make_canvas(
     notes = []
     if settings.height is None and settings.width is None and seen.size != (width, height):
         limits = f"multiples of {multiple} up to {native[1] * MAX_SCALE}x{native[0] * MAX_SCALE}"
-        notes.append(f"the image was scaled from {size} to {width}x{height} pixels; it stays as it is with {limits}")
+        scaled = f"from {seen.width}x{seen.height} to {width}x{height}"
+        notes.append(f"the image was scaled {scaled} pixels; it stays as it is with {limits}")
     edit = make_edit(picture, painted, (width, height), sides, settings.feather)
     return Canvas(*result, pixels, edit, given, tuple(notes))
 
@@ -87,6 +97,14 @@ def make_canvas(
 def _check_request(settings: Settings, pictured: bool, masked: bool) -> None:
     """Raise InputError where what says which part of an image is drawn lacks the image, or says it twice or of none."""
     outpainted = settings.outpaint is not None
+    if not pictured:
+        check_prompts(settings.prompts)
+    if settings.hires > 1 and pictured:
+        raise InputError("hires draws from a prompt alone, and then larger, got an image; leave one of them out")
+    if settings.scale is not None:
+        raise InputError(
+            "scale is for models that enlarge a picture, got another; use embedded-upscale, or leave it out"
+        )
     for what, given in (("a mask", masked), ("outpaint", outpainted)):
         if given and not pictured:
             raise InputError(f"{what} says which part of an image is drawn anew, got no image; pass an image too")
@@ -101,14 +119,13 @@ def _check_sides(sides: tuple[int, int], native: tuple[int, int], multiple: int,
         check_size(name + more, side, multiple, limit * MAX_SCALE)
 
 
-def enlarged_canvas(settings: Settings, image: Any, mask: Any, native: tuple[int, int], factor: int) -> Canvas:
+def enlarged_canvas(settings: Settings, image: Any, mask: Any, factor: int) -> Canvas:
     """Return the canvas of a model that enlarges a picture: `pixels` (1, 3, H / factor, W / factor) are that picture.
 
     Args:
         settings: of the call.
         image, mask: picture or path; no mask.
-        native: height and width, in pixels, that the model was trained to draw.
-        factor: how much larger the result is along each side.
+        factor: how much larger what is drawn is along each side.
 
     Raises:
         InputError: there is no picture, or something is asked for that such a model cannot do.
@@ -116,23 +133,35 @@ def enlarged_canvas(settings: Settings, image: Any, mask: Any, native: tuple[int
     opened = open_picture(image, "image")
     if opened is None:
         raise InputError(f"this model draws a picture {factor} times as large, got no image; pass an image")
-    picture = to_rgb(opened)
-    sides = {"height": picture.height * factor, "width": picture.width * factor}
-    for (name, side), limit in zip(sides.items(), native):
-        multiple = math.lcm(SIZE_MULTIPLE, factor) // factor
-        check_size(f"the {name} of the image", side // factor, multiple, limit * MAX_SCALE // factor)
+    picture, scale = to_rgb(opened), settings.scale or factor
+    width, height = picture.width * scale, picture.height * scale
     odd = {
         "a mask": mask is not None,
         "outpaint": settings.outpaint is not None,
         "feather": settings.feather > 0,
+        "hires": settings.hires > 1,
         "strength below 1": settings.strength < 1,
-        f"height other than {sides['height']}": settings.height not in (None, sides["height"]),
-        f"width other than {sides['width']}": settings.width not in (None, sides["width"]),
+        f"scale {scale}": scale > factor,
+        f"height other than {height}": settings.height not in (None, height),
+        f"width other than {width}": settings.width not in (None, width),
     }
     for what in (name for name, asked in odd.items() if asked):
         raise InputError(f"this model draws a picture {factor} times as large, got {what}; leave it out")
+    if width * height * (factor // scale) ** 2 > MAX_PIXELS:
+        most = f"{MAX_PIXELS // 2**20} megapixels"
+        raise InputError(f"the picture would have more than {most}, got {picture.width}x{picture.height}; cut it first")
+    alpha = opened.getchannel("A")
     given = {"image": _trace(image, picture), "mask": None}
-    return Canvas(sides["height"], sides["width"], to_tensor([picture]), None, given)
+    clear = alpha.getextrema()[0] < 255  # type: ignore[operator]  # one band
+    return Canvas(
+        picture.height * factor,
+        picture.width * factor,
+        to_tensor([picture]),
+        None,
+        given,
+        size=(width, height),
+        alpha=alpha.resize((width, height), Image.Resampling.LANCZOS) if clear else None,
+    )
 
 
 def _size(
@@ -161,5 +190,8 @@ def _size(
 
 
 def _trace(given: Any, picture: Image.Image) -> dict[str, Any]:
-    """Return what a record keeps of a picture that was passed in: its path, where it has one, and the hash of it."""
-    return {"path": None if isinstance(given, Image.Image) else os.fspath(given), "hash": pixel_hash(picture)}
+    """Return what a record keeps of a picture that was passed in: the hash of it, its path or else what made it."""
+    if not isinstance(given, Image.Image):
+        return {"path": os.fspath(given), "hash": pixel_hash(picture)}
+    record = record_of(given)
+    return {"path": None, "hash": pixel_hash(picture), **({} if record is None else {"record": record})}

@@ -76,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_generate(command("generate", commands.generate, "Draw pictures of one or more prompts."))
 
+    _add_upscale(command("upscale", commands.upscale, "Make a picture larger, by a model trained for it."))
+
     replay = command("replay", commands.replay, "Draw a picture again from the settings in its PNG file.")
     replay.add_argument("image", help="PNG written by latentdiff")
     replay.add_argument("-o", "--out", help="file to write; IMAGE-replay.png by default")
@@ -168,8 +170,24 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--outpaint", metavar="left=N,top=N,...", help="pixels to draw around --image, multiples of 8")
     parser.add_argument("--feather", type=int, metavar="N", help="pixels over which what is drawn passes into the rest")
+    parser.add_argument("--upscale", action="store_true", help="make each picture larger, with its prompt and seed")
+    parser.add_argument(
+        "--upscale-model", metavar="M", help="what --upscale does that with; embedded-upscale by default"
+    )
     parser.add_argument("--attention", default="sdpa", help="sdpa (torch's own, default) or xformers (CUDA only)")
     parser.add_argument("--offload", action="store_true", help="keep networks in CPU memory while they do not run")
+    _add_machine(parser)
+
+
+def _add_upscale(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", help="PNG, JPEG or WebP of any size; the result is transparent where it is")
+    parser.add_argument("-o", "--out", help="PNG to write, or folder; IMAGE-x4.png beside IMAGE by default")
+    parser.add_argument("--prompt", default="", metavar="T", help="what it shows; may help, and may be left out")
+    parser.add_argument("--seed", type=int, help="of its noise (default 0)")
+    parser.add_argument("--model", help="folder, or owner/name on a hub; embedded-upscale by default")
+    parser.add_argument("--scale", type=int, help="4 (default), or 2: the same, made smaller by half")
+    parser.add_argument("--noise-level", type=int, metavar="N", help="0 to 350: how much is drawn anew (default 20)")
+    parser.add_argument("--steps", type=int, help="calls of the network")
     _add_machine(parser)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from latentdiff.errors import InputError, suggest
 
-__all__ = ["DTYPES", "machine_memory", "resolve_device", "resolve_dtype"]
+__all__ = ["DTYPES", "machine_memory", "memory_of", "resolve_device", "resolve_dtype"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -50,3 +50,10 @@ def machine_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return 2**62
+
+
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of memory that what runs on a device can use: its own, or those of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return machine_memory()

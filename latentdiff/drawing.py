@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -20,31 +21,28 @@ from latentdiff.canvas import enlarged_canvas, make_canvas
 from latentdiff.checkpoints import Parts
 from latentdiff.conditioning import Conditioning
 from latentdiff.diffusion import (
-    Call,
     Known,
     Plan,
     SchedulerPlan,
     Step,
-    adaptive_projected,
-    classifier_free,
     draw_noise,
-    guidance_scales,
     image_generator,
     make_inversion_plan,
     make_plan,
-    preconditioning,
-    rescaled,
     sample,
     slerp,
     start,
 )
 from latentdiff.diffusion.prediction import Network
+from latentdiff.engine.joint import Windows
 from latentdiff.engine.offload import Offload
-from latentdiff.engine.tiling import decode
+from latentdiff.engine.tiling import ENLARGED_MAP, LARGE_MAP, decode
 from latentdiff.errors import InputError
 from latentdiff.images import from_tensor, to_unit_range
+from latentdiff.network import guided_network
 from latentdiff.result import Result
 from latentdiff.settings import Settings
+from latentdiff.upscaling import plan_upscale, reduced, with_alpha
 
 __all__ = ["OUTPUT_TYPES", "Callback", "Drawing", "device_of", "dtype_of", "native_size"]
 
@@ -92,15 +90,19 @@ class Drawing:
         self.device, self.dtype = device_of(parts) if offload is None else offload.device, dtype_of(parts)
         self.lend = (lambda *networks: nullcontext()) if offload is None else offload.lend
         self.tile_size = tile_size
-        factor = parts.autoencoder.config.downsample_factor
+        self.windows: Windows | None = None  # through which a picture that is enlarged is looked at
+        self.first: Drawing | None = None  # draws what this one draws again, larger
+        factor, native = parts.autoencoder.config.downsample_factor, native_size(parts)
+        if settings.hires > 1 and image is None and not parts.upscales:
+            alone = replace(settings, hires=1.0)
+            self.first, noise = Drawing(parts, alone, None, mask, noise, scheduler, offload=offload), None
         if parts.upscales:
-            self.canvas = enlarged_canvas(settings, image, mask, native_size(parts), factor)
+            self.canvas = enlarged_canvas(settings, image, mask, factor)
         else:
-            self.canvas = make_canvas(settings, image, mask, native_size(parts), factor, opaque=opaque)
+            self.canvas = make_canvas(settings, image, mask, native, factor, opaque=opaque)
         canvas, self.notes = self.canvas, list(self.canvas.notes)
-        left, top, right, bottom = settings.outpaint or (0, 0, 0, 0)
-        height, width = canvas.height - top - bottom, canvas.width - left - right
-        self.settings = settings = replace(settings, height=height, width=width)
+        self.settings = settings = self._settled(settings)
+        self.strength = settings.strength if self.first is None else settings.hires_strength
         self.shape = (parts.autoencoder.config.latent_channels, canvas.height // factor, canvas.width // factor)
         self.noise = None if noise is None else _checked_noise(noise, (settings.count, *self.shape))
         self.plan = self._plan(scheduler)
@@ -108,12 +110,28 @@ class Drawing:
             self.conditioning = Conditioning(parts, settings, (canvas.height, canvas.width), self.device)
         self.pixels = None if canvas.pixels is None else canvas.pixels.to(self.device)
         self.mask = None if canvas.edit is None else canvas.edit.mask.to(self.device)  # (1, 1, H, W)
+        # A network that sees what to keep needs nothing else of a picture where all noise is its own.
+        seen = parts.inpaints and self.mask is not None and self.strength == 1
         self.image_latents: Tensor | None = None
-        if self.pixels is not None and not parts.upscales:
-            latents = self._finite(lambda model, x: model.encode(x).mode(), self.pixels)  # (1, C, h, w)
-            self.image_latents = latents * parts.autoencoder.config.scaling_factor
+        if self.pixels is not None and not parts.upscales and not seen:
+            self.image_latents = self._encode(self.pixels)  # (1, C, h, w)
         self.kept = self._kept() if parts.inpaints else None
         self.small = self.pixels if parts.upscales else None  # (1, 3, h, w)
+
+    def _settled(self, settings: Settings) -> Settings:
+        """Return the settings with the size that was chosen for what they ask for, as records keep them."""
+        canvas = self.canvas
+        if self.parts.upscales:
+            return replace(settings, height=None, width=None)
+        if self.first is not None:
+            return replace(settings, height=self.first.settings.height, width=self.first.settings.width)
+        left, top, right, bottom = settings.outpaint or (0, 0, 0, 0)
+        return replace(settings, height=canvas.height - top - bottom, width=canvas.width - left - right)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Return the scaled latents (1, C, h, w) of pixels (1, 3, H, W)."""
+        latents = self._finite(lambda model, x: model.encode(x).mode(), pixels)
+        return latents * self.autoencoder.config.scaling_factor
 
     def _kept(self) -> Tensor:
         """Return what an inpainting network sees besides x: the mask and the latents of what is kept, (1, 1 + C, h, w).
@@ -123,9 +141,8 @@ class Drawing:
         factor, size = self.autoencoder.config.downsample_factor, (1, 1, self.canvas.height, self.canvas.width)
         mask = torch.ones(size, device=self.device) if self.mask is None else self.mask
         pixels = torch.zeros(1, 3, *size[2:], device=self.device) if self.pixels is None else self.pixels
-        latents = self._finite(lambda model, x: model.encode(x).mode(), pixels * (mask == 0))
-        latents = latents * self.autoencoder.config.scaling_factor
-        return torch.cat([F.interpolate(mask, scale_factor=1 / factor, mode="nearest"), latents], dim=1)
+        small = F.interpolate(mask, scale_factor=1 / factor, mode="nearest")  # (1, 1, h, w)
+        return torch.cat([small, self._encode(pixels * (mask == 0))], dim=1)
 
     def _noised(self, small: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Return the small picture with noise of each image's own, (b, 3, h, w), as an upscaling network sees it.
@@ -141,10 +158,8 @@ class Drawing:
     def _plan(self, scheduler: Any) -> Plan | SchedulerPlan:
         settings, schedule, steps = self.settings, self.parts.schedule, self.settings.num_inference_steps
         if scheduler is None:
-            strength, resampling = settings.strength, settings.resampling
-            return make_plan(
-                schedule, settings.sampler, steps, eta=settings.eta, strength=strength, resampling=resampling
-            )
+            options: dict[str, Any] = {"eta": settings.eta, "resampling": settings.resampling}
+            return make_plan(schedule, settings.sampler, steps, strength=self.strength, **options)
         needing = {
             "a mask": self.canvas.edit is not None,
             "resampling": settings.resampling > 1,
@@ -153,13 +168,17 @@ class Drawing:
         }
         for what in (name for name, given in needing.items() if given):
             raise InputError(f"{what} needs one of our samplers, got a scheduler object; pass its name instead")
-        return SchedulerPlan(scheduler, schedule, steps, settings.strength)
+        return SchedulerPlan(scheduler, schedule, steps, self.strength)
 
     def draw(self, output_type: str, batch_size: int, callback: Callback | None, progress: bool) -> Result:
         """Return all images."""
         batches = self.batches(batch_size)
+        if self.parts.upscales:
+            _, height, width = self.shape
+            self.windows = plan_upscale(self.parts, (width, height), self.device, max(map(len, batches))).windows
         drawn: list[Tensor] = []
-        with _counted_steps(len(self.plan) * len(batches), callback, progress) as on_step:
+        steps = len(self.plan) + (0 if self.first is None else len(self.first.plan))
+        with _counted_steps(steps * len(batches), callback, progress) as on_step:
             for batch in batches:
                 with self.lend(self.unet):
                     latents = self.sample(batch, on_step).split(1)
@@ -168,27 +187,47 @@ class Drawing:
         for note in self.notes:
             warnings.warn(note, RuntimeWarning, stacklevel=4)  # shown at the line that called the pipeline
         pictures = OUTPUT_TYPES[output_type](torch.cat(drawn))
-        if output_type == "pil" and self.canvas.edit is not None and self.canvas.edit.alpha is not None:
-            for picture in pictures:
-                picture.putalpha(self.canvas.edit.alpha)
+        if output_type == "pil":
+            pictures = [self._with_opacity(picture) for picture in pictures]
         return self.result(pictures, batches)
+
+    def _with_opacity(self, picture: Image.Image) -> Image.Image:
+        """Return a picture as transparent as the one it was drawn from is where it is kept, or enlarged."""
+        if self.canvas.alpha is not None:
+            return with_alpha(picture, self.canvas.alpha)
+        if self.canvas.edit is not None and self.canvas.edit.alpha is not None:
+            picture.putalpha(self.canvas.edit.alpha)
+        return picture
 
     def batches(self, batch_size: int) -> list[list[int]]:
         """Return the numbers of the images to draw together: as many as allowed, all with equally many text windows."""
         runs = [list(run) for _, run in groupby(range(self.settings.count), key=self.conditioning.window_count)]
         return [run[start : start + batch_size] for run in runs for start in range(0, len(run), batch_size)]
 
-    def sample(self, images: Sequence[int], on_step: Callable[[Step], None]) -> Tensor:
+    def sample(
+        self,
+        images: Sequence[int],
+        on_step: Callable[[Step], None],
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
         """Return the scaled latents (b, C, h, w) float32 of some of the images.
+
+        Args:
+            images: their numbers.
+            on_step: called after each step.
+            generators: of these images, which then draw more; None for new ones.
 
         Raises:
             InputError: the network's output was not finite.
         """
-        generators = [image_generator(self.settings.seeds(index)[0]) for index in images]
+        generators = generators or [image_generator(self.settings.seeds(index)[0]) for index in images]
+        before = None if self.first is None else self.first.sample(images, on_step, generators)
         beside = self.kept if self.small is None else self._noised(self.small, generators)
         noise = self._initial_noise(images, generators).to(self.device, torch.float32)
         latents = None if self.image_latents is None else self.image_latents.expand_as(noise)
-        if self.kept is not None and self.settings.strength == 1:
+        if before is not None:
+            latents = F.interpolate(before, self.shape[1:], mode="bicubic")
+        elif self.kept is not None and self.strength == 1:
             latents = None  # the network itself sees what to keep
         network = self._network(images, self.plan, beside)
         if isinstance(self.plan, SchedulerPlan):
@@ -199,7 +238,7 @@ class Drawing:
                 factor = self.autoencoder.config.downsample_factor
                 mask = F.max_pool2d(self.mask, factor).expand(len(noise), -1, -1, -1)  # (b, 1, h, w)
                 known = Known(mask, latents)
-                if self.settings.strength == 1:  # nothing of the image is left where it is drawn anew
+                if self.strength == 1:  # nothing of the image is left where it is drawn anew
                     x = torch.lerp(x, start(self.plan, noise), mask)
             steps = sample(self.parts.denoiser(network), self.plan, x, generators, known)
         for step in steps:
@@ -222,7 +261,7 @@ class Drawing:
         settings, noise = self.settings, draw_noise(generators, self.shape)
         if self.noise is not None:
             noise = self.noise[list(images)]
-        if not settings.variation_strength:
+        if not settings.variation_strength or self.first is not None:
             return noise
         others = [image_generator(settings.seeds(index)[1]) for index in images]
         return slerp(noise, draw_noise(others, self.shape), settings.variation_strength)
@@ -230,10 +269,11 @@ class Drawing:
     def decode(self, latents: Tensor) -> Tensor:
         """Return images (B, 3, H, W) float32 of scaled latents; where nothing is drawn, the pixels of the image."""
         scaling_factor = self.autoencoder.config.scaling_factor
-        images = self._finite(lambda model, x: decode(model, x, self.tile_size), latents / scaling_factor)
-        edit = self.canvas.edit
+        large = ENLARGED_MAP if self.parts.upscales else LARGE_MAP
+        images = self._finite(lambda model, x: decode(model, x, self.tile_size, large), latents / scaling_factor)
+        edit, size = self.canvas.edit, self.canvas.size
         if edit is None:
-            return images
+            return images if size is None else reduced(images.clamp(-1, 1), size[1], size[0])
         return torch.lerp(edit.kept.to(images), images.clamp(-1, 1), edit.share.to(images))
 
     def _finite(self, run: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
@@ -258,7 +298,8 @@ class Drawing:
             one["batch_size"], one["batch_index"] = places[index]
         made_with = {
             **self.canvas.given,
-            "latents_given": self.noise is not None,
+            **({} if self.canvas.size is None else {"size": list(self.canvas.size)}),
+            "latents_given": (self.first or self).noise is not None,
             "model": self.parts.name,
             "model_hash": self.parts.model_hash,
             "prediction_type": self.parts.schedule.prediction_type,
@@ -281,56 +322,8 @@ class Drawing:
         )
 
     def _network(self, images: Sequence[int], plan: Plan | SchedulerPlan, beside: Tensor | None) -> Network:
-        """Return the guided network for a batch of images, text and time computed once.
-
-        Args:
-            images: their numbers.
-            plan: whose timesteps it is called at.
-            beside: what the U-Net sees besides x, (b or 1, C', h, w), or None.
-        """
-        count, settings = len(images), self.settings
-        interval, course = settings.guidance_interval, settings.guidance_schedule
-        scales = guidance_scales(plan.sigmas, settings.guidance_scale, interval, course).tolist()
-        if self.unet.config.time_cond_proj_dim is not None:  # the network itself knows the scale
-            scales = [1.0] * len(scales)
         told = self.conditioning.of(images)
-        timesteps = plan.timesteps.to(self.device, torch.float32)
-        prepared = self.unet.prepare(timesteps, told.context, added=told.added, class_labels=told.class_labels)
-        unguided = prepared.rows(slice(count, 2 * count))
-
-        def network(model_input: Tensor, call: Call) -> Tensor:
-            scale, inputs = scales[call.index], model_input
-            if beside is not None:
-                inputs = torch.cat([inputs, beside.expand(len(inputs), -1, -1, -1)], dim=1)
-            inputs = inputs.to(self.dtype)
-            if scale == 1:
-                return unguided(inputs, call.rows).float()
-            both = prepared(torch.cat([inputs, inputs]), call.rows.repeat(2)).float()  # (2b, C, h, w)
-            unconditional, conditional = both.chunk(2)
-            return self._guided(conditional, unconditional, scale, model_input, call)
-
-        return network
-
-    def _guided(self, conditional: Tensor, unconditional: Tensor, scale: float, inputs: Tensor, call: Call) -> Tensor:
-        """Return the guided output (b, C, h, w); where the network learns its variance, that of the conditional one."""
-        settings, channels = self.settings, self.shape[0]
-        shares = conditional[:, channels:]  # none, or (b, C, h, w)
-        conditional, unconditional = conditional[:, :channels], unconditional[:, :channels]
-        if settings.guidance_parallel == 1 and settings.guidance_limit is None:
-            guided = classifier_free(conditional, unconditional, scale, settings.guidance_rescale)
-            return torch.cat([guided, shares], dim=1)
-        sigmas = call.sigmas.reshape(-1, 1, 1, 1)
-        c_skip, c_out, c_in = preconditioning(self.parts.schedule.prediction_type, sigmas)
-        skipped = c_skip / c_in * inputs[:, :channels]
-        guided = adaptive_projected(  # of x0 estimates
-            skipped + c_out * conditional,
-            skipped + c_out * unconditional,
-            scale,
-            parallel=settings.guidance_parallel,
-            limit=settings.guidance_limit,
-        )
-        guided = (guided - skipped) / c_out
-        return torch.cat([rescaled(guided, conditional, settings.guidance_rescale), shares], dim=1)
+        return guided_network(self.parts, self.settings, told, plan, beside, self.windows)
 
 
 def device_of(parts: Parts) -> torch.device:

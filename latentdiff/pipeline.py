@@ -26,10 +26,11 @@ from latentdiff.drawing import OUTPUT_TYPES, Callback, Drawing, device_of, dtype
 from latentdiff.engine.attention import find_attention, use_attention
 from latentdiff.engine.offload import Offload
 from latentdiff.errors import InputError, suggest
-from latentdiff.masks import MaskLike
+from latentdiff.masks import MaskLike, open_picture
 from latentdiff.models.unet import UNet2DConditionModel
 from latentdiff.result import Result
 from latentdiff.settings import Settings, check_integer
+from latentdiff.upscaling import UpscalePlan, plan_upscale
 
 __all__ = ["OUTPUT_TYPES", "Callback", "Pipeline"]
 
@@ -149,7 +150,7 @@ class Pipeline:
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] = "",
         *,
         negative_prompt: str = Settings.negative_prompt,
         image: str | os.PathLike[str] | Image.Image | None = None,
@@ -175,6 +176,9 @@ class Pipeline:
         blend: float = Settings.blend,
         clip_skip: int = Settings.clip_skip,
         noise_level: int = Settings.noise_level,
+        scale: int | None = Settings.scale,
+        hires: float = Settings.hires,
+        hires_strength: float = Settings.hires_strength,
         prompt_weights: bool = Settings.prompt_weights,
         height: int | None = None,
         width: int | None = None,
@@ -187,9 +191,10 @@ class Pipeline:
         """Draw `num_images` pictures of each prompt; image i, counted over all prompts, has seed + i.
 
         Args, besides those of `Settings`:
+            prompt: one text or several; may be empty where there is an image.
             image: a picture, or its path, to start from; it is scaled to cover the size and cut evenly. Without height
                 and width the result has its shape and the model's own area. `strength` is then 0.8 unless given. For a
-                model that enlarges, the small picture.
+                model that enlarges, the small picture, of any size and shape; if it is transparent, so is the result.
             mask: what of `image` is drawn anew (inpainting): what is white in a picture of its size, or a path of one;
                 "alpha" for what is transparent in it; or left, top, right and bottom of a box in it. All else keeps
                 its pixels, bit for bit, and without height and width the image its size, if its sides are multiples of
@@ -259,6 +264,17 @@ class Pipeline:
             width=width,
         )
         return Drawing(self.parts, settings, image, opaque=True, offload=self.offload).invert(iterations)
+
+    def upscale_plan(self, image: str | os.PathLike[str] | Image.Image) -> UpscalePlan:
+        """Return in how many windows a model that enlarges would draw a picture, and with how much memory.
+
+        Raises:
+            InputError: it takes more memory than there is, or the model does not enlarge.
+        """
+        picture = open_picture(image, "image")
+        if picture is None or not self.parts.upscales:
+            raise InputError("a plan is for a picture and a model that enlarges, got another; try embedded-upscale")
+        return plan_upscale(self.parts, picture.size, self.device)
 
     def with_embedding(self, path: str | os.PathLike[str], word: str | None = None) -> Pipeline:
         """Return a pipeline whose prompts may use one more word, of a textual-inversion file; this one stays as it is.

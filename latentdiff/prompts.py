@@ -44,20 +44,20 @@ def check_prompt(prompt: object, *, what: str = "prompt", allow_empty: bool = Fa
     return prompt
 
 
-def check_prompts(prompt: object) -> list[str]:
-    """Return one prompt or a sequence of prompts as a checked list; see `check_prompt`.
+def check_prompts(prompt: object, *, allow_empty: bool = False) -> list[str]:
+    """Return one prompt or a sequence of prompts, empty ones or not, as a checked list; see `check_prompt`.
 
     Raises:
         InputError: a prompt is unusable, or there is none.
     """
     if isinstance(prompt, str):
-        return [check_prompt(prompt)]
+        return [check_prompt(prompt, allow_empty=allow_empty)]
     if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
         raise InputError(f"prompt must be text or a list of texts, got {type(prompt).__name__}; pass a string")
     if not prompt:
         raise InputError('prompt must not be empty, got an empty list; say what to draw, as in "a red fox"')
-    numbered = len(prompt) > 1
-    return [check_prompt(one, what=f"prompt {i + 1}" if numbered else "prompt") for i, one in enumerate(prompt)]
+    names = [f"prompt {i + 1}" if len(prompt) > 1 else "prompt" for i in range(len(prompt))]
+    return [check_prompt(one, what=name, allow_empty=allow_empty) for one, name in zip(prompt, names)]
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:

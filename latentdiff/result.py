@@ -9,13 +9,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from latentdiff.errors import InputError
 from latentdiff.images import numbered, read_texts, write_png
 from latentdiff.settings import parameters_text
 
-__all__ = ["Result", "read_record"]
+__all__ = ["Result", "read_record", "record_of"]
 
-METADATA_KEY = "latentdiff"  # of the PNG text chunk that holds an image's record as JSON
+METADATA_KEY = "latentdiff"  # of the PNG text chunk that holds an image's record as JSON, and of PIL's info
+MAX_CHAIN = 4  # pictures drawn of one another, the records of which are kept within each other
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Result:
         """Return everything that makes image `index` again, JSON-ready."""
         return {**self.own[index], **self.settings}
 
+    def __post_init__(self) -> None:
+        """Let every picture tell what made it, to a call that it is passed to."""
+        for index, picture in enumerate(self.images if isinstance(self.images, list) else []):
+            picture.info[METADATA_KEY] = json.dumps(self.record(index))
+
     def write(self, index: int, path: str | os.PathLike[str]) -> None:
         """Write image `index` as a PNG that says how to make it again (`latentdiff replay`).
 
@@ -66,6 +74,28 @@ class Result:
         return paths
 
 
+def record_of(picture: Image.Image) -> dict[str, Any] | None:
+    """Return what made a picture that a call returned; None where that is not known.
+
+    Whether it was changed since shows when it is drawn again.
+    """
+    text = picture.info.get(METADATA_KEY)
+    try:
+        record = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and _chain(record) < MAX_CHAIN else None
+
+
+def _chain(record: Any) -> int:
+    """Return how many pictures a record tells of that were drawn of one another."""
+    links = 0
+    while isinstance(record, dict):
+        links, image = links + 1, record.get("image")
+        record = image.get("record") if isinstance(image, dict) else None
+    return links
+
+
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read what `Result.write` put into a PNG.
 
@@ -80,4 +110,6 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         record = None
     if not isinstance(record, dict):
         raise InputError(f"{os.fspath(path)} must hold latentdiff's settings, got none; use the file as it was written")
+    if _chain(record) > MAX_CHAIN:
+        raise InputError(f"{os.fspath(path)} must tell of at most {MAX_CHAIN} pictures drawn of one another, got more")
     return record

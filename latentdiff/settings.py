@@ -29,6 +29,7 @@ SHARES = {
     "guidance_parallel": "try 0",
     "eta": "try 0",
     "strength": "try 0.6",
+    "hires_strength": "try 0.5",
     "variation_strength": "try 0.3",
     "blend": "try 0.5",
 }
@@ -36,7 +37,7 @@ SHARES = {
 LATER = (
     *("guidance_schedule", "guidance_parallel", "guidance_limit", "eta", "resampling", "outpaint"),
     *("variation_strength", "variation_seed", "blend_prompt", "blend", "clip_skip", "noise_level", "prompt_weights"),
-    *("feather",),
+    *("feather", "scale", "hires", "hires_strength"),
 )
 
 
@@ -45,7 +46,7 @@ class Settings:
     """One request, checked; the defaults are those of every door.
 
     Attributes:
-        prompts: one or more texts; a single one may be given as it is.
+        prompts: one or more texts; a single one may be given as it is. Empty ones are for what is drawn of an image.
         negative_prompt: what to steer away from; may be empty.
         num_inference_steps: 1 to 1000.
         guidance_scale: 0 to 50; 1 and below draw without guidance.
@@ -71,8 +72,12 @@ class Settings:
         blend: 0 to 1, how far each prompt's states are moved towards those of `blend_prompt`.
         clip_skip: 0 to 24, how many of the last layers of CLIP text encoders are left out.
         noise_level: 0 to 350, timesteps of noise on the small picture, where the model is one that enlarges it.
+        scale: 4 or 2, how much larger than the small picture the result is; None for what the model draws.
+        hires: 1 to 4; above 1 a picture is drawn at its size and then, its latents made that much larger, once more.
+        hires_strength: above 0, up to 1; how much of the larger latents is drawn anew.
         prompt_weights: read `(fox:1.3)` in the texts as a fox of weight 1.3, see `prompts.parse_weights`.
-        height, width: pixels, multiples of 8; None for the model's own. Of the image, where it is outpainted.
+        height, width: pixels, multiples of 8; None for the model's own. Of the image, where it is outpainted; of what
+            is drawn first, where that is made larger.
 
     Raises:
         InputError: a value that cannot be used, with what can.
@@ -101,12 +106,15 @@ class Settings:
     blend: float = 0.0
     clip_skip: int = 0
     noise_level: int = 20
+    scale: int | None = None
+    hires: float = 1.0
+    hires_strength: float = 0.5
     prompt_weights: bool = True
     height: int | None = None
     width: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", tuple(check_prompts(self.prompts)))
+        object.__setattr__(self, "prompts", tuple(check_prompts(self.prompts, allow_empty=True)))
         object.__setattr__(self, "outpaint", check_sides(self.outpaint))
         check_prompt(self.negative_prompt, what="negative_prompt", allow_empty=True)
         check_prompt(self.blend_prompt, what="blend_prompt", allow_empty=True)
@@ -118,6 +126,9 @@ class Settings:
         check_integer("feather", self.feather, 0, 512, "try 4")
         check_integer("clip_skip", self.clip_skip, 0, 24, "try 1")
         check_integer("noise_level", self.noise_level, 0, 350, "try 20")
+        if self.scale not in (None, 2, 4) or isinstance(self.scale, bool):
+            raise InputError(f"scale must be 2 or 4, got {self.scale!r:.80}; leave it out for what the model draws")
+        check_number("hires", self.hires, 1, 4, "try 2")
         if not isinstance(self.prompt_weights, bool):
             raise InputError(f"prompt_weights must be True or False, got {self.prompt_weights!r:.80}; leave it out")
         if self.prompt_weights:
@@ -248,7 +259,7 @@ def parameters_text(record: Mapping[str, Any]) -> str:
         "Sampler": record["sampler"],
         "CFG scale": f"{record['guidance_scale']:g}",
         "Seed": record["seed"],
-        "Size": f"{record['width']}x{record['height']}",
+        "Size": "{}x{}".format(*(record.get("size") or (record["width"], record["height"]))),
         "Model": record["model"],
         "Model hash": record["model_hash"][:10],
     }
@@ -257,6 +268,9 @@ def parameters_text(record: Mapping[str, Any]) -> str:
         pairs["LoRA"] = json.dumps("; ".join(names))
     if record.get("image"):
         pairs["Denoising strength"] = f"{record['strength']:g}"
+    if record.get("hires", 1) > 1:
+        pairs["Hires upscale"] = f"{record['hires']:g}"
+        pairs["Denoising strength"] = f"{record['hires_strength']:g}"
     if record.get("feather"):
         pairs["Mask blur"] = record["feather"]
     if record.get("variation_strength"):

@@ -43,7 +43,13 @@ from latentdiff.settings import LATER, Settings, check_size, parameters_text
         ({"sampler": None}, "sampler"),
         ({"negative_prompt": "a\0"}, "negative_prompt must not hold NUL"),
         ({"negative_prompt": None}, "negative_prompt must be text"),
-        ({"prompts": ("",)}, "prompt must not be empty"),
+        ({"prompts": ()}, "prompt must not be empty, got an empty list"),
+        ({"feather": 513}, "feather must be a whole number from 0 to 512"),
+        ({"scale": 3}, "scale must be 2 or 4, got 3"),
+        ({"scale": True}, "scale must be 2 or 4, got True"),
+        ({"hires": 0.5}, "hires must be a finite number from 1 to 4, got 0.5; try 2"),
+        ({"hires": math.nan}, "hires must be"),
+        ({"hires_strength": 1.1}, "hires_strength must be a finite number from 0 to 1"),
     ],
 )
 def test_refused(change: dict[str, Any], message: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latentdiff.commands.shared import draw, file_and_rest, load, output_paths, parse_loras, report
+from latentdiff.commands.upscaling import enlarge, load_upscaler
 from latentdiff.errors import InputError
 
 __all__ = ["generate"]
@@ -23,6 +24,7 @@ SAYS = {
 
 def generate(options: argparse.Namespace) -> None:
     """Draw pictures of prompts."""
+    from latentdiff.prompts import check_prompts
     from latentdiff.settings import Settings
 
     chosen = {
@@ -41,8 +43,12 @@ def generate(options: argparse.Namespace) -> None:
     for name, says in SAYS.items():
         if getattr(options, name) is not None and options.image is None:
             raise InputError(f"--{name} says {says} --image is drawn anew, got no --image; add it")
+    if options.upscale_model is not None and not options.upscale:
+        raise InputError("--upscale-model says what enlarges the pictures, got no --upscale; add it")
     # Everything that can be wrong without a model is found before one is loaded.
     settings = Settings(prompts=tuple(options.prompts), **chosen)
+    if options.image is None:
+        check_prompts(options.prompts)
     embeddings, loras = _embeddings(options.embedding), parse_loras(options.lora)
     paths = output_paths(options.out, [settings.record(index)["prompt"] for index in range(settings.count)])
     started = time.perf_counter()
@@ -51,10 +57,17 @@ def generate(options: argparse.Namespace) -> None:
     for file, word in embeddings:
         pipe = pipe.with_embedding(file, word)
     pipe = pipe.with_loras(loras) if loras else pipe
+    upscaler = load_upscaler(options.upscale_model, options.device, options.dtype) if options.upscale else None
     result = draw(pipe, options.prompts, image=options.image, mask=_mask(options.mask), **chosen)
-    for index, path in enumerate(paths):
-        result.write(index, path)
-    report(options, result, dict(enumerate(paths)), seconds=round(time.perf_counter() - started, 3))
+    drawn = [(path, result, index) for index, path in enumerate(paths)]
+    if upscaler is not None:
+        drawn = [
+            (path, enlarge(upscaler, result.images[index], result.own[index]["prompt"], seed=result.seeds[index]), 0)
+            for index, path in enumerate(paths)
+        ]
+    for path, one, index in drawn:
+        one.write(index, path)
+    report(options, drawn, seconds=round(time.perf_counter() - started, 3))
 
 
 def _embeddings(given: Sequence[str]) -> list[tuple[str, str | None]]:

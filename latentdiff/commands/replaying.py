@@ -6,14 +6,19 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from latentdiff.commands.shared import draw, load, output_paths, report
 from latentdiff.errors import InputError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from latentdiff.pipeline import Pipeline
+    from latentdiff.result import Result
+    from latentdiff.settings import Settings
 
 __all__ = ["replay"]
 
@@ -24,48 +29,81 @@ def replay(options: argparse.Namespace) -> None:
     """Draw a picture again from the settings in its file."""
     from latentdiff.images import open_rgba, pixel_hash, to_rgba
     from latentdiff.result import read_record
-    from latentdiff.settings import Settings, check_integer
 
-    record = read_record(options.image)
-    settings = Settings.from_record(record)
-    remedy = "use the file as latentdiff wrote it"
-    size = check_integer("batch_size", record.get("batch_size"), 1, 1024, remedy)
-    counted = "variation_seed" if settings.variation_strength else "seed"  # what differs from image to image
-    seeds = {"seed": settings.seed, "variation_seed": settings.variation_seed}
-    row = check_integer("batch_index", record.get("batch_index"), 0, min(size, seeds[counted] + 1) - 1, remedy)
-    seeds[counted] -= row
-    initial = _initial_image(record, settings.strength, options.force)
-    source = Path(options.image)
-    (path,) = output_paths(options.out or str(source.with_name(f"{source.stem}-replay.png")), [settings.prompts[0]])
+    record, source = read_record(options.image), Path(options.image)
+    request = _Request.of(record)
+    name = str(source.with_name(f"{source.stem}-replay.png"))
+    (path,) = output_paths(options.out or name, [request.settings.prompts[0]])
     started = time.perf_counter()
-    recorded = {key: str(record.get(key)) for key in ("model", "model_hash", "device", "dtype", "torch")}
+    recorded = {key: str(record.get(key)) for key in ("model", "device", "dtype", "torch")}
     chosen = {key: getattr(options, key) or recorded[key] for key in ("model", "device", "dtype")}
-    pipe = load(**chosen, prediction_type=record.get("prediction_type"))
-    if pipe.parts.model_hash != recorded["model_hash"] and not options.force:
-        raise InputError(
-            f"{source} was made by model {recorded['model_hash'][:10]}, got {pipe.parts.model_hash[:10]}; "
-            "pass that one as --model, or add --force"
-        )
-    pipe = _replay_embeddings(pipe, record.get("embeddings") or [], options.force)
-    pipe = _replay_loras(pipe, record.get("loras") or [], options.force)
-    _use_threads(record.get("threads"))
-    # The batch it was drawn in had this many rows; what was in the others does not matter, how many does.
-    result = draw(
-        pipe,
-        settings.prompts,
-        num_images=size,
-        batch_size=size,
-        **seeds,
-        **initial,
-        **{name: value for name, value in vars(settings).items() if name not in NOT_REPLAYED},
-    )
+    result, row = _draw_again(record, request, str(source), chosen, options.force)
     result.write(row, path)
     identical = pixel_hash(to_rgba(result.images[row])) == pixel_hash(open_rgba(source))
     if not identical:
         now = f"torch {result.settings['torch']} on {result.settings['device']}"
         then = f"torch {recorded['torch']} on {recorded['device']}"
         print(f"latentdiff: the pixels differ from {source}, which {then} drew; this is {now}", file=sys.stderr)
-    report(options, result, {row: path}, seconds=round(time.perf_counter() - started, 3), identical=identical)
+    report(options, [(path, result, row)], seconds=round(time.perf_counter() - started, 3), identical=identical)
+
+
+class _Request(NamedTuple):
+    """What a record asks for: settings, the seeds of its batch, how many rows that had, and which of them it was."""
+
+    settings: Settings
+    seeds: dict[str, int]
+    size: int
+    row: int
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> _Request:
+        """Return the request of a record, checked."""
+        from latentdiff.settings import Settings, check_integer
+
+        settings, remedy = Settings.from_record(record), "use the file as latentdiff wrote it"
+        size = check_integer("batch_size", record.get("batch_size"), 1, 1024, remedy)
+        counted = "variation_seed" if settings.variation_strength else "seed"  # what differs from image to image
+        seeds = {"seed": settings.seed, "variation_seed": settings.variation_seed}
+        row = check_integer("batch_index", record.get("batch_index"), 0, min(size, seeds[counted] + 1) - 1, remedy)
+        seeds[counted] -= row
+        return cls(settings, seeds, size, row)
+
+
+def _draw_again(
+    record: dict[str, Any], request: _Request, name: str, chosen: dict[str, str], force: bool
+) -> tuple[Result, int]:
+    """Draw what a record tells of with the model, device and dtype that were chosen; return it and its number."""
+    settings = request.settings
+    initial = _initial_image(record, settings.strength, force)
+    pipe = load(**chosen, prediction_type=record.get("prediction_type"))
+    expected = str(record.get("model_hash"))
+    if pipe.parts.model_hash != expected and not force:
+        raise InputError(
+            f"{name} was made by model {expected[:10]}, got {pipe.parts.model_hash[:10]}; "
+            "pass that one as --model, or add --force"
+        )
+    pipe = _replay_embeddings(pipe, record.get("embeddings") or [], force)
+    pipe = _replay_loras(pipe, record.get("loras") or [], force)
+    _use_threads(record.get("threads"))
+    # The batch it was drawn in had this many rows; what was in the others does not matter, how many does.
+    result = draw(
+        pipe,
+        settings.prompts,
+        num_images=request.size,
+        batch_size=request.size,
+        **request.seeds,
+        **initial,
+        **{name: value for name, value in vars(settings).items() if name not in NOT_REPLAYED},
+    )
+    return result, request.row
+
+
+def _earlier(record: dict[str, Any], force: bool) -> Image.Image:
+    """Return a picture that another was drawn of, drawn again on its own model."""
+    chosen = {key: str(record.get(key)) for key in ("model", "device", "dtype")}
+    result, row = _draw_again(record, _Request.of(record), "the picture it was drawn of", chosen, force)
+    picture: Image.Image = result.images[row]
+    return picture
 
 
 def _replay_embeddings(pipe: Pipeline, records: Any, force: bool) -> Pipeline:
@@ -100,8 +138,10 @@ def _replay_loras(pipe: Pipeline, records: Any, force: bool) -> Pipeline:
 
 def _initial_image(record: dict[str, Any], strength: float, force: bool) -> dict[str, Any]:
     """Return the arguments that replay what was drawn from pictures, if those are still what they were."""
-    from latentdiff.images import open_image, open_rgba, pixel_hash
-    from latentdiff.masks import ALPHA, open_mask
+    from PIL import Image
+
+    from latentdiff.images import pixel_hash, to_rgb
+    from latentdiff.masks import ALPHA, open_mask, open_picture
 
     if record.get("latents_given"):
         raise InputError(
@@ -113,13 +153,20 @@ def _initial_image(record: dict[str, Any], strength: float, force: bool) -> dict
         if isinstance(used.get("box"), list):
             pictures[name] = used["box"]
             continue
-        alpha, path = used.get("alpha") is True, pictures["image"] if used.get("alpha") is True else used.get("path")
-        if not isinstance(path, str):
+        alpha, given = used.get("alpha") is True, used.get("path")
+        if alpha:
+            given = pictures["image"]
+        elif isinstance(used.get("record"), dict):
+            given = _earlier(used["record"], force)
+        if not isinstance(given, (str, Image.Image)):
             raise InputError("the picture was drawn from an image in memory, which no file keeps; draw it in Python")
-        now = open_mask(ALPHA, open_rgba(path)).given["hash"] if alpha else pixel_hash(open_image(path))
+        opened = open_picture(given, name)
+        assert opened is not None
+        now = open_mask(ALPHA, opened).given["hash"] if alpha else pixel_hash(to_rgb(opened))
         if now != used.get("hash") and not force:
-            raise InputError(f"{path} is no longer the {name} this one was made from; restore it, or add --force")
-        pictures[name] = ALPHA if alpha else path
+            what = given if isinstance(given, str) else "the picture it was drawn of, drawn again,"
+            raise InputError(f"{what} is no longer the {name} this one was made from; restore it, or add --force")
+        pictures[name] = ALPHA if alpha else given
     return {**pictures, "strength": strength} if pictures else {}
 
 

@@ -67,19 +67,20 @@ def draw(pipe: Pipeline, prompts: Sequence[str], **settings: Any) -> Result:
     return result
 
 
-def report(options: argparse.Namespace, result: Result, written: dict[int, Path], **more: Any) -> None:
-    """Say which images, by number, went where."""
+def report(options: argparse.Namespace, drawn: Sequence[tuple[Path, Result, int]], **more: Any) -> None:
+    """Say which images, each by its result and number there, went where."""
     if options.json:
         pictures = {
-            "files": [str(path) for path in written.values()],
-            "prompts": [result.own[index]["prompt"] for index in written],
-            "seeds": [result.seeds[index] for index in written],
-            "token_counts": [result.token_counts[index] for index in written],
-            "window_counts": [result.window_counts[index] for index in written],
+            "files": [str(path) for path, _, _ in drawn],
+            "prompts": [result.own[index]["prompt"] for _, result, index in drawn],
+            "seeds": [result.seeds[index] for _, result, index in drawn],
+            "token_counts": [result.token_counts[index] for _, result, index in drawn],
+            "window_counts": [result.window_counts[index] for _, result, index in drawn],
         }
-        print(json.dumps({**pictures, "settings": result.settings, "notes": result.notes, **more}))
+        first = drawn[0][1]
+        print(json.dumps({**pictures, "settings": first.settings, "notes": first.notes, **more}))
     else:
-        print("\n".join(map(str, written.values())))
+        print("\n".join(str(path) for path, _, _ in drawn))
 
 
 def parse_loras(given: Sequence[str]) -> dict[str, Any]:

@@ -22,19 +22,23 @@ from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.layers import ResnetBlock2D, Upsample2D
 from latentdiff.models.pixels import PixelSpace
 
-__all__ = ["TILE", "decode", "decode_tiled", "needs_tiles"]
+__all__ = ["ENLARGED_MAP", "LARGE_MAP", "TILE", "decode", "decode_tiled", "needs_tiles"]
 
 TILE = 32  # side of a tile in latents
 LARGE_MAP = 2**30  # bytes; a decoder holds about three such maps at once
+ENLARGED_MAP = 2**29  # of pictures that are enlarged, which are large as a rule
 
 
-def decode(autoencoder: AutoencoderKL | PixelSpace, latents: Tensor, tile: int | None = None) -> Tensor:
+def decode(
+    autoencoder: AutoencoderKL | PixelSpace, latents: Tensor, tile: int | None = None, large: int = LARGE_MAP
+) -> Tensor:
     """Decode latents in tiles where these are wanted, or at once.
 
     Args:
         autoencoder: of the model.
         latents: (B, C, h, w), unscaled.
-        tile: side of the tiles in latents; None for tiles only where the decoder would need several gigabytes.
+        tile: side of the tiles in latents; None for tiles only where the largest map in the decoder is large.
+        large: bytes above which it is.
 
     Returns:
         Images (B, 3, H, W), about [-1, 1] but not clipped.
@@ -42,21 +46,22 @@ def decode(autoencoder: AutoencoderKL | PixelSpace, latents: Tensor, tile: int |
     if isinstance(autoencoder, AutoencoderKL):
         factor = autoencoder.config.downsample_factor
         height, width = (factor * side for side in latents.shape[2:])
-        if tile is not None or needs_tiles(autoencoder.config, height, width, latents.dtype):
+        if tile is not None or needs_tiles(autoencoder.config, height, width, latents.dtype, large):
             return decode_tiled(autoencoder, latents, tile or TILE)
     return autoencoder.decode(latents)
 
 
-def needs_tiles(config: AutoencoderConfig, height: int, width: int, dtype: torch.dtype) -> bool:
-    """Say whether the largest map in a decoder has more than a gigabyte.
+def needs_tiles(config: AutoencoderConfig, height: int, width: int, dtype: torch.dtype, large: int = LARGE_MAP) -> bool:
+    """Say whether the largest map in a decoder has more than some bytes, a gigabyte unless told.
 
     Args:
         config: of the autoencoder.
         height, width: of the picture in pixels.
         dtype: of the weights.
+        large: how many bytes.
     """
     channels = config.block_out_channels[:2][-1]  # of what the last upsampling makes
-    return channels * height * width * dtype.itemsize > LARGE_MAP
+    return channels * height * width * dtype.itemsize > large
 
 
 @torch.no_grad()

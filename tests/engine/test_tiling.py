@@ -138,8 +138,7 @@ def test_tiles_are_used_when_wanted_or_needed(monkeypatch: pytest.MonkeyPatch) -
     decode(model, latents)
     assert used == []
     decode(model, latents, 8)
-    monkeypatch.setattr(tiling, "LARGE_MAP", 1)
-    decode(model, latents)
+    decode(model, latents, large=1)
     assert used == [8, tiling.TILE]
     pixels = torch.zeros(1, 3, 64, 64)
     assert torch.equal(decode(PixelSpace(PixelSpaceConfig()), pixels, 8), pixels)

@@ -87,8 +87,10 @@ def test_picture_and_noise_level_have_a_say(model: Path, tmp_path: Path) -> None
         ({"mask": Image.new("L", (8, 8), 255)}, "4 times as large, got a mask"),
         ({"strength": 0.5}, "got strength below 1"),
         ({"height": 64}, "got height other than 32"),
-        ({"image": Image.new("RGB", (100, 8))}, "the width of the image must be a whole number from 2 to 32, got 100"),
-        ({"image": Image.new("RGB", (8, 7))}, "the height of the image must be a multiple of 2, got 7; try 6 or 8"),
+        ({"feather": 2}, "got feather"),
+        ({"hires": 2}, "got hires"),
+        ({"scale": 3}, "scale must be 2 or 4"),
+        ({"image": Image.new("RGB", (8192, 2048))}, "the picture would have more than 64 megapixels, got 8192x2048"),
         ({"noise_level": 351}, "noise_level must be a whole number from 0 to 350"),
     ],
 )
