@@ -68,75 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="latentdiff", description="Latent text-to-image diffusion: make a model, draw with it.")
     parser.add_argument("--version", action="version", version=f"latentdiff {__version__}")
     verbs = parser.add_subparsers(metavar="command", required=True)
-
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    for name, (run, add_options, text) in COMMANDS.items():
         added = verbs.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
-        return added
-
-    _add_generate(command("generate", commands.generate, "Draw pictures of one or more prompts."))
-
-    _add_upscale(command("upscale", commands.upscale, "Make a picture larger, by a model trained for it."))
-
-    replay = command("replay", commands.replay, "Draw a picture again from the settings in its PNG file.")
-    replay.add_argument("image", help="PNG written by latentdiff")
-    replay.add_argument("-o", "--out", help="file to write; IMAGE-replay.png by default")
-    replay.add_argument("--model", help="model folder, where the recorded one is elsewhere now")
-    replay.add_argument("--force", action="store_true", help="go on with another model, LoRA or image than recorded")
-    _add_machine(replay)
-
-    plan = command("plan", commands.plan, "Print a sampler's table.")
-    plan.add_argument("--sampler", default="euler_a")
-    plan.add_argument("--steps", type=int, default=25)
-    plan.add_argument("--model", help="model folder whose noise schedule is used; the embedded one by default")
-    plan.add_argument("--json", action="store_true", help="print one JSON object")
-
-    inspect = command("inspect", commands.inspect, "Say what a model folder, safetensors file or drawn PNG is.")
-    inspect.add_argument("path", nargs="?", help="folder or file; the embedded model by default")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object")
-
-    convert = command("convert", commands.convert, "Write a model in another layout.")
-    convert.add_argument("source", help="model folder or safetensors file of a whole model")
-    convert.add_argument("target", help="NAME.safetensors for one file of the original layout, else a new folder")
-    _add_prediction_type(convert)
-    _add_lora(convert)
-    convert.add_argument(
-        "--dtype", help="of the weights: float16 (default), bfloat16, float32, float8_e4m3fn or float8_e5m2"
-    )
-
-    train = command("train", _train, "Train the stage that a YAML config describes.")
-    train.add_argument("config", help="YAML file, see configs/; the name alone finds one that came with the package")
-    train.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=VALUE")
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that is whole")
-    train.add_argument("--out", help="run folder, instead of the config's run.out")
-    train.add_argument("--check", action="store_true", help="look at everything a run needs, print it, train nothing")
-
-    finetune = command("finetune", _finetune, "Fine-tune a model on captioned pictures, with settings chosen for both.")
-    finetune.add_argument("dataset", help="folder of pictures with a metadata.jsonl")
-    finetune.add_argument(
-        "--model", help="folder, safetensors file, or owner/name on a hub; the embedded one by default"
-    )
-    finetune.add_argument("--out", required=True, help="run folder")
-    finetune.add_argument("--resume", action="store_true", help="go on with the run that is in the folder")
-    finetune.add_argument("--lora", type=int, metavar="RANK", help="train a LoRA of this rank, not the whole U-Net")
-
-    data = command("data", _data, "Build a captioned data set.")
-    data.add_argument(
-        "name",
-        choices=["emoji", "fxemoji", "digits"],
-        metavar="NAME",
-        help="emoji: six openly licensed styles, fetched by npm; fxemoji: one more; digits: those of scikit-learn",
-    )
-    data.add_argument("out", help="folder; a build that was broken off goes on where it stopped")
-    data.add_argument("--size", type=int, help="side of the pictures in pixels (default 64; digits have 8)")
-
-    evaluate = command("evaluate", commands.evaluate, "Measure how good a model is on captioned pictures.")
-    evaluate.add_argument("model", help="model folder, or `embedded`")
-    evaluate.add_argument("--data", required=True, help="folder of captioned pictures, or of splits with such")
-    evaluate.add_argument("--metrics", default="nll", help="nll: bits per dimension (the only one so far)")
-    evaluate.add_argument("--split", default="test", help="train, validation or test (default)")
-    evaluate.add_argument("--images", type=int, default=32, help="how many pictures are measured (default 32)")
-    _add_machine(evaluate)
+        add_options(added)
     return parser
 
 
@@ -170,6 +105,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--outpaint", metavar="left=N,top=N,...", help="pixels to draw around --image, multiples of 8")
     parser.add_argument("--feather", type=int, metavar="N", help="pixels over which what is drawn passes into the rest")
+    parser.add_argument("--hires", type=float, metavar="X", help="1 to 4: draw, then again that many times as large")
+    parser.add_argument(
+        "--hires-strength", type=float, help="above 0, up to 1: how much is drawn anew then (default 0.5)"
+    )
     parser.add_argument("--upscale", action="store_true", help="make each picture larger, with its prompt and seed")
     parser.add_argument(
         "--upscale-model", metavar="M", help="what --upscale does that with; embedded-upscale by default"
@@ -188,6 +127,72 @@ def _add_upscale(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", type=int, help="4 (default), or 2: the same, made smaller by half")
     parser.add_argument("--noise-level", type=int, metavar="N", help="0 to 350: how much is drawn anew (default 20)")
     parser.add_argument("--steps", type=int, help="calls of the network")
+    _add_machine(parser)
+
+
+def _add_replay(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", help="PNG written by latentdiff")
+    parser.add_argument("-o", "--out", help="file to write; IMAGE-replay.png by default")
+    parser.add_argument("--model", help="model folder, where the recorded one is elsewhere now")
+    parser.add_argument("--force", action="store_true", help="go on with another model, LoRA or image than recorded")
+    _add_machine(parser)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sampler", default="euler_a")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--model", help="model folder whose noise schedule is used; the embedded one by default")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", nargs="?", help="folder or file; the embedded model by default")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="model folder or safetensors file of a whole model")
+    parser.add_argument("target", help="NAME.safetensors for one file of the original layout, else a new folder")
+    _add_prediction_type(parser)
+    _add_lora(parser)
+    parser.add_argument(
+        "--dtype", help="of the weights: float16 (default), bfloat16, float32, float8_e4m3fn or float8_e5m2"
+    )
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file, see configs/; the name alone finds one that came with the package")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=VALUE")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that is whole")
+    parser.add_argument("--out", help="run folder, instead of the config's run.out")
+    parser.add_argument("--check", action="store_true", help="look at everything a run needs, print it, train nothing")
+
+
+def _add_finetune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", help="folder of pictures with a metadata.jsonl")
+    parser.add_argument("--model", help="folder, safetensors file, or owner/name on a hub; the embedded one by default")
+    parser.add_argument("--out", required=True, help="run folder")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that is in the folder")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train a LoRA of this rank, not the whole U-Net")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name",
+        choices=["emoji", "fxemoji", "digits"],
+        metavar="NAME",
+        help="emoji: six openly licensed styles, fetched by npm; fxemoji: one more; digits: those of scikit-learn",
+    )
+    parser.add_argument("out", help="folder; a build that was broken off goes on where it stopped")
+    parser.add_argument("--size", type=int, help="side of the pictures in pixels (default 64; digits have 8)")
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="model folder, or `embedded`")
+    parser.add_argument("--data", required=True, help="folder of captioned pictures, or of splits with such")
+    parser.add_argument("--metrics", default="nll", help="nll: bits per dimension (the only one so far)")
+    parser.add_argument("--split", default="test", help="train, validation or test (default)")
+    parser.add_argument("--images", type=int, default=32, help="how many pictures are measured (default 32)")
     _add_machine(parser)
 
 
@@ -249,3 +254,18 @@ def _data(options: argparse.Namespace) -> None:
         raise InputError(f"--size of the digits is 8, got {options.size}; leave it out")
     else:
         cli_data_digits(options.out)
+
+
+# What each command runs, adds to its parser, and says of itself.
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[argparse.ArgumentParser], None], str]] = {
+    "generate": (commands.generate, _add_generate, "Draw pictures of one or more prompts."),
+    "upscale": (commands.upscale, _add_upscale, "Make a picture larger, by a model trained for it."),
+    "replay": (commands.replay, _add_replay, "Draw a picture again from the settings in its PNG file."),
+    "plan": (commands.plan, _add_plan, "Print a sampler's table."),
+    "inspect": (commands.inspect, _add_inspect, "Say what a model folder, safetensors file or drawn PNG is."),
+    "convert": (commands.convert, _add_convert, "Write a model in another layout."),
+    "train": (_train, _add_train, "Train the stage that a YAML config describes."),
+    "finetune": (_finetune, _add_finetune, "Fine-tune a model on captioned pictures, with settings chosen for both."),
+    "data": (_data, _add_data, "Build a captioned data set."),
+    "evaluate": (commands.evaluate, _add_evaluate, "Measure how good a model is on captioned pictures."),
+}

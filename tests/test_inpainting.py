@@ -131,6 +131,13 @@ def test_the_trained_network_sees_what_is_kept_and_nothing_else(trained: Pipelin
     assert (first - third)[..., 4:].abs().max() > 1e-3
 
 
+def test_an_object_is_removed_without_a_word(model: Pipeline) -> None:
+    image = noise(32, 32)
+    result = model("", image=image, mask=(8, 8, 24, 24), **STEPS)
+    assert np.array_equal(np.asarray(result.images[0])[:8], np.asarray(image)[:8])
+    assert result.record(0)["prompt"] == "" and result.token_counts == [2]
+
+
 def test_a_picture_of_odd_sides_is_scaled_and_that_is_said(model: Pipeline) -> None:
     image = noise(33, 32)
     with pytest.warns(RuntimeWarning, match="the image was scaled from 33x32 to 32x32 pixels; it stays as it is with"):
@@ -185,6 +192,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ["--image", "erased.png", "--mask", "mask.png"],
         ["--image", "erased.png", "--mask", "0,4,12,32"],
         ["--image", "erased.png", "--mask", "alpha"],
+        ["--image", "photo.png", "--mask", "0,4,12,32", "--guidance", "1"],
         ["--image", "photo.png", "--outpaint", "left=8,top=16", "--feather", "4"],
     ],
 )
@@ -204,6 +212,16 @@ def test_repainted_pictures_are_replayed(
     capsys.readouterr()
     assert main(["replay", "a.png", "-o", "b.png"]) == 2
     assert "is no longer the image this one was made from" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_needs_an_image(built_model: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["generate", "", "--model", str(built_model), "--steps", "2"]
+    assert main([*call, "--image", "photo.png", "--mask", "mask.png"]) == 0
+    assert capsys.readouterr().out == "picture.png\n"
+    assert main(["replay", "picture.png"]) == 0
+    assert Path("picture-replay.png").read_bytes() == Path("picture.png").read_bytes()
+    assert main(call) == 2
+    assert "prompt must not be empty" in capsys.readouterr().err
 
 
 def test_an_alpha_channel_that_was_changed_is_found(

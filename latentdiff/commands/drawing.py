@@ -36,6 +36,8 @@ def generate(options: argparse.Namespace) -> None:
         "num_images": options.num_images,
         "strength": options.strength,
         "feather": options.feather,
+        "hires": options.hires,
+        "hires_strength": options.hires_strength,
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
     chosen["width"], chosen["height"] = _size(options.size)
@@ -43,6 +45,8 @@ def generate(options: argparse.Namespace) -> None:
     for name, says in SAYS.items():
         if getattr(options, name) is not None and options.image is None:
             raise InputError(f"--{name} says {says} --image is drawn anew, got no --image; add it")
+    if options.hires_strength is not None and options.hires is None:
+        raise InputError("--hires-strength says how much is drawn anew, got no --hires; add it")
     if options.upscale_model is not None and not options.upscale:
         raise InputError("--upscale-model says what enlarges the pictures, got no --upscale; add it")
     # Everything that can be wrong without a model is found before one is loaded.
