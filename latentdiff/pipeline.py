@@ -215,7 +215,8 @@ class Pipeline:
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type {output_type!r} is unknown{suggest(str(output_type), OUTPUT_TYPES)}")
         chosen = {item.name: given[item.name] for item in fields(Settings) if item.name in given}
-        chosen["strength"] = _strength(strength, image, self.parts.upscales or mask or outpaint)
+        whole = self.parts.upscales or mask is not None or outpaint is not None
+        chosen["strength"] = _strength(strength, image, whole)
         scheduler = None if isinstance(sampler, str) else sampler
         if scheduler is not None:
             chosen["sampler"] = FOREIGN + type(scheduler).__name__
@@ -311,7 +312,7 @@ class Pipeline:
         return Pipeline(parts, offload=self.offload, tile_size=self.tile_size)
 
 
-def _strength(strength: float | None, image: object, whole: object) -> float:
+def _strength(strength: float | None, image: object, whole: bool) -> float:
     """Return how much of an image is drawn anew: what was asked for, else all of it without an image or if `whole`."""
     if image is None and strength is not None:
         raise InputError("strength says how much of an image is drawn anew, got no image; pass an image too")

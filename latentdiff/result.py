@@ -26,8 +26,9 @@ class Result:
     """What a call returns; image i belongs to seeds[i].
 
     Attributes:
-        images: by output_type: a list of RGB pictures ("pil"), a tensor (B, 3, H, W) or array (B, H, W, 3) in [0, 1]
-            ("pt", "np"), or scaled latents (B, C, h, w) float32 ("latent").
+        images: by output_type: a list of pictures ("pil"), a tensor (B, 3, H, W) or array (B, H, W, 3) in [0, 1]
+            ("pt", "np"), or scaled latents (B, C, h, w) float32 ("latent"). Pictures are RGB, or RGBA where what was
+            passed in is transparent; each knows what made it, so that what is drawn of it can be replayed too.
         seeds: each alone makes its image again.
         settings: what all images have in common.
         own: what each image has besides, its place in its batch included; see `record`.

@@ -239,11 +239,11 @@ def test_bad_input_is_one_line(
 def test_generate_and_upscale_in_one(
     built_model: Path, folder: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    models = ["--model", str(built_model), "--upscale-model", str(folder)]
+    models = ["--model", str(built_model), "--size", "16x16", "--upscale-model", str(folder)]
     assert main(["generate", "fox", "cat", *models, "--upscale", "--steps", "2", "--seed", "5", "-o", "a.png"]) == 0
     assert capsys.readouterr().out.split() == ["a.png", "a-2.png"]
-    assert main(["generate", "cat", *models[:2], "--steps", "2", "--seed", "6", "-o", "base.png"]) == 0
-    assert open_rgba("a-2.png").size == (128, 128)
+    assert main(["generate", "cat", *models[:4], "--steps", "2", "--seed", "6", "-o", "base.png"]) == 0
+    assert open_rgba("a-2.png").size == (64, 64)
     record = read_record("a-2.png")
     assert (record["prompt"], record["seed"], record["image"]["path"]) == ("cat", 6, None)
     assert record["image"]["record"]["model"] == str(built_model) and record["image"]["record"]["seed"] == 6
