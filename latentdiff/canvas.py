@@ -87,9 +87,9 @@ def make_canvas(
         return Canvas(*result, pixels, None, given)
     notes = []
     if settings.height is None and settings.width is None and seen.size != (width, height):
-        limits = f"multiples of {multiple} up to {native[1] * MAX_SCALE}x{native[0] * MAX_SCALE}"
+        limits = f"multiples of {multiple}, at most {native[1] * MAX_SCALE}x{native[0] * MAX_SCALE}"
         scaled = f"from {seen.width}x{seen.height} to {width}x{height}"
-        notes.append(f"the image was scaled {scaled} pixels; it stays as it is with {limits}")
+        notes.append(f"the image was scaled {scaled} pixels; it is kept bit for bit where its sides are {limits}")
     edit = make_edit(picture, painted, (width, height), sides, settings.feather)
     return Canvas(*result, pixels, edit, given, tuple(notes))
 
@@ -147,7 +147,7 @@ def enlarged_canvas(settings: Settings, image: Any, mask: Any, factor: int) -> C
     }
     for what in (name for name, asked in odd.items() if asked):
         raise InputError(f"this model draws a picture {factor} times as large, got {what}; leave it out")
-    if width * height * (factor // scale) ** 2 > MAX_PIXELS:
+    if picture.width * picture.height * factor**2 > MAX_PIXELS:
         most = f"{MAX_PIXELS // 2**20} megapixels"
         raise InputError(f"the picture would have more than {most}, got {picture.width}x{picture.height}; cut it first")
     alpha = opened.getchannel("A")

@@ -149,6 +149,9 @@ def make_edit(
         size: width and height in pixels.
         sides: pixels that are drawn left, above, right and below.
         feather: over how many pixels of what is drawn it passes into the picture.
+
+    Raises:
+        InputError: at that size nothing is left of the mask, or of what is around it.
     """
     left, top, right, bottom = sides
     around = (left, right, top, bottom)
@@ -161,6 +164,9 @@ def make_edit(
         kept = kept[:, :, nearest[0], nearest[1]]  # what is transparent has no colour that anyone has seen
     else:
         share = (share >= HALF / 255).float()
+    if painted is not None and (share >= HALF / 255).float().mean() in (0, 1):
+        what = f"something to draw and to keep at {size[0]}x{size[1]} pixels"
+        raise InputError(f"the mask must have {what}, to which the image is scaled, got all of one; paint it larger")
     share, kept = F.pad(share, around, value=1.0), F.pad(kept, around, mode="replicate")
     mask = (share >= HALF / 255).float()
     if feather:

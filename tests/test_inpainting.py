@@ -140,7 +140,9 @@ def test_an_object_is_removed_without_a_word(model: Pipeline) -> None:
 
 def test_a_picture_of_odd_sides_is_scaled_and_that_is_said(model: Pipeline) -> None:
     image = noise(33, 32)
-    with pytest.warns(RuntimeWarning, match="the image was scaled from 33x32 to 32x32 pixels; it stays as it is with"):
+    with pytest.warns(
+        RuntimeWarning, match="the image was scaled from 33x32 to 32x32 pixels; it is kept bit for bit where"
+    ):
         result = model("fox", image=image, mask=half(33, 32), **STEPS)
     assert result.images[0].size == (32, 32)
     with warnings.catch_warnings():
@@ -158,6 +160,7 @@ def test_a_picture_of_odd_sides_is_scaled_and_that_is_said(model: Pipeline) -> N
         ({"image": noise(32, 32), "mask": noise(32, 16)}, "the mask must have the size of the image"),
         ({"image": noise(32, 32), "mask": Image.new("L", (32, 32))}, "the mask is black everywhere"),
         ({"image": noise(32, 32), "mask": Image.new("L", (32, 32), 255)}, "the mask is white everywhere"),
+        ({"image": noise(257, 257), "mask": (7, 7, 8, 8)}, "the mask must have something to draw and to keep at 32x32"),
         ({"image": noise(32, 32), "mask": "alpha"}, "the image is opaque everywhere"),
         ({"image": noise(32, 32), "outpaint": {"left": 104}}, "width with outpaint must be .* to 128, got 136"),
         ({"image": noise(128, 32), "outpaint": {"top": 8, "right": 8}}, "width with outpaint must be .* got 136"),

@@ -47,21 +47,18 @@ def difference(base: nn.Module, variant: nn.Module, rank: int) -> dict[str, Tens
     """
     theirs, layers, tensors = base.state_dict(), layers_of(variant), dict[str, Tensor]()
     for name, tensor in variant.state_dict().items():
-        before = theirs.get(name)
-        same = before is not None and before.shape == tensor.shape
-        if before is None or not same or name.removesuffix(".weight") not in layers:
-            if not same or not torch.equal(tensor, before):  # type: ignore[arg-type]  # not None
-                tensors[name] = tensor.float()
+        layer, before = name.removesuffix(".weight"), theirs.get(name)
+        if before is not None and torch.equal(tensor.float(), before.float()):
+            continue
+        if before is None or before.shape != tensor.shape or layer not in layers:
+            tensors[name] = tensor.float()
             continue
         change = (tensor.double() - before.double()).flatten(1)  # (O, I * h * w)
-        if not change.any():
-            continue
         if rank * sum(change.shape) >= change.numel():
             tensors[name] = tensor.float()
             continue
         up, values, down = torch.linalg.svd(change, full_matrices=False)
         scale, ones = values[:rank].sqrt(), (1,) * (tensor.ndim - 2)
-        layer = name.removesuffix(".weight")
         tensors[layer + DOWN] = (scale[:, None] * down[:rank]).float().reshape(rank, *tensor.shape[1:])
         tensors[layer + UP] = (up[:, :rank] * scale).float().reshape(-1, rank, *ones)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
