@@ -19,7 +19,7 @@ def need(parts: Parts, side: int, window: int = 64, batch: int = 2) -> float:
 
 
 def test_the_need_of_the_embedded_model() -> None:
-    """Measured (tests/benchmarks/upscaling.py, 1 step): 561, 801, 1443 and 975 MB; the last is decoded in tiles."""
+    """Measured (tests/benchmarks/upscale_cost.py, 1 step): 561, 801, 1443 and 975 MB; the last is decoded in tiles."""
     parts = load_pipeline()
     assert parts.unet is not None
     unet = UNet2DConditionModel(replace(parts.unet.config, in_channels=7, num_class_embeds=1000))
