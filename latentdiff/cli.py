@@ -126,7 +126,8 @@ def _add_upscale(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder, or owner/name on a hub; embedded-upscale by default")
     parser.add_argument("--scale", type=int, help="4 (default), or 2: the same, made smaller by half")
     parser.add_argument("--noise-level", type=int, metavar="N", help="0 to 350: how much is drawn anew (default 20)")
-    parser.add_argument("--steps", type=int, help="calls of the network")
+    parser.add_argument("--steps", type=int, help="calls of the network (default 10)")
+    parser.add_argument("--guidance", type=float, help="how strictly to follow --prompt; 1 (default) is not guided")
     _add_machine(parser)
 
 
@@ -157,6 +158,14 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     _add_lora(parser)
     parser.add_argument(
         "--dtype", help="of the weights: float16 (default), bfloat16, float32, float8_e4m3fn or float8_e5m2"
+    )
+    parser.add_argument(
+        "--variant-of",
+        metavar="FOLDER",
+        help="model beside TARGET, which TARGET then needs: only what differs from it is written",
+    )
+    parser.add_argument(
+        "--rank", type=int, help="of the U-Net's difference from that of --variant-of; written whole by default"
     )
 
 

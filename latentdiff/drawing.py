@@ -41,7 +41,7 @@ from latentdiff.errors import InputError
 from latentdiff.images import from_tensor, to_unit_range
 from latentdiff.network import guided_network
 from latentdiff.result import Result
-from latentdiff.settings import Settings
+from latentdiff.settings import Settings, check_integer
 from latentdiff.upscaling import plan_upscale, reduced, with_alpha
 
 __all__ = ["OUTPUT_TYPES", "Callback", "Drawing", "device_of", "dtype_of", "native_size"]
@@ -97,6 +97,8 @@ class Drawing:
             alone = replace(settings, hires=1.0)
             self.first, noise = Drawing(parts, alone, None, mask, noise, scheduler, offload=offload), None
         if parts.upscales:
+            levels = parts.unet.config.num_class_embeds or 1000
+            check_integer("noise_level", settings.noise_level, 0, levels - 1, f"try {min(20, levels - 1)}")
             self.canvas = enlarged_canvas(settings, image, mask, factor)
         else:
             self.canvas = make_canvas(settings, image, mask, native, factor, opaque=opaque)

@@ -165,6 +165,14 @@ def test_what_memory_cannot_hold_is_refused(upscaler: Pipeline, monkeypatch: pyt
     upscaler("a fox", image=smooth(8, 8), **STEPS)
 
 
+def test_noise_is_limited_by_what_the_model_knows(upscaler: Pipeline) -> None:
+    unet = UNet2DConditionModel(replace(upscaler.unet.config, num_class_embeds=11)).requires_grad_(False)
+    few = Pipeline(replace(upscaler.parts, unet=unet))
+    few("a fox", image=smooth(8, 8), noise_level=10, **STEPS)
+    with pytest.raises(InputError, match="noise_level must be a whole number from 0 to 10, got 20; try 10"):
+        few("a fox", image=smooth(8, 8), **STEPS)
+
+
 def test_only_models_that_enlarge_do(pipe: Pipeline, upscaler: Pipeline) -> None:
     with pytest.raises(InputError, match="a plan is for a picture and a model that enlarges"):
         pipe.upscale_plan(smooth(8, 8))
@@ -203,6 +211,7 @@ def test_upscaled_pictures_are_replayed(folder: Path, workplace: Path, capsys: p
     assert main([*call, "--prompt", "a fox", "--scale", "2", "-o", "a.png"]) == 0
     record = read_record("a.png")
     assert (record["noise_level"], record["scale"], record["prompt"], record["seed"]) == (50, 2, "a fox", 3)
+    assert record["guidance_scale"] == 1.0
     assert main(["replay", "a.png"]) == 0
     assert Path("a-replay.png").read_bytes() == Path("a.png").read_bytes()
     smooth(12, 20).save("small.png")

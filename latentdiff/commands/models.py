@@ -69,17 +69,28 @@ def convert(options: argparse.Namespace) -> None:
     from latentdiff.checkpoints import load_pipeline, save_pipeline
     from latentdiff.checkpoints.lora import apply_loras
     from latentdiff.checkpoints.single_file import save_single_file
+    from latentdiff.checkpoints.variant import save_variant
     from latentdiff.checkpoints.weights import storage_dtype
     from latentdiff.devices import DTYPES
+    from latentdiff.settings import check_integer
 
-    dtype, loras = storage_dtype(options.dtype or "float16"), parse_loras(options.lora)
+    if options.rank is not None:
+        check_integer("--rank", options.rank, 1, 4096, "try 32")
+        if options.variant_of is None:
+            raise InputError("--rank is of a difference from another model, got no --variant-of; add it")
     single = options.target.endswith(".safetensors")
+    if single and options.variant_of is not None:
+        raise InputError(f"a variant is a folder beside its base, got {options.target}; leave .safetensors out")
+    dtype, loras = storage_dtype(options.dtype or "float16"), parse_loras(options.lora)
     # What is added to weights, or is to be stored as float8, is rounded once.
     computed = DTYPES["float32"] if loras or dtype not in DTYPES.values() else dtype
     with warnings_as_lines():
         parts = load_pipeline(options.source, computed, prediction_type=options.prediction_type)
     parts = apply_loras(parts, loras)
-    (save_single_file if single else save_pipeline)(parts, options.target, dtype)
+    if options.variant_of is not None:
+        save_variant(parts, options.target, options.variant_of, dtype, options.rank)
+    else:
+        (save_single_file if single else save_pipeline)(parts, options.target, dtype)
     print(options.target)
 
 

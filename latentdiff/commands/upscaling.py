@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["enlarge", "load_upscaler", "upscale"]
 
 UPSCALER = "embedded-upscale"
+STEPS, GUIDANCE = 10, 1.0  # by default; what a small picture leaves open is little, so it is not steered far
 
 
 def upscale(options: argparse.Namespace) -> None:
@@ -32,6 +33,7 @@ def upscale(options: argparse.Namespace) -> None:
         "scale": options.scale,
         "noise_level": options.noise_level,
         "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance,
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
     # Everything that can be wrong without a model is found before one is loaded.
@@ -60,4 +62,4 @@ def enlarge(pipe: Pipeline, image: str | Image.Image, prompt: str, **chosen: Any
     plan = pipe.upscale_plan(image)
     if len(plan.windows) > 1:
         print(f"latentdiff: {plan}", file=sys.stderr)
-    return draw(pipe, [prompt], image=image, **chosen)
+    return draw(pipe, [prompt], image=image, **{"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **chosen})

@@ -15,11 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentdiff import Pipeline
-from latentdiff.checkpoints import Parts, load_autoencoder, load_pipeline, load_schedule, load_text_encoder
+from latentdiff.checkpoints import (
+    Parts,
+    load_autoencoder,
+    load_pipeline,
+    load_schedule,
+    load_text_encoder,
+    save_pipeline,
+)
 from latentdiff.checkpoints.folder import DIFFERENCE
 from latentdiff.checkpoints.header import read_header
 from latentdiff.checkpoints.inspect import describe_folder
 from latentdiff.checkpoints.variant import DOWN, UP, apply_difference, difference, save_variant
+from latentdiff.cli import main
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.errors import InputError, ModelConfigError, ModelLoadError, ModelMismatchError, ModelPathError
 from latentdiff.models.lora import layers_of
@@ -316,3 +324,44 @@ def test_a_variant_is_written_beside_its_base(base: Path, tmp_path: Path) -> Non
     (tmp_path / "other").mkdir()
     with pytest.raises(InputError, match="a variant must be beside its base"):
         save_variant(load_pipeline(base), tmp_path / "other" / "variant", base)
+
+
+def test_convert_writes_variants(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = shutil.copytree(made / "base", tmp_path / "base")
+    save_pipeline(load_pipeline(made / "lowered"), tmp_path / "whole", dtype=None)
+    call = [
+        "convert",
+        str(tmp_path / "whole"),
+        str(tmp_path / "small"),
+        "--variant-of",
+        str(base),
+        "--dtype",
+        "float32",
+    ]
+    assert main([*call, "--rank", str(RANK)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'small'}\n"
+    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["model_index.json", "unet"]
+    whole, small = (weights_of(load_pipeline(tmp_path / name)) for name in ("whole", "small"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(small[name], weight, atol=1e-5, rtol=1e-5)
+    assert main(call) == 0 and (tmp_path / "small/unet/diffusion_pytorch_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["new", "--rank", "4"], "--rank is of a difference from another model, got no --variant-of"),
+        (["new", "--variant-of", "base", "--rank", "0"], "--rank must be a whole number from 1"),
+        (["new.safetensors", "--variant-of", "base"], "a variant is a folder beside its base, got new.safetensors"),
+        (["new", "--variant-of", "none"], "none"),
+    ],
+)
+def test_convert_refuses_what_is_no_variant(
+    made: Path, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    before = sorted(made.iterdir())
+    assert main(["convert", "variant", *options]) in (2, 3)
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert sorted(made.iterdir()) == before
