@@ -180,6 +180,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", help="folder of pictures with a metadata.jsonl")
     parser.add_argument("--model", help="folder, safetensors file, or owner/name on a hub; the embedded one by default")
+    parser.add_argument(
+        "--task",
+        choices=["text_to_image", "inpaint", "upscale"],
+        metavar="TASK",
+        help="text_to_image, inpaint (any text-to-image model learns it) or upscale; what --model does by default",
+    )
     parser.add_argument("--out", required=True, help="run folder")
     parser.add_argument("--resume", action="store_true", help="go on with the run that is in the folder")
     parser.add_argument("--lora", type=int, metavar="RANK", help="train a LoRA of this rank, not the whole U-Net")
@@ -251,7 +257,7 @@ def _train(options: argparse.Namespace) -> None:
 def _finetune(options: argparse.Namespace) -> None:
     from training import cli_finetune
 
-    cli_finetune(options.dataset, options.out, options.model, options.lora, options.resume)
+    cli_finetune(options.dataset, options.out, options.model, options.lora, options.task, options.resume)
 
 
 def _data(options: argparse.Namespace) -> None:

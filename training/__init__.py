@@ -52,7 +52,7 @@ def cli_check(config: str, overrides: list[str], out: str | None) -> None:
     check(load_config(config, [*overrides, *([f"run.out={out}"] if out else [])]))
 
 
-def cli_finetune(dataset: str, out: str, model: str | None, rank: int | None, resume: bool) -> None:
+def cli_finetune(dataset: str, out: str, model: str | None, rank: int | None, task: str | None, resume: bool) -> None:
     """Fine-tune a model on captioned pictures with settings chosen for both; the command line's `latentdiff finetune`.
 
     Raises:
@@ -60,7 +60,7 @@ def cli_finetune(dataset: str, out: str, model: str | None, rank: int | None, re
     """
     from training.finetune import finetune
 
-    finetune(dataset, out, model, rank, resume)
+    finetune(dataset, out, model, rank, task, resume)
 
 
 def cli_data_digits(out: str) -> None:

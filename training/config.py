@@ -290,8 +290,6 @@ class DiffusionTraining(Section):
             raise ValueError(f"task: {self.task} does not go with {other}; leave one out")
         if self.start_from is None and self.autoencoder is None:
             raise ValueError(f"task: {self.task} needs latents; name an autoencoder, or a model to start_from")
-        if self.lora is not None and self.task == "inpaint":
-            raise ValueError("task: inpaint trains new input channels, which a lora has not; leave lora out")
         return self
 
     @model_validator(mode="after")
@@ -318,6 +316,7 @@ class DiffusionTraining(Section):
     @model_validator(mode="after")
     def _one_source_of_the_parts(self) -> Self:
         parts: dict[str, Any] = {"autoencoder": None, "text_encoder": "embedded", "model": {}, "schedule": {}}
+        parts["low_res_schedule"] = {}
         given = [name for name, default in parts.items() if getattr(self, name) != default]
         if self.start_from is None:
             missing = [name for name in ("model", "schedule") if name not in given]

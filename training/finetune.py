@@ -8,26 +8,32 @@ from typing import Any
 import torch
 import yaml
 
-from latentdiff.checkpoints import Parts, load_pipeline
+from latentdiff.checkpoints import EMBEDDED, Parts, load_pipeline
 from latentdiff.drawing import native_size
 from latentdiff.errors import InputError
-from training.config import DataConfig, load_config, parse_config
+from training.config import DataConfig, DiffusionTraining, load_config, parse_config
 from training.dataset import read_captions
+from training.tasks import task_of
 
 SMALL = 100e6  # parameters of a U-Net up to which a CPU trains it in minutes
 PASSES = 40  # over the pictures
 STEPS = (200, 4000)  # at least, and at most
 PROMPTS = 8
+# The embedded model that does each task.
+TASKS = {"text_to_image": EMBEDDED, "inpaint": "embedded-inpaint", "upscale": "embedded-upscale"}
 
 
-def finetune(dataset: str, out: str, model: str | None, rank: int | None, resume: bool = False) -> Path:
+def finetune(
+    dataset: str, out: str, model: str | None, rank: int | None, task: str | None = None, resume: bool = False
+) -> Path:
     """Choose a recipe, print it as YAML, run it, and return what was trained.
 
     Args:
         dataset: folder of captioned pictures.
         out: run folder.
-        model: folder, single file or hub name; None for the embedded model.
+        model: folder, single file or hub name; None for the embedded model that does the task.
         rank: of a LoRA; None trains the whole U-Net.
+        task: see `training.config.DiffusionTraining`; None for what the model does.
         resume: go on with the recipe that is in the run folder.
 
     Raises:
@@ -37,22 +43,24 @@ def finetune(dataset: str, out: str, model: str | None, rank: int | None, resume
 
     if resume:
         return train_diffusion(load_config(Path(out) / "config.yaml"), True)  # type: ignore[arg-type]
-    tree = recipe(dataset, out, model, rank)
+    tree = recipe(dataset, out, model or TASKS[task or "text_to_image"], rank, task)
     print(yaml.safe_dump(tree, sort_keys=False))
     return train_diffusion(parse_config(tree))  # type: ignore[arg-type]
 
 
-def recipe(dataset: str, out: str, model: str | None, rank: int | None) -> dict[str, Any]:
+def recipe(dataset: str, out: str, model: str, rank: int | None, task: str | None) -> dict[str, Any]:
     """Return the config for `finetune`; the model is let go of, and of the pictures only the captions are read."""
     parts = load_pipeline(model)
     height, width = native_size(parts)
     if height != width:
         raise InputError(f"only models of square pictures are fine-tuned, got {width}x{height}; use another model")
     captions = [found[0] for found in read_captions(DataConfig(folder=dataset, size=height), Path(out) / "cache")]
-    return choose(parts, dataset, captions, out, model or "embedded", rank)
+    return choose(parts, dataset, captions, out, model, rank, task)
 
 
-def choose(parts: Parts, dataset: str, captions: list[str], out: str, model: str, rank: int | None) -> dict[str, Any]:
+def choose(
+    parts: Parts, dataset: str, captions: list[str], out: str, model: str, rank: int | None, task: str | None = None
+) -> dict[str, Any]:
     """Return the config of a fine-tuning run that suits a model, a set of pictures and this machine."""
     assert parts.unet is not None
     large = sum(parameter.numel() for parameter in parts.unet.parameters()) > SMALL
@@ -74,6 +82,15 @@ def choose(parts: Parts, dataset: str, captions: list[str], out: str, model: str
         "optimizer": {"learning_rate": rates[large, rank is not None], "warmup_steps": max(1, steps // 20)},
         "prompts": captions[::every][:PROMPTS],
     }
+    task = task or task_of(parts)
+    if task != "text_to_image":
+        tree["task"] = task
+    if task == "upscale":  # windows, in which details are as large as in large pictures
+        tree["data"] |= {"crop": "random", "zoom": 2.0}
+        tree["guidance_scale"] = 1.0
+        known = parts.unet.config.num_class_embeds
+        if known is not None and known <= DiffusionTraining.model_fields["max_noise_level"].default:
+            tree["max_noise_level"] = known - 1
     if rank is not None:
         # A small U-Net has most of its weights in convolutions, a large one learns a style by its attention.
         layers = ["attention", "feed_forward"] + ([] if large else ["convolution"])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from latentdiff.checkpoints import Parts
 from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.errors import InputError
 from latentdiff.images import from_tensor, to_tensor
 from latentdiff.models.unet import UNet2DConditionModel
 from training.augment import rgb
@@ -125,12 +126,30 @@ def extra_channels(config: DiffusionTraining, latent_channels: int) -> int:
     return {"text_to_image": 0, "inpaint": 1 + latent_channels, "upscale": 3}[config.task]
 
 
+def task_of(parts: Parts) -> str:
+    """Return the task that a model with a U-Net does."""
+    return "inpaint" if parts.inpaints else "upscale" if parts.upscales else "text_to_image"
+
+
 def with_task(config: DiffusionTraining, parts: Parts) -> Parts:
-    """Return parts that can do the task of a config: a U-Net of more input channels, a schedule for small pictures."""
-    if config.task == "upscale" and parts.low_res_schedule is None:
-        return replace(parts, low_res_schedule=NoiseSchedule.from_dict(config.low_res_schedule))
-    if config.task == "inpaint" and parts.unet is not None and not parts.inpaints:
+    """Return parts that can do the task of a config: a U-Net of more input channels, a schedule for small pictures.
+
+    Raises:
+        InputError: the model to start from does another task, or was told of less noise.
+    """
+    if parts.unet is None:
+        low = NoiseSchedule.from_dict(config.low_res_schedule) if config.task == "upscale" else None
+        return replace(parts, low_res_schedule=low)
+    does = task_of(parts)
+    if config.task == "inpaint" and does == "text_to_image":
+        if config.lora is not None:
+            raise InputError("a lora has no new input channels; leave it out, or start_from a model that inpaints")
         return replace(parts, unet=widened(parts.unet, extra_channels(config, parts.unet.config.in_channels)))
+    if config.task != does:
+        raise InputError(f"task: {config.task} must be what {config.start_from} does, {does}; start_from another model")
+    known = parts.unet.config.num_class_embeds
+    if does == "upscale" and known is not None and config.max_noise_level >= known:
+        raise InputError(f"max_noise_level must be at most {known - 1}, which the model was told of; lower it")
     return parts
 
 

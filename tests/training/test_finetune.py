@@ -11,10 +11,13 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import save_file
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
 from latentdiff.cli import main
+from tests.checkpoints.test_single_file import parts_of, tensors_of, tiny
+from tests.checkpoints.test_single_file import use_tiny as use_tiny
 from tests.training.test_lora_stage import base
 from tests.training.test_stages import pictures
 from training import finetune as finetune_module
@@ -81,3 +84,52 @@ def test_one_command(
     capsys.readouterr()
     assert main(["finetune", str(tmp_path / "none"), "--out", str(tmp_path / "other")]) == 2
     assert "has no metadata.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("own_precision", "use_tiny")
+@pytest.mark.parametrize(
+    ("family", "task"), [("Stable Diffusion 1.x", "inpaint"), ("Stable Diffusion x4 upscaler", "upscale")]
+)
+def test_one_command_for_other_tasks(
+    family: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A single file of Stable Diffusion's layout learns to inpaint, an upscaler goes on with pictures of one's own."""
+    for file in pictures(tmp_path / "pictures", 6).glob("*.png"):
+        Image.open(file).resize((32, 32)).save(file)
+    model = tmp_path / "sd.safetensors"
+    shape = tiny(family)
+    save_file(tensors_of(parts_of(shape), shape), model)
+    monkeypatch.setattr(finetune_module, "STEPS", (2, 2))
+    out = tmp_path / "run"
+    call = ["finetune", str(tmp_path / "pictures"), "--model", str(model), "--out", str(out)]
+    assert main([*call, *(["--task", task] if task == "inpaint" else [])]) == 0
+    tree: Any = yaml.safe_load(capsys.readouterr().out.partition("saved ")[0])
+    assert tree["task"] == task and parse_config(tree).run.steps == 2
+    pipe = Pipeline.from_pretrained(out / "model", device="cpu")
+    image, mask = Image.open(tmp_path / "pictures" / "0.png").convert("RGB"), Image.new("L", (32, 32))
+    if task == "inpaint":
+        mask.paste(255, (8, 8, 24, 24))
+        drawn = pipe("a", image=image, mask=mask, num_inference_steps=2).images[0]
+        kept, given = (picture.crop((0, 0, 32, 8)).tobytes() for picture in (drawn, image))
+        assert pipe.unet.config.in_channels == 9 and kept == given
+    else:
+        drawn = pipe("a", image=image.resize((8, 8)), num_inference_steps=2).images[0]
+        factor = pipe.autoencoder.config.downsample_factor
+        assert pipe.parts.upscales and drawn.size == (8 * factor, 8 * factor)
+
+
+def test_a_task_is_that_of_the_model(built_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = [
+        "finetune",
+        str(pictures(tmp_path / "pictures", 6)),
+        "--model",
+        str(built_model),
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    assert main([*call, "--task", "upscale"]) == 2
+    assert "task: upscale must be what " in capsys.readouterr().err
+    assert main([*call, "--task", "inpaint", "--lora", "2"]) == 2
+    assert "a lora has no new input channels" in capsys.readouterr().err
+    assert main([*call, "--task", "paint"]) == 2
+    assert "TASK 'paint' is unknown" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from latentdiff import Pipeline
-from latentdiff.checkpoints import load_pipeline
+from latentdiff.checkpoints import load_pipeline, save_pipeline
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
 from tests.training.test_lora_stage import file as lora_file  # noqa: F401  (a fixture)
@@ -136,7 +136,7 @@ def test_samples_are_stacked() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["task=inpaint"], "which a lora has not; leave lora out"),
+        (["low_res_schedule={beta_end: 0.01}"], "start_from brings its own low_res_schedule; leave that out"),
         ([*INPAINT, "prior={prompt: x}"], "task: inpaint does not go with prior"),
         ([*INPAINT, "self_conditioning=true"], "does not go with self_conditioning"),
         ([*INPAINT, "data.buckets=true"], r"does not go with data\.buckets"),
@@ -147,3 +147,22 @@ def test_samples_are_stacked() -> None:
 def test_what_does_not_go_together_is_refused(lora_file: str, changes: list[str], message: str) -> None:  # noqa: F811
     with pytest.raises(InputError, match=message):
         load_config(lora_file, changes)
+
+
+def test_a_model_to_start_from_does_the_task_or_is_refused(lora_file: str, upscale_file: str, tmp_path: Path) -> None:  # noqa: F811
+    with pytest.raises(InputError, match="a lora has no new input channels; leave it out, or start_from a model that"):
+        load_parts(config_of(lora_file, "task=inpaint"))
+    wide = load_parts(config_of(lora_file, *INPAINT))
+    save_pipeline(wide, tmp_path / "wide")
+    start = f"start_from={tmp_path / 'wide'}"
+    assert load_parts(config_of(lora_file, "task=inpaint", start)).inpaints  # a lora of a model that inpaints already
+    for task, does in (("text_to_image", "inpaint"), ("upscale", "inpaint")):
+        with pytest.raises(
+            InputError, match=f"task: {task} must be what .*wide does, {does}; start_from another model"
+        ):
+            load_parts(config_of(lora_file, f"task={task}", start))
+    cli_train(upscale_file, ["run.steps=1"], False, str(tmp_path / "small"))
+    changes = ["lora=null", "task=upscale", f"start_from={tmp_path / 'small/model'}"]
+    assert load_parts(config_of(lora_file, *changes, "max_noise_level=20")).upscales
+    with pytest.raises(InputError, match="max_noise_level must be at most 20, which the model was told of; lower it"):
+        load_parts(config_of(lora_file, *changes))
