@@ -106,12 +106,12 @@ def encode_data(config: DiffusionTraining, parts: Parts, folder: Path, images: C
     mean, std = plain.mean(dim=1), plain.std(dim=1)
     if mean.abs().max() > 0.3 or std.max() > 1.5 or std.min() < 0.6:
         problem = f"mean about 0 and standard deviation about 1, got {short(mean, most=16)} and {short(std, most=16)}"
-        if config.start_from is None:
+        if config.start_from is None and config.autoencoder != "embedded":
             raise InputError(
                 f"latents must have {problem}; the autoencoder was measured on other pictures: train it on these, or "
                 "run its export again"
             )
-        print(f"latents of these pictures do not have {problem}: the model knows other ones", file=sys.stderr)
+        print(f"latents of these pictures do not have {problem}: the autoencoder knows other ones", file=sys.stderr)
     return data
 
 
