@@ -1,11 +1,14 @@
-"""Enlarge pictures by the pipeline: seconds and memory, beside what the plan says that it takes.
+"""Enlarge pictures by the pipeline: seconds and memory, beside what the plan says, and what windows change.
 
-    python tests/benchmarks/upscale_cost.py
-    python tests/benchmarks/upscale_cost.py --model embedded-upscale --sizes 64 512 --steps 25
+    python tests/benchmarks/upscale_cost.py --model embedded-upscale --sizes 64 128 512
+    python tests/benchmarks/upscale_cost.py --model embedded-upscale --sizes --seams 160
 
 Without --model the network has the shape of the embedded one, room for a small picture beside the latents, and random
 weights, with which it is as fast as a trained one. Every picture is enlarged in a process of its own; memory is its
-largest resident size (VmHWM), and seconds are those of the call, without loading. Prints one JSON line last.
+largest resident size (VmHWM), and seconds are those of the call, without loading. --seams enlarges a picture in windows
+and at once, and tells how far the two are apart, in values of 0 to 255, within a latent of where windows begin and end,
+and elsewhere; and how much the difference changes from one pixel to the next, there and elsewhere. Prints one JSON line
+last.
 """
 
 from __future__ import annotations
@@ -18,12 +21,15 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import latentdiff.upscaling
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
 from latentdiff.diffusion import NoiseSchedule
@@ -36,9 +42,10 @@ SIDE = 64  # of the small pictures that the model without --model is meant for
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="one that enlarges")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256], help="sides of the small pictures")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[64, 128, 256], help="sides of the small pictures")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--prompt", default="", help="guided towards, for twice the time, if there is one")
+    parser.add_argument("--prompt", default="")
+    parser.add_argument("--seams", type=int, metavar="SIDE", help="of a small picture, enlarged in windows and at once")
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)  # what the processes are called with
     arguments = parser.parse_args()
     if arguments.only:
@@ -53,16 +60,55 @@ def main() -> None:
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         figures[size] = one = json.loads(output.splitlines()[-1])
         print(f"{size} -> {4 * size}: {one['seconds']:.1f} s, {one['mb']:.0f} MB; planned: {one['plan']}", flush=True)
-    print(json.dumps({"model": arguments.model, "steps": arguments.steps, "sizes": figures}))
+    apart = seams(arguments, arguments.seams) if arguments.seams else None
+    print(json.dumps({"model": arguments.model, "steps": arguments.steps, "sizes": figures, "seams": apart}))
+
+
+def pipeline(model: str | None) -> Pipeline:
+    return untrained() if model is None else Pipeline.from_pretrained(model, device="cpu")
+
+
+def small_picture(size: int) -> Image.Image:
+    gallery = Image.open(GALLERY).convert("RGB")
+    return gallery.crop((0, 0, min(gallery.size), min(gallery.size))).resize((size, size), Image.Resampling.LANCZOS)
+
+
+def seams(arguments: argparse.Namespace, size: int) -> dict[str, Any]:
+    """Return how far a picture in windows is from the same at once, at the borders of windows and elsewhere."""
+    pipe, small, pictures = pipeline(arguments.model), small_picture(size), []
+    settings = {"num_inference_steps": arguments.steps, "guidance_scale": 1.0}
+    for at_once in (10**9, 0):
+        latentdiff.upscaling.AT_ONCE = at_once
+        pictures.append(np.asarray(pipe(arguments.prompt, image=small, **settings).images[0], dtype=np.float64))
+    windows, factor = pipe.upscale_plan(small).windows, pipe.autoencoder.config.downsample_factor
+    if len(windows) == 1:
+        raise SystemExit(f"--seams {size} is one window; take a larger picture")
+    change = pictures[1] - pictures[0]  # (H, W, 3)
+    found: dict[str, Any] = {"windows": len(windows), "borders": 0.0, "elsewhere": 0.0}
+    found |= {"jumps at borders": 0.0, "jumps elsewhere": 0.0}
+    for axis, starts, side in ((1, windows.columns, windows.wide), (0, windows.rows, windows.tall)):
+        others = tuple(number for number in range(3) if number != axis)
+        places = np.array([place * factor for start in starts for place in (start, start + side)])
+        lines = np.abs(change).max(axis=others)
+        steps = np.abs(np.diff(change, axis=axis)).max(axis=others)  # between pixels i and i + 1
+        near = np.abs(np.arange(len(lines))[:, None] + 0.5 - places).min(axis=1) <= factor
+        across = np.isin(np.arange(len(steps)) + 1, places)
+        for name, values, chosen in (
+            ("borders", lines, near),
+            ("elsewhere", lines, ~near),
+            ("jumps at borders", steps, across),
+            ("jumps elsewhere", steps, ~across),
+        ):
+            found[name] = max(found[name], float(values[chosen].max()))
+    print(", ".join(f"{name} {value:g}" for name, value in found.items()))
+    return found
 
 
 def enlarge(arguments: argparse.Namespace, size: int) -> None:
     """Enlarge one picture; print what it took."""
-    pipe = untrained() if arguments.model is None else Pipeline.from_pretrained(arguments.model, device="cpu")
-    gallery = Image.open(GALLERY).convert("RGB")
-    small = gallery.crop((0, 0, min(gallery.size), min(gallery.size))).resize((size, size), Image.Resampling.LANCZOS)
+    pipe, small = pipeline(arguments.model), small_picture(size)
     plan, begin = pipe.upscale_plan(small), time.perf_counter()
-    pipe(arguments.prompt, image=small, num_inference_steps=arguments.steps)
+    pipe(arguments.prompt, image=small, num_inference_steps=arguments.steps, guidance_scale=1.0)
     seconds, lines = time.perf_counter() - begin, Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     peak = next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
     print(json.dumps({"seconds": round(seconds, 2), "mb": round(peak), "plan": str(plan), "need": plan.need}))
