@@ -118,6 +118,7 @@ def test_one_command_for_other_tasks(
         assert pipe.parts.upscales and drawn.size == (8 * factor, 8 * factor)
 
 
+@pytest.mark.usefixtures("own_precision")
 def test_a_task_is_that_of_the_model(built_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = [
         "finetune",
