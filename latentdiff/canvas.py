@@ -105,6 +105,8 @@ def _check_request(settings: Settings, pictured: bool, masked: bool) -> None:
         raise InputError(
             "scale is for models that enlarge a picture, got another; use embedded-upscale, or leave it out"
         )
+    if settings.correction != "none":
+        raise InputError("correction is for models that enlarge a picture, got another; leave it out")
     for what, given in (("a mask", masked), ("outpaint", outpainted)):
         if given and not pictured:
             raise InputError(f"{what} says which part of an image is drawn anew, got no image; pass an image too")

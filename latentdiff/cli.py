@@ -126,6 +126,11 @@ def _add_upscale(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder, or owner/name on a hub; embedded-upscale by default")
     parser.add_argument("--scale", type=int, help="4 (default), or 2: the same, made smaller by half")
     parser.add_argument("--noise-level", type=int, metavar="N", help="0 to 350: how much is drawn anew (default 20)")
+    parser.add_argument(
+        "--correction",
+        metavar="C",
+        help="what of IMAGE the result must show: colour (default); full, all of it, if it is clean; or none",
+    )
     parser.add_argument("--steps", type=int, help="calls of the network (default 10)")
     parser.add_argument("--guidance", type=float, help="how strictly to follow --prompt; 1 (default) is not guided")
     _add_machine(parser)

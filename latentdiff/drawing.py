@@ -42,7 +42,7 @@ from latentdiff.images import from_tensor, to_unit_range
 from latentdiff.network import guided_network
 from latentdiff.result import Result
 from latentdiff.settings import Settings, check_integer
-from latentdiff.upscaling import plan_upscale, reduced, with_alpha
+from latentdiff.upscaling import corrected, plan_upscale, reduced, with_alpha
 
 __all__ = ["OUTPUT_TYPES", "Callback", "Drawing", "device_of", "dtype_of", "native_size"]
 
@@ -274,6 +274,8 @@ class Drawing:
         large = ENLARGED_MAP if self.parts.upscales else LARGE_MAP
         images = self._finite(lambda model, x: decode(model, x, self.tile_size, large), latents / scaling_factor)
         edit, size = self.canvas.edit, self.canvas.size
+        if self.small is not None:
+            images = corrected(images.clamp(-1, 1), self.small, self.settings.correction)
         if edit is None:
             return images if size is None else reduced(images.clamp(-1, 1), size[1], size[0])
         return torch.lerp(edit.kept.to(images), images.clamp(-1, 1), edit.share.to(images))

@@ -177,6 +177,7 @@ class Pipeline:
         clip_skip: int = Settings.clip_skip,
         noise_level: int = Settings.noise_level,
         scale: int | None = Settings.scale,
+        correction: str = Settings.correction,
         hires: float = Settings.hires,
         hires_strength: float = Settings.hires_strength,
         prompt_weights: bool = Settings.prompt_weights,

@@ -37,8 +37,9 @@ SHARES = {
 LATER = (
     *("guidance_schedule", "guidance_parallel", "guidance_limit", "eta", "resampling", "outpaint"),
     *("variation_strength", "variation_seed", "blend_prompt", "blend", "clip_skip", "noise_level", "prompt_weights"),
-    *("feather", "scale", "hires", "hires_strength"),
+    *("feather", "scale", "correction", "hires", "hires_strength"),
 )
+CORRECTIONS = ("none", "colour", "full")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Settings:
         clip_skip: 0 to 24, how many of the last layers of CLIP text encoders are left out.
         noise_level: 0 to 350, timesteps of noise on the small picture, where the model is one that enlarges it.
         scale: 4 or 2, how much larger than the small picture the result is; None for what the model draws.
+        correction: of a picture that was enlarged by the small one: "none"; "colour", its low frequencies are those of
+            the small one; or "full", made smaller it is the small one, as suits one that is clean.
         hires: 1 to 4; above 1 a picture is drawn at its size and then, its latents made that much larger, once more.
         hires_strength: above 0, up to 1; how much of the larger latents is drawn anew.
         prompt_weights: read `(fox:1.3)` in the texts as a fox of weight 1.3, see `prompts.parse_weights`.
@@ -107,6 +110,7 @@ class Settings:
     clip_skip: int = 0
     noise_level: int = 20
     scale: int | None = None
+    correction: str = "none"
     hires: float = 1.0
     hires_strength: float = 0.5
     prompt_weights: bool = True
@@ -128,6 +132,10 @@ class Settings:
         check_integer("noise_level", self.noise_level, 0, 350, "try 20")
         if self.scale not in (None, 2, 4) or isinstance(self.scale, bool):
             raise InputError(f"scale must be 2 or 4, got {self.scale!r:.80}; leave it out for what the model draws")
+        if self.correction not in CORRECTIONS:
+            raise InputError(
+                f"correction {self.correction!r:.80} is unknown{suggest(str(self.correction), CORRECTIONS)}"
+            )
         check_number("hires", self.hires, 1, 4, "try 2")
         if not isinstance(self.prompt_weights, bool):
             raise InputError(f"prompt_weights must be True or False, got {self.prompt_weights!r:.80}; leave it out")

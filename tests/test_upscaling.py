@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 import latentdiff.upscaling
 from latentdiff import Pipeline
 from latentdiff.cli import main
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.errors import InputError
-from latentdiff.images import open_rgba
+from latentdiff.images import open_rgba, to_tensor
 from latentdiff.models.unet import UNet2DConditionModel
 from latentdiff.result import read_record
 from latentdiff.upscaling import plan_upscale, reduced, with_alpha
@@ -163,6 +164,25 @@ def test_what_memory_cannot_hold_is_refused(upscaler: Pipeline, monkeypatch: pyt
         with pytest.raises(InputError, match=r"would be 160x160 pixels in \d+ overlapping windows .* and there are"):
             call(image)
     upscaler("a fox", image=smooth(8, 8), **STEPS)
+
+
+def test_what_is_enlarged_is_corrected_by_the_small_picture(upscaler: Pipeline) -> None:
+    small = smooth(24, 20)
+    options: dict[str, Any] = {"image": small, "output_type": "pt", **STEPS}
+    none, colour, full = (
+        upscaler("a", correction=name, **options).images * 2 - 1 for name in ("none", "colour", "full")
+    )
+    given = to_tensor([small])
+
+    def apart(images: torch.Tensor, blur: float) -> float:
+        change = (reduced(images, 20, 24) - given).numpy()
+        return float(np.abs(gaussian_filter(change, blur, axes=(2, 3), mode="nearest")).mean())
+
+    assert torch.equal(upscaler("a", **options).images * 2 - 1, none)
+    assert apart(full, 0) < apart(colour, 0) / 3 < apart(none, 0)
+    assert apart(colour, 4) < apart(none, 4) / 3
+    with pytest.raises(InputError, match="correction 'color' is unknown; did you mean 'colour'"):
+        upscaler("a", correction="color", **options)
 
 
 def test_noise_is_limited_by_what_the_model_knows(upscaler: Pipeline) -> None:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["enlarge", "load_upscaler", "upscale"]
 
 UPSCALER = "embedded-upscale"
-STEPS, GUIDANCE = 10, 1.0  # by default; what a small picture leaves open is little, so it is not steered far
+# By default; what a small picture leaves open is little, so it takes few steps and is not steered far.
+DEFAULTS = {"num_inference_steps": 10, "guidance_scale": 1.0, "correction": "colour"}
 
 
 def upscale(options: argparse.Namespace) -> None:
@@ -32,6 +33,7 @@ def upscale(options: argparse.Namespace) -> None:
         "seed": options.seed,
         "scale": options.scale,
         "noise_level": options.noise_level,
+        "correction": options.correction,
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance,
     }
@@ -62,4 +64,4 @@ def enlarge(pipe: Pipeline, image: str | Image.Image, prompt: str, **chosen: Any
     plan = pipe.upscale_plan(image)
     if len(plan.windows) > 1:
         print(f"latentdiff: {plan}", file=sys.stderr)
-    return draw(pipe, [prompt], image=image, **{"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **chosen})
+    return draw(pipe, [prompt], image=image, **{**DEFAULTS, **chosen})

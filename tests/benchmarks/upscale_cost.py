@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import latentdiff.upscaling
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
+from latentdiff.commands.upscaling import DEFAULTS
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.models.unet import UNet2DConditionModel
 
@@ -76,7 +77,7 @@ def small_picture(size: int) -> Image.Image:
 def seams(arguments: argparse.Namespace, size: int) -> dict[str, Any]:
     """Return how far a picture in windows is from the same at once, at the borders of windows and elsewhere."""
     pipe, small, pictures = pipeline(arguments.model), small_picture(size), []
-    settings = {"num_inference_steps": arguments.steps, "guidance_scale": 1.0}
+    settings = DEFAULTS | {"num_inference_steps": arguments.steps}
     for at_once in (10**9, 0):
         latentdiff.upscaling.AT_ONCE = at_once
         pictures.append(np.asarray(pipe(arguments.prompt, image=small, **settings).images[0], dtype=np.float64))
@@ -108,7 +109,7 @@ def enlarge(arguments: argparse.Namespace, size: int) -> None:
     """Enlarge one picture; print what it took."""
     pipe, small = pipeline(arguments.model), small_picture(size)
     plan, begin = pipe.upscale_plan(small), time.perf_counter()
-    pipe(arguments.prompt, image=small, num_inference_steps=arguments.steps, guidance_scale=1.0)
+    pipe(arguments.prompt, image=small, **DEFAULTS | {"num_inference_steps": arguments.steps})
     seconds, lines = time.perf_counter() - begin, Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     peak = next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
     print(json.dumps({"seconds": round(seconds, 2), "mb": round(peak), "plan": str(plan), "need": plan.need}))

@@ -32,6 +32,7 @@ from inpainting import mean_error
 from tiled_decoding import resident
 
 from latentdiff import Pipeline
+from latentdiff.commands.upscaling import DEFAULTS
 from latentdiff.images import to_tensor
 from training.config import DataConfig
 from training.dataset import composite, open_held_out
@@ -50,9 +51,10 @@ def main() -> None:
     parser.add_argument("--model", default="embedded-upscale", help="super-resolution model")
     parser.add_argument("--size", type=int, default=256, help="side of the large pictures in pixels")
     parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, help="the pipeline's own by default")
-    parser.add_argument("--noise-level", type=int, help="the pipeline's own by default")
+    parser.add_argument("--steps", type=int, help="these four: as `latentdiff upscale` has them by default")
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--noise-level", type=int)
+    parser.add_argument("--correction")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture and its degradation")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="PNG to draw: small picture, Lanczos, model, truth")
@@ -63,9 +65,9 @@ def main() -> None:
     data = open_held_out(DataConfig(folder=arguments.data, size=arguments.size), Path(), arguments.images, "test")
     if data is None or min(min(sample.size) for sample in data.samples) < arguments.size:
         parser.error(f"{arguments.data} has no test pictures of {arguments.size} px; make it with --size")
-    chosen = {"guidance_scale": arguments.guidance, "noise_level": arguments.noise_level}
-    settings = {name: value for name, value in chosen.items() if value is not None}
-    settings["num_inference_steps"] = arguments.steps
+    chosen = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance}
+    chosen |= {"noise_level": arguments.noise_level, "correction": arguments.correction}
+    settings = DEFAULTS | {name: value for name, value in chosen.items() if value is not None}
     factor = pipe.autoencoder.config.downsample_factor
     truths = [composite(rgba, (255, 255, 255)) for rgba in data.images]  # each (H, W, 3) uint8
     captions = [row["captions"][0] for row in data.rows]
