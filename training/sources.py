@@ -78,7 +78,7 @@ def open_source(config: DataConfig, split: str = "train", cache: Path | None = N
         StorageError: remote shards cannot be read, or the cache cannot be written.
     """
     source = _open(config, split, cache)
-    wanted = [number for number, row in enumerate(source.rows) if _wanted(row, config)]
+    wanted = [number for number, row in enumerate(source.rows) if is_wanted(row, config)]
     if not source.rows:
         raise InputError(f"{source.place} is empty; add pictures")
     if not wanted:
@@ -327,6 +327,7 @@ def _read_json_lines(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _wanted(row: dict[str, Any], config: DataConfig) -> bool:
+def is_wanted(row: dict[str, Any], config: DataConfig) -> bool:
+    """Say whether a picture is one that a config keeps, by what is known of it."""
     kept = all(row.get(column) in values for column, values in config.keep.items())
     return kept and not any(row.get(column) in values for column, values in config.drop.items())

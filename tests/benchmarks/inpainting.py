@@ -2,13 +2,16 @@
 
     latentdiff data emoji data/emoji64 --size 64
     python tests/benchmarks/inpainting.py --data data/emoji64 --out assets/inpainting.png
+    python tests/benchmarks/inpainting.py --data data/emoji64 --recipe configs/emoji-diffusion.yaml
     python tests/benchmarks/inpainting.py --data data/emoji64 --trained runs/inpaint/model --images 50
     python tests/benchmarks/inpainting.py --data data/emoji64 --trained none
 
 Each drawing of the test split, whose concepts no training has seen, is completed from its first caption, by both with
-the same seed. Measured are PSNR inside the mask, whether the concept is among the five nearest drawings of the whole
-set but this one (`concept_retrieval.py`; for the drawings themselves it says what can be reached), whether all other
-pixels are those given, and the time beside that of a plain generation.
+the same seed; with --recipe each drawing of the validation and test splits that this recipe would keep, so that of the
+base model's own recipe they are unseen drawings of what it knows. Measured are PSNR inside the mask, whether the
+concept is among the five nearest drawings of the whole set but this one (`concept_retrieval.py`; for the drawings
+themselves it says what can be reached), whether all other pixels are those given, and the time beside that of a plain
+generation.
 """
 
 from __future__ import annotations
@@ -34,10 +37,11 @@ from concept_retrieval import NEAREST, encode, nearest, whole_set
 
 from latentdiff import Pipeline
 from latentdiff.images import to_tensor
-from training.config import DataConfig
+from training.config import DataConfig, load_config
 from training.dataset import composite, load_images
 from training.masks import draw_mask
 from training.run import save_grid
+from training.sources import is_wanted
 
 SHOWN = 8
 TIMED = 10  # plain generations
@@ -59,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder made by `latentdiff data emoji`")
     parser.add_argument("--trained", default="embedded-inpaint", help="inpainting model; none for the blend alone")
+    parser.add_argument("--recipe", help="whose data.keep and data.drop choose among drawings")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, help="the pipeline's own by default")
@@ -69,7 +74,7 @@ def main() -> None:
     pipes = {"blend": base}
     if arguments.trained != "none":
         pipes["trained"] = Pipeline.from_pretrained(arguments.trained, device="cpu")
-    examples = held_out(arguments.data, base.native_size[0], arguments.images, arguments.seed)
+    examples = held_out(arguments.data, base.native_size[0], arguments.images, arguments.seed, arguments.recipe)
     height, width = base.native_size
     options: dict[str, Any] = {"num_inference_steps": arguments.steps, "height": height, "width": width}
     if arguments.guidance is not None:
@@ -82,14 +87,22 @@ def main() -> None:
     report(figures, seconds, len(examples))
 
 
-def held_out(folder: str, size: int, count: int, seed: int) -> list[Example]:
-    """Return drawings of the test split, evenly spread over it, each with a mask of its own that leaves something."""
-    data = load_images(DataConfig(folder=folder, size=size), "test")
+def held_out(folder: str, size: int, count: int, seed: int, recipe: str | None) -> list[Example]:
+    """Return held-out drawings, evenly spread over them all, each with a mask of its own that leaves something."""
+    found: list[tuple[np.ndarray, dict[str, Any]]] = []
+    for split in ("validation", "test"):
+        data = load_images(DataConfig(folder=folder, size=size), split)
+        found += zip(data.images, data.rows)
+    rules = None if recipe is None else load_config(recipe).data
+    chosen = range(len(found) - len(data), len(found))
+    if rules is not None:
+        chosen = [number for number, (_, row) in enumerate(found) if is_wanted(row, rules)]
     examples = []
-    for number, row in enumerate(np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int).tolist()):
+    for number, place in enumerate(np.linspace(0, len(chosen) - 1, min(count, len(chosen))).round().astype(int)):
         mask = draw_mask(np.random.default_rng([seed, number]), size, size, full=0.0)
-        picture, known = composite(data.images[row], (255, 255, 255)), data.rows[row]
-        examples.append(Example(picture, mask, known["captions"][0], known["concept"], row - len(data)))
+        rgba, row = found[chosen[place]]
+        caption, concept = row["captions"][0], row["concept"]
+        examples.append(Example(composite(rgba, (255, 255, 255)), mask, caption, concept, chosen[place] - len(found)))
     return examples
 
 
