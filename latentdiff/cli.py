@@ -131,7 +131,7 @@ def _add_upscale(parser: argparse.ArgumentParser) -> None:
         metavar="C",
         help="what of IMAGE the result must show: colour (default); full, all of it, if it is clean; or none",
     )
-    parser.add_argument("--steps", type=int, help="calls of the network (default 10)")
+    parser.add_argument("--steps", type=int, help="calls of the network (default 5, enough for embedded-upscale)")
     parser.add_argument("--guidance", type=float, help="how strictly to follow --prompt; 1 (default) is not guided")
     _add_machine(parser)
 

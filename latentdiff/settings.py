@@ -74,8 +74,8 @@ class Settings:
         clip_skip: 0 to 24, how many of the last layers of CLIP text encoders are left out.
         noise_level: 0 to 350, timesteps of noise on the small picture, where the model is one that enlarges it.
         scale: 4 or 2, how much larger than the small picture the result is; None for what the model draws.
-        correction: of a picture that was enlarged by the small one: "none"; "colour", its low frequencies are those of
-            the small one; or "full", made smaller it is the small one, as suits one that is clean.
+        correction: of a picture that was enlarged by the small one: "none"; "colour", its colours are those of the
+            small one; or "full", made smaller it is the small one, as suits one that is clean.
         hires: 1 to 4; above 1 a picture is drawn at its size and then, its latents made that much larger, once more.
         hires_strength: above 0, up to 1; how much of the larger latents is drawn anew.
         prompt_weights: read `(fox:1.3)` in the texts as a fox of weight 1.3, see `prompts.parse_weights`.

@@ -18,7 +18,9 @@ from latentdiff.errors import InputError
 
 __all__ = ["UpscalePlan", "corrected", "plan_upscale", "reduced", "with_alpha"]
 
-COLOUR_BLUR = 2.0  # standard deviation in pixels of the small picture, below which differences are details
+# Pixels of the small picture. What differs from it in most of a square of this side is a colour, all else a detail or
+# noise; and the standard deviation of a blur that leaves no steps between squares.
+COLOUR_SQUARE, COLOUR_BLUR = 9, 1.5
 BACK_PROJECTIONS = 3
 AT_ONCE = 4  # times the area that the model was trained at, up to which a map is one window
 
@@ -91,21 +93,22 @@ def corrected(images: Tensor, small: Tensor, correction: str) -> Tensor:
         correction: see `Settings`.
 
     Source: Irani and Peleg 1991, "Improving resolution by image registration", section 3 (back-projection), iterated
-    for "full"; of low frequencies alone it is the colour correction of Wang et al. 2023, arXiv 2305.07015, section 3.4.
+    for "full". For "colour" its low frequencies alone, as in the colour correction of Wang et al. 2023, arXiv
+    2305.07015, section 3.4, but by a median, so that noise and compression of the small picture do not come back.
     """
     for _ in range({"none": 0, "colour": 1, "full": BACK_PROJECTIONS}[correction]):
         missing = small - reduced(images, *small.shape[2:])  # (B, 3, h, w)
         if correction == "colour":
-            missing = _blurred(missing)
+            missing = _colours(missing)
         images = images + F.interpolate(missing, images.shape[2:], mode="bicubic")
     return images
 
 
-def _blurred(images: Tensor) -> Tensor:
-    from scipy.ndimage import gaussian_filter
+def _colours(images: Tensor) -> Tensor:
+    from scipy.ndimage import gaussian_filter, median_filter
 
-    blurred = gaussian_filter(images.cpu().numpy(), COLOUR_BLUR, axes=(2, 3), mode="nearest")
-    return torch.from_numpy(blurred).to(images.device)
+    colours = median_filter(images.cpu().numpy(), COLOUR_SQUARE, axes=(2, 3), mode="nearest")
+    return torch.from_numpy(gaussian_filter(colours, COLOUR_BLUR, axes=(2, 3), mode="nearest")).to(images.device)
 
 
 def with_alpha(picture: Image.Image, alpha: Image.Image) -> Image.Image:

@@ -138,8 +138,10 @@ def with_task(config: DiffusionTraining, parts: Parts) -> Parts:
         InputError: the model to start from does another task, or was told of less noise.
     """
     if parts.unet is None:
-        low = NoiseSchedule.from_dict(config.low_res_schedule) if config.task == "upscale" else None
-        return replace(parts, low_res_schedule=low)
+        if config.task != "upscale":
+            return parts
+        low = NoiseSchedule.from_dict(config.low_res_schedule)
+        return replace(parts, low_res_schedule=replace(low, class_name="DDPMScheduler"))  # as of SD's x4 upscaler
     does = task_of(parts)
     if config.task == "inpaint" and does == "text_to_image":
         if config.lora is not None:

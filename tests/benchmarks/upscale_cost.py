@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="one that enlarges")
     parser.add_argument("--sizes", type=int, nargs="*", default=[64, 128, 256], help="sides of the small pictures")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=DEFAULTS["num_inference_steps"])
     parser.add_argument("--prompt", default="")
     parser.add_argument("--seams", type=int, metavar="SIDE", help="of a small picture, enlarged in windows and at once")
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)  # what the processes are called with

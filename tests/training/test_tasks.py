@@ -105,7 +105,8 @@ def test_an_upscaling_run_makes_a_model_that_enlarges(upscale_file: str, tmp_pat
     assert batch.beside.channels.shape == (4, 3, 8, 8) and 0 <= int(batch.beside.levels.max()) <= 20
     check_interrupted(upscale_file, tmp_path)
     pipe = Pipeline.from_pretrained(tmp_path / "unbroken/model", device="cpu")
-    assert pipe.parts.upscales
+    assert pipe.parts.upscales and pipe.parts.low_res_schedule is not None
+    assert pipe.parts.low_res_schedule.class_name == "DDPMScheduler"
     result = pipe("a", image=Image.new("RGB", (8, 8), "red"), num_inference_steps=2)
     assert result.images[0].size == (16, 16)
 
