@@ -315,8 +315,8 @@ class DiffusionTraining(Section):
 
     @model_validator(mode="after")
     def _one_source_of_the_parts(self) -> Self:
-        parts: dict[str, Any] = {"autoencoder": None, "text_encoder": "embedded", "model": {}, "schedule": {}}
-        parts["low_res_schedule"] = {}
+        parts: dict[str, Any] = {"autoencoder": None, "text_encoder": "embedded"}
+        parts |= {"model": {}, "schedule": {}, "low_res_schedule": {}}
         given = [name for name, default in parts.items() if getattr(self, name) != default]
         if self.start_from is None:
             missing = [name for name in ("model", "schedule") if name not in given]

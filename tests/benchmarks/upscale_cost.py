@@ -29,6 +29,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tiled_decoding import resident
+
 import latentdiff.upscaling
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
@@ -112,8 +114,7 @@ def enlarge(arguments: argparse.Namespace, size: int) -> None:
     pipe, small = pipeline(arguments.model), small_picture(size)
     plan, begin = pipe.upscale_plan(small), time.perf_counter()
     pipe(arguments.prompt, image=small, **DEFAULTS | {"num_inference_steps": arguments.steps})
-    seconds, lines = time.perf_counter() - begin, Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    peak = next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    seconds, peak = time.perf_counter() - begin, resident("VmHWM")
     print(json.dumps({"seconds": round(seconds, 2), "mb": round(peak), "plan": str(plan), "need": plan.need}))
 
 
