@@ -6,6 +6,7 @@ python tests/check.py tests/models   # the same, with pytest given these argumen
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ CHECKS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
     ("mypy", "latentdiff", "training"),
-    ("pytest", "-q"),
+    ("pytest", "-q", "-n", "2", "--dist", "loadfile"),
 )
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}  # two processes of tests share what are often two cores
 
 
 def main() -> int:
@@ -24,7 +26,8 @@ def main() -> int:
     for tool, *arguments in CHECKS:
         extra = sys.argv[1:] if tool == "pytest" else []
         print("$", tool, *arguments, *extra, flush=True)
-        code = subprocess.run([sys.executable, "-m", tool, *arguments, *extra], cwd=root, check=False).returncode
+        command = [sys.executable, "-m", tool, *arguments, *extra]
+        code = subprocess.run(command, cwd=root, env=os.environ | ENVIRONMENT, check=False).returncode
         if code:
             return code
     return 0
