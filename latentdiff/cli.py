@@ -124,6 +124,7 @@ def _add_upscale(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default="", metavar="T", help="what it shows; may help, and may be left out")
     parser.add_argument("--seed", type=int, help="of its noise (default 0)")
     parser.add_argument("--model", help="folder, or owner/name on a hub; embedded-upscale by default")
+    _add_lora(parser)
     parser.add_argument("--scale", type=int, help="4 (default), or 2: the same, made smaller by half")
     parser.add_argument("--noise-level", type=int, metavar="N", help="0 to 350: how much is drawn anew (default 20)")
     parser.add_argument(

@@ -16,6 +16,7 @@ from scipy.ndimage import gaussian_filter
 
 import latentdiff.upscaling
 from latentdiff import Pipeline
+from latentdiff.checkpoints.lora import save_lora
 from latentdiff.cli import main
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.errors import InputError
@@ -23,6 +24,7 @@ from latentdiff.images import open_rgba, to_tensor
 from latentdiff.models.unet import UNet2DConditionModel
 from latentdiff.result import read_record
 from latentdiff.upscaling import plan_upscale, reduced, with_alpha
+from tests.checkpoints.test_lora import lora_of
 from tests.models.tiny import randomize
 
 STEPS: dict[str, Any] = {"num_inference_steps": 3}
@@ -239,6 +241,15 @@ def test_upscaled_pictures_are_replayed(folder: Path, workplace: Path, capsys: p
     assert "small.png is no longer the image" in capsys.readouterr().err
 
 
+def test_a_lora_changes_what_is_enlarged(upscaler: Pipeline, folder: Path, workplace: Path) -> None:
+    save_lora(lora_of(upscaler.parts), "style.safetensors", upscaler.parts)
+    call = ["upscale", "small.png", "--model", str(folder), "--steps", "2"]
+    assert main([*call, "-o", "plain.png"]) == main([*call, "--lora", "style.safetensors:0.2", "-o", "a.png"]) == 0
+    assert Path("a.png").read_bytes() != Path("plain.png").read_bytes()
+    assert main(["replay", "a.png"]) == 0
+    assert Path("a-replay.png").read_bytes() == Path("a.png").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -248,6 +259,7 @@ def test_upscaled_pictures_are_replayed(folder: Path, workplace: Path, capsys: p
         (["small.png", "--steps", "0"], "num_inference_steps must be"),
         (["small.png", "--prompt", "x" * 5000], "at most 4000 characters"),
         (["small.png", "-o", "big.jpg"], "-o must name a PNG file or a folder"),
+        (["small.png", "--lora", "none.safetensors"], "--lora must be a file and maybe its weight"),
         (["animated.png"], "must be one still picture"),
         (["small.png", "--model", "BASE"], "draws pictures and enlarges none; pass a model that does"),
         ([], "required: image"),

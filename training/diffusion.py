@@ -209,21 +209,23 @@ def called_with(batch: Batch, config: DiffusionTraining) -> tuple[Tensor, Tensor
 def export(network: nn.Module, parts: Parts, config: DiffusionTraining, folder: Path) -> None:
     """Save the model or the LoRA, say how to use it, and show what it learnt where it was trained on pixels."""
     prompt = shlex.quote(config.prompts[0])
+    calls = {"inpaint": f"generate {prompt} --image PICTURE --mask MASK", "upscale": "upscale PICTURE"}
+    call = calls.get(config.task, f"generate {prompt}")
     if isinstance(network, Adapted):
         file = folder / LORA_FILE
         save_lora(LoRA({"unet": network.factors(torch.float16)}), file, parts)
-        print(f"saved {file}; try: latentdiff generate {prompt} --model {config.start_from} --lora {file}")
+        print(f"saved {file}; try: latentdiff {call} --model {config.start_from} --lora {file}")
         return
     if isinstance(network, JointNetwork) and network.words is not None and config.textual_inversion is not None:
         file = folder / EMBEDDING_FILE
         save_embedding(config.textual_inversion.word, network.words.vectors.detach().cpu(), file)
-        print(f"saved {file}; try: latentdiff generate {prompt} --model {config.start_from} --embedding {file}")
+        print(f"saved {file}; try: latentdiff {call} --model {config.start_from} --embedding {file}")
         return
     model = folder / "model"
     save_pipeline(parts, model, torch.float16)
     if isinstance(parts.autoencoder, PixelSpace):
         show_process(parts, config, folder)
-    print(f"saved {model}; try: latentdiff generate {prompt} --model {model}")
+    print(f"saved {model}; try: latentdiff {call} --model {model}")
 
 
 def draw_timesteps(

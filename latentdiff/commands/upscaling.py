@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.commands.shared import draw, load, output_paths, report
+from latentdiff.commands.shared import draw, load, output_paths, parse_loras, report
 from latentdiff.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def upscale(options: argparse.Namespace) -> None:
         "guidance_scale": options.guidance,
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
+    loras = parse_loras(options.lora)
     # Everything that can be wrong without a model is found before one is loaded.
     Settings(prompts=(options.prompt,), **chosen)
     open_picture(options.image, "image")
@@ -46,6 +47,7 @@ def upscale(options: argparse.Namespace) -> None:
     (path,) = output_paths(options.out or str(source.with_name(f"{name}.png")), [name])
     started = time.perf_counter()
     pipe = load_upscaler(options.model, options.device, options.dtype)
+    pipe = pipe.with_loras(loras) if loras else pipe
     result = enlarge(pipe, options.image, options.prompt, **chosen)
     result.write(0, path)
     report(options, [(path, result, 0)], seconds=round(time.perf_counter() - started, 3))

@@ -5,10 +5,10 @@
 
 Without --model the network has the shape of the embedded one, room for a small picture beside the latents, and random
 weights, with which it is as fast as a trained one. Every picture is enlarged in a process of its own; memory is its
-largest resident size (VmHWM), and seconds are those of the call, without loading. --seams enlarges a picture in windows
-and at once, and tells how far the two are apart, in values of 0 to 255, within a latent of where windows begin and end,
-and elsewhere; and how much the difference changes from one pixel to the next, there and elsewhere. Prints one JSON line
-last.
+largest resident size (VmHWM), and seconds are those of the call, without loading. --seams enlarges some pictures in
+windows and at once, and tells how far the two are apart, in values of 0 to 255, within a latent of where windows begin
+and end, and elsewhere; and how much the difference changes from one pixel to the next, there and elsewhere. Prints one
+JSON line last.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from latentdiff.diffusion import NoiseSchedule
 from latentdiff.models.unet import UNet2DConditionModel
 
 GALLERY = Path(__file__).parents[2] / "assets" / "gallery.png"
+CELL = 67  # of the gallery: a drawing and the line beside it
+SEAMS = 8  # pictures
 SIDE = 64  # of the small pictures that the model without --model is meant for
 
 
@@ -48,7 +50,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=[64, 128, 256], help="sides of the small pictures")
     parser.add_argument("--steps", type=int, default=DEFAULTS["num_inference_steps"])
     parser.add_argument("--prompt", default="")
-    parser.add_argument("--seams", type=int, metavar="SIDE", help="of a small picture, enlarged in windows and at once")
+    parser.add_argument("--seams", type=int, metavar="SIDE", help="of small pictures, enlarged in windows and at once")
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)  # what the processes are called with
     arguments = parser.parse_args()
     if arguments.only:
@@ -71,38 +73,45 @@ def pipeline(model: str | None) -> Pipeline:
     return untrained() if model is None else Pipeline.from_pretrained(model, device="cpu")
 
 
-def small_picture(size: int) -> Image.Image:
+def small_picture(size: int, number: int = 0) -> Image.Image:
+    """Return a square of the gallery, `number` drawings from its left."""
     gallery = Image.open(GALLERY).convert("RGB")
-    return gallery.crop((0, 0, min(gallery.size), min(gallery.size))).resize((size, size), Image.Resampling.LANCZOS)
+    side, left = min(gallery.size), number * CELL
+    return gallery.crop((left, 0, left + side, side)).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def seams(arguments: argparse.Namespace, size: int) -> dict[str, Any]:
-    """Return how far a picture in windows is from the same at once, at the borders of windows and elsewhere."""
-    pipe, small, pictures = pipeline(arguments.model), small_picture(size), []
-    settings = DEFAULTS | {"num_inference_steps": arguments.steps}
+    """Return how far pictures in windows are from the same at once, at the borders of windows and elsewhere."""
+    pipe, settings = pipeline(arguments.model), DEFAULTS | {"num_inference_steps": arguments.steps}
+    drawn: list[list[np.ndarray]] = []
     for at_once in (10**9, 0):
         latentdiff.upscaling.AT_ONCE = at_once
-        pictures.append(np.asarray(pipe(arguments.prompt, image=small, **settings).images[0], dtype=np.float64))
-    windows, factor = pipe.upscale_plan(small).windows, pipe.autoencoder.config.downsample_factor
+        smalls = [small_picture(size, number) for number in range(SEAMS)]
+        results = [pipe(arguments.prompt, image=small, **settings).images[0] for small in smalls]
+        drawn.append([np.asarray(picture, dtype=np.float64) for picture in results])
+    windows, factor = pipe.upscale_plan(small_picture(size)).windows, pipe.autoencoder.config.downsample_factor
     if len(windows) == 1:
-        raise SystemExit(f"--seams {size} is one window; take a larger picture")
-    change = np.abs(pictures[1] - pictures[0]).max(axis=2)  # (H, W)
-    jumps = np.zeros_like(change)  # largest step of the change to the pixel above or at the left
-    near, across = np.zeros_like(change, dtype=bool), np.zeros_like(change, dtype=bool)
+        raise SystemExit(f"--seams {size} is one window; take larger pictures")
+    difference = np.stack(drawn[1]) - np.stack(drawn[0])  # (N, H, W, 3)
+    change = np.abs(difference).max(axis=3)  # (N, H, W)
+    jumps = np.zeros_like(change)  # largest step of the difference to the pixel above or at the left
+    near, across = np.zeros_like(change[0], dtype=bool), np.zeros_like(change[0], dtype=bool)
     for axis, starts, side in ((0, windows.rows, windows.tall), (1, windows.columns, windows.wide)):
-        places = np.array([place * factor for start in starts for place in (start, start + side)])
-        pixels = np.expand_dims(np.arange(change.shape[axis]), 1 - axis)  # down or across the picture
+        ends = {place * factor for start in starts for place in (start, start + side)}
+        places = np.array([place for place in ends if 0 < place < near.shape[axis]])
+        pixels = np.expand_dims(np.arange(near.shape[axis]), 1 - axis)  # down or across the picture
         near |= (np.abs(pixels[..., None] + 0.5 - places) <= factor).any(axis=-1)
         across |= np.isin(pixels, places)
-        steps = np.abs(np.diff(pictures[1] - pictures[0], axis=axis)).max(axis=2)
-        jumps = np.maximum(jumps, np.pad(steps, [(1 - axis, 0), (axis, 0)]))
-    found: dict[str, Any] = {"windows": len(windows)}
+        steps = np.abs(np.diff(difference, axis=1 + axis)).max(axis=3)
+        jumps = np.maximum(jumps, np.pad(steps, [(0, 0), (1 - axis, 0), (axis, 0)]))
+    found: dict[str, Any] = {"pictures": SEAMS, "windows": len(windows), "share near borders": float(near.mean())}
     for name, values, chosen in (("change", change, near), ("jumps", jumps, across)):
-        for place, of in (("at borders", values[chosen]), ("elsewhere", values[~chosen])):
+        for place, of in (("at borders", values[:, chosen]), ("elsewhere", values[:, ~chosen])):
             found[f"{name} {place}"] = {
                 "mean": float(of.mean()),
                 "99.9 %": float(np.quantile(of, 0.999)),
                 "most": float(of.max()),
+                "most of each": of.max(axis=1).tolist(),
             }
     for name, values in found.items():
         print(f"{name}: {values}")

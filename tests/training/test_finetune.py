@@ -103,7 +103,9 @@ def test_one_command_for_other_tasks(
     out = tmp_path / "run"
     call = ["finetune", str(tmp_path / "pictures"), "--model", str(model), "--out", str(out)]
     assert main([*call, *(["--task", task] if task == "inpaint" else [])]) == 0
-    tree: Any = yaml.safe_load(capsys.readouterr().out.partition("saved ")[0])
+    printed, _, said = capsys.readouterr().out.partition("saved ")
+    tree: Any = yaml.safe_load(printed)
+    assert f"latentdiff {'upscale PICTURE' if task == 'upscale' else 'generate'} " in said
     assert tree["task"] == task and parse_config(tree).run.steps == 2
     pipe = Pipeline.from_pretrained(out / "model", device="cpu")
     image, mask = Image.open(tmp_path / "pictures" / "0.png").convert("RGB"), Image.new("L", (32, 32))
