@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,12 @@ def to_diffusers(parts: Parts) -> Any:
         else:
             components[name] = None
     options = {name: value for name, value in index.items() if not isinstance(value, list) and name[0] != "_"}
-    return getattr(diffusers, kind)(**components, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*scaling_factor", FutureWarning)
+        pipe = getattr(diffusers, kind)(**components, **options)
+    if parts.upscales:  # it is made to have the factor of Stable Diffusion's upscaler
+        pipe.vae.register_to_config(scaling_factor=parts.autoencoder.config.scaling_factor)
+    return pipe
 
 
 def from_diffusers(pipe: Any) -> Parts:

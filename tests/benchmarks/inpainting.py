@@ -43,7 +43,7 @@ from training.masks import draw_mask
 from training.run import save_grid
 from training.sources import is_wanted
 
-SHOWN = 8
+SHOWN, ENLARGED = 8, 2  # drawings in the grid, and how many times as large
 TIMED = 10  # plain generations
 LEAST_ERROR = 1 / 255  # RMS, in [0, 1]; a mask over plain white would else count without bound
 
@@ -190,7 +190,8 @@ def draw_grid(examples: Sequence[Example], drawn: dict[str, list[np.ndarray]], f
         example = examples[number]
         cells.append(np.where(example.mask[..., None], np.uint8(128), example.picture))
         cells += [pictures[number] for pictures in drawn.values()]
-    save_grid(to_tensor(np.stack(cells)), file, columns=1 + len(drawn))
+    large = np.stack(cells).repeat(ENLARGED, axis=1).repeat(ENLARGED, axis=2)  # (N, H, W, 3)
+    save_grid(to_tensor(large), file, columns=1 + len(drawn))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_inpainting(drawings: Path, variant: Callable[..., Path], tmp_path: Path
     gain = figures["trained"]["psnr"][0] - figures["blend"]["psnr"][0]
     assert figures["gain"]["psnr"][0] == pytest.approx(gain)
     with Image.open(grid) as image:
-        assert image.size == (4 * 66 - 2, 2 * 66 - 2)
+        assert image.size == (4 * 130 - 2, 2 * 130 - 2)
 
 
 def test_upscaling(drawings: Path, variant: Callable[..., Path], tmp_path: Path) -> None:
