@@ -38,9 +38,9 @@ def upscale(options: argparse.Namespace) -> None:
         "guidance_scale": options.guidance,
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    loras = parse_loras(options.lora)
     # Everything that can be wrong without a model is found before one is loaded.
     Settings(prompts=(options.prompt,), **chosen)
+    loras = parse_loras(options.lora)
     open_picture(options.image, "image")
     source = Path(options.image)
     name = f"{source.stem}-x{options.scale or 4}"
