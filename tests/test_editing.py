@@ -21,6 +21,7 @@ from latentdiff.errors import InputError
 from latentdiff.images import open_image, to_tensor
 from latentdiff.models.unet import UNet2DConditionModel
 from latentdiff.result import read_record
+from tests.models.tiny import noise_picture
 
 STEPS = {"num_inference_steps": 3}
 FOX = "the red fox"
@@ -32,7 +33,7 @@ def latents(pipe: Pipeline, prompt: str | Sequence[str] = FOX, **settings: Any) 
 
 @pytest.fixture
 def picture() -> Image.Image:
-    return Image.effect_noise((32, 32), 80).convert("RGB")
+    return noise_picture(32, 32)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from latentdiff.diffusion import NoiseSchedule, draw_noise, image_generator
 from latentdiff.errors import InputError
 from latentdiff.images import from_tensor, open_image, to_tensor
 from latentdiff.result import Result, read_record
+from tests.models.tiny import noise_picture
 
 STEPS = {"num_inference_steps": 3}
 
@@ -330,7 +331,7 @@ def half_mask() -> Image.Image:
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "heun", "euler_a", "unipc"])
 def test_inpainting_keeps_the_pixels_that_are_not_masked(pipe: Pipeline, half_mask: Image.Image, sampler: str) -> None:
-    photo = Image.effect_noise((32, 32), 80).convert("RGB")
+    photo = noise_picture(32, 32)
     drawn = pipe("the red fox", image=photo, mask=half_mask, sampler=sampler, **STEPS)
     before, after = np.asarray(photo, dtype=int), np.asarray(drawn.images[0], dtype=int)
     assert after.shape == before.shape
@@ -340,7 +341,7 @@ def test_inpainting_keeps_the_pixels_that_are_not_masked(pipe: Pipeline, half_ma
 
 
 def test_inpainting_at_full_strength_forgets_what_was_there(pipe: Pipeline, half_mask: Image.Image) -> None:
-    left = Image.effect_noise((32, 32), 80).convert("RGB")
+    left = noise_picture(32, 32)
     other = left.copy()
     other.paste((255, 0, 0), (24, 0, 32, 32))  # apart from the border, which the encoder sees from the left half too
     first, second = (

@@ -24,6 +24,7 @@ from latentdiff import Pipeline
 from latentdiff.checkpoints import Parts
 from latentdiff.checkpoints.single_file import families
 from tests.checkpoints.test_single_file import parts_of
+from tests.models.tiny import noise_picture
 
 INPAINTING = ("Stable Diffusion 1.x", "Stable Diffusion 2.x")
 UPSCALING = "Stable Diffusion x4 upscaler"
@@ -58,12 +59,12 @@ def compare(parts: Parts, size: int, steps: int) -> dict[str, float]:
     settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 4.0}
     drawn = np.s_[:]
     if parts.upscales:
-        small = Image.effect_noise((size // 4, size // 4), 80).convert("RGB")
+        small = noise_picture(size // 4, size // 4)
         expected = peer(PROMPT, image=small, generator=generator, noise_level=40, **settings).images[0]
         found = pipe(PROMPT, image=small, seed=SEED, sampler="ddim", noise_level=40, **settings).images[0]
     else:
         settings |= {"height": size, "width": size}
-        picture, mask = Image.effect_noise((size, size), 80).convert("RGB"), Image.new("L", (size, size))
+        picture, mask = noise_picture(size, size), Image.new("L", (size, size))
         mask.paste(255, (0, size // 2, size, size))
         drawn = np.s_[size // 2 :]
         given: dict[str, Any] = {"image": picture, "mask_image": mask, "strength": 1.0, "generator": generator}

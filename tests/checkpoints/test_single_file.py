@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.conftest import AUTOENCODER
-from tests.models.tiny import randomize
+from tests.models.tiny import noise_picture, randomize
 
 FAMILIES = [*single_file.MARKS, single_file.ENLARGING]
 
@@ -110,7 +109,7 @@ def test_a_file_is_the_model_it_was_made_of(tmp_path: Path, family: str, channel
     save_file(tensors_of(parts, shape) | {"model_ema.decay": torch.zeros(1)}, tmp_path / "model.safetensors")
     loaded = load(tmp_path / "model.safetensors")
     options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "width": 32, "height": 32}
-    options |= {"image": Image.effect_noise((8, 8), 80)} if parts.upscales else {}
+    options |= {"image": noise_picture(8, 8)} if parts.upscales else {}
     ours, expected = (pipe("a photo of a cat", **options) for pipe in (loaded, Pipeline(parts)))
     torch.testing.assert_close(ours.images, expected.images, rtol=1e-3, atol=1e-3)  # memory is aligned otherwise
     assert ours.images.std() > 0.1

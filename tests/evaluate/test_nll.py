@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 import latentdiff.evaluate.likelihood as module
@@ -20,6 +19,7 @@ from latentdiff.diffusion import Call, NoiseSchedule
 from latentdiff.diffusion.prediction import Denoiser
 from latentdiff.evaluate import negative_log_likelihood
 from tests.models.test_pixels import parts
+from tests.models.tiny import noise_picture
 
 MEAN, STD = 0.1, 0.25
 
@@ -73,7 +73,7 @@ def test_the_command_prints_and_refuses(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "data").mkdir()
     rows = []
     for index in range(3):
-        Image.effect_noise((8, 8), 60).save(tmp_path / f"data/{index}.png")
+        noise_picture(8, 8, seed=index).save(tmp_path / f"data/{index}.png")
         rows.append(json.dumps({"file_name": f"{index}.png", "text": "two"}))
     (tmp_path / "data/metadata.jsonl").write_text("\n".join(rows))
     call = ["evaluate", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--split", "train"]

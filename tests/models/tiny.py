@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
@@ -152,3 +154,9 @@ def write_bert_vocabulary(folder: Path, *, window: int = 8, lower: bool = True) 
     settings = {"tokenizer_class": "BertTokenizer", "model_max_length": window, "do_lower_case": lower}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def noise_picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Return a picture of grey noise, "RGB", the same for every order of the tests."""
+    grey = np.random.default_rng(seed).normal(128, 80, (height, width)).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")

@@ -20,8 +20,9 @@ from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, Pixe
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.checkpoints.test_single_file import FAMILIES, parts_of, tiny
 from tests.conftest import UNET
+from tests.models.tiny import noise_picture
 
-PICTURE = Image.effect_noise((32, 32), 80).convert("RGB")
+PICTURE = noise_picture(32, 32)
 KINDS = [*FAMILIES, "inpainting", "embedded"]
 
 

@@ -17,7 +17,7 @@ from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline, save_pipeline
 from latentdiff.models.unet import UNet2DConditionModel
 from tests.checkpoints.test_single_file import parts_of, tiny
-from tests.models.tiny import randomize
+from tests.models.tiny import noise_picture, randomize
 from tests.parity.test_pipeline_clip import SAMPLERS
 
 
@@ -43,7 +43,7 @@ def model(built_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_same_picture_where_it_is_drawn(model: Path, sampler: str, strength: float) -> None:
-    picture = Image.effect_noise((32, 32), 80).convert("RGB")
+    picture = noise_picture(32, 32)
     mask = Image.new("L", (32, 32))
     mask.paste(255, (16, 0, 32, 32))
     peer = diffusers.StableDiffusionInpaintPipeline.from_pretrained(
@@ -75,7 +75,7 @@ def test_same_picture_by_xl(sampler: str) -> None:
     peer.set_progress_bar_config(disable=True)
     mask = Image.new("L", (32, 32))
     mask.paste(255, (16, 0, 32, 32))
-    picture = Image.effect_noise((32, 32), 80).convert("RGB")
+    picture = noise_picture(32, 32)
     options: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 4.0, "strength": 1.0}
     generator = torch.Generator().manual_seed(5)
     expected = peer(

@@ -17,7 +17,7 @@ from latentdiff.checkpoints import load_pipeline, save_pipeline
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.errors import InputError, ModelConfigError
 from latentdiff.models.unet import UNet2DConditionModel
-from tests.models.tiny import randomize
+from tests.models.tiny import noise_picture, randomize
 
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
@@ -49,7 +49,7 @@ def model(built_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("sampler", list(SCHEDULERS))
 def test_same_picture_from_the_same_seed(model: Path, sampler: str, size: tuple[int, int]) -> None:
     """Both draw the noise on the small picture, then the first noise, then that of the sampler, from one generator."""
-    picture = Image.effect_noise(size, 80).convert("RGB")
+    picture = noise_picture(*size)
     peer = diffusers.StableDiffusionUpscalePipeline.from_pretrained(
         model, torch_dtype=torch.float32, local_files_only=True
     )

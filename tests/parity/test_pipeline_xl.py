@@ -8,7 +8,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from PIL import Image
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import Parts, load_pipeline, save_pipeline
@@ -21,7 +20,7 @@ from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.tokenizer import Tokenizer
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.conftest import AUTOENCODER, UNET
-from tests.models.tiny import CLIP, randomize, write_clip_vocabulary
+from tests.models.tiny import CLIP, noise_picture, randomize, write_clip_vocabulary
 from tests.parity.test_pipeline_clip import SAMPLERS
 
 WORDS = {**CLIP, "vocab_size": 600, "bos_token_id": 522, "eos_token_id": 523}
@@ -89,7 +88,7 @@ def test_same_picture_from_the_same_seed(model: Path, sampler: str, negative: st
     options: dict[str, Any] = {**SETTINGS, "sampler": sampler, "negative_prompt": negative, "output_type": "pt"}
     peers: dict[str, Any] = {**SETTINGS, "negative_prompt": negative or None, "output_type": "pt"}
     if "XLImg2Img" in type(peer).__name__:
-        picture = Image.effect_noise((32, 32), 80).convert("RGB")
+        picture = noise_picture(32, 32)
         drawn = pipe("the red fox", image=picture, strength=0.5, seed=0, **options).images
         with torch.no_grad():
             latents = peer.vae.encode(to_tensor([picture])).latent_dist.mode() * peer.vae.config.scaling_factor
