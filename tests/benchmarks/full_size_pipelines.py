@@ -15,6 +15,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -25,6 +26,7 @@ from latentdiff.checkpoints import Parts
 from latentdiff.checkpoints.single_file import families
 from tests.checkpoints.test_single_file import parts_of
 from tests.models.tiny import noise_picture
+from tests.parity.test_pipeline_inpaint import take_modes
 
 INPAINTING = ("Stable Diffusion 1.x", "Stable Diffusion 2.x")
 UPSCALING = "Stable Diffusion x4 upscaler"
@@ -36,9 +38,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="side of the pictures drawn, in pixels")
     parser.add_argument("--steps", type=int, default=5)
     arguments = parser.parse_args()
-    # diffusers draws the latents of a picture from the generator, where we take the most likely ones.
-    module = sys.modules[diffusers.StableDiffusionInpaintPipeline.__module__]
-    module.retrieve_latents = lambda encoded, *rest, **more: encoded.latent_dist.mode()  # type: ignore[attr-defined]
+    take_modes(pytest.MonkeyPatch())
     figures = {}
     for family, channels in [*((name, 9) for name in INPAINTING), (UPSCALING, 7)]:
         figures[family] = found = compare(parts_of(families()[family], channels), arguments.size, arguments.steps)

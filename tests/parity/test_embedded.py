@@ -1,6 +1,5 @@
 """The embedded model is an ordinary diffusers model: the same latents and settings give the same picture there."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,11 @@ from PIL import Image
 from latentdiff import Pipeline
 from latentdiff.checkpoints import embedded_model
 from latentdiff.diffusion import draw_noise, image_generator
+from latentdiff.images import open_image
+from tests.parity.test_pipeline_inpaint import take_modes
 
 ASSETS = Path(__file__).parents[2] / "assets"
-LORA = ASSETS / "fxemoji-lora.safetensors"
+LORA, DRAWING = ASSETS / "fxemoji-lora.safetensors", ASSETS / "sample" / "emojione--banana.png"
 SCHEDULERS = {"ddim": "DDIMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler"}
 
 
@@ -50,19 +51,13 @@ def test_the_shipped_lora_draws_the_same_there(pipes) -> None:  # type: ignore[n
     assert np.abs(first - without).mean() > 5
 
 
-def banana() -> Image.Image:
-    """Return a drawing of 64 px on white."""
-    with Image.open(ASSETS / "sample" / "emojione--banana.png") as drawing:
-        return Image.alpha_composite(Image.new("RGBA", drawing.size, "white"), drawing.convert("RGBA")).convert("RGB")
-
-
 def test_the_shipped_upscaler_draws_the_same_there() -> None:
     import diffusers
 
     pipe = Pipeline.from_pretrained("embedded-upscale", device="cpu")
     peer = pipe.to_diffusers()
     peer.scheduler = diffusers.DDIMScheduler.from_config(peer.scheduler.config)
-    small = banana().resize((32, 32), Image.Resampling.LANCZOS)
+    small = open_image(DRAWING).resize((32, 32), Image.Resampling.LANCZOS)
     settings: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 3.0, "noise_level": 20}
     theirs = peer("a banana", image=small, generator=image_generator(5), **settings).images[0]
     ours = pipe("a banana", image=small, seed=5, sampler="ddim", correction="none", **settings).images[0]
@@ -74,16 +69,12 @@ def test_the_shipped_upscaler_draws_the_same_there() -> None:
 def test_the_shipped_inpainting_model_draws_the_same_there(monkeypatch: pytest.MonkeyPatch) -> None:
     import diffusers
 
-    kind = diffusers.StableDiffusionInpaintPipeline
-    # Theirs draws latents of a picture from the generator, where we take the most likely ones.
-    monkeypatch.setattr(
-        sys.modules[kind.__module__], "retrieve_latents", lambda encoded, *rest, **more: encoded.latent_dist.mode()
-    )
+    take_modes(monkeypatch)
     pipe = Pipeline.from_pretrained("embedded-inpaint", device="cpu")
     peer = pipe.to_diffusers()
-    assert isinstance(peer, kind)
+    assert isinstance(peer, diffusers.StableDiffusionInpaintPipeline)
     peer.scheduler = diffusers.DDIMScheduler.from_config(peer.scheduler.config)
-    picture, mask = banana(), Image.new("L", (64, 64))
+    picture, mask = open_image(DRAWING), Image.new("L", (64, 64))
     mask.paste(255, (32, 0, 64, 64))
     settings: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 4.0, "height": 64, "width": 64}
     given: dict[str, Any] = {"image": picture, "strength": 1.0, "generator": image_generator(5)}

@@ -21,12 +21,16 @@ from tests.models.tiny import noise_picture, randomize
 from tests.parity.test_pipeline_clip import SAMPLERS
 
 
-@pytest.fixture(autouse=True)
-def modes(monkeypatch: pytest.MonkeyPatch) -> None:
+def take_modes(patch: pytest.MonkeyPatch) -> None:
     """Let diffusers take the most likely latents of a picture, as we do, where it draws some from the generator."""
     for kind in (diffusers.StableDiffusionInpaintPipeline, diffusers.StableDiffusionXLInpaintPipeline):
         module = sys.modules[kind.__module__]
-        monkeypatch.setattr(module, "retrieve_latents", lambda encoded, *rest, **more: encoded.latent_dist.mode())
+        patch.setattr(module, "retrieve_latents", lambda encoded, *rest, **more: encoded.latent_dist.mode())
+
+
+@pytest.fixture(autouse=True)
+def modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    take_modes(monkeypatch)
 
 
 @pytest.fixture(scope="module")
