@@ -250,7 +250,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    import training
+    from latentdiff import training
 
     packaged = Path(training.__file__).parent / "configs" / Path(options.config).name
     recipe = packaged if packaged.is_file() and not Path(options.config).exists() else options.config
@@ -261,13 +261,13 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    from training import cli_finetune
+    from latentdiff.training import cli_finetune
 
     cli_finetune(options.dataset, options.out, options.model, options.lora, options.task, options.resume)
 
 
 def _data(options: argparse.Namespace) -> None:
-    from training import cli_data_digits, cli_data_emoji
+    from latentdiff.training import cli_data_digits, cli_data_emoji
 
     if options.name != "digits":
         cli_data_emoji(options.out, options.size or 64, options.name)

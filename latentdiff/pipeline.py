@@ -17,20 +17,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.checkpoints import Parts, load_pipeline, save_pipeline
+from latentdiff.checkpoints import Components, load_pipeline, save_pipeline
 from latentdiff.checkpoints.lora import Weight, apply_loras
 from latentdiff.checkpoints.textual_inversion import add_embedding
-from latentdiff.devices import resolve_device, resolve_dtype
-from latentdiff.diffusion.plan import FOREIGN
-from latentdiff.drawing import OUTPUT_TYPES, Callback, Drawing, device_of, dtype_of, native_size
+from latentdiff.diffusion.plan import EXTERNAL
 from latentdiff.engine.attention import find_attention, use_attention
 from latentdiff.engine.offload import Offload
+from latentdiff.engine.place import resolve_device, resolve_dtype
 from latentdiff.errors import InputError, suggest
-from latentdiff.masks import MaskLike, open_picture
+from latentdiff.generation.masks import MaskLike, open_picture
+from latentdiff.generation.request import Settings, check_integer
+from latentdiff.generation.result import Result
+from latentdiff.generation.run import OUTPUT_TYPES, Callback, Drawing, device_of, dtype_of, native_size
+from latentdiff.generation.upscale import UpscalePlan, plan_upscale
 from latentdiff.models.unet import UNet2DConditionModel
-from latentdiff.result import Result
-from latentdiff.settings import Settings, check_integer
-from latentdiff.upscaling import UpscalePlan, plan_upscale
 
 __all__ = ["OUTPUT_TYPES", "Callback", "Pipeline"]
 
@@ -42,21 +42,21 @@ class Pipeline:
     """A text-to-image model, ready to draw.
 
     Args:
-        parts: see `latentdiff.checkpoints.load_pipeline`; they stay on the device and in the dtype they have.
+        components: see `latentdiff.checkpoints.load_pipeline`; they stay on the device and in the dtype they have.
         offload: lends the networks, which are in CPU memory, their device; None where they are on it.
         tile_size: side of the tiles, in latents, in which pictures are decoded; they are the same to rounding and need
             a fraction of the memory. None for tiles only where a decoder would need several gigabytes.
     """
 
-    def __init__(self, parts: Parts, *, offload: Offload | None = None, tile_size: int | None = None) -> None:
-        if parts.unet is None:
-            raise InputError("a pipeline needs a U-Net, got none; pass all parts")
-        self.parts = parts
+    def __init__(self, components: Components, *, offload: Offload | None = None, tile_size: int | None = None) -> None:
+        if components.unet is None:
+            raise InputError("a pipeline needs a U-Net, got none; pass all components")
+        self.components = components
         self.offload = offload
         self.tile_size = None if tile_size is None else check_integer("tile_size", tile_size, 8, 4096, "try 32")
-        self.unet: UNet2DConditionModel = parts.unet
-        self.autoencoder = parts.autoencoder
-        self.text_encoder = parts.text_encoder
+        self.unet: UNet2DConditionModel = components.unet
+        self.autoencoder = components.autoencoder
+        self.text_encoder = components.text_encoder
 
     @classmethod
     def from_pretrained(
@@ -90,8 +90,8 @@ class Pipeline:
         place = resolve_device(device)
         attend = find_attention(attention, place)
         lender = Offload(place) if offload else None
-        parts = load_pipeline(model, resolve_dtype(dtype), "cpu" if offload else place, prediction_type)
-        pipe = cls(parts, offload=lender, tile_size=tile_size)
+        components = load_pipeline(model, resolve_dtype(dtype), "cpu" if offload else place, prediction_type)
+        pipe = cls(components, offload=lender, tile_size=tile_size)
         use_attention(attend, pipe.unet, pipe.autoencoder)
         return pipe
 
@@ -106,7 +106,7 @@ class Pipeline:
         """Return a pipeline of diffusers that shares these weights, see `checkpoints.bridge.to_diffusers`."""
         from latentdiff.checkpoints.bridge import to_diffusers
 
-        return to_diffusers(self.parts)
+        return to_diffusers(self.components)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
         """Write the model as a folder that `from_pretrained`, here and in diffusers, loads.
@@ -119,33 +119,33 @@ class Pipeline:
             InputError: the folder holds something that is no model.
             StorageError: the folder cannot be written.
         """
-        save_pipeline(self.parts, folder, dtype)
+        save_pipeline(self.components, folder, dtype)
 
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Pipeline:
         """Move the networks to a device, cast them, or both, in place; None leaves that as it is."""
         if self.offload is not None and device is not None:
             given = str(device)[:80]
             raise InputError(f"offload keeps its networks in CPU memory, got {given!r}; load without offload")
-        place = device_of(self.parts) if device is None else resolve_device(device)
+        place = device_of(self.components) if device is None else resolve_device(device)
         kind = self.dtype if dtype is None else resolve_dtype(dtype)
-        for network in filter(None, (self.unet, self.autoencoder, self.text_encoder, self.parts.text_encoder_2)):
+        for network in filter(None, (self.unet, self.autoencoder, self.text_encoder, self.components.text_encoder_2)):
             network.to(place, kind)
         return self
 
     @property
     def device(self) -> torch.device:
         """Where the networks run."""
-        return device_of(self.parts) if self.offload is None else self.offload.device
+        return device_of(self.components) if self.offload is None else self.offload.device
 
     @property
     def dtype(self) -> torch.dtype:
         """What the networks compute in; the arithmetic between their calls is always float32."""
-        return dtype_of(self.parts)
+        return dtype_of(self.components)
 
     @property
     def native_size(self) -> tuple[int, int]:
         """Height and width, in pixels, that the model was trained at."""
-        return native_size(self.parts)
+        return native_size(self.components)
 
     @torch.no_grad()
     def __call__(
@@ -216,14 +216,14 @@ class Pipeline:
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type {output_type!r} is unknown{suggest(str(output_type), OUTPUT_TYPES)}")
         chosen = {item.name: given[item.name] for item in fields(Settings) if item.name in given}
-        whole = self.parts.upscales or mask is not None or outpaint is not None
+        whole = self.components.upscales or mask is not None or outpaint is not None
         chosen["strength"] = _strength(strength, image, whole)
         scheduler = None if isinstance(sampler, str) else sampler
         if scheduler is not None:
-            chosen["sampler"] = FOREIGN + type(scheduler).__name__
+            chosen["sampler"] = EXTERNAL + type(scheduler).__name__
         settings = Settings(prompts=prompt, **chosen)  # type: ignore[arg-type]  # checked and made a tuple there
-        parts, lender, tile = self.parts, self.offload, self.tile_size
-        drawing = Drawing(parts, settings, image, mask, latents, scheduler, offload=lender, tile_size=tile)
+        components, lender, tile = self.components, self.offload, self.tile_size
+        drawing = Drawing(components, settings, image, mask, latents, scheduler, offload=lender, tile_size=tile)
         return drawing.draw(output_type, batch_size, callback, progress)
 
     @torch.no_grad()
@@ -265,7 +265,7 @@ class Pipeline:
             height=height,
             width=width,
         )
-        return Drawing(self.parts, settings, image, opaque=True, offload=self.offload).invert(iterations)
+        return Drawing(self.components, settings, image, opaque=True, offload=self.offload).invert(iterations)
 
     def upscale_plan(self, image: str | os.PathLike[str] | Image.Image) -> UpscalePlan:
         """Return in how many windows a model that enlarges would draw a picture, and with how much memory.
@@ -274,9 +274,9 @@ class Pipeline:
             InputError: it takes more memory than there is, or the model does not enlarge.
         """
         picture = open_picture(image, "image")
-        if picture is None or not self.parts.upscales:
+        if picture is None or not self.components.upscales:
             raise InputError("a plan is for a picture and a model that enlarges, got another; try embedded-upscale")
-        return plan_upscale(self.parts, picture.size, self.device)
+        return plan_upscale(self.components, picture.size, self.device)
 
     def with_embedding(self, path: str | os.PathLike[str], word: str | None = None) -> Pipeline:
         """Return a pipeline whose prompts may use one more word, of a textual-inversion file; this one stays as it is.
@@ -291,7 +291,7 @@ class Pipeline:
             InputError: the word is one of the vocabulary already.
             ModelLoadError: the file was refused, or is for another model.
         """
-        return self._with(add_embedding(self.parts, path, word))
+        return self._with(add_embedding(self.components, path, word))
 
     def with_loras(self, loras: Mapping[Any, Weight]) -> Pipeline:
         """Return a pipeline with these LoRAs in its weights, in place of those it has; this one stays as it is.
@@ -307,10 +307,10 @@ class Pipeline:
             InputError: a weight is no finite number.
             ModelLoadError: a file was refused, or is for another model.
         """
-        return self._with(apply_loras(self.parts, loras))
+        return self._with(apply_loras(self.components, loras))
 
-    def _with(self, parts: Parts) -> Pipeline:
-        return Pipeline(parts, offload=self.offload, tile_size=self.tile_size)
+    def _with(self, components: Components) -> Pipeline:
+        return Pipeline(components, offload=self.offload, tile_size=self.tile_size)
 
 
 def _strength(strength: float | None, image: object, whole: bool) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from latentdiff import Pipeline
-from latentdiff.checkpoints import Parts, save_pipeline
+from latentdiff.checkpoints import Components, save_pipeline
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.bert import BertConfig, BertModel
@@ -49,7 +49,7 @@ def built_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"
     )
     tokenizer = Tokenizer.from_folder(write_bert_vocabulary(place / "vocabulary"))
-    save_pipeline(Parts(*networks, tokenizer, schedule), place / "tiny", dtype=None)
+    save_pipeline(Components(*networks, tokenizer, schedule), place / "tiny", dtype=None)
     return place / "tiny"
 
 

@@ -15,10 +15,10 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import latentdiff.commands.drawing
-from latentdiff import Pipeline
+from latentdiff import Pipeline, training
 from latentdiff.cli import main
+from latentdiff.generation.result import read_record
 from latentdiff.images import open_image, read_texts
-from latentdiff.result import read_record
 
 ROOT = Path(__file__).parents[1]
 
@@ -351,7 +351,6 @@ def test_inspect(draw: Any, built_model: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_train_and_data_hand_over_to_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    import training
 
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(training, "cli_train", lambda *arguments: calls.append(arguments))
@@ -367,7 +366,6 @@ def test_train_and_data_hand_over_to_training(monkeypatch: pytest.MonkeyPatch) -
 def test_recipes_of_an_installed_package_are_found_by_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workplace: Path
 ) -> None:
-    import training
 
     packaged = tmp_path / "training" / "configs" / "emoji.yaml"
     packaged.parent.mkdir(parents=True)

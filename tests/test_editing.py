@@ -18,9 +18,9 @@ from latentdiff import Pipeline
 from latentdiff.cli import main
 from latentdiff.diffusion import draw_noise, image_generator, slerp
 from latentdiff.errors import InputError
+from latentdiff.generation.result import read_record
 from latentdiff.images import open_image, to_tensor
 from latentdiff.models.unet import UNet2DConditionModel
-from latentdiff.result import read_record
 from tests.models.tiny import noise_picture
 
 STEPS = {"num_inference_steps": 3}
@@ -218,8 +218,8 @@ def test_networks_that_learn_their_variance_or_see_themselves(pipe: Pipeline) ->
     torch.manual_seed(0)
     unet = UNet2DConditionModel(config).requires_grad_(False)
     torch.nn.init.normal_(unet.conv_out.weight, std=0.05)
-    schedule = replace(pipe.parts.schedule, variance_type="learned_range")
-    own = Pipeline(replace(pipe.parts, unet=unet, schedule=schedule))
+    schedule = replace(pipe.components.schedule, variance_type="learned_range")
+    own = Pipeline(replace(pipe.components, unet=unet, schedule=schedule))
     plain = latents(own, sampler="ddpm", num_inference_steps=6)
     assert plain.shape == (1, 4, 8, 8)
     with torch.no_grad():

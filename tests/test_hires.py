@@ -16,9 +16,9 @@ from latentdiff import Pipeline
 from latentdiff.cli import main
 from latentdiff.diffusion import draw_noise, image_generator, make_plan, sample, start
 from latentdiff.errors import InputError
+from latentdiff.generation.result import read_record
 from latentdiff.images import open_image, read_texts
 from latentdiff.models.unet import UNet2DConditionModel
-from latentdiff.result import read_record
 from tests.models.tiny import randomize
 
 FOX = "the red fox"
@@ -38,14 +38,14 @@ def test_the_second_pass_starts_from_the_first(pipe: Pipeline) -> None:
     draw_noise([generator], (4, 8, 8))
     noise = draw_noise([generator], (4, 16, 16))
     large = F.interpolate(latents(pipe, **options), (16, 16), mode="bicubic")
-    plan = make_plan(pipe.parts.schedule, "dpmpp_2m", 4, strength=0.5)
-    context = pipe.parts.prompt_encoder([FOX])[0].states.flatten(0, 1)[None]
+    plan = make_plan(pipe.components.schedule, "dpmpp_2m", 4, strength=0.5)
+    context = pipe.components.prompt_encoder([FOX])[0].states.flatten(0, 1)[None]
 
     @torch.no_grad()
     def network(x: Tensor, call: Any) -> Tensor:
         return pipe.unet(x, call.timesteps, context)
 
-    *_, step = sample(pipe.parts.denoiser(network), plan, start(plan, noise, large), [generator])
+    *_, step = sample(pipe.components.denoiser(network), plan, start(plan, noise, large), [generator])
     torch.testing.assert_close(drawn, step.x, atol=1e-4, rtol=1e-4)
 
 
@@ -85,7 +85,7 @@ def test_sizes_and_steps_are_counted(pipe: Pipeline) -> None:
 def test_models_that_inpaint_draw_twice_too(pipe: Pipeline) -> None:
     unet = UNet2DConditionModel(replace(pipe.unet.config, in_channels=9)).requires_grad_(False)
     randomize(unet)
-    own = Pipeline(replace(pipe.parts, unet=unet))
+    own = Pipeline(replace(pipe.components, unet=unet))
     assert own(FOX, hires=2, **STEPS).images[0].size == (64, 64)
 
 

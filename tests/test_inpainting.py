@@ -29,7 +29,7 @@ def trained(pipe: Pipeline) -> Pipeline:
     """A model that sees the mask and what is kept."""
     unet = UNet2DConditionModel(replace(pipe.unet.config, in_channels=9)).requires_grad_(False)
     randomize(unet)
-    return Pipeline(replace(pipe.parts, unet=unet))
+    return Pipeline(replace(pipe.components, unet=unet))
 
 
 @pytest.fixture(params=["blend", "trained"])
@@ -69,7 +69,7 @@ def test_what_is_not_masked_comes_back_bit_for_bit(model: Pipeline, size: tuple[
 def test_every_value_of_a_byte_comes_back(model: Pipeline) -> None:
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16).repeat(2, 0).repeat(2, 1)).convert("RGB")
     for dtype in ("float32", "bfloat16"):
-        own = Pipeline(copy.deepcopy(model.parts)).to(dtype=dtype)
+        own = Pipeline(copy.deepcopy(model.components)).to(dtype=dtype)
         drawn = own("the red fox", image=image, mask=(0, 31, 32, 32), **STEPS).images[0]
         assert np.array_equal(np.asarray(drawn)[:31], np.asarray(image)[:31])
 

@@ -14,9 +14,9 @@ from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
 from latentdiff.checkpoints.lora import save_lora
 from latentdiff.cli import main
+from latentdiff.generation.result import read_record
 from latentdiff.images import read_texts
 from latentdiff.models.lora import LoRA
-from latentdiff.result import read_record
 from tests.checkpoints.test_lora import lora_of
 
 SETTINGS: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
@@ -27,7 +27,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipe: Pipeline) -
     """A folder with two LoRA files for the tiny model."""
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("style.safetensors", "fox.safetensors")):
-        save_lora(lora_of(pipe.parts, seed=seed), name, pipe.parts, ("diffusers", "kohya")[seed])
+        save_lora(lora_of(pipe.components, seed=seed), name, pipe.components, ("diffusers", "kohya")[seed])
     return tmp_path
 
 
@@ -77,7 +77,7 @@ def test_command_line(draw: Any, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_replay_refuses_another_file(draw: Any, pipe: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
     assert draw("-o", "a.png", "--lora", "style.safetensors") == 0
-    save_lora(lora_of(pipe.parts, seed=5), "style.safetensors", pipe.parts)
+    save_lora(lora_of(pipe.components, seed=5), "style.safetensors", pipe.components)
     assert main(["replay", "a.png"]) == 2
     message = "style.safetensors is no longer the LoRA this picture was made with; restore it, or add --force"
     assert message in capsys.readouterr().err
@@ -88,7 +88,7 @@ def test_replay_refuses_another_file(draw: Any, pipe: Pipeline, capsys: pytest.C
 
 
 def test_pictures_with_a_lora_in_memory_cannot_be_replayed(pipe: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
-    lora: LoRA = lora_of(pipe.parts)
+    lora: LoRA = lora_of(pipe.components)
     pipe.with_loras({lora: 0.1})("fox", num_inference_steps=2).save("a.png")
     assert main(["replay", "a.png"]) == 2
     assert "drawn with a LoRA in memory, which no file keeps; draw it in Python" in capsys.readouterr().err
@@ -111,7 +111,7 @@ def test_pickles_are_refused(draw: Any, capsys: pytest.CaptureFixture[str]) -> N
 def test_convert_writes_a_model_that_has_them(built_model: Path, pipe: Pipeline) -> None:
     options = ["--dtype", "float32", "--lora", "style.safetensors:0.2"]
     assert main(["convert", str(built_model), "merged", *options]) == 0
-    found, merged = load_pipeline("merged"), pipe.with_loras({"style.safetensors": 0.2}).parts
+    found, merged = load_pipeline("merged"), pipe.with_loras({"style.safetensors": 0.2}).components
     for one, other in ((found.unet, merged.unet), (found.text_encoder, merged.text_encoder)):
         assert one is not None and other is not None
         weights = other.state_dict()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from latentdiff.errors import InputError
-from latentdiff.masks import Edit, make_edit, open_mask, open_picture
+from latentdiff.generation.masks import Edit, make_edit, open_mask, open_picture
 
 SIDES = (0, 0, 0, 0)
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from latentdiff import Pipeline
 from latentdiff.diffusion import NoiseSchedule, draw_noise, image_generator
 from latentdiff.errors import InputError
+from latentdiff.generation.result import Result, read_record
 from latentdiff.images import from_tensor, open_image, to_tensor
-from latentdiff.result import Result, read_record
 from tests.models.tiny import noise_picture
 
 STEPS = {"num_inference_steps": 3}
@@ -46,7 +46,7 @@ def test_image_i_is_the_first_image_of_seed_plus_i(pipe: Pipeline, sampler: str)
 
 
 def test_initial_noise_of_an_image_is_bitwise_its_own(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    import latentdiff.drawing as module
+    import latentdiff.generation.run as module
 
     drawn: list[Tensor] = []
 
@@ -237,7 +237,7 @@ def test_saved_pictures_say_how_to_make_them_again(pipe: Pipeline, tmp_path: Pat
     assert record["prompt"] == "the red fox"
     assert record["seed"] == 7
     assert (record["batch_size"], record["batch_index"]) == (2, 1)
-    assert record["model_hash"] == pipe.parts.model_hash
+    assert record["model_hash"] == pipe.components.model_hash
     assert record["dtype"] == "float32"
     assert record == json.loads(json.dumps(result.record(5)))
     again = pipe("the red fox", seed=6, num_images=2, **STEPS)  # image 1 of a batch of 2 that starts at seed 7 - 1
@@ -311,13 +311,13 @@ def test_dtypes_and_devices(built_model: Path, pipe: Pipeline) -> None:
 
 def test_zero_terminal_snr(pipe: Pipeline) -> None:
     schedule = NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    drawn = latents(Pipeline(replace(pipe.parts, schedule=schedule)), num_inference_steps=5)
+    drawn = latents(Pipeline(replace(pipe.components, schedule=schedule)), num_inference_steps=5)
     assert torch.isfinite(drawn).all()
 
 
 def test_a_pipeline_needs_all_parts(pipe: Pipeline) -> None:
     with pytest.raises(InputError, match="needs a U-Net"):
-        Pipeline(replace(pipe.parts, unet=None))
+        Pipeline(replace(pipe.components, unet=None))
     assert isinstance(pipe("cat", **STEPS), Result)
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from latentdiff import Pipeline
-from tests.checkpoints.test_single_file import FAMILIES, parts_of, tiny
+from tests.checkpoints.test_single_file import FAMILIES, components_of, tiny
 
 PICTURE = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
 LIMITS = {"float16": 0.01, "bfloat16": 0.06}  # of the mean difference, as a share of the spread of the latents
@@ -20,18 +20,18 @@ LIMITS = {"float16": 0.01, "bfloat16": 0.06}  # of the mean difference, as a sha
 @pytest.mark.parametrize("family", [*FAMILIES, "inpainting"])
 def test_latents_differ_by_rounding(family: str, dtype: str) -> None:
     kind = "Stable Diffusion 1.x" if family == "inpainting" else family
-    parts = parts_of(tiny(kind), channels=9 if family == "inpainting" else 4)
+    components = components_of(tiny(kind), channels=9 if family == "inpainting" else 4)
     options: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "sampler": "dpmpp_2m"}
-    if parts.upscales:
+    if components.upscales:
         options["image"] = PICTURE.resize((8, 8))
-    elif parts.inpaints:
+    elif components.inpaints:
         mask = Image.new("L", (32, 32))
         mask.paste(255, (0, 0, 16, 32))
         options |= {"image": PICTURE, "mask": mask}
     else:
         options |= {"height": 32, "width": 32}
-    exact = Pipeline(parts)("a photo of (a red fox:1.2)", **options).images
-    half = Pipeline(replace(parts)).to(dtype=dtype)
+    exact = Pipeline(components)("a photo of (a red fox:1.2)", **options).images
+    half = Pipeline(replace(components)).to(dtype=dtype)
     rounded = half("a photo of (a red fox:1.2)", **options)
     assert rounded.settings["dtype"] == dtype and rounded.images.dtype == torch.float32
     assert (rounded.images - exact).abs().mean() < LIMITS[dtype] * exact.std()

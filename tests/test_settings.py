@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from latentdiff.errors import InputError
-from latentdiff.settings import LATER, Settings, check_size, parameters_text
+from latentdiff.generation.request import LATER, Settings, check_size, parameters_text
 
 
 @pytest.mark.parametrize(

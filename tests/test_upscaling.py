@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-import latentdiff.upscaling
+import latentdiff.generation.upscale
 from latentdiff import Pipeline
 from latentdiff.checkpoints.lora import save_lora
 from latentdiff.cli import main
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.errors import InputError
+from latentdiff.generation.result import read_record
+from latentdiff.generation.upscale import plan_upscale, reduced, with_alpha
 from latentdiff.images import open_rgba, to_tensor
 from latentdiff.models.unet import UNet2DConditionModel
-from latentdiff.result import read_record
-from latentdiff.upscaling import plan_upscale, reduced, with_alpha
 from tests.checkpoints.test_lora import lora_of
 from tests.models.tiny import randomize
 
@@ -36,7 +36,7 @@ def upscaler(pipe: Pipeline) -> Pipeline:
     unet = UNet2DConditionModel(replace(pipe.unet.config, in_channels=7, num_class_embeds=1000)).requires_grad_(False)
     randomize(unet)
     low = NoiseSchedule(beta_schedule="linear", class_name="DDPMScheduler")
-    return Pipeline(replace(pipe.parts, unet=unet, low_res_schedule=low))
+    return Pipeline(replace(pipe.components, unet=unet, low_res_schedule=low))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_scale_2_is_scale_4_made_smaller(upscaler: Pipeline) -> None:
 
 def tiled(upscaler: Pipeline, monkeypatch: pytest.MonkeyPatch, at_once: int, **options: Any) -> torch.Tensor:
     """Return latents drawn at once, or in windows of what the model was trained at."""
-    monkeypatch.setattr(latentdiff.upscaling, "AT_ONCE", at_once)
+    monkeypatch.setattr(latentdiff.generation.upscale, "AT_ONCE", at_once)
     return upscaler("the red fox", output_type="latent", num_inference_steps=5, **options).images
 
 
@@ -81,11 +81,11 @@ def test_windows_leave_no_seams(upscaler: Pipeline, monkeypatch: pytest.MonkeyPa
     """What windows change is no larger where they begin and end than inside, nor does it jump there."""
     unet = UNet2DConditionModel(replace(upscaler.unet.config, sample_size=32)).requires_grad_(False)
     randomize(unet, seed=1)
-    upscaler = Pipeline(replace(upscaler.parts, unet=unet))
+    upscaler = Pipeline(replace(upscaler.components, unet=unet))
     options: dict[str, Any] = {"image": smooth(*size), "sampler": "ddim", "guidance_scale": 1.0, "num_images": 2}
     whole = tiled(upscaler, monkeypatch, 10**9, **options)
-    monkeypatch.setattr(latentdiff.upscaling, "AT_ONCE", 0)
-    windows = plan_upscale(upscaler.parts, size, torch.device("cpu")).windows
+    monkeypatch.setattr(latentdiff.generation.upscale, "AT_ONCE", 0)
+    windows = plan_upscale(upscaler.components, size, torch.device("cpu")).windows
     assert len(windows) > 3
     change = tiled(upscaler, monkeypatch, 0, **options) - whole
     for axis, starts, side in ((3, windows.columns, windows.wide), (2, windows.rows, windows.tall)):
@@ -161,7 +161,7 @@ def test_what_memory_cannot_hold_is_refused(upscaler: Pipeline, monkeypatch: pyt
     plan = upscaler.upscale_plan(image)
     assert len(plan.windows) > 1 and plan.size == (160, 160)
     assert upscaler.upscale_plan(smooth(400, 400)).need > plan.need
-    monkeypatch.setattr(latentdiff.upscaling, "memory_of", lambda device: plan.need - 1)
+    monkeypatch.setattr(latentdiff.generation.upscale, "memory_of", lambda device: plan.need - 1)
     for call in (upscaler.upscale_plan, lambda image: upscaler("a fox", image=image)):
         with pytest.raises(InputError, match=r"would be 160x160 pixels in \d+ overlapping windows .* and there are"):
             call(image)
@@ -189,7 +189,7 @@ def test_what_is_enlarged_is_corrected_by_the_small_picture(upscaler: Pipeline) 
 
 def test_noise_is_limited_by_what_the_model_knows(upscaler: Pipeline) -> None:
     unet = UNet2DConditionModel(replace(upscaler.unet.config, num_class_embeds=11)).requires_grad_(False)
-    few = Pipeline(replace(upscaler.parts, unet=unet))
+    few = Pipeline(replace(upscaler.components, unet=unet))
     few("a fox", image=smooth(8, 8), noise_level=10, **STEPS)
     with pytest.raises(InputError, match="noise_level must be a whole number from 0 to 10, got 20; try 10"):
         few("a fox", image=smooth(8, 8), **STEPS)
@@ -242,7 +242,7 @@ def test_upscaled_pictures_are_replayed(folder: Path, workplace: Path, capsys: p
 
 
 def test_a_lora_changes_what_is_enlarged(upscaler: Pipeline, folder: Path, workplace: Path) -> None:
-    save_lora(lora_of(upscaler.parts), "style.safetensors", upscaler.parts)
+    save_lora(lora_of(upscaler.components), "style.safetensors", upscaler.components)
     call = ["upscale", "small.png", "--model", str(folder), "--steps", "2"]
     assert main([*call, "-o", "plain.png"]) == main([*call, "--lora", "style.safetensors:0.2", "-o", "a.png"]) == 0
     assert Path("a.png").read_bytes() != Path("plain.png").read_bytes()

@@ -1,4 +1,4 @@
-"""Training: one visible loop a stage (`autoencoder.py`, `diffusion.py`) over small tested parts."""
+"""Training: one visible loop a stage (`train_autoencoder.py`, `train_diffusion.py`) over small tested parts."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ def cli_train(config: str, overrides: list[str], resume: bool, out: str | None) 
     import errno
 
     from latentdiff.errors import StorageError
-    from training.config import AutoencoderTraining, load_config
+
+    from .config import AutoencoderTraining, load_config
 
     parsed = load_config(config, [*overrides, *([f"run.out={out}"] if out else [])])
     try:
         if isinstance(parsed, AutoencoderTraining):
-            from training.autoencoder import train_autoencoder
+            from .train_autoencoder import train_autoencoder
 
             train_autoencoder(parsed, resume)
         else:
-            from training.diffusion import train_diffusion
+            from .train_diffusion import train_diffusion
 
             train_diffusion(parsed, resume)
     except OSError as error:  # of a log line or a picture; checkpoints, caches and models have their own
@@ -46,8 +47,8 @@ def cli_check(config: str, overrides: list[str], out: str | None) -> None:
     Raises:
         InputError, ModelLoadError, StorageError: the run could not be started as it is.
     """
-    from training.check import check
-    from training.config import load_config
+    from .check.diffusion import check
+    from .config import load_config
 
     check(load_config(config, [*overrides, *([f"run.out={out}"] if out else [])]))
 
@@ -58,7 +59,7 @@ def cli_finetune(dataset: str, out: str, model: str | None, rank: int | None, ta
     Raises:
         InputError, ModelLoadError, StorageError: see `training.finetune.finetune`.
     """
-    from training.finetune import finetune
+    from .finetune import finetune
 
     finetune(dataset, out, model, rank, task, resume)
 
@@ -67,7 +68,7 @@ def cli_data_digits(out: str) -> None:
     """Write the digits of scikit-learn; the command line's `latentdiff data digits`."""
     import json
 
-    from training.digits import build
+    from .datasets.digits import build
 
     print(json.dumps(build(out)))
 
@@ -76,6 +77,6 @@ def cli_data_emoji(out: str, size: int, name: str = "emoji") -> None:
     """Build the captioned emoji set, or that of Firefox OS; the command line's `latentdiff data emoji` (or fxemoji)."""
     import json
 
-    from training.emoji import FXEMOJI, build
+    from .datasets.emoji import FXEMOJI, build
 
     print(json.dumps(build(out, size, sources=FXEMOJI if name == "fxemoji" else None), indent=2))

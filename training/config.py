@@ -19,7 +19,7 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Captioned pictures, wherever they are kept (`training.sources`)."""
+    """Captioned pictures, wherever they are kept (`training.data.sources`)."""
 
     # An imagefolder with metadata.jsonl (columns file_name and text or captions); a .csv, .tsv or .jsonl file of paths
     # and captions; .parquet or .arrow files; webdataset's .tar shards, all of a folder or pattern (in/{000..019}.tar),
@@ -47,7 +47,7 @@ class DataConfig(Section):
     # bytes. 0: the validation split, where there is one.
     held_out: float = Field(0.0, ge=0, lt=1)
     background: str = "white"
-    # Augmented versions of each picture: plain, flip, hue, background, pair (`training.augment`).
+    # Augmented versions of each picture: plain, flip, hue, background, pair (`training.data.augment`).
     variants: list[Literal["plain", "flip", "hue", "background", "pair"]] = ["plain"]
 
     @model_validator(mode="after")
@@ -107,8 +107,8 @@ class RunConfig(Section):
     gradient_checkpointing: bool = False
     ema_decay: float = Field(0.999, ge=0, lt=1)
     # Snapshots of averages of two widths, in ema/ of the run, every so many steps and at the end; 0 for none. From some
-    # 50 `training.posthoc_ema` makes the average of any width. Each takes 4 bytes a weight on disk, the averages 8 in
-    # memory and in every checkpoint.
+    # 50 `training.loop.posthoc_ema` makes the average of any width. Each takes 4 bytes a weight on disk, the averages 8
+    # in memory and in every checkpoint.
     ema_snapshots: int = Field(0, ge=0)
     log_every: int = Field(50, ge=1)
     sample_every: int = Field(1000, ge=1)
@@ -127,14 +127,14 @@ class RunConfig(Section):
 
 
 class AutoencoderLoss(Section):
-    """Weights of the autoencoder's loss terms; `training.losses` defines each."""
+    """Weights of the autoencoder's loss terms; `training.losses.image` defines each."""
 
     l1: float = Field(1.0, ge=0)
     l2: float = Field(0.0, ge=0)
     gradient: float = Field(0.5, ge=0)
     ssim: float = Field(0.1, ge=0)
     kl: float = Field(1e-6, ge=0)
-    # Distance of features (`training.lpips`), and the file of the weights that it needs.
+    # Distance of features (`training.losses.lpips`), and the file of the weights that it needs.
     lpips: float = Field(0.0, ge=0)
     lpips_weights: str | None = None
     adversarial: float = Field(0.0, ge=0)
@@ -148,14 +148,14 @@ class AutoencoderLoss(Section):
         if not any((self.l1, self.l2, self.gradient, self.ssim, self.kl, self.lpips)):
             raise ValueError("the loss has no term: set loss.l1 above 0")
         if self.lpips and self.lpips_weights is None:
-            raise ValueError("loss.lpips needs loss.lpips_weights; `python -m training.lpips FILE` makes the file")
+            raise ValueError("loss.lpips needs loss.lpips_weights: `python -m latentdiff.training.losses.lpips FILE`")
         if self.r1 and not self.adversarial:
             raise ValueError("loss.r1 is of the discriminator: set loss.adversarial above 0, or loss.r1 to 0")
         return self
 
 
 class LoraConfig(Section):
-    """Train thin layers beside those of a frozen U-Net (`training.adapters`) instead of the U-Net itself."""
+    """Train thin layers beside those of a frozen U-Net (`training.networks.lora`) instead of the U-Net itself."""
 
     rank: int = Field(16, ge=1, le=1024)
     # What the layers' outputs are scaled by, times the rank; the rank when null.
@@ -215,12 +215,12 @@ class DiffusionTraining(Section):
 
     stage: Literal["diffusion"]
     # inpaint: part of a picture is drawn anew, by the U-Net of any text-to-image model with more input channels.
-    # upscale: a picture is drawn as many times larger as the autoencoder makes it smaller (`training.tasks`).
+    # upscale: a picture is drawn as many times larger as the autoencoder makes it smaller (`training.data.conditions`).
     task: Literal["text_to_image", "inpaint", "upscale"] = "text_to_image"
     # Of task: inpaint, share of samples that are drawn anew as a whole, so that text alone stays enough.
     full_mask: float = Field(0.1, ge=0, le=1)
     # Of task: upscale, how strongly small pictures are blurred, noisy and compressed at most, each sample by a strength
-    # of its own from 0 up (`training.degradation`); and how much noise is put on them at most, of which the U-Net is
+    # of its own from 0 up (`data/degradation.py`); and how much noise is put on them at most, of which the U-Net is
     # told, in timesteps of low_res_schedule (keys of `latentdiff.diffusion.schedule.NoiseSchedule`).
     degradation: float = Field(1.0, ge=0, le=1)
     max_noise_level: int = Field(350, ge=0, le=999)
@@ -257,7 +257,7 @@ class DiffusionTraining(Section):
     timesteps: Literal["uniform", "logit_normal", "importance"] = "uniform"
     # Give the network its own estimate of the step before, in twice the channels.
     self_conditioning: bool = False
-    # How the squared error is weighed over timesteps; `training.objective.loss_weight` defines each.
+    # How the squared error is weighed over timesteps; `training.losses.diffusion.loss_weight` defines each.
     weighting: Literal["min_snr", "p2", "debiased"] = "min_snr"
     # Of weighting: min_snr, the cap of the signal-to-noise ratio; 0 weighs all timesteps alike.
     min_snr_gamma: float = Field(5.0, ge=0)
@@ -315,9 +315,9 @@ class DiffusionTraining(Section):
 
     @model_validator(mode="after")
     def _one_source_of_the_parts(self) -> Self:
-        parts: dict[str, Any] = {"autoencoder": None, "text_encoder": "embedded"}
-        parts |= {"model": {}, "schedule": {}, "low_res_schedule": {}}
-        given = [name for name, default in parts.items() if getattr(self, name) != default]
+        components: dict[str, Any] = {"autoencoder": None, "text_encoder": "embedded"}
+        components |= {"model": {}, "schedule": {}, "low_res_schedule": {}}
+        given = [name for name, default in components.items() if getattr(self, name) != default]
         if self.start_from is None:
             missing = [name for name in ("model", "schedule") if name not in given]
             if missing:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import yaml
 
-from latentdiff.checkpoints import EMBEDDED, Parts, load_pipeline
-from latentdiff.drawing import native_size
+from latentdiff.checkpoints import EMBEDDED, Components, load_pipeline
 from latentdiff.errors import InputError
-from training.config import DataConfig, DiffusionTraining, load_config, parse_config
-from training.dataset import read_captions
-from training.tasks import task_of
+from latentdiff.generation.run import native_size
+
+from .config import DataConfig, DiffusionTraining, load_config, parse_config
+from .data.conditions import task_of
+from .data.dataset import read_captions
 
 SMALL = 100e6  # parameters of a U-Net up to which a CPU trains it in minutes
 PASSES = 40  # over the pictures
@@ -39,7 +40,7 @@ def finetune(
     Raises:
         InputError, ModelLoadError, StorageError: as of the diffusion stage.
     """
-    from training.diffusion import train_diffusion
+    from .train_diffusion import train_diffusion
 
     if resume:
         return train_diffusion(load_config(Path(out) / "config.yaml"), True)  # type: ignore[arg-type]
@@ -50,20 +51,26 @@ def finetune(
 
 def recipe(dataset: str, out: str, model: str, rank: int | None, task: str | None) -> dict[str, Any]:
     """Return the config for `finetune`; the model is let go of, and of the pictures only the captions are read."""
-    parts = load_pipeline(model)
-    height, width = native_size(parts)
+    components = load_pipeline(model)
+    height, width = native_size(components)
     if height != width:
         raise InputError(f"only models of square pictures are fine-tuned, got {width}x{height}; use another model")
     captions = [found[0] for found in read_captions(DataConfig(folder=dataset, size=height), Path(out) / "cache")]
-    return choose(parts, dataset, captions, out, model, rank, task)
+    return choose(components, dataset, captions, out, model, rank, task)
 
 
 def choose(
-    parts: Parts, dataset: str, captions: list[str], out: str, model: str, rank: int | None, task: str | None = None
+    components: Components,
+    dataset: str,
+    captions: list[str],
+    out: str,
+    model: str,
+    rank: int | None,
+    task: str | None = None,
 ) -> dict[str, Any]:
     """Return the config of a fine-tuning run that suits a model, a set of pictures and this machine."""
-    assert parts.unet is not None
-    large = sum(parameter.numel() for parameter in parts.unet.parameters()) > SMALL
+    assert components.unet is not None
+    large = sum(parameter.numel() for parameter in components.unet.parameters()) > SMALL
     batch = _batch(large)
     fewest, most = STEPS
     steps = min(max(PASSES * len(captions) // batch, fewest), most)
@@ -76,19 +83,19 @@ def choose(
         run |= {"accumulation": batch, "gradient_checkpointing": True}
     tree: dict[str, Any] = {
         "stage": "diffusion",
-        "data": {"folder": dataset, "size": native_size(parts)[0]},
+        "data": {"folder": dataset, "size": native_size(components)[0]},
         "run": run,
         "start_from": model,
         "optimizer": {"learning_rate": rates[large, rank is not None], "warmup_steps": max(1, steps // 20)},
         "prompts": captions[::every][:PROMPTS],
     }
-    task = task or task_of(parts)
+    task = task or task_of(components)
     if task != "text_to_image":
         tree["task"] = task
     if task == "upscale":  # windows, in which details are as large as in large pictures
         tree["data"] |= {"crop": "random", "zoom": 2.0}
         tree["guidance_scale"] = 1.0
-        known = parts.unet.config.num_class_embeds
+        known = components.unet.config.num_class_embeds
         if known is not None and known <= DiffusionTraining.model_fields["max_noise_level"].default:
             tree["max_noise_level"] = known - 1
     if rank is not None:

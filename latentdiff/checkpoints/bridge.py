@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from latentdiff.checkpoints.components import Components, check_fit
 from latentdiff.checkpoints.folder import CLASSES
 from latentdiff.checkpoints.loader import KINDS, TEXT_MODEL, build
-from latentdiff.checkpoints.parts import Parts, check_fit
 from latentdiff.checkpoints.saver import pipeline_index
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError, ModelMismatchError
@@ -24,11 +24,11 @@ from latentdiff.models.tokenizer import Tokenizer
 __all__ = ["from_diffusers", "to_diffusers"]
 
 
-def to_diffusers(parts: Parts) -> Any:
+def to_diffusers(components: Components) -> Any:
     """Return the pipeline of diffusers that draws what this model draws, sharing its weights.
 
     Args:
-        parts: of a model that diffusers has a pipeline for.
+        components: of a model that diffusers has a pipeline for.
 
     Raises:
         InputError: it has none: diffusion in pixels or of classes.
@@ -36,7 +36,7 @@ def to_diffusers(parts: Parts) -> Any:
     import diffusers
     import transformers
 
-    index, networks, tokenizers, schedules = pipeline_index(parts)
+    index, networks, tokenizers, schedules = pipeline_index(components)
     kind = index.pop("_class_name")
     if kind == "LatentdiffPipeline":
         raise InputError("diffusers has no pipeline for models of pixels or classes, got one; use this package's")
@@ -59,13 +59,13 @@ def to_diffusers(parts: Parts) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*scaling_factor", FutureWarning)
         pipe = getattr(diffusers, kind)(**components, **options)
-    if parts.upscales:  # it is made to have the factor of Stable Diffusion's upscaler
-        pipe.vae.register_to_config(scaling_factor=parts.autoencoder.config.scaling_factor)
+    if components.upscales:  # it is made to have the factor of Stable Diffusion's upscaler
+        pipe.vae.register_to_config(scaling_factor=components.autoencoder.config.scaling_factor)
     return pipe
 
 
-def from_diffusers(pipe: Any) -> Parts:
-    """Return the parts of a pipeline of diffusers, sharing its weights.
+def from_diffusers(pipe: Any) -> Components:
+    """Return the components of a pipeline of diffusers, sharing its weights.
 
     Args:
         pipe: of one of the classes whose folders can be loaded, see `folder.CLASSES`.
@@ -83,7 +83,7 @@ def from_diffusers(pipe: Any) -> Parts:
     words = [components.get(name) for name in ("tokenizer", "tokenizer_2")]
     found = [_our_network(place, encoder) for encoder in encoders if encoder is not None]
     tokenizers = [_our_tokenizer(tokenizer) for tokenizer in words if tokenizer is not None]
-    parts = Parts(
+    components = Components(
         unet=_our_network(place, pipe.unet),
         autoencoder=_our_network(place, pipe.vae),
         text_encoder=found[0],
@@ -95,8 +95,8 @@ def from_diffusers(pipe: Any) -> Parts:
         force_zeros=bool(pipe.config.get("force_zeros_for_empty_prompt", False)),
         name=kind,
     )
-    check_fit(place, parts)
-    return parts
+    check_fit(place, components)
+    return components
 
 
 def _their_network(kind: Any, network: Any) -> nn.Module:

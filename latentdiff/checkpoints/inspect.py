@@ -43,16 +43,16 @@ def describe_folder(root: Path) -> dict[str, Any]:
     """
     layout = read_layout(root)
     classes, homes, base = layout.classes, layout.homes, layout.base
-    parts, tensors = {}, []
+    components, tensors = {}, []
     for component in NETWORKS:
         if component not in classes:
             continue
         changes = layout.difference if component == "unet" else None
         files = [changes] if changes else weight_files(homes[component], component)
         found = [info for file in files for info in read_header(file).tensors.values()]
-        parts[component] = {"class": classes[component], **_count(found)}
+        components[component] = {"class": classes[component], **_count(found)}
         if base is not None and (changes or homes[component] == base):
-            parts[component]["difference from" if changes else "of"] = base.name
+            components[component]["difference from" if changes else "of"] = base.name
         tensors += found
     unet = read_json(child(homes["unet"], "unet", "config.json"))
     vae = read_json(child(homes["vae"], "vae", "config.json"))
@@ -67,7 +67,7 @@ def describe_folder(root: Path) -> dict[str, Any]:
         "image_size": _image_size(unet, vae),
         **_count(tensors),
         "model_hash": model_hash(root),
-        "components": parts,
+        "components": components,
     }
 
 
@@ -90,11 +90,11 @@ def _describe_single_file(path: Path, tensors: Mapping[str, TensorInfo], counted
     """Return what a whole model in one file of the original layout is, and which tensors no part of it needs."""
     family, schedule, sections = recognise(path, tensors)
     used: set[str] = set()
-    parts, configs = {}, {section.component: section.config for section in sections}
+    components, configs = {}, {section.component: section.config for section in sections}
     for section in sections:
         _, places = fit(path, tensors, section, torch.float32)
         own = {place.name for place in places.values()}
-        parts[section.component] = {"class": section.class_name, **_count(tensors[name] for name in own)}
+        components[section.component] = {"class": section.class_name, **_count(tensors[name] for name in own)}
         used |= own
     unused = [name for name in tensors if name not in used]
     return {
@@ -106,7 +106,7 @@ def _describe_single_file(path: Path, tensors: Mapping[str, TensorInfo], counted
         "image_size": _image_size(configs["unet"], configs["vae"]),
         **counted,
         "model_hash": model_hash(path),
-        "components": parts,
+        "components": components,
         "unused": {"tensors": len(unused), "first": unused[:NAMED_UNUSED]},
     }
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from latentdiff.checkpoints.components import Components, TextEncoder, check_fit
 from latentdiff.checkpoints.find import find_model
 from latentdiff.checkpoints.folder import (
     NETWORKS,
@@ -28,10 +29,9 @@ from latentdiff.checkpoints.folder import (
     weight_files,
 )
 from latentdiff.checkpoints.header import TensorInfo, read_header
-from latentdiff.checkpoints.parts import Parts, TextEncoder, check_fit
 from latentdiff.checkpoints.weights import FLOATS, read_weights
-from latentdiff.devices import machine_memory
 from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.engine.place import machine_memory
 from latentdiff.errors import ModelConfigError, ModelMismatchError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.bert import BertConfig, BertModel
@@ -79,8 +79,8 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     prediction_type: str | None = None,
-) -> Parts:
-    """Load all parts of a text-to-image model.
+) -> Components:
+    """Load all components of a text-to-image model.
 
     Args:
         model: folder in diffusers' layout, or a safetensors file of the original one; None or "embedded" for the model
@@ -109,7 +109,7 @@ def load_pipeline(
     schedule = load_schedule(folder)
     if prediction_type is not None:
         schedule = replace(schedule, prediction_type=prediction_type)
-    parts = Parts(
+    components = Components(
         unet=networks["unet"],
         autoencoder=networks["vae"],
         text_encoder=encoders[0],
@@ -122,8 +122,8 @@ def load_pipeline(
         name=name,
         folder=folder,
     )
-    check_fit(folder, parts)
-    return parts
+    check_fit(folder, components)
+    return components
 
 
 def load_autoencoder(

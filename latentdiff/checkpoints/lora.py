@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.checkpoints.components import Components
 from latentdiff.checkpoints.folder import model_hash, read_json
 from latentdiff.checkpoints.header import Header, TensorInfo, read_header
 from latentdiff.checkpoints.lora_names import (
@@ -29,7 +30,6 @@ from latentdiff.checkpoints.lora_names import (
     parse_key,
     written_names,
 )
-from latentdiff.checkpoints.parts import Parts
 from latentdiff.checkpoints.saver import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights, stored_weights
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, suggest
@@ -56,12 +56,12 @@ PEFT_METADATA = "lora_adapter_metadata"  # where diffusers puts PEFT's configura
 PEFT_CONFIG = "adapter_config.json"  # where PEFT itself puts it, beside the file
 
 
-def load_lora(path: str | os.PathLike[str], parts: Parts) -> LoRA:
+def load_lora(path: str | os.PathLike[str], components: Components) -> LoRA:
     """Read a LoRA file.
 
     Args:
         path: a safetensors file in one of `lora_names.DIALECTS`, or in several at once.
-        parts: of the model it is for.
+        components: of the model it is for.
 
     Raises:
         ModelMismatchError: it has a layer that the model has not, or of another shape, or half of one.
@@ -71,10 +71,10 @@ def load_lora(path: str | os.PathLike[str], parts: Parts) -> LoRA:
     header = read_header(file)
     for method, name in _other_methods(header).items():
         raise ModelConfigError(f"{file}: expected LoRA, got {method} ({name[:100]}); use a LoRA or LoCon file")
-    found = _layers_in(file, header.tensors, parts)
+    found = _layers_in(file, header.tensors, components)
     tensors = read_weights(file, header.tensors)
     settings, files = _peft_settings(file, header)
-    models = {network: layers_of(model) for network, model in networks_of(parts).items()}
+    models = {network: layers_of(model) for network, model in networks_of(components).items()}
     networks: dict[str, dict[str, Factors]] = {}
     for layers, halves in found.items():
         down, up = tensors[halves["down"]], tensors[halves["up"]]
@@ -104,13 +104,13 @@ def _other_methods(header: Header) -> dict[str, str]:
     return {method: names[0] for method, names in found.items() if names}
 
 
-def _layers_in(file: Path, tensors: Mapping[str, TensorInfo], parts: Parts) -> dict[Layers, dict[str, str]]:
+def _layers_in(file: Path, tensors: Mapping[str, TensorInfo], components: Components) -> dict[Layers, dict[str, str]]:
     """Return the layers of the model that a file has, each with the names of its halves there.
 
     Raises:
         ModelMismatchError: something in the file does not fit the model.
     """
-    known, wrong = known_names(parts), list[str]()
+    known, wrong = known_names(components), list[str]()
     found: dict[Layers, dict[str, str]] = {}
     for name in tensors:
         key = parse_key(name)
@@ -121,7 +121,7 @@ def _layers_in(file: Path, tensors: Mapping[str, TensorInfo], parts: Parts) -> d
             wrong.append(f"{name[:100]} is the same as {found[layers][key.half][:100]}")
     counts = Counter(layer for layers in found for layer in layers)
     wrong += [f"{layer} of {network} is there twice" for (network, layer), count in counts.items() if count > 1]
-    models = {network: layers_of(model) for network, model in networks_of(parts).items()}
+    models = {network: layers_of(model) for network, model in networks_of(components).items()}
     for layers, halves in found.items():
         missing = [half for half in ("down", "up") if half not in halves]
         if missing:
@@ -184,20 +184,20 @@ def _alpha(file: Path, settings: Mapping[str, Any], network: str, layer: str, ra
     return alpha * math.sqrt(rank) if settings.get(f"{network}.use_rslora") is True else float(alpha)
 
 
-def apply_loras(parts: Parts, loras: Mapping[Any, Weight]) -> Parts:
-    """Return the parts of a model with these LoRAs in its weights, in place of those it has; `parts` stay as they are.
+def apply_loras(components: Components, loras: Mapping[Any, Weight]) -> Components:
+    """Return components with these LoRAs in their weights, in place of those they have; the ones given stay as they are.
 
     They share every weight that no LoRA changes. Without any they are those of before, bit for bit.
 
     Args:
-        parts: with LoRAs or without; the result is on their device and in their dtype.
+        components: with LoRAs or without; the result is on their device and in their dtype.
         loras: files, or what `load_lora` made of them, each with its weight.
 
     Raises:
         InputError: a weight is no finite number.
         ModelLoadError: a file was refused, or does not fit the model.
     """
-    base = parts if parts.base is None else parts.base
+    base = components if components.base is None else components.base
     applied = tuple(
         WeightedLoRA(given if isinstance(given, LoRA) else load_lora(given, base), *_weights(weight))
         for given, weight in loras.items()
@@ -205,18 +205,20 @@ def apply_loras(parts: Parts, loras: Mapping[Any, Weight]) -> Parts:
     merged: dict[str, Any] = {}
     for name, network in networks_of(base).items():
         changes = [(one.lora.networks.get(name, {}), one.unet if name == "unet" else one.text) for one in applied]
-        like = next(networks_of(parts)[name].parameters())
+        like = next(networks_of(components)[name].parameters())
         merged[name] = merge(network, changes).to(like.device, like.dtype)
-    if base is parts:  # what is kept must not move when `parts` do
+    if base is components:  # what is kept must not move when `components` do
         base = _with_networks(base, {name: share_weights(network) for name, network in networks_of(base).items()})
-    result = replace(_with_networks(parts, merged), loras=applied, base=base if applied else None)
-    vars(result)["model_hash"] = parts.model_hash  # whose files take long to read
+    result = replace(_with_networks(components, merged), loras=applied, base=base if applied else None)
+    vars(result)["model_hash"] = components.model_hash  # whose files take long to read
     return result
 
 
-def _with_networks(parts: Parts, networks: Mapping[str, Any]) -> Parts:
+def _with_networks(components: Components, networks: Mapping[str, Any]) -> Components:
     unet, *encoders = networks.values()
-    return replace(parts, unet=unet, text_encoder=encoders[0], text_encoder_2=encoders[1] if encoders[1:] else None)
+    return replace(
+        components, unet=unet, text_encoder=encoders[0], text_encoder_2=encoders[1] if encoders[1:] else None
+    )
 
 
 def _weights(weight: Any) -> tuple[float, float]:
@@ -229,13 +231,13 @@ def _weights(weight: Any) -> tuple[float, float]:
     return float(pair[0]), float(pair[1])
 
 
-def save_lora(lora: LoRA, path: str | os.PathLike[str], parts: Parts, dialect: str = "diffusers") -> None:
+def save_lora(lora: LoRA, path: str | os.PathLike[str], components: Components, dialect: str = "diffusers") -> None:
     """Write a LoRA file, which appears under its name only when it is whole.
 
     Args:
-        lora: for the model of `parts`.
+        lora: for the model of `components`.
         path: ending in .safetensors.
-        parts: of the model.
+        components: of the model.
         dialect: one of `lora_names.DIALECTS`; diffusers loads the first two.
 
     Raises:
@@ -250,7 +252,7 @@ def save_lora(lora: LoRA, path: str | os.PathLike[str], parts: Parts, dialect: s
         raise InputError(f"a LoRA file must end in .safetensors, got {target.name!r}")
     check_writable(target)
     peft = dialect == "diffusers"
-    names, tensors = written_names(parts, dialect), dict[str, Tensor]()
+    names, tensors = written_names(components, dialect), dict[str, Tensor]()
     for network, layers in lora.networks.items():
         for layer, factors in layers.items():
             name = names[network, layer]

@@ -15,8 +15,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from latentdiff.checkpoints.original import UNET_ENDS, open_clip_places, unet_places
-from latentdiff.checkpoints.parts import Parts
+from latentdiff.checkpoints.components import Components
+from latentdiff.checkpoints.compvis_keys import UNET_ENDS, open_clip_places, unet_places
 from latentdiff.checkpoints.single_file import text_layouts
 from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.lora import layers_of
@@ -47,7 +47,7 @@ class Key(NamedTuple):
 
 
 def parse_key(name: str) -> Key | None:
-    """Return the parts of a name in a LoRA file, None if it is none."""
+    """Return the components of a name in a LoRA file, None if it is none."""
     found = KEY.fullmatch(name)
     if found is None:
         return None
@@ -71,16 +71,20 @@ def network_of(layer: str) -> str:
     return "text_encoder" if re.match(text, layer) else "unet"
 
 
-def networks_of(parts: Parts) -> dict[str, Any]:
+def networks_of(components: Components) -> dict[str, Any]:
     """Return the networks of a model that LoRAs change, as files call them: the refiner's text encoder is a second."""
-    assert parts.unet is not None
-    if parts.text_encoder_2 is not None:
-        return {"unet": parts.unet, "text_encoder": parts.text_encoder, "text_encoder_2": parts.text_encoder_2}
-    refiner = parts.unet.config.addition_embed_type is not None
-    return {"unet": parts.unet, "text_encoder_2" if refiner else "text_encoder": parts.text_encoder}
+    assert components.unet is not None
+    if components.text_encoder_2 is not None:
+        return {
+            "unet": components.unet,
+            "text_encoder": components.text_encoder,
+            "text_encoder_2": components.text_encoder_2,
+        }
+    refiner = components.unet.config.addition_embed_type is not None
+    return {"unet": components.unet, "text_encoder_2" if refiner else "text_encoder": components.text_encoder}
 
 
-def known_names(parts: Parts) -> dict[str, Layers]:
+def known_names(components: Components) -> dict[str, Layers]:
     """Return every name that a layer of the model can have in a file, with underscores for dots."""
     names: dict[str, list[tuple[str, str]]] = {}
 
@@ -89,10 +93,10 @@ def known_names(parts: Parts) -> dict[str, Layers]:
             for prefix in prefixes:
                 names.setdefault(f"{prefix}{theirs}".replace(".", "_"), []).append((network, ours))
 
-    for network, model in networks_of(parts).items():
+    for network, model in networks_of(components).items():
         own = {name: name for name in layers_of(model)}
         # A file of one network may have no prefix; of two text encoders it is the first then.
-        plain = (f"{network}.",) if model is parts.text_encoder_2 else (f"{network}.", "")
+        plain = (f"{network}.",) if model is components.text_encoder_2 else (f"{network}.", "")
         add(plain, network, own)
         for end, old in OLD_ENDS.items():
             add(plain, network, {name: name.removesuffix(end) + old for name in own if name.endswith(f".{end}")})
@@ -100,37 +104,37 @@ def known_names(parts: Parts) -> dict[str, Layers]:
             add(("lora_unet.",), network, own)
             add(("model.diffusion_model.", "diffusion_model.", "lora_unet."), network, _original(model))
         else:
-            add((f"{_kohya_text(parts, network)}.",), network, own)
+            add((f"{_kohya_text(components, network)}.",), network, own)
             # As transformers has called them since its release 5.
             add(plain, network, {name: name.removeprefix("text_model.") for name in own})
-    for network, prefix, found in _texts(parts):
+    for network, prefix, found in _texts(components):
         add((prefix, _short(prefix)), network, found)
         heads = {ours: theirs for ours, theirs in _heads(found).items() if theirs != found[ours]}
         add((prefix, _short(prefix)), network, heads)
     return {name: tuple(dict.fromkeys(layers)) for name, layers in names.items()}
 
 
-def written_names(parts: Parts, dialect: str) -> dict[tuple[str, str], str]:
+def written_names(components: Components, dialect: str) -> dict[tuple[str, str], str]:
     """Return what each layer is called in a file of a dialect, before the point."""
     names = {}
-    for network, model in networks_of(parts).items():
-        start = "lora_unet" if network == "unet" else _kohya_text(parts, network)
+    for network, model in networks_of(components).items():
+        start = "lora_unet" if network == "unet" else _kohya_text(components, network)
         for name in layers_of(model):
             plain = f"{network}.{name}" if dialect == "diffusers" else f"{start}.{name}".replace(".", "_")
             names[network, name] = plain
     if dialect == "webui":
-        for name, theirs in _original(parts.unet).items():
+        for name, theirs in _original(components.unet).items():
             names["unet", name] = f"diffusion_model.{theirs}".replace(".", "_")
-        for network, prefix, found in _texts(parts):
+        for network, prefix, found in _texts(components):
             for name, theirs in _heads(found).items():
                 names[network, name] = f"{_short(prefix)}{theirs}".replace(".", "_")
     return names
 
 
-def _kohya_text(parts: Parts, network: str) -> str:
+def _kohya_text(components: Components, network: str) -> str:
     if network == "text_encoder_2":
         return "lora_te2"
-    return "lora_te" if parts.text_encoder_2 is None else "lora_te1"
+    return "lora_te" if components.text_encoder_2 is None else "lora_te1"
 
 
 def _original(unet: Any) -> dict[str, str]:
@@ -142,13 +146,13 @@ def _original(unet: Any) -> dict[str, str]:
     return {name: places[f"{name}.weight"].name.removesuffix(".weight") for name in own}
 
 
-def _texts(parts: Parts) -> list[tuple[str, str, dict[str, str]]]:
+def _texts(components: Components) -> list[tuple[str, str, dict[str, str]]]:
     """Return network, prefix and names of layers of each text encoder in the original layout; none for others."""
-    if not isinstance(parts.text_encoder, CLIPTextModel):
+    if not isinstance(components.text_encoder, CLIPTextModel):
         return []
     texts = []
-    encoders = [item for item in networks_of(parts).items() if item[0] != "unet"]
-    for (network, model), (layout, prefix) in zip(encoders, text_layouts(parts)):
+    encoders = [item for item in networks_of(components).items() if item[0] != "unet"]
+    for (network, model), (layout, prefix) in zip(encoders, text_layouts(components)):
         own = {name: name for name in layers_of(model)}
         if layout == "open_clip":
             places = open_clip_places([f"{name}.weight" for name in own if name != "text_projection"])

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from latentdiff.checkpoints.components import Components
 from latentdiff.checkpoints.folder import INDEX
 from latentdiff.checkpoints.loader import KINDS
-from latentdiff.checkpoints.parts import Parts
 from latentdiff.checkpoints.weights import stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError, StorageError
@@ -69,13 +69,15 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dt
     replace_folder(Path(folder), "config.json", lambda place: write_model(model, place, dtype))
 
 
-def save_pipeline(parts: Parts, folder: str | os.PathLike[str], dtype: torch.dtype | None = torch.float16) -> None:
+def save_pipeline(
+    components: Components, folder: str | os.PathLike[str], dtype: torch.dtype | None = torch.float16
+) -> None:
     """Write a whole model; `diffusers.StableDiffusionPipeline.from_pretrained` loads it too, if it is of that kind.
 
     Files at the top of an older model in the same folder that are not part of a model (its card) are kept.
 
     Args:
-        parts: complete, with a U-Net.
+        components: complete, with a U-Net.
         folder: new, or one that a model was saved to before.
         dtype: of the weights in the files; None keeps each as it is.
 
@@ -84,7 +86,7 @@ def save_pipeline(parts: Parts, folder: str | os.PathLike[str], dtype: torch.dty
         ModelValueError: a weight is not finite in that dtype.
         StorageError: the folder cannot be written.
     """
-    index, networks, tokenizers, schedules = pipeline_index(parts)
+    index, networks, tokenizers, schedules = pipeline_index(components)
 
     def write(place: Path) -> None:
         write_components(place, networks, tokenizers, schedules, dtype)
@@ -111,45 +113,45 @@ def write_components(
 
 
 def pipeline_index(
-    parts: Parts,
+    components: Components,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tokenizer], dict[str, NoiseSchedule]]:
     """Return the content of a model_index.json, and by their names in it the networks, tokenizers and schedules.
 
     Raises:
         InputError: there is no U-Net.
     """
-    if parts.unet is None:
-        raise InputError("a pipeline to save needs a U-Net, got none; pass all parts")
-    large = parts.unet.config.addition_embed_type is not None  # Stable Diffusion XL
-    alone = large and parts.text_encoder_2 is None  # its refiner
-    networks: dict[str, Any] = {"unet": parts.unet, "vae": parts.autoencoder}
-    networks["text_encoder_2" if alone else "text_encoder"] = parts.text_encoder
+    if components.unet is None:
+        raise InputError("a pipeline to save needs a U-Net, got none; pass all components")
+    large = components.unet.config.addition_embed_type is not None  # Stable Diffusion XL
+    alone = large and components.text_encoder_2 is None  # its refiner
+    networks: dict[str, Any] = {"unet": components.unet, "vae": components.autoencoder}
+    networks["text_encoder_2" if alone else "text_encoder"] = components.text_encoder
     tokenizers: dict[str, Tokenizer] = {}
-    if parts.tokenizer is not None:
-        tokenizers["tokenizer_2" if alone else "tokenizer"] = parts.tokenizer
-    if parts.text_encoder_2 is not None and parts.tokenizer_2 is not None:
-        networks["text_encoder_2"], tokenizers["tokenizer_2"] = parts.text_encoder_2, parts.tokenizer_2
+    if components.tokenizer is not None:
+        tokenizers["tokenizer_2" if alone else "tokenizer"] = components.tokenizer
+    if components.text_encoder_2 is not None and components.tokenizer_2 is not None:
+        networks["text_encoder_2"], tokenizers["tokenizer_2"] = components.text_encoder_2, components.tokenizer_2
     classes = {component: _class_name(network) for component, network in networks.items()}
     for component in tokenizers:
         classes[component] = TOKENIZER_CLASS[classes[component.replace("tokenizer", "text_encoder")]]
-    schedules = {"scheduler": parts.schedule}
-    if parts.low_res_schedule is not None:
-        schedules["low_res_scheduler"] = parts.low_res_schedule
+    schedules = {"scheduler": components.schedule}
+    if components.low_res_schedule is not None:
+        schedules["low_res_scheduler"] = components.low_res_schedule
     classes |= {component: schedule.to_dict()["_class_name"] for component, schedule in schedules.items()}
     index: dict[str, Any] = {
         component: ["latentdiff" if name in OWN_CLASSES else LIBRARIES[component.removesuffix("_2")], name]
         for component, name in sorted(classes.items())
     }
-    kind = _pipeline_class(parts, alone)
+    kind = _pipeline_class(components, alone)
     options: dict[str, Any] = {"_diffusers_version": DIFFUSERS_VERSION}
     absent = (
         () if kind == "LatentdiffPipeline" else ("feature_extractor", "image_encoder" if large else "safety_checker")
     )
     options |= {name: [None, None] for name in (*absent, *(("text_encoder", "tokenizer") if alone else ()))}
     if large:
-        options |= {"force_zeros_for_empty_prompt": parts.force_zeros}
+        options |= {"force_zeros_for_empty_prompt": components.force_zeros}
         options |= {"requires_aesthetics_score": True} if alone else {}
-    elif absent and not parts.upscales:
+    elif absent and not components.upscales:
         options["requires_safety_checker"] = False
     return {"_class_name": kind, **options, **index}, networks, tokenizers, schedules
 
@@ -174,15 +176,15 @@ def save_tensors(tensors: Mapping[str, Tensor], target: Path, metadata: Mapping[
         raise StorageError(f"cannot write {target}: {error}; free space or choose another place") from error
 
 
-def _pipeline_class(parts: Parts, alone: bool) -> str:
+def _pipeline_class(components: Components, alone: bool) -> str:
     """Return the class of diffusers that runs a model, or the name under which only we do."""
-    assert parts.unet is not None
-    if isinstance(parts.autoencoder, PixelSpace) or isinstance(parts.text_encoder, LabelEncoder):
+    assert components.unet is not None
+    if isinstance(components.autoencoder, PixelSpace) or isinstance(components.text_encoder, LabelEncoder):
         return "LatentdiffPipeline"
-    size = "XL" if parts.unet.config.addition_embed_type is not None else ""
-    if parts.upscales:
+    size = "XL" if components.unet.config.addition_embed_type is not None else ""
+    if components.upscales:
         return "StableDiffusionUpscalePipeline"
-    task = "Inpaint" if parts.inpaints else ""
+    task = "Inpaint" if components.inpaints else ""
     return f"StableDiffusion{size}{'Img2Img' if alone else task}Pipeline"
 
 

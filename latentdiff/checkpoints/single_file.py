@@ -19,10 +19,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from latentdiff.checkpoints.components import Components, check_fit
+from latentdiff.checkpoints.compvis_keys import (
+    SourceKey,
+    autoencoder_keys,
+    clip_keys,
+    join,
+    open_clip_keys,
+    unet_keys,
+)
 from latentdiff.checkpoints.header import TensorInfo, read_header
 from latentdiff.checkpoints.loader import KINDS, TEXT_MODEL, build
-from latentdiff.checkpoints.original import Place, autoencoder_places, clip_places, join, open_clip_places, unet_places
-from latentdiff.checkpoints.parts import Parts, check_fit
 from latentdiff.checkpoints.saver import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights, stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
@@ -64,8 +71,8 @@ def load_single_file(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     prediction_type: str | None = None,
-) -> Parts:
-    """Load all parts of a model from one file.
+) -> Components:
+    """Load all components of a model from one file.
 
     Args:
         path: of the safetensors file.
@@ -90,7 +97,7 @@ def load_single_file(
     unet, autoencoder, *encoders = [load_section(path, tensors, section, dtype, device) for section in sections]
     tokenizers = [clip_tokenizer(text["pad"]) for text in shape["text"]]
     second = len(encoders) > 1
-    parts = Parts(
+    components = Components(
         unet=unet,
         autoencoder=autoencoder,
         text_encoder=encoders[0],
@@ -103,22 +110,24 @@ def load_single_file(
         name=str(path),
         folder=path,
     )
-    check_fit(path, parts)
-    return parts
+    check_fit(path, components)
+    return components
 
 
-def save_single_file(parts: Parts, path: str | os.PathLike[str], dtype: torch.dtype | None = torch.float16) -> None:
+def save_single_file(
+    components: Components, path: str | os.PathLike[str], dtype: torch.dtype | None = torch.float16
+) -> None:
     """Write a whole model as one file of the original layout, which appears under its name only when it is whole.
 
     Schedule and configurations are not in such a file: whoever reads it takes those of the family.
 
     Args:
-        parts: of a model with CLIP text encoders.
+        components: of a model with CLIP text encoders.
         path: ending in .safetensors.
         dtype: of the weights in the file; None keeps each as it is.
 
     Raises:
-        InputError: the model has parts that the layout has no place for, or the path another ending.
+        InputError: the model has components that the layout has no place for, or the path another ending.
         ModelValueError: a weight is not finite in that dtype.
         StorageError: the file cannot be written.
     """
@@ -126,12 +135,17 @@ def save_single_file(parts: Parts, path: str | os.PathLike[str], dtype: torch.dt
     if target.suffix != ".safetensors":
         raise InputError(f"a single file must end in .safetensors, got {target.name!r}")
     check_writable(target)
-    if parts.unet is None or not isinstance(parts.autoencoder, AutoencoderKL):
+    if components.unet is None or not isinstance(components.autoencoder, AutoencoderKL):
         raise InputError("a single file holds a U-Net and an autoencoder, got a model without; save it as a folder")
-    places: dict[str, tuple[Any, dict[str, Place]]] = {}
-    places[UNET] = (parts.unet, unet_places(parts.unet.state_dict(), parts.unet.config))
-    places[VAE] = (parts.autoencoder, autoencoder_places(parts.autoencoder.state_dict(), parts.autoencoder.config))
-    for (layout, prefix), encoder in zip(text_layouts(parts), (parts.text_encoder, parts.text_encoder_2)):
+    places: dict[str, tuple[Any, dict[str, SourceKey]]] = {}
+    places[UNET] = (components.unet, unet_keys(components.unet.state_dict(), components.unet.config))
+    places[VAE] = (
+        components.autoencoder,
+        autoencoder_keys(components.autoencoder.state_dict(), components.autoencoder.config),
+    )
+    for (layout, prefix), encoder in zip(
+        text_layouts(components), (components.text_encoder, components.text_encoder_2)
+    ):
         assert encoder is not None
         places[prefix] = (encoder, _places(encoder, layout))
     tensors: dict[str, Tensor] = {}
@@ -141,25 +155,27 @@ def save_single_file(parts: Parts, path: str | os.PathLike[str], dtype: torch.dt
     save_tensors(tensors, target)
 
 
-def text_layouts(parts: Parts) -> list[tuple[str, str]]:
+def text_layouts(components: Components) -> list[tuple[str, str]]:
     """Return layout and prefix, in a single file, of each text encoder of a model.
 
     Raises:
         InputError: it has other text encoders than such files hold.
     """
-    return [(text["layout"], text["prefix"]) for text in families()[_family_of(parts)]["text"]]
+    return [(text["layout"], text["prefix"]) for text in families()[_family_of(components)]["text"]]
 
 
-def _family_of(parts: Parts) -> str:
-    assert parts.unet is not None
-    if not isinstance(parts.text_encoder, CLIPTextModel):
-        kind = type(parts.text_encoder).__name__
+def _family_of(components: Components) -> str:
+    assert components.unet is not None
+    if not isinstance(components.text_encoder, CLIPTextModel):
+        kind = type(components.text_encoder).__name__
         raise InputError(f"a single file has a place for CLIP text encoders alone, got {kind}; save it as a folder")
-    if parts.upscales:
+    if components.upscales:
         return ENLARGING
-    if parts.unet.config.addition_embed_type is not None:
-        return "Stable Diffusion XL" if parts.text_encoder_2 is not None else "Stable Diffusion XL refiner"
-    return "Stable Diffusion 1.x" if parts.text_encoder.config.hidden_act == "quick_gelu" else "Stable Diffusion 2.x"
+    if components.unet.config.addition_embed_type is not None:
+        return "Stable Diffusion XL" if components.text_encoder_2 is not None else "Stable Diffusion XL refiner"
+    return (
+        "Stable Diffusion 1.x" if components.text_encoder.config.hidden_act == "quick_gelu" else "Stable Diffusion 2.x"
+    )
 
 
 class Section(NamedTuple):
@@ -239,7 +255,7 @@ def load_section(
 
 def fit(
     path: Path, tensors: Mapping[str, TensorInfo], section: Section, dtype: torch.dtype
-) -> tuple[nn.Module, dict[str, Place]]:
+) -> tuple[nn.Module, dict[str, SourceKey]]:
     """Return a network without memory and where in the file each of its weights lies, with the prefix in its name.
 
     Raises:
@@ -250,7 +266,7 @@ def fit(
     expected = network.state_dict()
     places = _places(network, layout)
     if layout == "clip" and f"{prefix}{TEXT_MODEL}final_layer_norm.weight" not in tensors:
-        places = {name: Place(place.name.removeprefix(TEXT_MODEL)) for name, place in places.items()}
+        places = {name: SourceKey(place.name.removeprefix(TEXT_MODEL)) for name, place in places.items()}
     places = {name: replace(place, name=prefix + place.name) for name, place in places.items()}
     wrong = []
     for name, place in places.items():
@@ -268,13 +284,13 @@ def fit(
     return network, places
 
 
-def _places(network: Any, layout: str) -> dict[str, Place]:
+def _places(network: Any, layout: str) -> dict[str, SourceKey]:
     names = network.state_dict()
     if layout == "unet":
-        return unet_places(names, network.config)
+        return unet_keys(names, network.config)
     if layout == "autoencoder":
-        return autoencoder_places(names, network.config)
-    return open_clip_places(names) if layout == "open_clip" else clip_places(names)
+        return autoencoder_keys(names, network.config)
+    return open_clip_keys(names) if layout == "open_clip" else clip_keys(names)
 
 
 @cache

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentdiff.checkpoints.components import Components
 from latentdiff.checkpoints.folder import model_hash
 from latentdiff.checkpoints.header import TensorInfo, read_header
-from latentdiff.checkpoints.parts import Parts
 from latentdiff.checkpoints.saver import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights
 from latentdiff.errors import InputError, ModelMismatchError
@@ -42,11 +42,11 @@ TABLES = {
 }
 
 
-def add_embedding(parts: Parts, path: str | os.PathLike[str], word: str | None = None) -> Parts:
-    """Return the parts of a model that know one word more; `parts` stay as they are, and share all other weights.
+def add_embedding(components: Components, path: str | os.PathLike[str], word: str | None = None) -> Components:
+    """Return components that know one word more and share all weights with the ones given, which stay as they are.
 
     Args:
-        parts: with text encoders, not classes.
+        components: with text encoders, not classes.
         path: of a safetensors file.
         word: what stands for the vectors in prompts; None for what the file calls it, or for the file's own name.
 
@@ -56,9 +56,9 @@ def add_embedding(parts: Parts, path: str | os.PathLike[str], word: str | None =
     """
     file = Path(path)
     header = read_header(file)
-    encoders = {"text_encoder": (parts.text_encoder, parts.tokenizer)}
-    if parts.text_encoder_2 is not None:
-        encoders["text_encoder_2"] = (parts.text_encoder_2, parts.tokenizer_2)
+    encoders = {"text_encoder": (components.text_encoder, components.tokenizer)}
+    if components.text_encoder_2 is not None:
+        encoders["text_encoder_2"] = (components.text_encoder_2, components.tokenizer_2)
     for encoder, _ in encoders.values():
         if type(encoder).__name__ not in TABLES:
             raise InputError(f"embeddings are for text encoders, got {type(encoder).__name__}; use another model")
@@ -70,15 +70,15 @@ def add_embedding(parts: Parts, path: str | os.PathLike[str], word: str | None =
     if not word.strip() or word.split() != [word]:
         raise InputError(f"the word for an embedding must be text without blanks, got {word!r:.80}; pass another")
     record = {"path": os.fspath(path), "hash": model_hash(file), "word": word}
-    changes: dict[str, Any] = {"embeddings": (*parts.embeddings, record)}
+    changes: dict[str, Any] = {"embeddings": (*components.embeddings, record)}
     for component, (encoder, tokenizer) in encoders.items():
         assert tokenizer is not None
         rows = vectors[names[component]].reshape(-1, widths[component])  # (n, D)
         changes[component], words = grown(encoder, tokenizer, word, rows)
         changes[component.replace("text_encoder", "tokenizer")] = words
-    base = None if parts.base is None else add_embedding(parts.base, path, word)
-    knowing = replace(parts, **changes, base=base)
-    vars(knowing)["model_hash"] = parts.model_hash  # whose files take long to read
+    base = None if components.base is None else add_embedding(components.base, path, word)
+    knowing = replace(components, **changes, base=base)
+    vars(knowing)["model_hash"] = components.model_hash  # whose files take long to read
     return knowing
 
 

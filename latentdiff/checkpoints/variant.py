@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentdiff.checkpoints.components import Components
 from latentdiff.checkpoints.folder import BASE, DIFFERENCE, INDEX
 from latentdiff.checkpoints.header import TensorInfo
 from latentdiff.checkpoints.loader import load_pipeline
-from latentdiff.checkpoints.parts import Parts
 from latentdiff.checkpoints.saver import pipeline_index, replace_folder, save_tensors, write_components, write_json
 from latentdiff.checkpoints.weights import FLOATS, read_weights, stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
@@ -119,7 +119,7 @@ def _wrong_factors(
 
 
 def save_variant(
-    parts: Parts,
+    components: Components,
     folder: str | os.PathLike[str],
     base: str | os.PathLike[str],
     dtype: torch.dtype | None = torch.float16,
@@ -128,7 +128,7 @@ def save_variant(
     """Write only what a model has besides that of a folder beside the new one, which it then needs to be loaded.
 
     Args:
-        parts: complete, with a U-Net.
+        components: complete, with a U-Net.
         folder: new, or one that a model was saved to before.
         base: folder of a whole model, in the same folder as the new one.
         dtype: of the weights in the files; None keeps each as it is.
@@ -142,7 +142,7 @@ def save_variant(
     target, source = Path(folder).absolute(), Path(base).absolute()
     if target.parent.resolve() != source.resolve().parent:
         raise InputError(f"a variant must be beside its base, {source}, got {target}; choose a folder there")
-    index, networks, tokenizers, schedules = pipeline_index(parts)
+    index, networks, tokenizers, schedules = pipeline_index(components)
     _, their_networks, _, their_schedules = pipeline_index(load_pipeline(source))
     changed = {name: network for name, network in networks.items() if not _equal(network, their_networks.get(name))}
     planned = {name: one for name, one in schedules.items() if _content(one) != _content(their_schedules.get(name))}

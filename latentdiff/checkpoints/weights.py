@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.checkpoints.header import TensorInfo
-from latentdiff.devices import DTYPES
+from latentdiff.engine.place import DTYPES
 from latentdiff.errors import InputError, ModelLoadError, ModelValueError, suggest
 
 __all__ = ["FLOATS", "STORAGE_DTYPES", "read_weights", "storage_dtype", "stored_weights"]

@@ -24,8 +24,8 @@ SAYS = {
 
 def generate(options: argparse.Namespace) -> None:
     """Draw pictures of prompts."""
+    from latentdiff.generation.request import Settings
     from latentdiff.prompts import check_prompts
-    from latentdiff.settings import Settings
 
     chosen = {
         "negative_prompt": options.negative,

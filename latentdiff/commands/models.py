@@ -49,7 +49,7 @@ def inspect(options: argparse.Namespace) -> None:
     """Say what a model folder, weight file or drawn picture is."""
     path = Path(options.path) if options.path else None
     if path and path.suffix.lower() == ".png":
-        from latentdiff.result import read_record
+        from latentdiff.generation.result import read_record
 
         described = {"kind": "picture", **read_record(path)}
     else:
@@ -71,8 +71,8 @@ def convert(options: argparse.Namespace) -> None:
     from latentdiff.checkpoints.single_file import save_single_file
     from latentdiff.checkpoints.variant import save_variant
     from latentdiff.checkpoints.weights import storage_dtype
-    from latentdiff.devices import DTYPES
-    from latentdiff.settings import check_integer
+    from latentdiff.engine.place import DTYPES
+    from latentdiff.generation.request import check_integer
 
     if options.rank is not None:
         check_integer("--rank", options.rank, 1, 4096, "try 32")
@@ -85,20 +85,20 @@ def convert(options: argparse.Namespace) -> None:
     # What is added to weights, or is to be stored as float8, is rounded once.
     computed = DTYPES["float32"] if loras or dtype not in DTYPES.values() else dtype
     with warnings_as_lines():
-        parts = load_pipeline(options.source, computed, prediction_type=options.prediction_type)
-    parts = apply_loras(parts, loras)
+        components = load_pipeline(options.source, computed, prediction_type=options.prediction_type)
+    components = apply_loras(components, loras)
     if options.variant_of is not None:
-        save_variant(parts, options.target, options.variant_of, dtype, options.rank)
+        save_variant(components, options.target, options.variant_of, dtype, options.rank)
     else:
-        (save_single_file if single else save_pipeline)(parts, options.target, dtype)
+        (save_single_file if single else save_pipeline)(components, options.target, dtype)
     print(options.target)
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """Measure how good a model is."""
     from latentdiff.evaluate import METRICS
+    from latentdiff.generation.request import check_integer
     from latentdiff.images import to_tensor
-    from latentdiff.settings import check_integer
 
     wanted = options.metrics.split(",")
     for name in wanted:
@@ -109,15 +109,15 @@ def evaluate(options: argparse.Namespace) -> None:
     height, width = pipe.native_size
     if height != width:
         raise InputError(f"only models of square pictures can be measured, got {width}x{height}")
-    from training.config import DataConfig
-    from training.dataset import composite, load_images
+    from latentdiff.training.config import DataConfig
+    from latentdiff.training.data.dataset import composite, load_images
 
     data = load_images(DataConfig(folder=options.data, size=height), options.split)
     images = to_tensor(composite(data.images[:count], (255, 255, 255))).to(pipe.device)
     captions = [row["captions"][0] for row in data.rows[:count]]
-    figures = {name: METRICS[name](pipe.parts, images, captions, progress=sys.stderr.isatty()) for name in wanted}
+    figures = {name: METRICS[name](pipe.components, images, captions, progress=sys.stderr.isatty()) for name in wanted}
     if options.json:
-        print(json.dumps({"model": pipe.parts.name, "model_hash": pipe.parts.model_hash, **figures}))
+        print(json.dumps({"model": pipe.components.name, "model_hash": pipe.components.model_hash, **figures}))
         return
     for name, values in figures.items():
         print("\n".join(_lines(values, name)))

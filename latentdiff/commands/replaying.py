@@ -16,9 +16,9 @@ from latentdiff.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from latentdiff.generation.request import Settings
+    from latentdiff.generation.result import Result
     from latentdiff.pipeline import Pipeline
-    from latentdiff.result import Result
-    from latentdiff.settings import Settings
 
 __all__ = ["replay"]
 
@@ -27,8 +27,8 @@ NOT_REPLAYED = ("prompts", "seed", "variation_seed", "num_images", "strength")  
 
 def replay(options: argparse.Namespace) -> None:
     """Draw a picture again from the settings in its file."""
+    from latentdiff.generation.result import read_record
     from latentdiff.images import open_rgba, pixel_hash, to_rgba
-    from latentdiff.result import read_record
 
     record, source = read_record(options.image), Path(options.image)
     request = _Request.of(record)
@@ -58,7 +58,7 @@ class _Request(NamedTuple):
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> _Request:
         """Return the request of a record, checked."""
-        from latentdiff.settings import Settings, check_integer
+        from latentdiff.generation.request import Settings, check_integer
 
         settings, remedy = Settings.from_record(record), "use the file as latentdiff wrote it"
         size = check_integer("batch_size", record.get("batch_size"), 1, 1024, remedy)
@@ -77,9 +77,9 @@ def _draw_again(
     initial = _initial_image(record, settings.strength, force)
     pipe = load(**chosen, prediction_type=record.get("prediction_type"))
     expected = str(record.get("model_hash"))
-    if pipe.parts.model_hash != expected and not force:
+    if pipe.components.model_hash != expected and not force:
         raise InputError(
-            f"{name} was made by model {expected[:10]}, got {pipe.parts.model_hash[:10]}; "
+            f"{name} was made by model {expected[:10]}, got {pipe.components.model_hash[:10]}; "
             "pass that one as --model, or add --force"
         )
     pipe = _replay_embeddings(pipe, record.get("embeddings") or [], force)
@@ -113,7 +113,7 @@ def _replay_embeddings(pipe: Pipeline, records: Any, force: bool) -> Pipeline:
         if not isinstance(path, str) or not isinstance(word, str):
             raise InputError("the record of an embedding must have path and word; use the file as latentdiff wrote it")
         pipe = pipe.with_embedding(path, word)
-        if pipe.parts.embeddings[-1]["hash"] != record.get("hash") and not force:
+        if pipe.components.embeddings[-1]["hash"] != record.get("hash") and not force:
             raise InputError(
                 f"{path} is no longer the embedding this picture was made with; restore it, or add --force"
             )
@@ -129,7 +129,7 @@ def _replay_loras(pipe: Pipeline, records: Any, force: bool) -> Pipeline:
         path = record.get("path") if isinstance(record, dict) else None
         if not isinstance(path, str):
             raise InputError("the picture was drawn with a LoRA in memory, which no file keeps; draw it in Python")
-        lora = load_lora(path, pipe.parts)
+        lora = load_lora(path, pipe.components)
         if lora.hash != record.get("hash") and not force:
             raise InputError(f"{path} is no longer the LoRA this picture was made with; restore it, or add --force")
         loras[lora] = record.get("weight")
@@ -140,8 +140,8 @@ def _initial_image(record: dict[str, Any], strength: float, force: bool) -> dict
     """Return the arguments that replay what was drawn from pictures, if those are still what they were."""
     from PIL import Image
 
+    from latentdiff.generation.masks import ALPHA, open_mask, open_picture
     from latentdiff.images import pixel_hash, to_rgb
-    from latentdiff.masks import ALPHA, open_mask, open_picture
 
     if record.get("latents_given"):
         raise InputError(

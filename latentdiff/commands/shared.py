@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from latentdiff.errors import InputError
 
 if TYPE_CHECKING:
+    from latentdiff.generation.result import Result
     from latentdiff.pipeline import Pipeline
-    from latentdiff.result import Result
 
 __all__ = ["draw", "load", "output_paths", "parse_loras", "report", "warnings_as_lines"]
 

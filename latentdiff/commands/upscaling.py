@@ -14,8 +14,8 @@ from latentdiff.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from latentdiff.generation.result import Result
     from latentdiff.pipeline import Pipeline
-    from latentdiff.result import Result
 
 __all__ = ["enlarge", "load_upscaler", "upscale"]
 
@@ -26,8 +26,8 @@ DEFAULTS = {"num_inference_steps": 5, "guidance_scale": 1.0, "correction": "colo
 
 def upscale(options: argparse.Namespace) -> None:
     """Make a picture larger."""
-    from latentdiff.masks import open_picture
-    from latentdiff.settings import Settings
+    from latentdiff.generation.masks import open_picture
+    from latentdiff.generation.request import Settings
 
     chosen = {
         "seed": options.seed,
@@ -56,7 +56,7 @@ def upscale(options: argparse.Namespace) -> None:
 def load_upscaler(model: str | None, device: str | None, dtype: str | None) -> Pipeline:
     """Load a model that enlarges pictures."""
     pipe = load(model or UPSCALER, device, dtype)
-    if not pipe.parts.upscales:
+    if not pipe.components.upscales:
         raise InputError(f"{model} draws pictures and enlarges none; pass a model that does, such as {UPSCALER}")
     return pipe
 

@@ -10,20 +10,20 @@ latents = step.x
 
 from __future__ import annotations
 
-from latentdiff.diffusion.adapter import SchedulerPlan
+from latentdiff.diffusion.diffusers_scheduler import SchedulerPlan
 from latentdiff.diffusion.guidance import adaptive_projected, classifier_free, guidance_scales, rescaled
 from latentdiff.diffusion.inversion import make_inversion_plan
+from latentdiff.diffusion.loop import KnownRegion, Step, draw_noise, image_generator, sample, slerp, start
 from latentdiff.diffusion.plan import Plan, make_plan, parse_sampler
 from latentdiff.diffusion.prediction import Call, as_denoiser, preconditioning
-from latentdiff.diffusion.samplers import Known, Step, draw_noise, image_generator, sample, slerp, start
+from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.diffusion.schedule import Grid, NoiseSchedule
-from latentdiff.diffusion.solvers import SAMPLERS
 
 __all__ = [
     "SAMPLERS",
     "Call",
     "Grid",
-    "Known",
+    "KnownRegion",
     "NoiseSchedule",
     "Plan",
     "SchedulerPlan",

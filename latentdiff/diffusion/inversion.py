@@ -7,8 +7,8 @@ from itertools import pairwise
 from torch import Tensor
 
 from latentdiff.diffusion.plan import Plan
+from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.diffusion.solvers import SAMPLERS
 from latentdiff.diffusion.table import Rows, Table
 from latentdiff.errors import InputError
 

@@ -14,8 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from latentdiff.diffusion.loop import draw_noise, require_one_each
 from latentdiff.diffusion.prediction import Call, Denoise, Denoiser
-from latentdiff.diffusion.samplers import draw_noise, require_one_each
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
 

@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from latentdiff.diffusion.samplers import SAMPLERS, Sampler
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.diffusion.solvers import SAMPLERS, Sampler
 from latentdiff.diffusion.spacing import SIGMA_SPACINGS
 from latentdiff.diffusion.table import Table
 from latentdiff.errors import InputError, suggest
 
 __all__ = [
-    "FOREIGN",
+    "EXTERNAL",
     "Plan",
     "make_plan",
     "parse_sampler",
     "skipped_steps",
 ]
 
-FOREIGN = "diffusers:"  # in settings, before the class of a scheduler object that stood in for a sampler
+EXTERNAL = "diffusers:"  # in settings, before the class of a scheduler object that stood in for a sampler
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ def parse_sampler(name: str) -> tuple[Sampler, str | None]:
     Raises:
         InputError: unknown name; the nearest one is offered.
     """
-    if str(name).startswith(FOREIGN):
+    if str(name).startswith(EXTERNAL):
         raise InputError(f"{name} was a scheduler object, which only Python can pass again; pass sampler=scheduler")
     base, spacing = str(name), None
     if base not in SAMPLERS and "_" in base:

@@ -1,339 +1,382 @@
-"""Samplers as tables of numbers, and the one loop that runs them.
+"""Every sampler as a short function from falling noise levels to a table of numbers.
 
-An explicit solver is a linear recurrence. An image keeps a few slots, slot 0 being the x at which the network is called
-next. With D_i = denoise(slot 0) at sigma_i, row i of its table is
+A solver is written as its paper writes it, but x, the x0 estimate and the memory are unit vectors (`Rows.state`), so
+that each result is the list of its coefficients: one row of the table (`table.py`) that `samplers.sample` applies.
 
-    slots' = matrices[i] @ [slots, D_i] + noise[i] * fresh standard normal noise
-
-so a sampler is a function from falling sigmas to such rows (`solvers.py`), nothing is mutable, and images with
-different samplers and step counts can share a batch. Tables are float64, applied in float32 (or float64 if x is).
+In sigma coordinates, x = x0 + sigma noise, the probability-flow ODE is dx/dsigma = (x - D) / sigma, with the estimate
+D = denoise(x, sigma). In the DPM-Solver papers lambda is -log(sigma), so a step to sigma' has exp(-h) = sigma' / sigma.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
-import torch
+from numpy.polynomial import Polynomial
 from torch import Tensor
 
-from latentdiff.diffusion.plan import Plan
-from latentdiff.diffusion.prediction import Call, Denoise, Denoiser, halves
-from latentdiff.errors import InputError
+from latentdiff.diffusion.table import Rows, Table
 
-__all__ = [
-    "Known",
-    "Step",
-    "draw_noise",
-    "image_generator",
-    "require_finite",
-    "require_one_each",
-    "sample",
-    "slerp",
-    "start",
-]
+__all__ = ["SAMPLERS", "Sampler"]
 
 
-def image_generator(seed: int) -> torch.Generator:
-    """Return the random numbers of one image, a CPU generator: first its initial noise, then what its sampler draws.
-
-    Raises:
-        InputError: seed is not an integer from 0 to 2^64 - 1.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
-        raise InputError(f"seed must be an integer from 0 to 2^64 - 1, got {seed!r}; try 0")
-    return torch.Generator("cpu").manual_seed(int(seed))
-
-
-def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
-    """Draw standard normal noise of `shape` (C, H, W) from each image's own generator: (B, C, H, W) float32, CPU."""
-    return torch.stack(
-        [torch.randn(tuple(shape), generator=generator, dtype=torch.float32) for generator in generators]
-    )
-
-
-def slerp(first: Tensor, second: Tensor, amount: float) -> Tensor:
-    """Turn noise (B, C, H, W) towards other noise along the great circle: in between it keeps the length of noise.
+def ddim(sigmas: Tensor, eta: float = 0.0) -> Table:
+    """DDIM in sigma coordinates: eta 0 is Euler's method, eta 1 ancestral sampling.
 
     Args:
-        amount: 0 gives the first, 1 the second.
+        sigmas: (N + 1,) float64, falling.
+        eta: 0 to 1.
 
-    Source: Shoemake 1985, SIGGRAPH, section 3.3.
+    Source: Song et al. 2021, arXiv 2010.02502, Eq. 12 divided by the next signal rate, and Eq. 16.
     """
-    axes = tuple(range(1, first.ndim))
-    norms = [x.double().square().sum(dim=axes, keepdim=True).sqrt() for x in (first, second)]
-    cosine = (first.double() * second.double()).sum(dim=axes, keepdim=True) / (norms[0] * norms[1])
-    angle = cosine.clamp(-1 + 1e-9, 1 - 1e-9).acos()
-    turned = ((1 - amount) * angle).sin() * first + (amount * angle).sin() * second
-    return (turned / angle.sin()).to(first.dtype)
+    rows = Rows(1)
+    for sigma, following in _steps(sigmas):
+        x, D = rows.state
+        down, up = _ancestral(sigma, following, eta)
+        rows.add(sigma, D + down / sigma * (x - D), noise=up)
+    return rows.table()
 
 
-def require_one_each(generators: Sequence[torch.Generator], images: Tensor) -> None:
-    """Raise InputError unless there are as many generators as images."""
-    if len(generators) != len(images):
-        raise InputError(f"one generator per image is needed, got {len(generators)} for {len(images)} images")
-
-
-def start(plans: Plan | Sequence[Plan], noise: Tensor, image_latents: Tensor | None = None) -> Tensor:
-    """Return the initial x (B, C, H, W), in sigma coordinates, in the dtype and on the device of `noise`.
+def ddpm(sigmas: Tensor, variance: str = "fixed_small") -> Table:
+    """Ancestral sampling: the mean of the posterior, then noise.
 
     Args:
-        plans: one for all images or one for each.
-        noise: (B, C, H, W) standard normal.
-        image_latents: (B, C, H, W) scaled latents of the images to start from; None for text-to-image.
+        sigmas: (N + 1,) float64, falling.
+        variance: "fixed_small", that of the posterior; "fixed_large", beta; or "learned_range", between the two.
 
-    Source: Karras et al. 2022, arXiv 2206.00364, section 2 (x = x0 + sigma noise).
+    Source: Ho et al. 2020, arXiv 2006.11239, Eq. 6 and 7, section 3.2; Nichol & Dhariwal 2021, arXiv 2102.09672,
+    Eq. 15.
     """
-    each = _one_per_image(plans, noise)
-    if image_latents is None:
-        return noise * _column([plan.init_noise_sigma for plan in each], noise)
-    return image_latents + noise * _column([float(plan.sigmas[0]) for plan in each], noise)
+    rows = Rows(1)
+    for sigma, following in _steps(sigmas):
+        x, D = rows.state
+        down, up = _ancestral(sigma, following)
+        # beta = 1 - (1 + following^2) / (1 + sigma^2), divided by the next signal rate
+        large = up and math.sqrt((sigma**2 - following**2) * (1 + following**2) / (1 + sigma**2))
+        span = math.log(large / up) if up and variance == "learned_range" else 0.0
+        mean = D + down / sigma * (x - D)
+        rows.add(sigma, mean, noise=large if variance == "fixed_large" else up, noise_range=span)
+    return rows.table()
 
 
-@dataclass(eq=False)
-class Step:
-    """The state of a batch after one row; images whose plan has ended stay as they were.
+def euler(sigmas: Tensor) -> Table:
+    """Euler's method. Source: Karras et al. 2022, arXiv 2206.00364, algorithm 1, first-order step on Eq. 3."""
+    return ddim(sigmas, eta=0.0)
+
+
+def euler_a(sigmas: Tensor) -> Table:
+    """Euler's method to sigma_down, then fresh noise. Source: Song et al. 2021, arXiv 2010.02502, Eq. 16 at eta 1."""
+    return ddim(sigmas, eta=1.0)
+
+
+def heun(sigmas: Tensor) -> Table:
+    """Heun's method, two calls a step: the slope is the mean of those at both ends; Euler into sigma 0.
+
+    Source: Karras et al. 2022, arXiv 2206.00364, algorithm 1.
+    """
+    rows = Rows(2)
+    for sigma, following in _steps(sigmas):
+        x, _, D = rows.state
+        slope, step = (x - D) / sigma, following - sigma
+        rows.add(sigma, x + step * slope, x + step / 2 * slope)
+        if following > 0:
+            x, halfway, D = rows.state
+            rows.add(following, halfway + step / 2 * (x - D) / following)
+    return rows.table()
+
+
+def dpm2(sigmas: Tensor, eta: float = 0.0) -> Table:
+    """DPM-Solver-2, two calls a step: the slope is that at the geometric mean of both ends; Euler into sigma 0.
+
+    Args:
+        sigmas: (N + 1,) float64, falling.
+        eta: how much of the noise is fresh, 0 to 1.
+
+    Source: Lu et al. 2022, arXiv 2206.00927, algorithm 1 with r_1 = 1/2, the slopes taken as in Karras et al. 2022,
+    arXiv 2206.00364, Eq. 3.
+    """
+    rows = Rows(2)
+    for sigma, following in _steps(sigmas):
+        x, _, D = rows.state
+        down, up = _ancestral(sigma, following, eta)
+        middle = math.sqrt(sigma * down)
+        rows.add(sigma, x + (middle - sigma) * (x - D) / sigma, x)
+        if middle > 0:
+            x, start, D = rows.state
+            rows.add(middle, start + (down - sigma) * (x - D) / middle, noise=up, between=True)
+    return rows.table()
+
+
+def dpm2_a(sigmas: Tensor) -> Table:
+    """`dpm2` to sigma_down, then fresh noise."""
+    return dpm2(sigmas, eta=1.0)
+
+
+def lms(sigmas: Tensor) -> Table:
+    """Adams-Bashforth of order 4 on uneven steps: a polynomial through the last slopes, integrated over sigma.
+
+    Source: Zhang & Chen 2022, arXiv 2204.13902, Eq. 14 and 15 with rho = sigma (rhoAB-DEIS).
+    """
+    rows, past = Rows(4), list[float]()
+    for sigma, following in _steps(sigmas):
+        x, *earlier, D = rows.state
+        slopes = [(x - D) / sigma, *earlier]
+        past = [sigma, *past[:3]]
+        weights = [basis.integ()(following - sigma) for basis in _lagrange([place - sigma for place in past])]
+        rows.add(sigma, x + sum(w * slope for w, slope in zip(weights, slopes)), *slopes[:3])
+    return rows.table()
+
+
+def dpmpp_2s_a(sigmas: Tensor) -> Table:
+    """DPM-Solver++(2S) to sigma_down, two calls a step, then fresh noise; Euler into sigma 0.
+
+    Source: Lu et al. 2022, arXiv 2211.01095, algorithm 1 with r = 1/2.
+    """
+    rows = Rows(2)
+    for sigma, following in _steps(sigmas):
+        x, _, D = rows.state
+        down, up = _ancestral(sigma, following)
+        middle = math.sqrt(sigma * down)
+        rows.add(sigma, D + middle / sigma * (x - D), x)
+        if middle > 0:
+            _, start, D = rows.state
+            rows.add(middle, D + down / sigma * (start - D), noise=up, between=True)
+    return rows.table()
+
+
+def dpmpp_2m(sigmas: Tensor) -> Table:
+    """DPM-Solver++(2M): extrapolates the x0 estimate from this row's and the last row's; first order at both ends.
+
+    Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2.
+    """
+    rows, past = Rows(2), 0.0
+    for sigma, following in _steps(sigmas):
+        x, last, D = rows.state
+        estimate = D
+        if past and following:
+            ratio = math.log(past / sigma) / math.log(sigma / following)  # r_i
+            estimate = D + (D - last) / (2 * ratio)
+        rows.add(sigma, estimate + following / sigma * (x - estimate), D)
+        past = sigma
+    return rows.table()
+
+
+def dpmpp_2m_sde(sigmas: Tensor) -> Table:
+    """SDE-DPM-Solver++(2M): `dpmpp_2m` of the reverse-time SDE, midpoint form.
+
+    Source: Lu et al. 2022, arXiv 2211.01095, Eq. 19 in section 6, halved D_1 as in algorithm 2.
+    """
+    rows, past = Rows(2), 0.0
+    for sigma, following in _steps(sigmas):
+        x, last, D = rows.state
+        estimate, ratio = D, following / sigma  # exp(-h)
+        if past and following:
+            estimate = D + (D - last) / (2 * math.log(past / sigma) / -math.log(ratio))
+        rows.add(sigma, estimate + ratio**2 * (x - estimate), D, noise=following * math.sqrt(1 - ratio**2))
+        past = sigma
+    return rows.table()
+
+
+def dpmpp_3m_sde(sigmas: Tensor) -> Table:
+    """SDE-DPM-Solver++(3M): a parabola through the last three estimates over lambda, integrated exactly.
+
+    Other implementations weigh the curvature with half of this factor, which makes them of order 2.
+
+    Source: Lu et al. 2022, arXiv 2211.01095, section 6, with the third-order polynomial of Eq. 4.
+    """
+    rows, past = Rows(3), list[float]()
+    for sigma, following in _steps(sigmas):
+        x, *earlier, D = rows.state
+        ratio, step = following / sigma, 0.0
+        change = np.zeros_like(D)
+        if past and following:
+            step = -math.log(ratio)
+            places = [math.log(sigma / one) / step for one in past]  # of earlier estimates, in steps, below 0
+            slope = (D - earlier[0]) / -places[0]
+            phi_2 = 1 + math.expm1(-2 * step) / (2 * step)
+            if len(past) == 2:
+                before = (earlier[0] - earlier[1]) / (places[0] - places[1])
+                curve = (slope - before) / -places[1]
+                slope = slope - places[0] * curve
+                change = (1 - phi_2 / step) * curve
+            change = change + phi_2 * slope
+        noise = following * math.sqrt(1 - ratio**2)
+        rows.add(sigma, D + ratio**2 * (x - D) + change, D, *earlier[:1], noise=noise)
+        past = [sigma, *past][:2]
+    return rows.table()
+
+
+def dpmpp_sde(sigmas: Tensor) -> Table:
+    """DPM-Solver++ of the SDE in two stages, with r = 1/2; both stages see one Brownian path. Euler into sigma 0.
+
+    Source: Lu et al. 2022, arXiv 2211.01095, section 6, stages as in its algorithm 1.
+    """
+    rows = Rows(3)
+    for sigma, following in _steps(sigmas):
+        x, _, _, D = rows.state
+        if following == 0:
+            rows.add(sigma, D)
+            continue
+        middle = math.sqrt(sigma * following)
+        down, up = _ancestral(sigma, middle)
+        rows.add(sigma, D + down / sigma * (x - D), x, noise=up, keep_noise=True)
+        _, start, first, D = rows.state
+        down, up = _ancestral(sigma, following)
+        share = (sigma - middle) / (sigma - following)  # of the path that the first stage has drawn
+        jump = up * math.sqrt(share) * first
+        rows.add(middle, D + down / sigma * (start - D) + jump, noise=up * math.sqrt(1 - share), between=True)
+    return rows.table()
+
+
+def unipc(sigmas: Tensor) -> Table:
+    """UniPC of order 2, B(h) = exp(h) - 1: an estimate corrects the step that led to it, then predicts the next one.
+
+    Source: Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2 for data prediction (appendix A), Eq. 12.
+    """
+    rows, past, order = Rows(4), list[float](), 0
+    for index, (sigma, following) in enumerate(_steps(sigmas)):
+        predicted, x, last, before, D = rows.state
+        if index == 0:
+            x = predicted
+        else:
+            step = math.log(past[0] / sigma)
+            phi_1, places = math.expm1(-step), [1.0]
+            change = [D - last]
+            if order == 2:
+                places = [math.log(past[0] / past[1]) / step, 1.0]
+                change = [(before - last) / places[0], D - last]
+            targets = [(phi_1 / -step - 1) / phi_1, ((phi_1 / -step - 1) / -step - 0.5) * 2 / phi_1][:order]
+            powers = np.array([[place**power for place in places] for power in range(order)])
+            weights = np.linalg.solve(powers, targets) if order == 2 else [0.5]
+            x = sigma / past[0] * x - phi_1 * (last + sum(w * part for w, part in zip(weights, change)))
+        order = min(2, len(sigmas) - 1 - index, index + 1)
+        estimate = D
+        if order == 2:
+            place = math.log(sigma / past[0]) / math.log(sigma / following)
+            estimate = D + 0.5 * (last - D) / place
+        rows.add(sigma, estimate + following / sigma * (x - estimate), x, D, last)
+        past = [sigma, *past][:2]
+    return rows.table()
+
+
+def deis(sigmas: Tensor) -> Table:
+    """DEIS of order 2: a line through the last two slopes over log(sigma), integrated over sigma.
+
+    The last of fewer than 15 steps is of order 1, which is steadier.
+
+    Source: Zhang & Chen 2022, arXiv 2204.13902, Eq. 14 and 15 with polynomials in log(rho) (the logrho form).
+    """
+    rows, past = Rows(2), 0.0
+    for index, (sigma, following) in enumerate(_steps(sigmas)):
+        x, last, D = rows.state
+        slope, step = (x - D) / sigma, following - sigma
+        change = step * slope
+        steady = index == len(sigmas) - 2 < 14
+        if past and following and not steady:
+            # the integral of log(s) - log(sigma) from sigma to sigma'
+            area = following * math.log(following / sigma) - step
+            change = change + area / math.log(sigma / past) * (slope - last)
+        rows.add(sigma, x + change, slope)
+        past = sigma
+    return rows.table()
+
+
+def plms(sigmas: Tensor) -> Table:
+    """PLMS: the last four noise estimates in Adams-Bashforth weights; the first step is done again as Heun would.
+
+    Source: Liu et al. 2022, arXiv 2202.09778, Eq. 12 and algorithm 2 with Eq. 9 divided by the next signal rate; the
+    start is that of Stable Diffusion, without Runge-Kutta steps.
+    """
+    bashforth = {1: [1.0], 2: [3 / 2, -1 / 2], 3: [23 / 12, -16 / 12, 5 / 12], 4: [55 / 24, -59 / 24, 37 / 24, -9 / 24]}
+    rows = Rows(4)
+    for index, (sigma, following) in enumerate(_steps(sigmas)):
+        x, *earlier, D = rows.state
+        noises = [(x - D) / sigma, *earlier][: index + 1]
+        change = (following - sigma) * sum(w * one for w, one in zip(bashforth[len(noises)], noises))
+        rows.add(sigma, x + change, *noises[:3])
+        if index == 0 and len(sigmas) > 2:
+            # Slot 1 holds the first noise estimate, so x - step * slot 1 is where the step began.
+            x, first, *_, D = rows.state
+            step = following - sigma
+            rows.add(following, x - step * first + step * (first + (x - D) / following) / 2, first)
+    return rows.table()
+
+
+def lcm(sigmas: Tensor, timesteps: Tensor) -> Table:
+    """Consistency sampling: jump to the x0 estimate, then noise it to the next level.
+
+    Args:
+        sigmas: (N + 1,) float64, falling.
+        timesteps: (N,), on which the boundary scalings depend; hardly, after the first few.
+
+    Source: Luo et al. 2023, arXiv 2310.04378, algorithm 3; Eq. 9 with sigma_data 0.5 and timesteps times 10.
+    """
+    rows = Rows(1)
+    for (sigma, following), timestep in zip(_steps(sigmas), timesteps.tolist()):
+        x, D = rows.state
+        scaled = 10 * timestep / 0.5
+        c_skip, c_out = 1 / (scaled**2 + 1), scaled / math.sqrt(scaled**2 + 1)
+        rows.add(sigma, c_out * D + c_skip / math.hypot(1, sigma) * x, noise=following)
+    return rows.table()
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A solver and the family of grid rules (`GRID_RULES`) that users of its name expect.
 
     Attributes:
-        index: rows done before this one; the first Step has 0.
-        total: rows of the longest plan.
-        make_x, make_denoised: what `x` and `denoised` are computed by, when they are asked for.
+        table: sigmas (N + 1,) -> Table.
+        takes: what else the table is made of: "eta", "timesteps", "variance".
     """
 
-    index: int
-    total: int
-    make_x: Callable[[], Tensor] = field(repr=False)
-    make_denoised: Callable[[], Tensor] = field(repr=False)
-
-    @cached_property
-    def x(self) -> Tensor:
-        """(B, C, H, W) in sigma coordinates; after the last row the sampled latents. Not to be written into."""
-        return self.make_x()
-
-    @cached_property
-    def denoised(self) -> Tensor:
-        """(B, C, H, W), each image's newest x0 estimate, for previews. Not to be written into."""
-        return self.make_denoised()
+    table: Callable[..., Table]
+    rule: str
+    takes: tuple[str, ...] = ()
 
 
-class Known(NamedTuple):
-    """What is known of the result beforehand, for inpainting with any model.
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": Sampler(ddpm, rule="ddpm", takes=("variance",)),
+    "ddim": Sampler(ddim, rule="ddim", takes=("eta",)),
+    "euler": Sampler(euler, rule="euler"),
+    "euler_a": Sampler(euler_a, rule="euler"),
+    "heun": Sampler(heun, rule="euler"),
+    "dpm2": Sampler(dpm2, rule="euler"),
+    "dpm2_a": Sampler(dpm2_a, rule="euler"),
+    "lms": Sampler(lms, rule="euler"),
+    "dpmpp_2s_a": Sampler(dpmpp_2s_a, rule="euler"),
+    "dpmpp_2m": Sampler(dpmpp_2m, rule="dpm"),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, rule="dpm"),
+    "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, rule="dpm"),
+    "dpmpp_sde": Sampler(dpmpp_sde, rule="euler"),
+    "unipc": Sampler(unipc, rule="dpm"),
+    "deis": Sampler(deis, rule="deis"),
+    "plms": Sampler(plms, rule="ddim"),
+    "lcm": Sampler(lcm, rule="lcm", takes=("timesteps",)),
+}
 
-    The x0 estimate is replaced there, so x stays exactly on the path from its noise to the known latents, whatever the
-    solver, and the rest is drawn to fit.
 
-    Attributes:
-        mask: (B, 1, H, W) in [0, 1], 1 where the result is to be drawn, 0 where it is known.
-        latents: (B, C, H, W) scaled latents.
+def _steps(sigmas: Tensor) -> Iterator[tuple[float, float]]:
+    """Yield each noise level with the one that follows."""
+    return pairwise(sigmas.tolist())
 
-    Source: Lugmayr et al. 2022, arXiv 2201.09865, Eq. 8, in terms of the estimate.
+
+def _ancestral(sigma: float, following: float, eta: float = 1.0) -> tuple[float, float]:
+    """Split a step: the level that the deterministic part goes down to, and the fresh noise up to `following`.
+
+    Source: Song et al. 2021, arXiv 2010.02502, Eq. 16 divided by the next signal rate.
     """
-
-    mask: Tensor
-    latents: Tensor
-
-
-def sample(
-    denoise: Denoise,
-    plans: Plan | Sequence[Plan],
-    x: Tensor,
-    generators: Sequence[torch.Generator] | None = None,
-    known: Known | None = None,
-) -> Iterator[Step]:
-    """Run the plans row by row, yielding after each; the last Step's `x` is the result.
-
-    Args:
-        denoise: made by `prediction.as_denoiser`, or any function (x (b, C, H, W), call) -> x0 estimate (b, C, H, W).
-            Images whose plan has ended are left out of x; `call.images` says which remain.
-        plans: one for all images or one for each.
-        x: (B, C, H, W) from `start`, on the device of the network; half precision is raised to float32.
-        generators: one per image, the ones its initial noise came from; None if no plan draws noise.
-        known: for inpainting; x must then come from `start` with the known latents as the images to start from.
-
-    Raises:
-        InputError: not as many plans or generators as images, or known latents of another shape than x; at the end, if
-            the result is not finite.
-    """
-    each = _one_per_image(plans, x)
-    if generators is None and any(plan.noise.any() for plan in each):
-        raise InputError("this sampler draws noise and needs one generator per image, got none; pass generators")
-    if generators is not None:
-        require_one_each(generators, x)
-    denoiser = denoise if isinstance(denoise, Denoiser) else Denoiser(denoise, None)
-    if known is not None and (known.latents.shape != x.shape or known.mask.shape != (len(x), 1, *x.shape[2:])):
-        shapes = f"{tuple(known.latents.shape)} and {tuple(known.mask.shape)}"
-        raise InputError(f"known latents must have the shape {tuple(x.shape)} of x and one mask each, got {shapes}")
-    return _run(denoiser, each, x.to(torch.promote_types(x.dtype, torch.float32)), generators or [], known)
+    fresh = eta**2 * (1 - (following / sigma) ** 2)  # share of the variance
+    return following * math.sqrt(1 - fresh), following * math.sqrt(fresh)
 
 
-def require_finite(x: Tensor) -> None:
-    """Raise InputError if a sampled x is not finite."""
-    if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
-        raise InputError("the network's output became NaN or infinite; use dtype float32 or a lower guidance_scale")
-
-
-def _run(
-    denoiser: Denoiser,
-    plans: Sequence[Plan],
-    x: Tensor,
-    generators: Sequence[torch.Generator],
-    known: Known | None,
-) -> Iterator[Step]:
-    batch, draws = _folded(denoiser, plans, x), [plan.noise.any(dim=1).tolist() for plan in plans]
-    total, size, channels = max(len(plan) for plan in plans), batch.noise.shape[1], x.shape[1]
-    denoised = torch.zeros_like(x)
-    slots = torch.stack([x * batch.c_in[0], *[denoised] * (size - 1)])  # (S, B, C, H, W)
-    begin, running = 0, list(range(len(x)))
-    for end in sorted({len(plan) for plan in plans}):  # between two ends the same images run
-        images = torch.tensor(running, device=x.device)
-        part = batch.part(begin, end, images)
-        sigmas, timesteps, *columns = (table.unbind() for table in (part.sigmas, part.timesteps, *part.columns()))
-        numbers = torch.arange(begin, end, device=x.device)[:, None].expand(-1, len(running)).unbind()
-        latents, mask = (None, None) if known is None else (known.latents[images], known.mask[images])
-        estimate = denoised[images] if denoiser.self_conditioning else None
-        noisy = {row for row in range(begin, end) for image in running if draws[image][row]}
-        for row, index in enumerate(range(begin, end)):
-            call = Call(index, images, numbers[row], sigmas[row], timesteps[row])
-            places = [slots[place] for place in range(size)]
-            inputs = places[0]
-            output = denoiser.network(inputs if estimate is None else torch.cat([inputs, estimate], dim=1), call)
-            output, share = (output.to(x.dtype), None) if output.shape[1] == channels else halves(output.to(x.dtype))
-            if denoiser.limit is not None:
-                estimates = part.estimate(row, inputs, output).clamp(-denoiser.limit, denoiser.limit)
-                output = part.output(row, inputs, estimates)
-            if latents is not None and mask is not None:
-                output = torch.lerp(part.output(row, inputs, latents), output, mask)
-            slots = _advance([column[row] for column in columns], places, output)
-            if index in noisy:
-                drawing = [generators[image] if draws[image][index] else None for image in running]
-                noise = _fresh_noise(drawing, x)
-                if share is not None:
-                    noise = noise * (part.noise_range[row] * (share + 1) / 2).exp()
-                slots.addcmul_(part.noise[row], noise)
-            step = Step(
-                index,
-                total,
-                partial(_next_x, x, images, part, row, slots),
-                partial(_next_denoised, denoised, images, part, row, inputs, output),
-            )
-            if estimate is not None:
-                estimate = part.estimate(row, inputs, output)
-            yield step
-        if end < total:
-            x, denoised = step.x, step.denoised  # of the images that have ended; those of the others are not looked at
-            staying = [place for place, image in enumerate(running) if len(plans[image]) > end]
-            begin, running, slots = end, [running[place] for place in staying], slots[:, staying]
-    require_finite(step.x)
-
-
-def _next_x(x: Tensor, images: Tensor, part: _Batch, row: int, slots: Tensor) -> Tensor:
-    return _replaced(x, images, slots[0] / part.c_next[row])
-
-
-def _next_denoised(denoised: Tensor, images: Tensor, part: _Batch, row: int, inputs: Tensor, output: Tensor) -> Tensor:
-    return _replaced(denoised, images, part.estimate(row, inputs, output))
-
-
-def _replaced(batch: Tensor, images: Tensor, values: Tensor) -> Tensor:
-    """Return the batch with `values` in place of some of its images."""
-    return values if len(values) == len(batch) else batch.index_copy(0, images, values)
-
-
-def _advance(columns: Sequence[Tensor], slots: Sequence[Tensor], output: Tensor) -> Tensor:
-    """Return one row of a table, its columns (S, b, 1, 1, 1), applied to slots and output, each (b, C, H, W).
-
-    Column by column, so that an image gets the same additions in the same order in every batch, and neither TF32 nor
-    autocast rounds x.
-    """
-    advanced = columns[-1] * output  # (S, b, C, H, W)
-    for column, slot in zip(columns, slots):
-        advanced.addcmul_(column, slot)
-    return advanced
-
-
-def _fresh_noise(generators: Sequence[torch.Generator | None], x: Tensor) -> Tensor:
-    """Draw (b, C, H, W) on the CPU in float32, zeros for images without a generator, and bring it to x."""
-    noise = torch.zeros(len(generators), *x.shape[1:], pin_memory=x.device.type == "cuda")  # so that its copy is async
-    for one, generator in zip(noise, generators):
-        if generator is not None:
-            one.normal_(generator=generator)
-    return noise.to(x.device, x.dtype, non_blocking=True)
-
-
-class _Batch(NamedTuple):
-    """The tables of a batch for a network's own inputs and outputs: slot 0 is what the network is given.
-
-    sigmas, timesteps: (R, B).
-    c_in, c_next, of_input, of_output, noise_range: (R, B, 1, 1, 1); c_next is the c_in of the next row, and denoised =
-        of_input * input + of_output * output.
-    noise: (R, S, B, 1, 1, 1).
-    matrices: (R, S, S + 1, B, 1, 1, 1).
-    """
-
-    sigmas: Tensor
-    timesteps: Tensor
-    c_in: Tensor
-    c_next: Tensor
-    of_input: Tensor
-    of_output: Tensor
-    noise_range: Tensor
-    noise: Tensor
-    matrices: Tensor
-
-    def part(self, begin: int, end: int, images: Tensor) -> _Batch:
-        """Return some rows of some images."""
-        if begin == 0 and end == len(self.sigmas) and len(images) == self.sigmas.shape[1]:
-            return self
-        *tables, noise, matrices = (table[begin:end] for table in self)
-        picked = [table.index_select(1, images) for table in tables]
-        return _Batch._make([*picked, noise.index_select(2, images), matrices.index_select(3, images)])
-
-    def columns(self) -> tuple[Tensor, ...]:
-        """Return each column of the matrices, (R, S, B, 1, 1, 1)."""
-        return self.matrices.unbind(2)
-
-    def estimate(self, row: int, inputs: Tensor, output: Tensor) -> Tensor:
-        """Return the x0 estimates (B, C, H, W) of a row."""
-        return self.of_input[row] * inputs + self.of_output[row] * output
-
-    def output(self, row: int, inputs: Tensor, estimate: Tensor) -> Tensor:
-        """Return the outputs (B, C, H, W) of a row that would give these x0 estimates."""
-        return (estimate - self.of_input[row] * inputs) / self.of_output[row]
-
-
-def _folded(denoiser: Denoiser, plans: Sequence[Plan], x: Tensor) -> _Batch:
-    """Join the plans of a batch, zeros where one has fewer rows or slots than the largest, and fold the denoiser in.
-
-    With D = c_skip x + c_out F and the network's input u = c_in x, a row on (x, ..., D) becomes one on (u, ..., F).
-    """
-    rows, size = max(len(plan) for plan in plans), max(plan.noise.shape[1] for plan in plans)
-    each = [plan.padded(rows, size) for plan in plans]
-    sigmas, timesteps, noise_range, noise, matrices = (  # in NumPy, whose small operations are quicker
-        np.stack([getattr(plan, name).numpy() for plan in each], axis=-1)
-        for name in ("sigmas", "timesteps", "noise_range", "noise", "matrices")
-    )
-    c_skip, c_out, c_in = (factor.numpy() for factor in denoiser.factors(torch.from_numpy(sigmas)))  # (R, B)
-    c_next = np.append(c_in[1:], np.ones_like(c_in[:1]), axis=0)
-    c_next[[len(plan) - 1 for plan in plans], range(len(plans))] = 1  # the last row lands in VP coordinates
-    matrices[:, :, 0] = (matrices[:, :, 0] + matrices[:, :, -1] * c_skip[:, None]) / c_in[:, None]
-    matrices[:, :, -1] *= c_out[:, None]
-    matrices[:, 0] *= c_next[:, None]
-    noise[:, 0] *= c_next
-    tables = (c_in, c_next, c_skip / c_in, c_out, noise_range, noise, matrices)
-    shaped = [table.reshape(*table.shape, *[1] * (x.ndim - 1)) for table in tables]
-    return _Batch(*(torch.from_numpy(table).to(x.dtype).to(x.device) for table in (sigmas, timesteps, *shaped)))
-
-
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    """Return one number per image as (B, 1, 1, 1) in the dtype and on the device of `like`."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _one_per_image(plans: Plan | Sequence[Plan], x: Tensor) -> list[Plan]:
-    each = [plans] * len(x) if isinstance(plans, Plan) else list(plans)
-    if len(each) != len(x):
-        raise InputError(f"one plan per image is needed, got {len(each)} for {len(x)} images")
-    return each
+def _lagrange(places: list[float]) -> list[Polynomial]:
+    """Return for each place the polynomial that is 1 there and 0 at the others."""
+    return [
+        math.prod(
+            (Polynomial([-other, 1]) / (place - other) for other in places if other != place), start=Polynomial([1])
+        )
+        for place in places
+    ]

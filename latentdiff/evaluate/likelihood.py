@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.checkpoints import Parts
+from latentdiff.checkpoints import Components
 from latentdiff.diffusion import draw_noise, image_generator
 from latentdiff.diffusion.likelihood import LEVELS, discretised, ode_likelihood, variational_bound
 from latentdiff.diffusion.prediction import Denoiser
@@ -22,7 +22,7 @@ BATCH = 64
 
 
 def negative_log_likelihood(
-    parts: Parts,
+    components: Components,
     images: Tensor,
     captions: Sequence[str],
     *,
@@ -40,7 +40,7 @@ def negative_log_likelihood(
     measured error, and the entropy of the latents given the picture.
 
     Args:
-        parts: of the model.
+        components: of the model.
         images: (N, 3, H, W) in [-1, 1], 8-bit values.
         captions: one of each.
         seed: image i draws its noise from seed + i.
@@ -50,26 +50,26 @@ def negative_log_likelihood(
 
     Source: Ho et al. 2020, arXiv 2006.11239, section 3.3; Song et al. 2021, arXiv 2011.13456, section 4.3.
     """
-    in_pixels = isinstance(parts.autoencoder, PixelSpace)
+    in_pixels = isinstance(components.autoencoder, PixelSpace)
     bounds: dict[str, list[Tensor]] = {}
     ode, errors, shares = [], [], []
     for start in tqdm(range(0, len(images), BATCH), disable=not progress, unit="batch"):
         batch, texts = images[start : start + BATCH], captions[start : start + BATCH]
         generators = [image_generator(seed + start + row) for row in range(len(batch))]
-        latents, share = _latents(parts, batch, generators)
+        latents, share = _latents(components, batch, generators)
         shares.append(share)
-        denoise = network_of(parts, texts)
-        variance = parts.schedule.variance_type
-        if not parts.schedule.ends_in_pure_noise:
-            bound = variational_bound(denoise, parts.schedule, latents, generators, variance, eight_bit=in_pixels)
+        denoise = network_of(components, texts)
+        variance = components.schedule.variance_type
+        if not components.schedule.ends_in_pure_noise:
+            bound = variational_bound(denoise, components.schedule, latents, generators, variance, eight_bit=in_pixels)
             terms = {"L_T": bound.prior, "L_t": bound.terms[1:].sum(dim=0), "L_0": bound.terms[0], "total": bound.total}
             for name, values in terms.items():
                 bounds.setdefault(name, []).append(values)
         if in_pixels:
             jitter = torch.stack([torch.rand(latents.shape[1:], generator=one) for one in generators])
             latents = latents + (jitter.to(latents) - 0.5) * 2 / LEVELS
-        steps = min(ode_steps, parts.schedule.num_train_timesteps - 1)
-        found = ode_likelihood(denoise, parts.schedule, latents, generators, steps=steps, probes=probes)
+        steps = min(ode_steps, components.schedule.num_train_timesteps - 1)
+        found = ode_likelihood(denoise, components.schedule, latents, generators, steps=steps, probes=probes)
         ode.append(found.bits_per_dim(2 / LEVELS if in_pixels else 1.0))
         errors.append(found.standard_error / found.dimensions / math.log(2))
     kind = "pixels" if in_pixels else "latents"
@@ -83,20 +83,20 @@ def negative_log_likelihood(
     return figures
 
 
-def network_of(parts: Parts, texts: Sequence[str]) -> Denoiser:
+def network_of(components: Components, texts: Sequence[str]) -> Denoiser:
     """Return the denoiser of a batch of images with a text each, without guidance."""
-    assert parts.unet is not None
-    unet, dtype = parts.unet, parts.unet.conv_in.weight.dtype
-    context = torch.stack([encoded.states[0] for encoded in parts.prompt_encoder(texts)]).to(dtype)  # (B, L, D)
-    return parts.denoiser(lambda x, call: unet(x.to(dtype), call.timesteps, context).float())
+    assert components.unet is not None
+    unet, dtype = components.unet, components.unet.conv_in.weight.dtype
+    context = torch.stack([encoded.states[0] for encoded in components.prompt_encoder(texts)]).to(dtype)  # (B, L, D)
+    return components.denoiser(lambda x, call: unet(x.to(dtype), call.timesteps, context).float())
 
 
 @torch.no_grad()
 def _latents(
-    parts: Parts, images: Tensor, generators: Sequence[torch.Generator]
+    components: Components, images: Tensor, generators: Sequence[torch.Generator]
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Return scaled latents (B, C, h, w) drawn from their distribution, with the decoder's errors and their entropy."""
-    autoencoder, scale = parts.autoencoder, parts.autoencoder.config.scaling_factor
+    autoencoder, scale = components.autoencoder, components.autoencoder.config.scaling_factor
     weight = next(autoencoder.parameters())
     images = images.to(weight)
     posterior = autoencoder.encode(images)

@@ -1,7 +1,7 @@
 """The blocks of the U-Net, one per resolution: residual blocks, each followed by a transformer where there is text.
 
 One class serves diffusers' CrossAttnDownBlock2D and DownBlock2D (a list of no attentions has no weights), and one the
-same two on the way up. What a block needs besides the map comes in `Conditions`, made beforehand.
+same two on the way up. What a block needs besides the map comes in `BlockInputs`, made beforehand.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from latentdiff.models.attention import KeyValue, Transformer2DModel
 from latentdiff.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 
 
-class Conditions(NamedTuple):
+class BlockInputs(NamedTuple):
     """What time and text say to each layer of one call, in the order in which the layers run.
 
     Attributes:
@@ -103,7 +103,7 @@ class DownBlock(nn.Module):
         self.attentions = shape.transformers(shape.layers)
         self.downsamplers = nn.ModuleList([Downsample2D(shape.channels, symmetric=True)] if downsample else [])
 
-    def forward(self, x: Tensor, conditions: Conditions) -> list[Tensor]:
+    def forward(self, x: Tensor, conditions: BlockInputs) -> list[Tensor]:
         """Return every map made on the way, the last one at half the size, for x (B, C_in, H, W)."""
         maps = []
         for i, resnet in enumerate(self.resnets):
@@ -124,7 +124,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(shape.resnet(shape.channels) for _ in range(2))
         self.attentions = shape.transformers(1)
 
-    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
+    def forward(self, x: Tensor, conditions: BlockInputs) -> Tensor:
         """Return (B, C, H, W) for x (B, C, H, W)."""
         x = self.resnets[0](x, next(conditions.shifts))
         x = self.attentions[0](x, next(conditions.texts), conditions.mask)
@@ -146,7 +146,7 @@ class UpBlock(nn.Module):
         self.attentions = shape.transformers(len(skip_channels))
         self.upsamplers = nn.ModuleList([Upsample2D(shape.channels)] if upsample else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], conditions: Conditions) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], conditions: BlockInputs) -> Tensor:
         """Return (B, C, 2H, 2W), or (B, C, H, W) at the finest resolution.
 
         Args:

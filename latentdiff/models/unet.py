@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from latentdiff.errors import InputError
 from latentdiff.models.attention import KeyValue
-from latentdiff.models.blocks import BlockShape, Conditions, DownBlock, MidBlock, UpBlock
+from latentdiff.models.blocks import BlockInputs, BlockShape, DownBlock, MidBlock, UpBlock
 from latentdiff.models.config import ModelConfig, require, require_positive
 from latentdiff.models.layers import ResnetBlock2D, TimestepEmbedding, activate, sinusoidal_embedding
 
@@ -327,7 +327,7 @@ class UNet2DConditionModel(nn.Module):
     def _predict(
         self, sample: Tensor, shifts: Sequence[Tensor], texts: Sequence[list[list[KeyValue]]], mask: Tensor | None
     ) -> Tensor:
-        conditions = Conditions(iter(shifts), iter(texts), mask)
+        conditions = BlockInputs(iter(shifts), iter(texts), mask)
         hidden = self.conv_in(sample)  # (B, C_0, H, W)
         skips = [hidden]
         for block in self.down_blocks:

@@ -39,12 +39,13 @@ import torch.utils.tensorboard
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import training.autoencoder
-import training.diffusion
-import training.run
+import latentdiff.training.loop.run
+import latentdiff.training.train_autoencoder
+import latentdiff.training.train_diffusion
+from latentdiff.training.loop.checkpointing import checkpoint_folders, checkpoint_problem, load_latest
+
+from latentdiff.training import cli_train
 from tests.training.test_stages import pictures, recipe
-from training import cli_train
-from training.checkpointing import checkpoint_folders, checkpoint_problem, load_latest
 
 STEPS, INTERVAL = 40, 2
 PATIENCE = 300.0  # seconds after which a process that should have ended counts as hung, even on a busy machine
@@ -259,7 +260,7 @@ def _kill_and_resume(case: Case, kills: int, figures: Figures, rng: random.Rando
 
 def _watch(shared: mmap.mmap, die_at: int) -> None:
     """Tell the parent how far this process is, and die at a boundary of the first save that deletes an older one."""
-    log_step, save = training.run.Log.step, training.run.save_checkpoint
+    log_step, save = latentdiff.training.monitor.log.Log.step, latentdiff.training.loop.run.save_checkpoint
     passed, counting, counted = 0, False, False
 
     def boundary(last_act: Callable[[], Any] = lambda: None) -> None:
@@ -294,7 +295,7 @@ def _watch(shared: mmap.mmap, die_at: int) -> None:
 
         return wrapper
 
-    training.run.Log.step, training.run.save_checkpoint = tell, counted_save  # type: ignore[method-assign]
+    latentdiff.training.monitor.log.Log.step, latentdiff.training.loop.run.save_checkpoint = tell, counted_save  # type: ignore[method-assign]
     for owner, name in (*WRITERS, *OTHERS):
         setattr(owner, name, wrapped(getattr(owner, name), (owner, name) in WRITERS))
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from latentdiff.training.config import DataConfig, load_config
+from latentdiff.training.data.dataset import composite, load_images
 from torch import Tensor
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
 from latentdiff.images import to_tensor
-from training.config import DataConfig, load_config
-from training.dataset import composite, load_images
 
 ROOT = Path(__file__).parents[2]
 NEAREST = 5
@@ -38,14 +38,14 @@ def main() -> None:
     arguments = parser.parse_args()
     trained = load_config(arguments.config).data
     things = concepts_asked(trained.model_copy(update={"folder": arguments.data}), arguments.prompts)
-    parts = load_pipeline(arguments.model)
-    latents, concepts = whole_set(arguments.data, trained.size, parts.autoencoder)
-    pipe = Pipeline(parts)
+    components = load_pipeline(arguments.model)
+    latents, concepts = whole_set(arguments.data, trained.size, components.autoencoder)
+    pipe = Pipeline(components)
     settings = {} if arguments.guidance is None else {"guidance_scale": arguments.guidance}
     hits, first, missed = 0, 0, []
     for concept, thing in things:
         picture = pipe(thing, seed=0, output_type="pt", **settings).images  # (1, 3, H, W) in [0, 1]
-        found = nearest(encode(parts.autoencoder, picture * 2 - 1)[0], latents, concepts)
+        found = nearest(encode(components.autoencoder, picture * 2 - 1)[0], latents, concepts)
         first += found[0] == concept
         if concept in found:
             hits += 1

@@ -24,12 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from latentdiff.training.config import AutoencoderTraining
+from latentdiff.training.data import dataset
+from latentdiff.training.data.prefetch import drawn_ahead, workers
+from latentdiff.training.train_autoencoder import draw_views
 from PIL import Image
-
-from training import dataset
-from training.autoencoder import draw_views
-from training.config import AutoencoderTraining
-from training.loading import drawn_ahead, workers
 
 SHARDS = 20
 

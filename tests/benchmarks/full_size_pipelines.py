@@ -22,9 +22,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from latentdiff import Pipeline
-from latentdiff.checkpoints import Parts
+from latentdiff.checkpoints import Components
 from latentdiff.checkpoints.single_file import families
-from tests.checkpoints.test_single_file import parts_of
+from tests.checkpoints.test_single_file import components_of
 from tests.models.tiny import noise_picture
 from tests.parity.test_pipeline_inpaint import take_modes
 
@@ -41,24 +41,24 @@ def main() -> None:
     take_modes(pytest.MonkeyPatch())
     figures = {}
     for family, channels in [*((name, 9) for name in INPAINTING), (UPSCALING, 7)]:
-        figures[family] = found = compare(parts_of(families()[family], channels), arguments.size, arguments.steps)
+        figures[family] = found = compare(components_of(families()[family], channels), arguments.size, arguments.steps)
         print(f"{family}, {channels} channels: {found}", flush=True)
     print(json.dumps(figures))
 
 
-def compare(parts: Parts, size: int, steps: int) -> dict[str, float]:
+def compare(components: Components, size: int, steps: int) -> dict[str, float]:
     """Return how far the pictures are apart at most, in values of 0 to 255, and the deviation that they have."""
-    autoencoder: Any = parts.autoencoder
+    autoencoder: Any = components.autoencoder
     with torch.no_grad():
         autoencoder.decoder.conv_out.weight *= 5  # contrast
-    pipe = Pipeline(parts)
+    pipe = Pipeline(components)
     peer = pipe.to_diffusers()
     peer.scheduler = diffusers.DDIMScheduler.from_config(peer.scheduler.config)
     peer.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(SEED)
     settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 4.0}
     drawn = np.s_[:]
-    if parts.upscales:
+    if components.upscales:
         small = noise_picture(size // 4, size // 4)
         expected = peer(PROMPT, image=small, generator=generator, noise_level=40, **settings).images[0]
         found = pipe(PROMPT, image=small, seed=SEED, sampler="ddim", noise_level=40, **settings).images[0]

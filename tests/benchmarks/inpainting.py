@@ -34,14 +34,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from concept_retrieval import NEAREST, encode, nearest, whole_set
+from latentdiff.training.config import DataConfig, load_config
+from latentdiff.training.data.dataset import composite, load_images
+from latentdiff.training.data.masks import draw_mask
+from latentdiff.training.data.sources import is_wanted
+from latentdiff.training.loop.run import save_grid
 
 from latentdiff import Pipeline
 from latentdiff.images import to_tensor
-from training.config import DataConfig, load_config
-from training.dataset import composite, load_images
-from training.masks import draw_mask
-from training.run import save_grid
-from training.sources import is_wanted
 
 SHOWN, ENLARGED = 8, 2  # drawings in the grid, and how many times as large
 TIMED = 10  # plain generations

@@ -66,7 +66,7 @@ def main() -> None:
 
 def write(place: Path) -> None:
     """Write the model in both layouts and both precisions."""
-    from latentdiff.checkpoints import Parts, save_pipeline, single_file
+    from latentdiff.checkpoints import Components, save_pipeline, single_file
     from latentdiff.diffusion import NoiseSchedule
     from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
     from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
@@ -83,10 +83,10 @@ def write(place: Path) -> None:
         for parameter in network.parameters():
             nn.init.normal_(parameter, std=0.02)
     schedule = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
-    parts = Parts(unet, vae, text, single_file._tokenizer("<|endoftext|>"), schedule)
+    components = Components(unet, vae, text, single_file._tokenizer("<|endoftext|>"), schedule)
     for name, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
-        save_pipeline(parts, place / name, dtype)
-        single_file.save_single_file(parts, place / f"{name}.safetensors", dtype)
+        save_pipeline(components, place / name, dtype)
+        single_file.save_single_file(components, place / f"{name}.safetensors", dtype)
 
 
 def compare(name: str, place: Path, case: tuple[str, str, str], runs: int) -> dict[str, Any]:
@@ -138,8 +138,8 @@ def load(library: str, place: str, layout: str, precisions: str) -> dict[str, fl
         peak.write("5")  # the highest resident set starts anew
     start = time.perf_counter()
     if library == "latentdiff":
-        parts = load_pipeline(path, dtype)
-        networks: list[Any] = [parts.unet, parts.autoencoder, parts.text_encoder]
+        components = load_pipeline(path, dtype)
+        networks: list[Any] = [components.unet, components.autoencoder, components.text_encoder]
     else:
         options: dict[str, Any] = {"torch_dtype": dtype, "safety_checker": None, "local_files_only": True}
         if layout == "single file":

@@ -19,11 +19,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from latentdiff.training.config import DataConfig
+from latentdiff.training.data.dataset import composite, load_images
+from latentdiff.training.loop.run import save_grid
+
 from latentdiff import Pipeline
 from latentdiff.images import to_tensor
-from training.config import DataConfig
-from training.dataset import composite, load_images
-from training.run import save_grid
 
 TIMESTEPS = 20  # of each picture, evenly spread
 PROMPTS = ("a fox", "a cat", "a house", "a pizza", "a pine tree", "a red heart", "a rocket", "a smiling face")
@@ -72,8 +73,8 @@ def held_out(pipe: Pipeline, folder: str, count: int) -> tuple[Tensor, list[str]
 @torch.no_grad()
 def losses(pipe: Pipeline, latents: Tensor, captions: list[str]) -> Tensor:
     """Return the squared error (N,) of what the network predicts, averaged over timesteps; noise by picture."""
-    schedule = pipe.parts.schedule
-    context = torch.stack([encoded.states[0] for encoded in pipe.parts.prompt_encoder(captions)])
+    schedule = pipe.components.schedule
+    context = torch.stack([encoded.states[0] for encoded in pipe.components.prompt_encoder(captions)])
     generator = torch.Generator().manual_seed(0)
     found = torch.zeros(len(latents))
     for number in range(TIMESTEPS):

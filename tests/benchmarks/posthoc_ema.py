@@ -22,11 +22,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from latentdiff.training.loop import posthoc_ema
+from latentdiff.training.loop.checkpointing import load_latest
+from latentdiff.training.loop.posthoc_ema import PowerEma, average_of, snapshots
+from latentdiff.training.loop.state import RunState
+
+from latentdiff.training import cli_train
 from tests.training.test_stages import pictures, recipe
-from training import cli_train, posthoc_ema
-from training.checkpointing import load_latest
-from training.posthoc_ema import PowerEma, average_of, snapshots
-from training.state import RunState
 
 WIDTHS = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25)
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)

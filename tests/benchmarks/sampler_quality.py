@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from concept_retrieval import ROOT, concepts_asked, encode, nearest, whole_set
+from latentdiff.training.config import load_config
 from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff import Pipeline
 from latentdiff.diffusion import make_plan
-from training.config import load_config
 
 CALLS = (4, 6, 8, 12, 16, 25, 50)
 RETRIEVED_CALLS = (4, 8, 12, 25, 50)
@@ -87,7 +87,7 @@ def drawn(pipe: Pipeline, texts: list[str], sampler: str, steps: int, seed: int,
 
 def steps_for(pipe: Pipeline, sampler: str, calls: int) -> tuple[int, int]:
     """Return the most steps that take no more than so many network calls, and how many they take."""
-    made = {steps: len(make_plan(pipe.parts.schedule, sampler, steps)) for steps in range(1, calls + 1)}
+    made = {steps: len(make_plan(pipe.components.schedule, sampler, steps)) for steps in range(1, calls + 1)}
     steps = max(step for step, count in made.items() if count <= calls)
     return steps, made[steps]
 

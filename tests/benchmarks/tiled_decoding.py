@@ -27,7 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from latentdiff.checkpoints import embedded_model, load_autoencoder
-from latentdiff.engine.tiling import TILE, decode_tiled
+from latentdiff.engine.tiled_decoding import TILE, decode_tiled
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from tests.parity.published import AUTOENCODERS
 
@@ -58,8 +58,8 @@ def main() -> None:
             whole, tiled = (np.load(f"{folder}/{tile}.npy") for tile in (0, arguments.tile))
         difference = float(np.abs(whole - tiled).max()) / 2  # on a scale of 0 to 1
         seconds, memory = (runs["tiled"][key] / runs["whole"][key] for key in ("seconds", "mb"))
-        parts = ", ".join(f"{name} {one['seconds']:.1f} s and {one['mb']:.0f} MB" for name, one in runs.items())
-        print(f"{size} px: {parts} ({seconds:.1f} x the time, {memory:.2f} x the memory);", end=" ")
+        components = ", ".join(f"{name} {one['seconds']:.1f} s and {one['mb']:.0f} MB" for name, one in runs.items())
+        print(f"{size} px: {components} ({seconds:.1f} x the time, {memory:.2f} x the memory);", end=" ")
         print(f"largest difference {255 * difference:.1e} / 255", flush=True)
         figures[str(size)] = {**runs, "max_abs_difference": difference}
     print(json.dumps({"model": arguments.model, "tile": arguments.tile, "threads": threads, "sizes": figures}))

@@ -34,15 +34,16 @@ from transformers import BertModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from latentdiff.training.data.batches import Batch
+from latentdiff.training.loop.cpu import tuned_for_cpu
+from latentdiff.training.loop.ema import Ema
+from latentdiff.training.loop.run import fast_attention
+from latentdiff.training.losses.diffusion import diffusion_losses
+
 from latentdiff.checkpoints import embedded_model, load_autoencoder, load_text_encoder
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.parity.published import UNETS
-from training.batches import Batch
-from training.cpu import tuned_for_cpu
-from training.ema import Ema
-from training.objective import diffusion_losses
-from training.run import fast_attention
 
 STEPS = 3  # a round
 # Configuration, side of the latents, tokens and width of the text states.
@@ -191,9 +192,9 @@ def ours(options: argparse.Namespace) -> Iterator[None]:
     schedule = NoiseSchedule(beta_schedule="scaled_linear", prediction_type="v_prediction")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
     ema = Ema(unet, 0.999)
-    parts: Any = SimpleNamespace(schedule=schedule)
+    components: Any = SimpleNamespace(schedule=schedule)
     config: Any = SimpleNamespace(self_conditioning=False, loss="simple", weighting="min_snr", min_snr_gamma=0.0)
-    nulls = torch.zeros(options.batch_size, dtype=torch.bool)
+    dropped = torch.zeros(options.batch_size, dtype=torch.bool)
     with fast_attention(), tuned_for_cpu(unet):
         while True:
             optimizer.zero_grad()
@@ -201,7 +202,9 @@ def ours(options: argparse.Namespace) -> Iterator[None]:
                 latents, context = encode(*batch)
                 timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device)
                 noise = torch.randn_like(latents)
-                loss = diffusion_losses(unet, parts, config, Batch(latents, context, nulls), timesteps, noise).mean()
+                loss = diffusion_losses(
+                    unet, components, config, Batch(latents, context, dropped), timesteps, noise
+                ).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
             optimizer.step()

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tiled_decoding import resident
 
-import latentdiff.upscaling
+import latentdiff.generation.upscale
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
 from latentdiff.commands.upscaling import DEFAULTS
@@ -85,7 +85,7 @@ def seams(arguments: argparse.Namespace, size: int) -> dict[str, Any]:
     pipe, settings = pipeline(arguments.model), DEFAULTS | {"num_inference_steps": arguments.steps}
     drawn: list[list[np.ndarray]] = []
     for at_once in (10**9, 0):
-        latentdiff.upscaling.AT_ONCE = at_once
+        latentdiff.generation.upscale.AT_ONCE = at_once
         smalls = [small_picture(size, number) for number in range(SEAMS)]
         results = [pipe(arguments.prompt, image=small, **settings).images[0] for small in smalls]
         drawn.append([np.asarray(picture, dtype=np.float64) for picture in results])
@@ -129,12 +129,12 @@ def enlarge(arguments: argparse.Namespace, size: int) -> None:
 
 def untrained() -> Pipeline:
     """Return a model of the embedded one's shape that enlarges."""
-    parts = load_pipeline()
-    assert parts.unet is not None
-    config = replace(parts.unet.config, in_channels=7, num_class_embeds=1000, sample_size=SIDE)
+    components = load_pipeline()
+    assert components.unet is not None
+    config = replace(components.unet.config, in_channels=7, num_class_embeds=1000, sample_size=SIDE)
     low = NoiseSchedule(beta_schedule="linear", class_name="DDPMScheduler")
     unet = UNet2DConditionModel(config).requires_grad_(False)
-    return Pipeline(replace(parts, unet=unet, low_res_schedule=low, folder=None))
+    return Pipeline(replace(components, unet=unet, low_res_schedule=low, folder=None))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     python tests/benchmarks/upscaling.py --data data/emoji256 --out assets/upscaling.png
     python tests/benchmarks/upscaling.py --data data/emoji256 --model runs/upscale/model --images 20 --noise-level 0
 
-Each drawing of the test split is made small in two ways: clean (by Lanczos), and degraded (`training.degradation` at
-full strength, seeded). The model is told the first caption. Measured are PSNR and SSIM over the whole picture, what the
-model is better by picture by picture, and the time and memory that it takes.
+Each drawing of the test split is made small in two ways: clean (by Lanczos), and degraded (by
+`training/data/degradation.py` at full strength, seeded). The model is told the first caption. Measured are PSNR and
+SSIM over the whole picture, what the model is better by picture by picture, and the time and memory that it takes.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from inpainting import mean_error
+from latentdiff.training.config import DataConfig
+from latentdiff.training.data.dataset import composite, open_held_out
+from latentdiff.training.data.degradation import degrade
+from latentdiff.training.loop.run import save_grid
+from latentdiff.training.losses.image import psnr, ssim
 from tiled_decoding import resident
 
 from latentdiff import Pipeline
 from latentdiff.commands.upscaling import DEFAULTS
 from latentdiff.images import to_tensor
-from training.config import DataConfig
-from training.dataset import composite, open_held_out
-from training.degradation import degrade
-from training.losses import psnr, ssim
-from training.run import save_grid
 
 KINDS = ("clean", "degraded")
 SHOWN = 3  # of each kind
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="PNG to draw: small picture, Lanczos, model, truth")
     arguments = parser.parse_args()
     pipe = Pipeline.from_pretrained(arguments.model, device=arguments.device)
-    if not pipe.parts.upscales:
+    if not pipe.components.upscales:
         parser.error(f"{arguments.model} draws from text; name a model that enlarges pictures")
     data = open_held_out(DataConfig(folder=arguments.data, size=arguments.size), Path(), arguments.images, "test")
     if data is None or min(min(sample.size) for sample in data.samples) < arguments.size:

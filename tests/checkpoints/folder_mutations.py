@@ -109,7 +109,7 @@ class Folder:
         before = {name: held for name, held in before.items() if wanted.get(name) == tuple(held.shape)}
         if any(dtype not in FLOATS for dtype, _, _ in found.values()):
             return ModelLoadError
-        held = {name: tensor(*parts) for name, parts in found.items()}
+        held = {name: tensor(*components) for name, components in found.items()}
         if not all(finite(one.float()) for one in held.values()):
             return ModelLoadError
         whole = {name: one.to(self.dtype) for name, one in held.items() if not name.endswith(HALVES)}

@@ -53,16 +53,16 @@ def rules(content: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | Non
     for name, entry in entries:
         if type(entry) is not Pairs or sorted(key for key, _ in entry) != ["data_offsets", "dtype", "shape"]:
             return None
-        parts = dict(entry)
-        shape, offsets = _whole(parts["shape"]), _whole(parts["data_offsets"])
-        if type(parts["dtype"]) is not str or parts["dtype"] not in SIZES:
+        components = dict(entry)
+        shape, offsets = _whole(components["shape"]), _whole(components["data_offsets"])
+        if type(components["dtype"]) is not str or components["dtype"] not in SIZES:
             return None
         if shape is None or offsets is None or len(shape) > 8 or len(offsets) != 2:
             return None
-        size = SIZES[parts["dtype"]]
+        size = SIZES[components["dtype"]]
         if offsets[1] - offsets[0] != prod(shape) * size or prod(max(side, 1) for side in shape) * size >= 2**63:
             return None
-        places.append((offsets[0], offsets[1], name, parts["dtype"], shape))
+        places.append((offsets[0], offsets[1], name, components["dtype"], shape))
     position = 0
     for begin, end, *_ in sorted(places):
         if begin != position:

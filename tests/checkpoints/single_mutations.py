@@ -14,7 +14,7 @@ from latentdiff.errors import ModelLoadError
 from tests.checkpoints.header_mutations import MUTATIONS, WORDS, join, recoded, split
 from tests.checkpoints.oracle import FLOATS, bitwise_equal, finite, rules, tensor
 from tests.checkpoints.small_models import VAE, Weights, weights_of
-from tests.checkpoints.test_single_file import parts_of, tensors_of, tiny
+from tests.checkpoints.test_single_file import components_of, tensors_of, tiny
 
 
 class SingleFile:
@@ -26,11 +26,11 @@ class SingleFile:
         unet |= {"layers_per_block": 1} | {key: [unet[key][0], unet[key][-1]] for key in levels}
         shape["vae"] = VAE
         self.shape = shape
-        parts = parts_of(shape)
-        held = tensors_of(parts, shape)
+        components = components_of(shape)
+        held = tensors_of(components, shape)
         self.content = save(held)
         # Where each weight lies is found by its bits, which are noise, not by the tables of the loader.
-        self.places = {name: _place(value, held) for name, value in weights_of(parts).items()}
+        self.places = {name: _place(value, held) for name, value in weights_of(components).items()}
 
     def verdict(self, content: bytes, dtype: torch.dtype) -> Weights | type[ModelLoadError]:
         found, first = rules(content), rules(self.content) or {}

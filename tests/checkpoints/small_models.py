@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.checkpoints import Parts, load_pipeline, save_pipeline
+from latentdiff.checkpoints import Components, load_pipeline, save_pipeline
 from latentdiff.checkpoints.variant import save_variant
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -28,17 +28,19 @@ BASE, VARIANTS = "bert", {"variant": None, "difference": 1}  # names of folders,
 VAE = {"block_out_channels": [8], "norm_num_groups": 4}
 
 
-def networks_of(parts: Parts) -> dict[str, nn.Module]:
+def networks_of(components: Components) -> dict[str, nn.Module]:
     """Return the networks of a model by the name of their folder."""
-    found = {"unet": parts.unet, "vae": parts.autoencoder, "text_encoder": parts.text_encoder}
-    found["text_encoder_2"] = parts.text_encoder_2
+    found = {"unet": components.unet, "vae": components.autoencoder, "text_encoder": components.text_encoder}
+    found["text_encoder_2"] = components.text_encoder_2
     return {name: network for name, network in found.items() if network is not None}
 
 
-def weights_of(parts: Parts) -> Weights:
+def weights_of(components: Components) -> Weights:
     """Return all weights, named by folder and weight."""
     return {
-        f"{name}.{key}": value for name, net in networks_of(parts).items() for key, value in net.state_dict().items()
+        f"{name}.{key}": value
+        for name, net in networks_of(components).items()
+        for key, value in net.state_dict().items()
     }
 
 
@@ -62,18 +64,18 @@ def build_folders(place: Path) -> list[Path]:
             randomize(network, seed)
         vocabulary = {"bert": write_bert_vocabulary, "clip": write_clip_vocabulary}.get(name)
         tokenizer = Tokenizer.from_folder(vocabulary(place / f"{name}-words")) if vocabulary else None
-        parts = Parts(unet, vae, text, tokenizer, NoiseSchedule())  # type: ignore[arg-type]
-        save_pipeline(parts, place / name, dtype=None)
+        components = Components(unet, vae, text, tokenizer, NoiseSchedule())  # type: ignore[arg-type]
+        save_pipeline(components, place / name, dtype=None)
     (place / "outside.safetensors").write_bytes((place / "bert/unet/diffusion_pytorch_model.safetensors").read_bytes())
     for name, rank in VARIANTS.items():
-        parts = load_pipeline(place / BASE)
-        assert parts.unet is not None
-        unet = UNet2DConditionModel(replace(parts.unet.config, in_channels=9))
+        components = load_pipeline(place / BASE)
+        assert components.unet is not None
+        unet = UNet2DConditionModel(replace(components.unet.config, in_channels=9))
         weights = unet.state_dict()
         randomize(unet, 7)
-        for key, value in parts.unet.state_dict().items():
+        for key, value in components.unet.state_dict().items():
             if value.ndim > 1 and value.shape == weights[key].shape:
                 weights[key] = value + 0.1 * torch.outer(value.flatten(1)[:, 0], value.flatten(1)[0]).view_as(value)
         unet.load_state_dict(weights)
-        save_variant(replace(parts, unet=unet), place / name, place / BASE, dtype=None, rank=rank)
+        save_variant(replace(components, unet=unet), place / name, place / BASE, dtype=None, rank=rank)
     return [place / name for name in (*texts, *VARIANTS)]

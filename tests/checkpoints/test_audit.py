@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from tests.checkpoints.header_mutations import archives
 from tests.checkpoints.test_folder import UNET, edit
-from tests.checkpoints.test_single_file import parts_of, tensors_of, tiny
+from tests.checkpoints.test_single_file import components_of, tensors_of, tiny
 
 ROOT = Path(__file__).parents[2]
 FAMILY = "Stable Diffusion 1.x"
@@ -165,7 +165,7 @@ HOSTILE: dict[str, Callable[[Path], Any]] = {
 def report(built_model: Path, tmp_path: Path) -> dict[str, Any]:
     """What a watched process saw when it loaded a good folder, file and variant, and the hostile folders."""
     shape = tiny(FAMILY)
-    save_file(tensors_of(parts_of(shape), shape), tmp_path / "good.safetensors")
+    save_file(tensors_of(components_of(shape), shape), tmp_path / "good.safetensors")
     good = shutil.copytree(built_model, tmp_path / "good")
     variant = shutil.copytree(built_model, tmp_path / "variant")
     without_vae(variant, "good")

@@ -81,7 +81,7 @@ class Hub:
 def test_only_what_is_loaded_is_fetched(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: bool
 ) -> None:
-    """Never pickles, other precisions or whole checkpoints beside the parts; half precision where there is no other."""
+    """Never pickles, other precisions or whole checkpoints beside them; half precision where there is no other."""
     import huggingface_hub
 
     for file in list(model_folder.rglob("*.safetensors")):

@@ -51,25 +51,25 @@ def reweigh(path: Path, change: Any) -> None:
 
 
 def test_saved_model_loads_again(pipe: Pipeline, built_model: Path, tmp_path: Path) -> None:
-    save_pipeline(pipe.parts, tmp_path / "copy", dtype=None)
+    save_pipeline(pipe.components, tmp_path / "copy", dtype=None)
     again = load_pipeline(tmp_path / "copy")
     assert again.unet is not None
     for ours, other in ((again.unet, pipe.unet), (again.text_encoder, pipe.text_encoder)):
         for name, tensor in ours.state_dict().items():
             assert torch.equal(tensor, other.state_dict()[name])
-    assert again.schedule == pipe.parts.schedule
-    assert again.model_hash == pipe.parts.model_hash
+    assert again.schedule == pipe.components.schedule
+    assert again.model_hash == pipe.components.model_hash
     assert again.name == str(tmp_path / "copy")
     assert not any(network.training for network in (again.unet, again.autoencoder, again.text_encoder))
 
 
 def test_half_precision_files_load_in_the_dtype_asked_for(pipe: Pipeline, tmp_path: Path) -> None:
-    save_pipeline(pipe.parts, tmp_path / "half")
+    save_pipeline(pipe.components, tmp_path / "half")
     assert describe_folder(tmp_path / "half")["precision"] == "F16"
     for dtype in (torch.float32, torch.bfloat16):
-        parts = load_pipeline(tmp_path / "half", dtype=dtype)
-        assert {tensor.dtype for tensor in parts.autoencoder.state_dict().values()} == {dtype}
-    assert load_pipeline(tmp_path / "half").model_hash != pipe.parts.model_hash
+        components = load_pipeline(tmp_path / "half", dtype=dtype)
+        assert {tensor.dtype for tensor in components.autoencoder.state_dict().values()} == {dtype}
+    assert load_pipeline(tmp_path / "half").model_hash != pipe.components.model_hash
 
 
 def test_files_are_readable_by_everyone(built_model: Path) -> None:
@@ -79,7 +79,7 @@ def test_files_are_readable_by_everyone(built_model: Path) -> None:
 def test_saving_again_keeps_the_card_and_nothing_temporary(pipe: Pipeline, model_folder: Path) -> None:
     (model_folder / "README.md").write_text("card")
     (model_folder / "unet" / "old.bin").write_text("old")
-    save_pipeline(pipe.parts, model_folder)
+    save_pipeline(pipe.components, model_folder)
     assert (model_folder / "README.md").read_text() == "card"
     assert not (model_folder / "unet" / "old.bin").exists()
     assert [entry.name for entry in model_folder.parent.iterdir()] == [model_folder.name]
@@ -88,7 +88,7 @@ def test_saving_again_keeps_the_card_and_nothing_temporary(pipe: Pipeline, model
 def test_folders_that_are_no_models_are_not_overwritten(pipe: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="no saved model"):
-        save_pipeline(pipe.parts, tmp_path)
+        save_pipeline(pipe.components, tmp_path)
     assert (tmp_path / "thesis.txt").exists()
 
 
@@ -102,20 +102,20 @@ def test_a_save_that_fails_leaves_the_old_model(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="No space left"):
-        save_pipeline(pipe.parts, model_folder)
+        save_pipeline(pipe.components, model_folder)
     assert [entry.name for entry in model_folder.parent.iterdir()] == [model_folder.name]
     assert load_pipeline(model_folder).model_hash == before
 
 
 def test_non_finite_weights_are_not_saved(pipe: Pipeline, tmp_path: Path) -> None:
-    large = load_autoencoder(pipe.parts.folder or "")
+    large = load_autoencoder(pipe.components.folder or "")
     with torch.no_grad():
         large.decoder.conv_in.weight[0, 0, 0, 0] = 1e6
     with pytest.raises(ModelValueError, match=r"decoder\.conv_in\.weight is not finite"):
         save_model(large, tmp_path / "vae", torch.float16)
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="needs a U-Net"):
-        save_pipeline(replace(pipe.parts, unet=None), tmp_path / "model")
+        save_pipeline(replace(pipe.components, unet=None), tmp_path / "model")
 
 
 def test_parts_load_alone(built_model: Path) -> None:

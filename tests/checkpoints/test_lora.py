@@ -13,24 +13,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentdiff.checkpoints import Parts, read_header, single_file
+from latentdiff.checkpoints import Components, read_header, single_file
 from latentdiff.checkpoints.lora import apply_loras, describe_lora, load_lora, save_lora
 from latentdiff.checkpoints.lora_names import DIALECTS, known_names, networks_of
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, ModelValueError, UnsafeModelError
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.lora import Factors, LoRA, layers_of
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
-from tests.checkpoints.test_single_file import FAMILIES, parts_of, tiny
+from tests.checkpoints.test_single_file import FAMILIES, components_of, tiny
 
 QUERY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 KOHYA = f"lora_unet_{QUERY.replace('.', '_')}"
 
 
-def lora_of(parts: Parts, *, seed: int = 0, tucker: bool = False) -> LoRA:
+def lora_of(components: Components, *, seed: int = 0, tucker: bool = False) -> LoRA:
     """Factors for every layer of a model."""
     generator = torch.Generator().manual_seed(seed)
     networks: dict[str, dict[str, Factors]] = {}
-    for network, model in networks_of(parts).items():
+    for network, model in networks_of(components).items():
         for name, layer in layers_of(model).items():
             rows, columns, *kernel = layer.weight.shape
             ones = [1] * len(kernel)
@@ -41,27 +41,27 @@ def lora_of(parts: Parts, *, seed: int = 0, tucker: bool = False) -> LoRA:
     return LoRA(networks)
 
 
-def digest(parts: Parts) -> str:
+def digest(components: Components) -> str:
     """SHA-256 of all weights that a LoRA could change."""
     found = hashlib.sha256()
-    for network in networks_of(parts).values():
+    for network in networks_of(components).values():
         for name, tensor in sorted(network.state_dict().items()):
             found.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
 @pytest.fixture(scope="module")
-def parts() -> Parts:
-    return parts_of(tiny("Stable Diffusion 1.x"))
+def components() -> Components:
+    return components_of(tiny("Stable Diffusion 1.x"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_what_was_saved_is_loaded_bit_for_bit(tmp_path: Path, family: str, dialect: str) -> None:
-    parts, file = parts_of(tiny(family)), tmp_path / "a.safetensors"
-    lora = lora_of(parts, tucker=dialect != "diffusers")
-    save_lora(lora, file, parts, dialect)
-    loaded = load_lora(file, parts)
+    components, file = components_of(tiny(family)), tmp_path / "a.safetensors"
+    lora = lora_of(components, tucker=dialect != "diffusers")
+    save_lora(lora, file, components, dialect)
+    loaded = load_lora(file, components)
     assert loaded.networks.keys() == lora.networks.keys()
     for network, layers in lora.networks.items():
         assert loaded.networks[network].keys() == layers.keys()
@@ -73,10 +73,10 @@ def test_what_was_saved_is_loaded_bit_for_bit(tmp_path: Path, family: str, diale
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_equal_loras_are_equal_files(parts: Parts, tmp_path: Path) -> None:
-    lora, files = lora_of(parts), [tmp_path / f"{number}.safetensors" for number in range(8)]
+def test_equal_loras_are_equal_files(components: Components, tmp_path: Path) -> None:
+    lora, files = lora_of(components), [tmp_path / f"{number}.safetensors" for number in range(8)]
     for file in files:
-        save_lora(lora, file, parts)
+        save_lora(lora, file, components)
     assert len({file.read_bytes() for file in files}) == 1
 
 
@@ -88,22 +88,24 @@ def test_no_two_layers_share_a_name(family: str) -> None:
         unet = UNet2DConditionModel(UNetConfig.from_dict(shape["unet"]))
         encoders: list[Any] = [CLIPTextModel(CLIPTextConfig.from_dict(text["config"])) for text in shape["text"]]
     rest: Any = {"autoencoder": None, "tokenizer": None, "schedule": None}
-    parts = Parts(unet, text_encoder=encoders[0], text_encoder_2=encoders[1] if encoders[1:] else None, **rest)
-    names = known_names(parts)
+    components = Components(
+        unet, text_encoder=encoders[0], text_encoder_2=encoders[1] if encoders[1:] else None, **rest
+    )
+    names = known_names(components)
     assert all("attn_in_proj" in name and len(layers) == 3 for name, layers in names.items() if len(layers) > 1)
-    expected = {(network, name) for network, model in networks_of(parts).items() for name in layers_of(model)}
+    expected = {(network, name) for network, model in networks_of(components).items() for name in layers_of(model)}
     assert {layer for layers in names.values() for layer in layers} == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", ["Stable Diffusion 1.x", "Stable Diffusion XL"])
 def test_taken_out_again_all_weights_are_the_same_bits(family: str, dtype: torch.dtype) -> None:
-    parts = parts_of(tiny(family))
-    for network in networks_of(parts).values():
+    components = components_of(tiny(family))
+    for network in networks_of(components).values():
         network.to(dtype)
-    before = digest(parts)
-    first, second = lora_of(parts, seed=1), lora_of(parts, seed=2)
-    once = apply_loras(parts, {first: 0.7})
+    before = digest(components)
+    first, second = lora_of(components, seed=1), lora_of(components, seed=2)
+    once = apply_loras(components, {first: 0.7})
     merged = {before, digest(once)}
     chain = once
     for loras in ({first: 0.3, second: -1.2}, {second: (0.0, 2.0)}, {second: 0.5, first: 1e-3}):
@@ -111,39 +113,39 @@ def test_taken_out_again_all_weights_are_the_same_bits(family: str, dtype: torch
         merged.add(digest(chain))
     assert len(merged) == 5  # each was another model
     assert digest(apply_loras(chain, {first: 0.7})) == digest(once)
-    assert digest(apply_loras(chain, {})) == digest(parts) == before
+    assert digest(apply_loras(chain, {})) == digest(components) == before
     assert apply_loras(chain, {}).loras == () and apply_loras(chain, {}).base is None
-    assert chain.model_hash == parts.model_hash
+    assert chain.model_hash == components.model_hash
 
 
-def test_all_but_the_networks_is_that_of_the_model_given(parts: Parts) -> None:
+def test_all_but_the_networks_is_that_of_the_model_given(components: Components) -> None:
     """As when a schedule was replaced after a LoRA was put in."""
-    merged = apply_loras(parts, {lora_of(parts): 1.0})
+    merged = apply_loras(components, {lora_of(components): 1.0})
     other = replace(merged, schedule=replace(merged.schedule, prediction_type="v_prediction"))
     assert apply_loras(other, {}).schedule.prediction_type == "v_prediction"
-    assert apply_loras(other, {}).base is None and digest(apply_loras(other, {})) == digest(parts)
+    assert apply_loras(other, {}).base is None and digest(apply_loras(other, {})) == digest(components)
 
 
-def test_a_weight_for_each_kind_of_network(parts: Parts) -> None:
-    lora = lora_of(parts)
+def test_a_weight_for_each_kind_of_network(components: Components) -> None:
+    lora = lora_of(components)
     for weight, same in {(0.0, 1.0): "unet", (1.0, 0.0): "text_encoder"}.items():
-        merged = apply_loras(parts, {lora: weight})
-        for name, network in networks_of(parts).items():
+        merged = apply_loras(components, {lora: weight})
+        for name, network in networks_of(components).items():
             found = networks_of(merged)[name].state_dict()
             equal = all(torch.equal(tensor, found[key]) for key, tensor in network.state_dict().items())
             assert equal == (name == same)
         assert merged.loras[0].record() == {"path": None, "hash": "", "weight": list(weight)}
     for bad in (float("nan"), (1.0,), "1", None, (1, 2, 3)):
         with pytest.raises(InputError, match="weight of a LoRA must be a finite number, or two"):
-            apply_loras(parts, {lora: bad})
+            apply_loras(components, {lora: bad})
 
 
-def test_what_is_kept_does_not_move(parts: Parts) -> None:
-    model = apply_loras(parts, {})  # a copy
-    merged = apply_loras(model, {lora_of(parts): 1.0})
+def test_what_is_kept_does_not_move(components: Components) -> None:
+    model = apply_loras(components, {})  # a copy
+    merged = apply_loras(model, {lora_of(components): 1.0})
     for network in networks_of(model).values():
         network.to(torch.float16)
-    assert digest(apply_loras(merged, {})) == digest(parts)
+    assert digest(apply_loras(merged, {})) == digest(components)
     for network in networks_of(merged).values():
         network.to(torch.float16)
     assert digest(apply_loras(merged, {})) == digest(model)
@@ -164,15 +166,15 @@ def test_what_is_kept_does_not_move(parts: Parts) -> None:
         f"base_model.model.{QUERY}.lora_{{}}.weight",
     ],
 )
-def test_names_of_one_layer(parts: Parts, tmp_path: Path, name: str) -> None:
+def test_names_of_one_layer(components: Components, tmp_path: Path, name: str) -> None:
     peft = "base_model" in name
     down, up = torch.randn(2, 16), torch.randn(16, 2)
     tensors = {name.format("A" if peft else "down"): down, name.format("B" if peft else "up"): up}
     save_file(tensors, tmp_path / "a.safetensors")
-    (layers,) = load_lora(tmp_path / "a.safetensors", parts).networks.values()
+    (layers,) = load_lora(tmp_path / "a.safetensors", components).networks.values()
     assert list(layers) == [QUERY] and layers[QUERY].alpha == 2
-    merged = networks_of(apply_loras(parts, {tmp_path / "a.safetensors": 0.5}))["unet"].state_dict()
-    for key, tensor in networks_of(parts)["unet"].state_dict().items():
+    merged = networks_of(apply_loras(components, {tmp_path / "a.safetensors": 0.5}))["unet"].state_dict()
+    for key, tensor in networks_of(components)["unet"].state_dict().items():
         expected = tensor + 0.5 * up @ down if key == f"{QUERY}.weight" else tensor
         torch.testing.assert_close(merged[key], expected)
 
@@ -187,7 +189,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("family", list(TEXTS))
 def test_names_of_text_encoders_in_the_original_layout(tmp_path: Path, family: str) -> None:
-    parts, (name, network) = parts_of(tiny(family)), TEXTS[family]
+    components, (name, network) = components_of(tiny(family)), TEXTS[family]
     weights = {head: torch.randn(16, 2) for head in ("q_proj", "k_proj", "v_proj")}
     down, file = torch.randn(2, 16), tmp_path / "a.safetensors"
     one = {f"{name.format(head)}.lora_up.weight": up for head, up in weights.items()}
@@ -196,7 +198,7 @@ def test_names_of_text_encoders_in_the_original_layout(tmp_path: Path, family: s
     whole = {f"{name.format('in_proj')}.lora_up.weight": stacked, f"{name.format('in_proj')}.lora_down.weight": down}
     for tensors in [one] if family == "Stable Diffusion 1.x" else [one, whole]:
         save_file(tensors, file)
-        layers = load_lora(file, parts).networks[network]
+        layers = load_lora(file, components).networks[network]
         assert {key[-6:]: value.up.flatten(1).tolist() for key, value in layers.items()} == {
             head: up.tolist() for head, up in weights.items()
         }
@@ -242,35 +244,35 @@ ODD: dict[str, tuple[dict[str, Tensor], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", list(ODD))
-def test_odd_files_are_refused(parts: Parts, tmp_path: Path, case: str) -> None:
+def test_odd_files_are_refused(components: Components, tmp_path: Path, case: str) -> None:
     tensors, error, message = ODD[case]
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(error, match=message):
-        load_lora(tmp_path / "a.safetensors", parts)
+        load_lora(tmp_path / "a.safetensors", components)
 
 
 def test_a_layer_by_itself_and_within_a_stack_is_refused(tmp_path: Path) -> None:
-    parts = parts_of(tiny("Stable Diffusion 2.x"))
+    components = components_of(tiny("Stable Diffusion 2.x"))
     stack = {f"model_transformer_resblocks_0_attn_in_proj.lora_{half}.weight" for half in ("up", "down")}
     tensors = dict(zip(sorted(stack), (torch.ones(2, 16), torch.ones(48, 2))))
     save_file(tensors | pair("lora_te_text_model_encoder_layers_0_self_attn_k_proj"), tmp_path / "a.safetensors")
     with pytest.raises(ModelMismatchError, match=r"self_attn\.k_proj of text_encoder is there twice"):
-        load_lora(tmp_path / "a.safetensors", parts)
+        load_lora(tmp_path / "a.safetensors", components)
 
 
-def test_pickles_and_broken_settings_are_refused(parts: Parts, tmp_path: Path) -> None:
+def test_pickles_and_broken_settings_are_refused(components: Components, tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     for settings, message in (("{", "is no JSON"), ('{"unet.lora_alpha": "8"}', "must be a finite number, got '8'")):
         save_file(pair(), file, metadata={"lora_adapter_metadata": settings})
         with pytest.raises(ModelConfigError, match=message):
-            load_lora(file, parts)
+            load_lora(file, components)
     file.write_bytes(b"PK\x03\x04" + bytes(600))
     with pytest.raises(UnsafeModelError):
-        load_lora(file, parts)
+        load_lora(file, components)
 
 
-def test_what_cannot_be_written_is_said(parts: Parts, tmp_path: Path) -> None:
-    file, lora = tmp_path / "a.safetensors", lora_of(parts, tucker=True)
+def test_what_cannot_be_written_is_said(components: Components, tmp_path: Path) -> None:
+    file, lora = tmp_path / "a.safetensors", lora_of(components, tucker=True)
     cases: list[tuple[Path, str, str]] = [
         (file, "lycoris", "dialect 'lycoris' is unknown"),
         (tmp_path / "a.pt", "kohya", "must end in .safetensors"),
@@ -278,17 +280,17 @@ def test_what_cannot_be_written_is_said(parts: Parts, tmp_path: Path) -> None:
     ]
     for path, dialect, message in cases:
         with pytest.raises(InputError, match=message):
-            save_lora(lora, path, parts, dialect)
+            save_lora(lora, path, components, dialect)
     broken = LoRA({"unet": {QUERY: Factors(torch.full((2, 16), torch.inf), torch.ones(16, 2), 1.0)}})
     with pytest.raises(ModelValueError, match=r"is not finite in torch.float32: it has inf"):
-        save_lora(broken, file, parts)
+        save_lora(broken, file, components)
     assert not list(tmp_path.iterdir())
 
 
-def test_files_say_what_they_are(parts: Parts, tmp_path: Path) -> None:
+def test_files_say_what_they_are(components: Components, tmp_path: Path) -> None:
     file, counts = tmp_path / "a.safetensors", {"text_encoder": 12, "unet": 283}
     for dialect in DIALECTS:
-        save_lora(lora_of(parts), file, parts, dialect)
+        save_lora(lora_of(components), file, components, dialect)
         described = describe_lora(file, read_header(file))
         assert described is not None and json.loads(json.dumps(described)) == described
         assert described["kind"] == "LoRA" and described["dialect"] == dialect
@@ -305,10 +307,10 @@ def test_files_say_what_they_are(parts: Parts, tmp_path: Path) -> None:
     assert describe_lora(file, read_header(file)) is None
 
 
-def test_a_file_of_several_dialects(parts: Parts, tmp_path: Path) -> None:
+def test_a_file_of_several_dialects(components: Components, tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     save_file(pair() | pair("text_encoder.text_model.encoder.layers.0.self_attn.q_proj"), file)
-    assert load_lora(file, parts).networks.keys() == {"unet", "text_encoder"}
+    assert load_lora(file, components).networks.keys() == {"unet", "text_encoder"}
     described = describe_lora(file, read_header(file))
     assert described is not None and described["dialect"] == "diffusers and kohya"
     assert load_file(file).keys() == read_header(file).tensors.keys()

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentdiff import Pipeline
-from latentdiff.checkpoints import Parts, save_pipeline, single_file
+from latentdiff.checkpoints import Components, save_pipeline, single_file
+from latentdiff.checkpoints.compvis_keys import autoencoder_keys, clip_keys, join, open_clip_keys, unet_keys
 from latentdiff.checkpoints.inspect import describe_file
-from latentdiff.checkpoints.original import autoencoder_places, clip_places, join, open_clip_places, unet_places
 from latentdiff.cli import main
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, ModelValueError, UnsafeModelError
@@ -47,7 +47,7 @@ def tiny(family: str) -> dict[str, Any]:
     return shape
 
 
-def parts_of(shape: dict[str, Any], channels: int = 4) -> Parts:
+def components_of(shape: dict[str, Any], channels: int = 4) -> Components:
     channels = 7 if "low_res_schedule" in shape else channels
     unet = UNet2DConditionModel(UNetConfig.from_dict({**shape["unet"], "in_channels": channels}))
     autoencoder = AutoencoderKL(AutoencoderConfig.from_dict(shape["vae"]))
@@ -60,7 +60,7 @@ def parts_of(shape: dict[str, Any], channels: int = 4) -> Parts:
     schedule = dict(shape["schedule"])
     if channels == 9:
         schedule.pop("prediction_type", None)
-    return Parts(
+    return Components(
         unet,
         autoencoder,
         encoders[0],
@@ -73,17 +73,17 @@ def parts_of(shape: dict[str, Any], channels: int = 4) -> Parts:
     )
 
 
-def tensors_of(parts: Parts, shape: dict[str, Any]) -> dict[str, Tensor]:
+def tensors_of(components: Components, shape: dict[str, Any]) -> dict[str, Tensor]:
     """The weights of a model as a file of the original layout has them."""
-    assert parts.unet is not None and isinstance(parts.autoencoder, AutoencoderKL)
-    unet, vae = parts.unet.state_dict(), parts.autoencoder.state_dict()
-    tensors = {single_file.UNET + k: v for k, v in join(unet_places(unet, parts.unet.config), unet).items()}
-    places = autoencoder_places(vae, parts.autoencoder.config)
+    assert components.unet is not None and isinstance(components.autoencoder, AutoencoderKL)
+    unet, vae = components.unet.state_dict(), components.autoencoder.state_dict()
+    tensors = {single_file.UNET + k: v for k, v in join(unet_keys(unet, components.unet.config), unet).items()}
+    places = autoencoder_keys(vae, components.autoencoder.config)
     tensors |= {single_file.VAE + k: v for k, v in join(places, vae).items()}
-    for text, encoder in zip(shape["text"], (parts.text_encoder, parts.text_encoder_2)):
+    for text, encoder in zip(shape["text"], (components.text_encoder, components.text_encoder_2)):
         assert encoder is not None
         states = encoder.state_dict()
-        named = open_clip_places(states) if text["layout"] == "open_clip" else clip_places(states)
+        named = open_clip_keys(states) if text["layout"] == "open_clip" else clip_keys(states)
         tensors |= {text["prefix"] + k: v for k, v in join(named, states).items()}
     return {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
 
@@ -105,20 +105,23 @@ def load(path: Path) -> Pipeline:
 @pytest.mark.parametrize("channels", [4, 9])
 def test_a_file_is_the_model_it_was_made_of(tmp_path: Path, family: str, channels: int) -> None:
     shape = tiny(family)
-    parts = parts_of(shape, channels)
-    save_file(tensors_of(parts, shape) | {"model_ema.decay": torch.zeros(1)}, tmp_path / "model.safetensors")
+    components = components_of(shape, channels)
+    save_file(tensors_of(components, shape) | {"model_ema.decay": torch.zeros(1)}, tmp_path / "model.safetensors")
     loaded = load(tmp_path / "model.safetensors")
     options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "width": 32, "height": 32}
-    options |= {"image": noise_picture(8, 8)} if parts.upscales else {}
-    ours, expected = (pipe("a photo of a cat", **options) for pipe in (loaded, Pipeline(parts)))
+    options |= {"image": noise_picture(8, 8)} if components.upscales else {}
+    ours, expected = (pipe("a photo of a cat", **options) for pipe in (loaded, Pipeline(components)))
     torch.testing.assert_close(ours.images, expected.images, rtol=1e-3, atol=1e-3)  # memory is aligned otherwise
     assert ours.images.std() > 0.1
     for part in ("unet", "autoencoder", "text_encoder", "text_encoder_2"):
-        first, second = getattr(loaded.parts, part), getattr(parts, part)
+        first, second = getattr(loaded.components, part), getattr(components, part)
         if second is not None:
             found, wanted = first.state_dict(), second.state_dict()
             assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert (loaded.parts.schedule, loaded.parts.low_res_schedule) == (parts.schedule, parts.low_res_schedule)
+    assert (loaded.components.schedule, loaded.components.low_res_schedule) == (
+        components.schedule,
+        components.low_res_schedule,
+    )
     assert len(ours.settings["model_hash"]) == 64
 
 
@@ -130,7 +133,7 @@ def test_files_and_folders_turn_into_each_other(
     """From a file to a folder and back: bitwise the same tensors."""
     shape = tiny(family)
     first, folder, second = tmp_path / "first.safetensors", tmp_path / "folder", tmp_path / "second.safetensors"
-    save_file({name: tensor.half() for name, tensor in tensors_of(parts_of(shape), shape).items()}, first)
+    save_file({name: tensor.half() for name, tensor in tensors_of(components_of(shape), shape).items()}, first)
     assert main(["convert", str(first), str(folder)]) == 0
     assert ("taken for the Stable Diffusion 2.x" in capsys.readouterr().err) == (family == "Stable Diffusion 2.x")
     assert main(["convert", str(folder), str(second)]) == 0
@@ -153,7 +156,7 @@ def test_what_has_no_place_in_a_single_file_is_said(
 @pytest.mark.usefixtures("use_tiny")
 def test_what_the_file_does_not_say_is_said(tmp_path: Path) -> None:
     shape = tiny("Stable Diffusion 2.x")
-    save_file(tensors_of(parts_of(shape), shape), tmp_path / "model.safetensors")
+    save_file(tensors_of(components_of(shape), shape), tmp_path / "model.safetensors")
     with pytest.warns(UserWarning, match="taken for the Stable Diffusion 2.x that predicts velocity"):
         Pipeline.from_pretrained(tmp_path / "model.safetensors", device="cpu")
 
@@ -163,10 +166,10 @@ def test_what_the_file_does_not_say_is_said(tmp_path: Path) -> None:
 def test_files_that_say_what_they_predict(tmp_path: Path, zero_snr: bool) -> None:
     shape = tiny("Stable Diffusion XL")
     marks = {"v_pred": torch.zeros(0)} | ({"ztsnr": torch.zeros(0)} if zero_snr else {})
-    save_file(tensors_of(parts_of(shape), shape) | marks, tmp_path / "model.safetensors")
+    save_file(tensors_of(components_of(shape), shape) | marks, tmp_path / "model.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        schedule = Pipeline.from_pretrained(tmp_path / "model.safetensors", device="cpu").parts.schedule
+        schedule = Pipeline.from_pretrained(tmp_path / "model.safetensors", device="cpu").components.schedule
     assert schedule.prediction_type == "v_prediction" and schedule.ends_in_pure_noise == zero_snr
 
 
@@ -174,18 +177,18 @@ def test_files_that_say_what_they_predict(tmp_path: Path, zero_snr: bool) -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inspection_says_what_a_file_is_and_what_of_it_is_not_used(tmp_path: Path, family: str) -> None:
     shape = tiny(family)
-    parts = parts_of(shape)
-    tensors = tensors_of(parts, shape) | {"model_ema.decay": torch.zeros(3), "betas": torch.zeros(1000)}
+    components = components_of(shape)
+    tensors = tensors_of(components, shape) | {"model_ema.decay": torch.zeros(3), "betas": torch.zeros(1000)}
     save_file({name: tensor.half() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
     described = describe_file(tmp_path / "model.safetensors")
     assert described["family"] == family and described["precision"] == "F16"
-    assert described["prediction_type"] == parts.schedule.prediction_type
-    assert described["image_size"] == 8 * parts.autoencoder.config.downsample_factor
+    assert described["prediction_type"] == components.schedule.prediction_type
+    assert described["image_size"] == 8 * components.autoencoder.config.downsample_factor
     assert described["unused"] == {"tensors": 2, "first": ["betas", "model_ema.decay"]}
     assert described["components"].keys() == {"unet", "vae", "text_encoder", "text_encoder_2"} - (
-        {"text_encoder_2"} if parts.text_encoder_2 is None else set()
+        {"text_encoder_2"} if components.text_encoder_2 is None else set()
     )
-    weights = sum(tensor.numel() for tensor in parts.unet.state_dict().values())  # type: ignore[union-attr]
+    weights = sum(tensor.numel() for tensor in components.unet.state_dict().values())  # type: ignore[union-attr]
     assert described["components"]["unet"]["parameters"] == weights
     assert len(described["model_hash"]) == 64
 
@@ -193,18 +196,18 @@ def test_inspection_says_what_a_file_is_and_what_of_it_is_not_used(tmp_path: Pat
 @pytest.mark.usefixtures("use_tiny")
 def test_names_of_old_text_encoders(tmp_path: Path) -> None:
     shape = tiny("Stable Diffusion 1.x")
-    parts = parts_of(shape)
-    old = {name.replace(".text_model.", "."): tensor for name, tensor in tensors_of(parts, shape).items()}
+    components = components_of(shape)
+    old = {name.replace(".text_model.", "."): tensor for name, tensor in tensors_of(components, shape).items()}
     old["cond_stage_model.transformer.embeddings.position_ids"] = torch.arange(77)
     save_file(old, tmp_path / "old.safetensors")
-    loaded = load(tmp_path / "old.safetensors").parts.text_encoder.state_dict()
-    assert all(torch.equal(tensor, loaded[name]) for name, tensor in parts.text_encoder.state_dict().items())
+    loaded = load(tmp_path / "old.safetensors").components.text_encoder.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in components.text_encoder.state_dict().items())
 
 
 @pytest.mark.usefixtures("use_tiny")
 def test_odd_files_are_refused(tmp_path: Path) -> None:
     shape, file = tiny("Stable Diffusion 1.x"), tmp_path / "model.safetensors"
-    whole = tensors_of(parts_of(shape), shape)
+    whole = tensors_of(components_of(shape), shape)
     last, norm = "model.diffusion_model.out.2.weight", "model.diffusion_model.out.0.weight"
     first = "model.diffusion_model.input_blocks.0.0.weight"
     cases: list[tuple[Any, type[Exception], str]] = [
@@ -250,13 +253,13 @@ def test_families_are_the_published_ones() -> None:
 def test_what_the_network_predicts_can_be_said(tmp_path: Path) -> None:
     """As the warning about what a file does not say advises; there is none then."""
     shape, file = tiny("Stable Diffusion 2.x"), tmp_path / "model.safetensors"
-    save_file(tensors_of(parts_of(shape), shape), file)
+    save_file(tensors_of(components_of(shape), shape), file)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe = Pipeline.from_pretrained(file, device="cpu", prediction_type="epsilon")
-    assert pipe.parts.schedule.prediction_type == "epsilon"
-    save_pipeline(pipe.parts, tmp_path / "folder")
+    assert pipe.components.schedule.prediction_type == "epsilon"
+    save_pipeline(pipe.components, tmp_path / "folder")
     folder = Pipeline.from_pretrained(tmp_path / "folder", device="cpu", prediction_type="v_prediction")
-    assert folder.parts.schedule.prediction_type == "v_prediction"
+    assert folder.components.schedule.prediction_type == "v_prediction"
     with pytest.raises(InputError, match="prediction_type"):
         Pipeline.from_pretrained(file, device="cpu", prediction_type="noise")

@@ -17,7 +17,7 @@ from latentdiff.cli import main
 from latentdiff.errors import ModelMismatchError, ModelValueError
 from tests.checkpoints.oracle import bitwise_equal
 from tests.checkpoints.small_models import weights_of
-from tests.checkpoints.test_single_file import parts_of, tiny
+from tests.checkpoints.test_single_file import components_of, tiny
 
 FAMILY = "Stable Diffusion 1.x"
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
@@ -39,9 +39,9 @@ def test_every_precision_survives_the_way_there_and_back(
     tmp_path: Path, shape: dict[str, object], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Folder -> single file -> folder in one precision: bitwise the same files, and what was rounded once."""
-    parts, dtype = parts_of(shape), STORAGE_DTYPES[name]
+    components, dtype = components_of(shape), STORAGE_DTYPES[name]
     first, file, second = tmp_path / "first", tmp_path / "file.safetensors", tmp_path / "second"
-    save_pipeline(parts, first, dtype)
+    save_pipeline(components, first, dtype)
     assert main(["convert", str(first), str(file), "--dtype", name]) == 0
     assert main(["convert", str(file), str(second), "--dtype", name]) == 0
     weight_files = sorted(path.relative_to(first) for path in first.rglob("*.safetensors"))
@@ -50,7 +50,7 @@ def test_every_precision_survives_the_way_there_and_back(
         before, after = load_file(first / path), load_file(second / path)
         assert same(before, after) and {tensor.dtype for tensor in before.values()} == {dtype}
     assert {tensor.dtype for tensor in load_file(file).values()} == {dtype}
-    rounded = {key: tensor.to(dtype).float() for key, tensor in weights_of(parts).items()}
+    rounded = {key: tensor.to(dtype).float() for key, tensor in weights_of(components).items()}
     for source in (first, file):
         assert same(weights_of(load_pipeline(source)), rounded)
         assert same(weights_of(load_pipeline(source, torch.bfloat16)), {k: v.bfloat16() for k, v in rounded.items()})
@@ -64,19 +64,19 @@ def test_every_precision_survives_the_way_there_and_back(
 def test_what_a_precision_cannot_hold_is_refused(
     tmp_path: Path, shape: dict[str, object], name: str, largest: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts = parts_of(shape)
-    assert parts.unet is not None
-    bias = parts.unet.conv_in.bias
+    components = components_of(shape)
+    assert components.unet is not None
+    bias = components.unet.conv_in.bias
     bias.data[3] = -largest
-    save_pipeline(parts, tmp_path / "good", STORAGE_DTYPES[name])
+    save_pipeline(components, tmp_path / "good", STORAGE_DTYPES[name])
     held = load_pipeline(tmp_path / "good").unet
     assert held is not None and held.conv_in.bias[3] == -largest
     for value in (largest * 1.002, -1e9, torch.nan, torch.inf):
         bias.data[3] = value
         with pytest.raises(ModelValueError, match=rf"conv_in\.bias is not finite in torch\.{name}"):
-            save_pipeline(parts, tmp_path / "folder", STORAGE_DTYPES[name])
+            save_pipeline(components, tmp_path / "folder", STORAGE_DTYPES[name])
         with pytest.raises(ModelValueError, match=r"save in float32"):
-            single_file.save_single_file(parts, tmp_path / "file.safetensors", STORAGE_DTYPES[name])
+            single_file.save_single_file(components, tmp_path / "file.safetensors", STORAGE_DTYPES[name])
     assert [entry.name for entry in tmp_path.iterdir()] == ["good"]
 
 
@@ -89,7 +89,7 @@ def test_storage_is_not_computing(built_model: Path, tmp_path: Path, capsys: pyt
 def test_scales_beside_the_weights_are_not_passed_over(tmp_path: Path, shape: dict[str, object]) -> None:
     """As files have them whose float8 weights are to be multiplied; without, the network would be another."""
     file = tmp_path / "file.safetensors"
-    single_file.save_single_file(parts_of(shape), file, torch.float8_e4m3fn)
+    single_file.save_single_file(components_of(shape), file, torch.float8_e4m3fn)
     scaled = {**load_file(file), "model.diffusion_model.out.2.scale_weight": torch.ones(1)}
     save_file(scaled, file)
     with pytest.raises(ModelMismatchError, match=r"out\.2\.scale_weight is not expected"):

@@ -15,8 +15,8 @@ from latentdiff import Pipeline
 from latentdiff.checkpoints import save_pipeline
 from latentdiff.cli import main
 from latentdiff.errors import InputError, ModelLoadError, ModelMismatchError, UnsafeModelError
-from latentdiff.result import read_record
-from tests.checkpoints.test_single_file import parts_of, tiny
+from latentdiff.generation.result import read_record
+from tests.checkpoints.test_single_file import components_of, tiny
 
 SETTINGS: dict[str, Any] = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "pt"}
 
@@ -31,13 +31,13 @@ def one(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
-    return Pipeline(parts_of(tiny("Stable Diffusion 1.x")))
+    return Pipeline(components_of(tiny("Stable Diffusion 1.x")))
 
 
 @pytest.mark.parametrize("family", ["Stable Diffusion 1.x", "Stable Diffusion 2.x"])
 @pytest.mark.parametrize("form", ["diffusers", "diffusers, one vector", "webui"])
 def test_same_picture_as_in_diffusers(tmp_path: Path, family: str, form: str) -> None:
-    pipe = Pipeline(parts_of(tiny(family)))
+    pipe = Pipeline(components_of(tiny(family)))
     pipe.save_pretrained(tmp_path / "model")
     vectors = 3 * torch.randn(16) if "one" in form else 3 * torch.randn(4, 16)
     file = tmp_path / "foxtoy.safetensors"
@@ -55,27 +55,27 @@ def test_same_picture_as_in_diffusers(tmp_path: Path, family: str, form: str) ->
     drawn = learned(prompt, seed=3, sampler="ddim", **SETTINGS).images
     assert (drawn - expected).abs().max() <= 2 / 255
     states = peer.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False)[0]
-    torch.testing.assert_close(learned.parts.prompt_encoder([prompt])[0].states, states, rtol=0, atol=1e-5)
-    assert not torch.allclose(pipe.parts.prompt_encoder([prompt])[0].states, states, rtol=0, atol=0.1)
-    assert learned.parts.unet is pipe.parts.unet
+    torch.testing.assert_close(learned.components.prompt_encoder([prompt])[0].states, states, rtol=0, atol=1e-5)
+    assert not torch.allclose(pipe.components.prompt_encoder([prompt])[0].states, states, rtol=0, atol=0.1)
+    assert learned.components.unet is pipe.components.unet
 
 
 def test_both_encoders_of_xl_learn_it(tmp_path: Path) -> None:
-    parts = parts_of(tiny("Stable Diffusion XL"))
-    pipe, file = Pipeline(parts), tmp_path / "foxtoy.safetensors"
+    components = components_of(tiny("Stable Diffusion XL"))
+    pipe, file = Pipeline(components), tmp_path / "foxtoy.safetensors"
     save_file({"clip_l": torch.randn(2, 16), "clip_g": torch.randn(2, 16)}, file)
     learned = pipe.with_embedding(file)
-    count = len(parts.tokenizer)  # type: ignore[arg-type]
+    count = len(components.tokenizer)  # type: ignore[arg-type]
     for encoder, words in (
-        (learned.parts.text_encoder, learned.parts.tokenizer),
-        (learned.parts.text_encoder_2, learned.parts.tokenizer_2),
+        (learned.components.text_encoder, learned.components.tokenizer),
+        (learned.components.text_encoder_2, learned.components.tokenizer_2),
     ):
         assert words is not None and encoder is not None
         assert words(["a foxtoy"]).input_ids[0, 2:5].tolist() == [count, count + 1, 49407]
         assert len(encoder.state_dict()["text_model.embeddings.token_embedding.weight"]) == count + 2
     assert learned("a foxtoy", **SETTINGS).token_counts == [5]
-    refiner = Pipeline(parts_of(tiny("Stable Diffusion XL refiner")))
-    assert len(refiner.with_embedding(file).parts.tokenizer) == count + 2  # type: ignore[arg-type]
+    refiner = Pipeline(components_of(tiny("Stable Diffusion XL refiner")))
+    assert len(refiner.with_embedding(file).components.tokenizer) == count + 2  # type: ignore[arg-type]
 
 
 def test_words_of_a_saved_model_are_still_there(pipe: Pipeline, one: Path, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_words_of_a_saved_model_are_still_there(pipe: Pipeline, one: Path, tmp_p
     again = Pipeline.from_pretrained(tmp_path / "model", device="cpu")
     torch.testing.assert_close(again("a foxtoy and toyfox", **SETTINGS).images, plain.images, rtol=1e-3, atol=1e-3)
     peer = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "model", local_files_only=True)
-    count = len(pipe.parts.tokenizer)  # type: ignore[arg-type]
+    count = len(pipe.components.tokenizer)  # type: ignore[arg-type]
     assert peer.tokenizer.convert_tokens_to_ids(["foxtoy", "foxtoy_1", "toyfox_2"]) == [count, count + 1, count + 5]
 
 
@@ -105,7 +105,7 @@ def test_command_line_and_replay(
     one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    save_pipeline(parts_of(tiny("Stable Diffusion 1.x")), "model", dtype=None)
+    save_pipeline(components_of(tiny("Stable Diffusion 1.x")), "model", dtype=None)
     call = ["generate", "a toy", "--model", "model", "--steps", "2", "--size", "32x32", "-o", "a.png", "--json"]
     assert main([*call, "--embedding", f"{one}:<toy>"]) == 0
     (recorded,) = read_record("a.png")["embeddings"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import (
-    Parts,
+    Components,
     load_autoencoder,
     load_pipeline,
     load_schedule,
@@ -40,20 +40,20 @@ FILE = f"unet/{DIFFERENCE}"
 RANK = 2
 
 
-def inpainting(parts: Parts, rank: int | None = None) -> Parts:
+def inpainting(components: Components, rank: int | None = None) -> Components:
     """Return the same model with an inpainting U-Net, whose weights differ by random changes (of that rank)."""
-    assert parts.unet is not None
-    unet = UNet2DConditionModel(replace(parts.unet.config, in_channels=9)).requires_grad_(False)
+    assert components.unet is not None
+    unet = UNet2DConditionModel(replace(components.unet.config, in_channels=9)).requires_grad_(False)
     randomize(unet, seed=1)
     weights = unet.state_dict()
     for name in {name.removesuffix(".weight") for name in layers_of(unet)} - {"conv_in"}:
-        weight = parts.unet.state_dict()[f"{name}.weight"]
+        weight = components.unet.state_dict()[f"{name}.weight"]
         change = weights[f"{name}.weight"].flatten(1)
         if rank is not None:
             change = change[:, :rank] @ torch.randn(rank, change.shape[1])
         weights[f"{name}.weight"] = weight + change.view_as(weight)
     unet.load_state_dict(weights)
-    return replace(parts, unet=unet)
+    return replace(components, unet=unet)
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,9 @@ def made(built_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole model, and inpainting variants of it: its U-Net whole, and as a difference of a low rank."""
     place = tmp_path_factory.mktemp("variants")
     base = shutil.copytree(built_model, place / "base")
-    parts = load_pipeline(base)
-    save_variant(inpainting(parts), place / "variant", base, dtype=None)
-    save_variant(inpainting(parts, RANK), place / "lowered", base, dtype=None, rank=RANK)
+    components = load_pipeline(base)
+    save_variant(inpainting(components), place / "variant", base, dtype=None)
+    save_variant(inpainting(components, RANK), place / "lowered", base, dtype=None, rank=RANK)
     return place
 
 
@@ -109,9 +109,9 @@ def test_a_variant_takes_what_it_lacks_from_the_model_beside_it(base: Path, vari
 
 
 def test_a_variant_may_have_a_schedule_of_its_own(base: Path) -> None:
-    parts, own = load_pipeline(base), base.with_name("own")
+    components, own = load_pipeline(base), base.with_name("own")
     schedule = NoiseSchedule(beta_schedule="linear", class_name="DDPMScheduler")
-    save_variant(replace(parts, schedule=schedule), own, base, dtype=None)
+    save_variant(replace(components, schedule=schedule), own, base, dtype=None)
     assert names(own) == ["model_index.json", "scheduler/scheduler_config.json"]
     assert load_pipeline(own).schedule.to_dict() == schedule.to_dict()
 
@@ -194,12 +194,12 @@ def test_a_difference_of_its_rank_is_the_network(base: Path, lowered: Path) -> N
     pairs = [name.removesuffix(DOWN) for name in header if name.endswith(DOWN)]
     assert len(pairs) > 20 and all(header[f"{name}{UP}"].shape[1] == RANK for name in pairs)
     torch.manual_seed(0)
-    parts, found = load_pipeline(base), load_pipeline(lowered)
-    assert found.unet is not None and parts.unet is not None
-    again = difference(parts.unet, found.unet, RANK)
+    components, found = load_pipeline(base), load_pipeline(lowered)
+    assert found.unet is not None and components.unet is not None
+    again = difference(components.unet, found.unet, RANK)
     whole = load_file(lowered / FILE)
     assert again.keys() == whole.keys()
-    before, after = parts.unet.state_dict(), found.unet.state_dict()
+    before, after = components.unet.state_dict(), found.unet.state_dict()
     for name, tensor in after.items():
         layer = name.removesuffix(".weight")
         if layer in pairs:
@@ -213,15 +213,15 @@ def test_a_difference_of_its_rank_is_the_network(base: Path, lowered: Path) -> N
 
 def test_a_difference_of_full_rank_gives_the_weights_to_rounding(base: Path, tmp_path: Path) -> None:
     """Those of layers by factors too, where these are no shorter than the weights, which `difference` then keeps."""
-    parts = load_pipeline(base)
-    variant = inpainting(parts)
-    assert parts.unet is not None and variant.unet is not None
+    components = load_pipeline(base)
+    variant = inpainting(components)
+    assert components.unet is not None and variant.unet is not None
     for rank in (1, 4, 8, 1000):
-        save_file(difference(parts.unet, variant.unet, rank), tmp_path / "d.safetensors")
+        save_file(difference(components.unet, variant.unet, rank), tmp_path / "d.safetensors")
         with torch.device("meta"):
             empty = UNet2DConditionModel(variant.unet.config)
         tensors = read_header(tmp_path / "d.safetensors").tensors
-        merged = apply_difference(tmp_path / "d.safetensors", tensors, parts.unet, empty).state_dict()
+        merged = apply_difference(tmp_path / "d.safetensors", tensors, components.unet, empty).state_dict()
         errors = {
             name: float((merged[name] - tensor).abs().max()) for name, tensor in variant.unet.state_dict().items()
         }
@@ -237,14 +237,14 @@ def test_a_difference_of_full_rank_gives_the_weights_to_rounding(base: Path, tmp
 
 def test_the_nearest_of_a_rank_is_found(base: Path) -> None:
     """The error of a truncation is the rest of the singular values, and falls with the rank."""
-    parts = load_pipeline(base)
-    variant = inpainting(parts)
-    assert parts.unet is not None and variant.unet is not None
+    components = load_pipeline(base)
+    variant = inpainting(components)
+    assert components.unet is not None and variant.unet is not None
     name = "mid_block.resnets.0.conv1"
-    before, after = (unet.state_dict()[f"{name}.weight"].flatten(1) for unet in (parts.unet, variant.unet))
+    before, after = (unet.state_dict()[f"{name}.weight"].flatten(1) for unet in (components.unet, variant.unet))
     values = torch.linalg.svdvals(after - before)
     for rank in (1, 5, 20):
-        tensors = difference(parts.unet, variant.unet, rank)
+        tensors = difference(components.unet, variant.unet, rank)
         rest = before + tensors[name + UP].flatten(1) @ tensors[name + DOWN].flatten(1) - after
         assert float(rest.norm()) == pytest.approx(float(values[rank:].norm()), rel=1e-4)
 

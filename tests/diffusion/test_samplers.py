@@ -27,7 +27,7 @@ from latentdiff.diffusion import (
     sample,
     start,
 )
-from latentdiff.diffusion.solvers import (
+from latentdiff.diffusion.samplers import (
     ddim,
     ddpm,
     deis,

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentdiff.diffusion import (
     SAMPLERS,
-    Known,
+    KnownRegion,
     as_denoiser,
     draw_noise,
     image_generator,
@@ -41,7 +41,7 @@ def test_no_row_of_any_sampler_waits(known: bool) -> None:
     x = start(plans, draw_noise(generators, SHAPE))
     mask = torch.ones(len(plans), 1, *SHAPE[1:])
     denoise = as_denoiser(network, "v_prediction", limit=20.0)
-    steps = sample(denoise, plans, x, generators, Known(mask, torch.zeros_like(x)) if known else None)
+    steps = sample(denoise, plans, x, generators, KnownRegion(mask, torch.zeros_like(x)) if known else None)
     total = next(steps).total
     with NoReading():
         for _ in range(total - 1):

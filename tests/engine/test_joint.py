@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentdiff.engine.joint import Windows, _filled, _weights, jointly, make_windows
+from latentdiff.engine.tiled_denoising import Windows, _filled, _weights, make_windows, tiled
 
 SIZES = [(8, 8), (9, 8), (20, 33), (64, 7), (1, 1), (1, 40), (100, 3), (17, 16)]
 
@@ -58,19 +58,19 @@ def halving(inputs: Tensor, rows: Tensor) -> Tensor:
 def test_one_window_over_all_is_the_network_itself() -> None:
     inputs, rows = torch.randn(3, 4, 12, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3])
     for windows in (None, make_windows(12, 8, (12, 8), 4), make_windows(12, 8, (99, 9), 4)):
-        assert jointly(halving, windows) is halving
+        assert tiled(halving, windows) is halving
     ragged = make_windows(11, 6, (12, 8), 4)
     assert len(ragged) == 1 and not ragged.is_map
-    own = jointly(halving, ragged)(inputs[:, :, :11, :6], rows)
+    own = tiled(halving, ragged)(inputs[:, :, :11, :6], rows)
     assert torch.equal(own, halving(_filled(inputs[:, :, :11, :6], ragged), rows)[:, :, :11, :6])  # to the bit
 
 
 def test_pointwise_networks_do_not_see_windows() -> None:
     inputs = torch.randn(2, 3, 21, 50, generator=torch.Generator().manual_seed(0))
-    network = jointly(lambda x, rows: x.sin() * rows[:, None, None, None], make_windows(21, 50, (8, 12), 4))
+    network = tiled(lambda x, rows: x.sin() * rows[:, None, None, None], make_windows(21, 50, (8, 12), 4))
     expected = inputs.sin() * torch.tensor([1.0, 2.0])[:, None, None, None]
     assert torch.allclose(network(inputs, torch.tensor([1, 2])), expected, atol=1e-6)
-    half = jointly(lambda x, rows: x, make_windows(21, 50, (8, 12), 4))(inputs.half(), torch.tensor([1, 1]))
+    half = tiled(lambda x, rows: x, make_windows(21, 50, (8, 12), 4))(inputs.half(), torch.tensor([1, 1]))
     assert half.dtype == torch.float32 and torch.allclose(half, inputs.half().float(), atol=1e-6)
 
 
@@ -83,7 +83,7 @@ def test_a_network_that_sees_far_leaves_no_seams() -> None:
         return x.mean(dim=(2, 3), keepdim=True).expand_as(x) * 10 + torch.linspace(0, 1, x.shape[3])
 
     windows = make_windows(48, 48, (16, 16), 4)
-    joined = jointly(brightness, windows)(inputs, rows)
+    joined = tiled(brightness, windows)(inputs, rows)
     jumps = joined.diff(dim=3).abs().amax(dim=(0, 1, 2))
     edges = sorted({place - 1 for start in windows.columns for place in (start, start + 16) if 0 < place < 48})
     inside = [place for place in range(47) if place not in edges]

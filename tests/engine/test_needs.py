@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from latentdiff.checkpoints import Parts, load_pipeline
-from latentdiff.engine.joint import make_windows
-from latentdiff.engine.needs import RUNTIME, enlarging_bytes
+from latentdiff.checkpoints import Components, load_pipeline
+from latentdiff.engine.memory_estimate import RUNTIME, enlarging_bytes
+from latentdiff.engine.tiled_denoising import make_windows
 from latentdiff.models.unet import UNet2DConditionModel
 
 
-def need(parts: Parts, side: int, window: int = 64, batch: int = 2) -> float:
+def need(components: Components, side: int, window: int = 64, batch: int = 2) -> float:
     """Return the megabytes of a picture of so many latents on each side."""
-    assert parts.unet is not None
-    networks = [parts.unet, parts.autoencoder, parts.text_encoder]
+    assert components.unet is not None
+    networks = [components.unet, components.autoencoder, components.text_encoder]
     windows = make_windows(side, side, (window, window), 4)
-    return enlarging_bytes(networks, parts.unet, parts.autoencoder, windows, batch) / 2**20
+    return enlarging_bytes(networks, components.unet, components.autoencoder, windows, batch) / 2**20
 
 
 def test_the_need_of_the_embedded_model() -> None:
     """Measured (tests/benchmarks/upscale_cost.py, 1 step): 561, 801, 1443 and 975 MB; the last is decoded in tiles."""
-    parts = load_pipeline()
-    assert parts.unet is not None
-    unet = UNet2DConditionModel(replace(parts.unet.config, in_channels=7, num_class_embeds=1000))
-    parts = replace(parts, unet=unet)
+    components = load_pipeline()
+    assert components.unet is not None
+    unet = UNet2DConditionModel(replace(components.unet.config, in_channels=7, num_class_embeds=1000))
+    components = replace(components, unet=unet)
     for side, window, measured in ((64, 64, 561), (128, 128, 801), (256, 64, 1443), (512, 64, 975)):
-        assert 0.9 * measured < need(parts, side, window) < 1.6 * measured
-    assert RUNTIME / 2**20 < need(parts, 64) < need(parts, 64, batch=8)
-    assert need(parts, 256, batch=16) < need(parts, 256, window=256, batch=16)
+        assert 0.9 * measured < need(components, side, window) < 1.6 * measured
+    assert RUNTIME / 2**20 < need(components, 64) < need(components, 64, batch=8)
+    assert need(components, 256, batch=16) < need(components, 256, window=256, batch=16)

@@ -59,7 +59,7 @@ class Watch:
 
 @pytest.fixture
 def offloading(built_model: Path) -> Pipeline:
-    return Pipeline(Pipeline.from_pretrained(built_model, device="cpu").parts, offload=lender())
+    return Pipeline(Pipeline.from_pretrained(built_model, device="cpu").components, offload=lender())
 
 
 def test_one_network_at_a_time(offloading: Pipeline, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import embedded_model, load_autoencoder
-from latentdiff.engine import tiling
-from latentdiff.engine.tiling import _stages, decode, decode_tiled, needs_tiles
+from latentdiff.engine import tiled_decoding as tiling
+from latentdiff.engine.tiled_decoding import _stages, decode, decode_tiled, needs_tiles
 from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.pixels import PixelSpace, PixelSpaceConfig

@@ -18,7 +18,7 @@ from latentdiff.cli import main
 from latentdiff.diffusion import Call, NoiseSchedule
 from latentdiff.diffusion.prediction import Denoiser
 from latentdiff.evaluate import negative_log_likelihood
-from tests.models.test_pixels import parts
+from tests.models.test_pixels import components
 from tests.models.tiny import noise_picture
 
 MEAN, STD = 0.1, 0.25
@@ -41,7 +41,7 @@ def test_figures_of_gaussian_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     values = MEAN + STD * torch.randn(6, 1, 32, 32, generator=generator)
     images = ((values.clamp(-1, 1) + 1) * 127.5).round().div(127.5).sub(1).expand(-1, 3, -1, -1)
     schedule = NoiseSchedule()  # fixed_small, as the exact estimate learns no variance
-    figures = negative_log_likelihood(replace(parts(), schedule=schedule), images, [""] * 6)
+    figures = negative_log_likelihood(replace(components(), schedule=schedule), images, [""] * 6)
     normal = torch.distributions.Normal(MEAN, STD)
     truth = float(-(normal.log_prob(images[:, 0]).mean() + math.log(2 / 255)) / math.log(2))
     assert figures["of"] == "pixels" and figures["images"] == 6
@@ -55,7 +55,7 @@ def test_latents_and_autoencoder_stand_apart(pipe: Pipeline, monkeypatch: pytest
     """Latents get a density; the autoencoder's cost is that of a Gaussian of its own error."""
     monkeypatch.setattr(module, "network_of", exact)
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    quick = replace(pipe.parts, schedule=NoiseSchedule(num_train_timesteps=50, beta_end=0.2))
+    quick = replace(pipe.components, schedule=NoiseSchedule(num_train_timesteps=50, beta_end=0.2))
     figures = negative_log_likelihood(quick, images, ["a"] * 3, ode_steps=10)
     assert figures["of"] == "latents"
     assert set(figures) == {"images", "of", "bound", "ode", "autoencoder"}
@@ -67,7 +67,7 @@ def test_latents_and_autoencoder_stand_apart(pipe: Pipeline, monkeypatch: pytest
 
 
 def test_the_command_prints_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = parts()
+    model = components()
     schedule = replace(model.schedule, num_train_timesteps=20, beta_schedule="linear", beta_end=0.4)
     save_pipeline(replace(model, schedule=schedule), tmp_path / "model", dtype=None)
     (tmp_path / "data").mkdir()

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from latentdiff import Pipeline
-from latentdiff.checkpoints import Parts, load_pipeline, save_pipeline
+from latentdiff.checkpoints import Components, load_pipeline, save_pipeline
 from latentdiff.checkpoints.inspect import describe_folder
 from latentdiff.cli import main
 from latentdiff.diffusion import NoiseSchedule
@@ -30,7 +30,7 @@ UNET: dict[str, Any] = {
 }
 
 
-def parts(channels: int = 1, labels: tuple[str, ...] = ("one", "two", "three")) -> Parts:
+def components(channels: int = 1, labels: tuple[str, ...] = ("one", "two", "three")) -> Components:
     torch.manual_seed(0)
     width = max(1, len(labels))
     shape = {"in_channels": channels, "out_channels": 2 * channels, "cross_attention_dim": width}
@@ -42,7 +42,7 @@ def parts(channels: int = 1, labels: tuple[str, ...] = ("one", "two", "three")) 
     encoder = LabelEncoder(LabelConfig(labels=labels, hidden_size=width))
     schedule = NoiseSchedule(beta_schedule="squaredcos_cap_v2", variance_type="learned_range")
     networks = (network.requires_grad_(False) for network in (unet, space, encoder))
-    return Parts(*networks, None, schedule)  # type: ignore[arg-type]
+    return Components(*networks, None, schedule)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -83,7 +83,7 @@ def test_bad_label_configs(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_model_of_pixels_is_a_model(channels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "model"
-    save_pipeline(parts(channels), folder, dtype=None)
+    save_pipeline(components(channels), folder, dtype=None)
     loaded = load_pipeline(folder)
     assert loaded.tokenizer is None and loaded.schedule.variance_type == "learned_range"
     assert describe_folder(folder)["image_size"] == 8
@@ -102,8 +102,8 @@ def test_a_model_of_pixels_is_a_model(channels: int, tmp_path: Path, capsys: pyt
 
 
 def test_schedulers_of_diffusers_take_a_network_that_learns_its_variance() -> None:
-    pipe = Pipeline(parts())
-    config = pipe.parts.schedule.to_dict()
+    pipe = Pipeline(components())
+    config = pipe.components.schedule.to_dict()
     ours = pipe("one", sampler="ddim", num_inference_steps=4, output_type="latent").images
     theirs = [
         pipe("one", sampler=kind.from_config(config, **options), num_inference_steps=4, output_type="latent").images
@@ -113,7 +113,7 @@ def test_schedulers_of_diffusers_take_a_network_that_learns_its_variance() -> No
 
 
 def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    given = parts()
+    given = components()
     save_pipeline(given, tmp_path / "model", dtype=None)
     config = tmp_path / "model/scheduler/scheduler_config.json"
     config.write_text(config.read_text().replace("learned_range", "fixed_large"))

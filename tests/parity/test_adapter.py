@@ -34,7 +34,7 @@ def pipe() -> Pipeline:
 )
 def test_scheduler_draws_what_the_table_draws(pipe: Pipeline, sampler: str, scheduler: Any) -> None:
     options: dict[str, Any] = {"num_inference_steps": 10, "num_images": 2, "seed": 3, "output_type": "latent"}
-    theirs = scheduler.from_config(pipe.parts.schedule.to_dict())
+    theirs = scheduler.from_config(pipe.components.schedule.to_dict())
     with torch.no_grad():
         ours, given = (pipe("a red fox", sampler=one, **options).images for one in (sampler, theirs))
     torch.testing.assert_close(given, ours, atol=1e-2, rtol=0)
@@ -42,7 +42,7 @@ def test_scheduler_draws_what_the_table_draws(pipe: Pipeline, sampler: str, sche
 
 def test_image_to_image_and_callbacks_work_too(pipe: Pipeline, tmp_path: Path) -> None:
     picture = pipe("a red fox", num_inference_steps=5).images[0]
-    scheduler, seen = EulerDiscreteScheduler.from_config(pipe.parts.schedule.to_dict()), []
+    scheduler, seen = EulerDiscreteScheduler.from_config(pipe.components.schedule.to_dict()), []
 
     def callback(done: int, total: int, denoised: torch.Tensor) -> None:
         seen.append((done, total, tuple(denoised.shape)))

@@ -16,7 +16,7 @@ from latentdiff.checkpoints import save_pipeline
 from latentdiff.checkpoints.lora import load_lora, save_lora
 from latentdiff.checkpoints.lora_names import networks_of, written_names
 from latentdiff.models.lora import Factors, LoRA, layers_of
-from tests.checkpoints.test_single_file import parts_of, tiny
+from tests.checkpoints.test_single_file import components_of, tiny
 from tests.models.tiny import relative_error
 
 pytest.importorskip("peft")
@@ -45,14 +45,14 @@ IDS = torch.tensor([[49406, 320, 1125, 539, 320, 2368, 49407, *[49407] * 70]])  
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {family: tmp_path_factory.mktemp("lora") / "model" for family in ("1.x", "2.x", "XL")}
     for family, folder in folders.items():
-        save_pipeline(parts_of(tiny(f"Stable Diffusion {family}")), folder, dtype=None)
+        save_pipeline(components_of(tiny(f"Stable Diffusion {family}")), folder, dtype=None)
     return folders
 
 
 def random_lora(pipe: Pipeline, ends: tuple[str, ...], alpha: Any, seed: int = 0) -> LoRA:
     generator = torch.Generator().manual_seed(seed)
     networks: dict[str, dict[str, Factors]] = {}
-    for network, model in networks_of(pipe.parts).items():
+    for network, model in networks_of(pipe.components).items():
         found = {name: layer for name, layer in layers_of(model).items() if name.endswith(ends)}
         for count, (name, layer) in enumerate(found.items()):
             rows, columns, *kernel = layer.weight.shape
@@ -65,9 +65,9 @@ def random_lora(pipe: Pipeline, ends: tuple[str, ...], alpha: Any, seed: int = 0
 def write(pipe: Pipeline, case: str, file: Path, seed: int = 0) -> None:
     _, dialect, ends, alpha = CASES[case]
     lora = random_lora(pipe, ends, alpha, seed)
-    save_lora(lora, file, pipe.parts, "kohya" if dialect == "sgm" else dialect)
+    save_lora(lora, file, pipe.components, "kohya" if dialect == "sgm" else dialect)
     if dialect == "sgm":  # as sd-scripts names the U-Net of Stable Diffusion XL
-        ours, there = (written_names(pipe.parts, name) for name in ("kohya", "webui"))
+        ours, there = (written_names(pipe.components, name) for name in ("kohya", "webui"))
         sgm = {
             ours["unet", name]: f"lora_unet_{there['unet', name].removeprefix('diffusion_model_')}"
             for network, name in ours
@@ -80,7 +80,7 @@ def write(pipe: Pipeline, case: str, file: Path, seed: int = 0) -> None:
 def outputs(pipe: Pipeline) -> dict[str, Tensor]:
     """What the networks make of some input."""
     found = {}
-    for name, network in networks_of(pipe.parts).items():
+    for name, network in networks_of(pipe.components).items():
         if name != "unet":
             found[name] = network(IDS).last_hidden_state
     sample, context, added = inputs(pipe)
@@ -102,7 +102,7 @@ def inputs(pipe: Pipeline) -> tuple[Tensor, Tensor, dict[str, Tensor] | None]:
 
 @torch.no_grad()
 def their_outputs(peer: Any, pipe: Pipeline) -> dict[str, Tensor]:
-    names = [name for name in networks_of(pipe.parts) if name != "unet"]
+    names = [name for name in networks_of(pipe.components) if name != "unet"]
     found = {name: getattr(peer, name)(IDS).last_hidden_state for name in names}
     sample, context, added = inputs(pipe)
     found["unet"] = peer.unet(sample, 500, context, added_cond_kwargs=added).sample
@@ -201,9 +201,9 @@ def test_what_peft_writes_alone(models: dict[str, Path], tmp_path: Path) -> None
     ours = pipe.with_loras({tmp_path / "adapter_model.safetensors": 1.0})
     assert relative_error(outputs(ours)["unet"], their_outputs(peer, pipe)["unet"]) <= 1e-5
     assert relative_error(outputs(ours)["unet"], outputs(pipe)["unet"]) > 0.01
-    before = ours.parts.loras[0].lora.hash
+    before = ours.components.loras[0].lora.hash
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 5}')
-    assert load_lora(tmp_path / "adapter_model.safetensors", pipe.parts).hash != before
+    assert load_lora(tmp_path / "adapter_model.safetensors", pipe.components).hash != before
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig as TheirConfig
 from transformers import CLIPTextModelWithProjection
 
-from latentdiff.checkpoints.original import autoencoder_places, clip_places, join, open_clip_places, unet_places
+from latentdiff.checkpoints.compvis_keys import autoencoder_keys, clip_keys, join, open_clip_keys, unet_keys
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
@@ -51,7 +51,7 @@ def test_unets(name: str) -> None:
     with torch.device("meta"):
         network = UNet2DConditionModel(UNetConfig.from_dict(config))
     own = weights(network)
-    places = unet_places(own, network.config)
+    places = unet_keys(own, network.config)
     there = join(places, own)
     prefixed = {f"model.diffusion_model.{key}": tensor for key, tensor in there.items()}
     assert_same(theirs.convert_ldm_unet_checkpoint(prefixed, config), own)
@@ -64,7 +64,7 @@ def test_autoencoders(name: str) -> None:
     with torch.device("meta"):
         network = AutoencoderKL(AutoencoderConfig.from_dict({**config, "norm_num_groups": 8, **_narrow(config)}))
     own = weights(network)
-    places = autoencoder_places(own, network.config)
+    places = autoencoder_keys(own, network.config)
     there = join(places, own)
     prefixed = {f"first_stage_model.{key}": tensor for key, tensor in there.items()}
     assert_same(theirs.convert_ldm_vae_checkpoint(prefixed, network.config.to_dict()), own)
@@ -79,11 +79,11 @@ def _narrow(config: dict[str, Any]) -> dict[str, Any]:
 def test_text_encoders_of_open_clip() -> None:
     network = CLIPTextModel(CLIPTextConfig.from_dict({**TEXT, "num_attention_heads": 2, "with_projection": True}))
     own = weights(network)
-    places = open_clip_places(own)
+    places = open_clip_keys(own)
     there = join(places, own)
     peer = CLIPTextModelWithProjection(TheirConfig(**TEXT, num_attention_heads=2))
     prefix = "conditioner.embedders.1.model."  # as in Stable Diffusion XL
     prefixed = {prefix + key: tensor for key, tensor in there.items()}
     assert_same(theirs.convert_open_clip_checkpoint(peer, prefixed, prefix), own)
     assert_same({key: place.take(there[place.name]) for key, place in places.items()}, own)
-    assert {key: place.name for key, place in clip_places(own).items()} == {key: key for key in own}
+    assert {key: place.name for key, place in clip_keys(own).items()} == {key: key for key in own}

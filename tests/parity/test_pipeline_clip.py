@@ -11,7 +11,7 @@ import torch
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import save_pipeline
-from tests.checkpoints.test_single_file import parts_of, tiny
+from tests.checkpoints.test_single_file import components_of, tiny
 
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -24,7 +24,7 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module", params=["Stable Diffusion 1.x", "Stable Diffusion 2.x"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip") / "model"
-    save_pipeline(parts_of(tiny(request.param)), folder, dtype=None)
+    save_pipeline(components_of(tiny(request.param)), folder, dtype=None)
     return folder
 
 

@@ -21,11 +21,11 @@ STABLE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.0008
 
 def build(base: Path, folder: Path, schedule: NoiseSchedule, **changes: Any) -> tuple[Pipeline, Any]:
     """The same model for us and for diffusers, with the scheduler that its folder names."""
-    parts = load_pipeline(base)
-    assert parts.unet is not None
-    unet = UNet2DConditionModel(replace(parts.unet.config, **changes))
+    components = load_pipeline(base)
+    assert components.unet is not None
+    unet = UNet2DConditionModel(replace(components.unet.config, **changes))
     randomize(unet)
-    save_pipeline(replace(parts, unet=unet, schedule=schedule), folder, dtype=None)
+    save_pipeline(replace(components, unet=unet, schedule=schedule), folder, dtype=None)
     peer = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     peer.set_progress_bar_config(disable=True)
     return Pipeline.from_pretrained(folder, device="cpu"), peer

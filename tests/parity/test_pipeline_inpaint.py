@@ -16,7 +16,7 @@ from PIL import Image
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline, save_pipeline
 from latentdiff.models.unet import UNet2DConditionModel
-from tests.checkpoints.test_single_file import parts_of, tiny
+from tests.checkpoints.test_single_file import components_of, tiny
 from tests.models.tiny import noise_picture, randomize
 from tests.parity.test_pipeline_clip import SAMPLERS
 
@@ -35,12 +35,12 @@ def modes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model(built_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    parts = load_pipeline(built_model)
-    assert parts.unet is not None and not isinstance(parts.autoencoder.config, type(None))
-    unet = UNet2DConditionModel(replace(parts.unet.config, in_channels=9))
+    components = load_pipeline(built_model)
+    assert components.unet is not None and not isinstance(components.autoencoder.config, type(None))
+    unet = UNet2DConditionModel(replace(components.unet.config, in_channels=9))
     randomize(unet)
     folder = tmp_path_factory.mktemp("inpaint") / "model"
-    save_pipeline(replace(parts, unet=unet), folder, dtype=None)
+    save_pipeline(replace(components, unet=unet), folder, dtype=None)
     return folder
 
 
@@ -70,10 +70,10 @@ def test_same_picture_where_it_is_drawn(model: Path, sampler: str, strength: flo
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_same_picture_by_xl(sampler: str) -> None:
-    parts = parts_of(tiny("Stable Diffusion XL"), channels=9)
-    autoencoder: Any = parts.autoencoder
+    components = components_of(tiny("Stable Diffusion XL"), channels=9)
+    autoencoder: Any = components.autoencoder
     autoencoder.decoder.conv_out.weight *= 5  # contrast
-    peer = Pipeline(parts).to_diffusers()
+    peer = Pipeline(components).to_diffusers()
     name, changes = SAMPLERS[sampler]
     peer.scheduler = getattr(diffusers, name).from_config(peer.scheduler.config, **changes)
     peer.set_progress_bar_config(disable=True)
@@ -85,7 +85,7 @@ def test_same_picture_by_xl(sampler: str) -> None:
     expected = peer(
         "the red fox", image=picture, mask_image=mask, height=32, width=32, generator=generator, **options
     ).images[0]
-    pipe = Pipeline(parts)
+    pipe = Pipeline(components)
     drawn = pipe("the red fox", image=picture, mask=mask, seed=5, sampler=sampler, **options).images[0]
     ours, theirs = (np.asarray(one, dtype=int) for one in (drawn, expected))
     assert np.abs(ours[:, 16:] - theirs[:, 16:]).max() <= 2

@@ -30,17 +30,17 @@ NOISING: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.000
 
 @pytest.fixture(scope="module")
 def model(built_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    parts = load_pipeline(built_model)
-    assert parts.unet is not None
+    components = load_pipeline(built_model)
+    assert components.unet is not None
     changes: dict[str, Any] = {"in_channels": 7, "num_class_embeds": 1000, "only_cross_attention": (True, False)}
-    unet = UNet2DConditionModel(replace(parts.unet.config, **changes))
+    unet = UNet2DConditionModel(replace(components.unet.config, **changes))
     randomize(unet)
-    autoencoder: Any = copy.deepcopy(parts.autoencoder)
+    autoencoder: Any = copy.deepcopy(components.autoencoder)
     autoencoder.config = replace(autoencoder.config, scaling_factor=0.08333)  # diffusers insists on it
     schedule = NoiseSchedule(**NOISING, prediction_type="v_prediction", steps_offset=1, timestep_spacing="leading")
     low = NoiseSchedule(**NOISING, class_name="DDPMScheduler")
     folder = tmp_path_factory.mktemp("upscale") / "model"
-    changed = replace(parts, unet=unet, autoencoder=autoencoder, schedule=schedule, low_res_schedule=low)
+    changed = replace(components, unet=unet, autoencoder=autoencoder, schedule=schedule, low_res_schedule=low)
     save_pipeline(changed, folder, dtype=None)
     return folder
 
@@ -103,9 +103,9 @@ def test_bad_input(model: Path, options: dict[str, Any], message: str) -> None:
 
 
 def test_a_network_without_noise_levels_is_refused(model: Path, tmp_path: Path) -> None:
-    parts = load_pipeline(model)
-    assert parts.unet is not None
-    unet = UNet2DConditionModel(replace(parts.unet.config, num_class_embeds=None))
-    save_pipeline(replace(parts, unet=unet), tmp_path / "model", dtype=None)
+    components = load_pipeline(model)
+    assert components.unet is not None
+    unet = UNet2DConditionModel(replace(components.unet.config, num_class_embeds=None))
+    save_pipeline(replace(components, unet=unet), tmp_path / "model", dtype=None)
     with pytest.raises(ModelConfigError, match="needs num_class_embeds"):
         load_pipeline(tmp_path / "model")

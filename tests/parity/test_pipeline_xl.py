@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from latentdiff import Pipeline
-from latentdiff.checkpoints import Parts, load_pipeline, save_pipeline
+from latentdiff.checkpoints import Components, load_pipeline, save_pipeline
 from latentdiff.checkpoints.inspect import describe_folder
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.errors import InputError
@@ -27,7 +27,7 @@ WORDS = {**CLIP, "vocab_size": 600, "bos_token_id": 522, "eos_token_id": 523}
 SETTINGS: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 4.0}
 
 
-def parts(folder: Path, *, refiner: bool = False) -> Parts:
+def components(folder: Path, *, refiner: bool = False) -> Components:
     """A base model with two text encoders of widths 16 and 24, or a refiner with the second alone."""
     wide = {**WORDS, "hidden_size": 24, "architectures": ["CLIPTextModelWithProjection"]}
     encoders = [CLIPTextModel(CLIPTextConfig.from_dict(config)) for config in (WORDS, wide)][refiner:]
@@ -54,7 +54,7 @@ def parts(folder: Path, *, refiner: bool = False) -> Parts:
     schedule = NoiseSchedule(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading", steps_offset=1
     )
-    return Parts(
+    return Components(
         *networks,  # type: ignore[arg-type]
         encoders[0],
         tokenizers[0],
@@ -68,7 +68,7 @@ def parts(folder: Path, *, refiner: bool = False) -> Parts:
 @pytest.fixture(scope="module", params=["base", "refiner"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp(request.param)
-    save_pipeline(parts(place, refiner=request.param == "refiner"), place / "model", dtype=None)
+    save_pipeline(components(place, refiner=request.param == "refiner"), place / "model", dtype=None)
     return place / "model"
 
 

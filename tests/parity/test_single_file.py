@@ -12,7 +12,7 @@ import torch
 from latentdiff import Pipeline
 from latentdiff.checkpoints import single_file
 from latentdiff.checkpoints.single_file import save_single_file
-from tests.checkpoints.test_single_file import parts_of, tiny
+from tests.checkpoints.test_single_file import components_of, tiny
 
 
 @pytest.mark.parametrize("family", ["Stable Diffusion 1.x", "Stable Diffusion XL"])
@@ -24,9 +24,9 @@ def test_diffusers_draws_the_same_from_a_file_of_ours(
         text["config"]["hidden_size"] = 24
         shape["unet"]["cross_attention_dim"] = 16 + 24
     monkeypatch.setattr(single_file, "families", lambda: {family: shape})
-    pipe = Pipeline(parts_of(shape))
+    pipe = Pipeline(components_of(shape))
     pipe.save_pretrained(tmp_path / "folder")
-    save_single_file(pipe.parts, tmp_path / "model.safetensors", dtype=torch.float32)
+    save_single_file(pipe.components, tmp_path / "model.safetensors", dtype=torch.float32)
     kind: Any = getattr(diffusers, type(pipe.to_diffusers()).__name__)
     peer = kind.from_single_file(
         str(tmp_path / "model.safetensors"), config=str(tmp_path / "folder"), local_files_only=True

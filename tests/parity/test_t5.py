@@ -66,11 +66,13 @@ def test_windows_of_a_long_prompt(folder: Path) -> None:
 
 def test_a_whole_model_with_t5_draws_what_diffusers_draws(folder: Path, built_model: Path, tmp_path: Path) -> None:
     encoder, tokenizer = load_text_encoder(folder)
-    parts = load_pipeline(built_model)
-    assert parts.unet is not None
-    unet = type(parts.unet)(replace(parts.unet.config, cross_attention_dim=CONTEXT))
+    components = load_pipeline(built_model)
+    assert components.unet is not None
+    unet = type(components.unet)(replace(components.unet.config, cross_attention_dim=CONTEXT))
     randomize(unet)
-    save_pipeline(replace(parts, unet=unet, text_encoder=encoder, tokenizer=tokenizer), tmp_path / "model", dtype=None)
+    save_pipeline(
+        replace(components, unet=unet, text_encoder=encoder, tokenizer=tokenizer), tmp_path / "model", dtype=None
+    )
     peer = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "model", local_files_only=True)
     peer.scheduler = diffusers.DDIMScheduler.from_config(peer.scheduler.config)
     peer.set_progress_bar_config(disable=True)

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from latentdiff.training.config import LoraConfig
+from latentdiff.training.networks.lora import Adapted
 
 from latentdiff.errors import InputError
 from latentdiff.models.lora import merge
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.models.tiny import CONTEXT, UNETS, randomize
-from training.adapters import Adapted
-from training.config import LoraConfig
 
 EVERYTHING = ["attention", "feed_forward", "convolution"]
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
-from training.augment import (
+from latentdiff.training.config import DataConfig
+from latentdiff.training.data.augment import (
     BACKGROUNDS,
     draw_view,
     paint,
@@ -18,8 +17,8 @@ from training.augment import (
     side_by_side,
     turn_hue,
 )
-from training.config import DataConfig
-from training.dataset import CaptionedImages, Sample, open_images
+from latentdiff.training.data.dataset import CaptionedImages, Sample, open_images
+from PIL import Image
 
 
 def drawing(color: tuple[int, int, int]) -> np.ndarray:

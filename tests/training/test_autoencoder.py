@@ -5,11 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from latentdiff.training.config import AutoencoderTraining
+from latentdiff.training.data import dataset
+from latentdiff.training.train_autoencoder import draw_views, image_batches, load_held_out
 from PIL import Image
-
-from training import dataset
-from training.autoencoder import draw_views, image_batches, load_held_out
-from training.config import AutoencoderTraining
 
 SAMPLE = Path(__file__).parents[2] / "assets" / "sample"
 

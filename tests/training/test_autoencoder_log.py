@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from latentdiff.training.loop.checkpointing import load_latest
+from latentdiff.training.monitor.instruments import gradient_norms, latent_scalars
 from torch import nn
 from torch._functorch import config as functorch
 
+from latentdiff.training import cli_train
 from tests.training.test_distributed import logged
 from tests.training.test_lpips import network, weights  # noqa: F401  (fixtures)
 from tests.training.test_stages import pictures, recipe
-from training import cli_train
-from training.checkpointing import load_latest
-from training.instruments import gradient_norms, latent_scalars
 
 LOSS = ["loss.adversarial=0.5", "loss.adversarial_start=1", "loss.r1=1", "loss.lpips=0.5"]
 

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-
-from training.buckets import bucket_sizes, covering_size, crop_corner, nearest
+from latentdiff.training.data.buckets import bucket_sizes, covering_size, crop_corner, nearest
 
 
 @pytest.mark.parametrize(("side", "multiple"), [(64, 8), (64, 32), (512, 64), (1024, 64), (768, 8), (8, 8), (80, 64)])

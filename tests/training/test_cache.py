@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from latentdiff.training.data import cache
+from latentdiff.training.data.cache import CachedTensors, stored
 
 from latentdiff.errors import StorageError
-from training import cache
-from training.cache import Stored, stored
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +34,7 @@ class Encoder:
         return torch.tensor(numbers, dtype=torch.float32)[:, None].expand(-1, 3)
 
 
-def filled(folder: Path, count: int, encode: Encoder) -> Stored:
+def filled(folder: Path, count: int, encode: Encoder) -> CachedTensors:
     return stored(folder, [key(n) for n in range(count)], encode, [()] * count, batch_size=4)
 
 
@@ -79,7 +79,7 @@ def test_a_broken_shard_is_computed_again(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.usefixtures("small_shards")
 def test_of_several_at_once_one_computes(tmp_path: Path) -> None:
     encoders = [Encoder(delay=0.02) for _ in range(3)]
-    found: list[Stored] = []
+    found: list[CachedTensors] = []
     threads = [threading.Thread(target=lambda e=e: found.append(filled(tmp_path, 40, e))) for e in encoders]
     for thread in threads:
         thread.start()

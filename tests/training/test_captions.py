@@ -1,8 +1,7 @@
 """Captions: articles, colours, styles, and left/right under mirroring."""
 
 import pytest
-
-from training.captions import STYLE_PHRASES, colored, may_mirror, phrase, swap_sides, with_article
+from latentdiff.training.data.captions import STYLE_PHRASES, colored, may_mirror, phrase, swap_sides, with_article
 
 
 @pytest.mark.parametrize(

@@ -9,21 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from latentdiff.training.check import diffusion as check_module
+from latentdiff.training.check import table as check_parts
+from latentdiff.training.check.diffusion import look
+from latentdiff.training.check.table import Row
+from latentdiff.training.config import DiffusionTraining, load_config
+from latentdiff.training.data.batches import Batch
+from latentdiff.training.loop import resources
 
 from latentdiff.cli import main
 from latentdiff.errors import InputError, StorageError
+from latentdiff.training import cli_train
 from tests.training.test_diffusion import config_of
 from tests.training.test_diffusion import tree as shapes
 from tests.training.test_lora_stage import file as lora_recipe  # noqa: F401  (a fixture)
 from tests.training.test_objective import LEARNED, recipe
 from tests.training.test_stages import pictures
 from tests.training.test_validation import with_validation
-from training import check as check_module
-from training import check_parts, cli_train, resources
-from training.batches import Batch
-from training.check import look
-from training.check_parts import Row
-from training.config import DiffusionTraining, load_config
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def test_what_is_odd_is_pointed_at(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def keeping_all_captions(*arguments: Any) -> Batch:
         batch = draw_batch(*arguments)
-        return replace(batch, nulls=torch.zeros_like(batch.nulls))
+        return replace(batch, dropped=torch.zeros_like(batch.dropped))
 
     monkeypatch.setattr(check_module, "draw_batch", keeping_all_captions)
     monkeypatch.setattr(check_module, "held_out_errors", lambda *_: torch.zeros(4, 8))  # as if shown the answers

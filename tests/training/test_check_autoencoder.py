@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from latentdiff.training.check import autoencoder as check_autoencoder
+from latentdiff.training.check import table as check_parts
+from latentdiff.training.check.autoencoder import look_at_autoencoder
+from latentdiff.training.check.table import Row
+from latentdiff.training.config import AutoencoderTraining, load_config
+from latentdiff.training.loop import resources
+from latentdiff.training.losses.lpips import Lpips
 
 from latentdiff.cli import main
 from latentdiff.errors import InputError, StorageError
+from latentdiff.training import cli_train
 from tests.training.test_check import everything_in
 from tests.training.test_lpips import network, weights  # noqa: F401  (fixtures)
 from tests.training.test_stages import pictures, recipe
-from training import check_autoencoder, check_parts, cli_train, resources
-from training.check_autoencoder import look_at_autoencoder
-from training.check_parts import Row
-from training.config import AutoencoderTraining, load_config
-from training.lpips import Lpips
 
 
 @pytest.fixture

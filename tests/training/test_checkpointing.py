@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from latentdiff.training.loop.checkpointing import checkpoint_problem, load_latest, save_checkpoint
+from latentdiff.training.loop.state import load_optimizer, optimizer_tensors
 
 from latentdiff.errors import InputError
-from training.checkpointing import checkpoint_problem, load_latest, save_checkpoint
-from training.state import load_optimizer, optimizer_tensors
 
 
 def save(run: Path, step: int, value: float, keep: int = 3) -> Path:

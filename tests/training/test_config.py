@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from latentdiff.training.config import AutoencoderTraining, DiffusionTraining, completed, load_config, parse_config
 
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
-from training.config import AutoencoderTraining, DiffusionTraining, completed, load_config, parse_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 RECIPE = """

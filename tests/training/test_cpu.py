@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from latentdiff.training.loop.cpu import tuned_for_cpu
 from torch.nn import functional as F
 
 from latentdiff.models.layers import Upsample2D
-from training.cpu import tuned_for_cpu
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_odd_sides_and_layers_beside_the_convolution_are_left_alone(transposed: 
 def test_freed_memory_is_not_asked_for_again() -> None:
     script = """if True:
         import resource, sys, torch
-        from training.cpu import keep_freed_memory
+        from latentdiff.training.loop.cpu import keep_freed_memory
 
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

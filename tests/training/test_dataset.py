@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from latentdiff.training.config import DataConfig
+from latentdiff.training.data import dataset, examine
+from latentdiff.training.data.batch_order import BatchOrder
+from latentdiff.training.data.dataset import composite, load_images, open_images
 from PIL import Image
 
 from latentdiff.errors import InputError
-from training import dataset, findings
-from training.config import DataConfig
-from training.dataset import composite, load_images, open_images
-from training.order import BatchOrder
 
 
 def folder_of(path: Path, rows: list[dict[str, object]], pictures: int = 4) -> Path:
@@ -177,8 +177,8 @@ def test_large_sets_are_decoded_when_asked_for_and_examined_once(
     assert np.array_equal(lazy.images[:], held.images) and np.array_equal(lazy.images[1:3], held.images[1:3])
     assert (lazy.samples, lazy.rows) == (held.samples, held.rows)
     reads: list[int] = []
-    decode = findings.decode
-    monkeypatch.setattr(findings, "decode", lambda source, place: reads.append(place) or decode(source, place))
+    decode = examine.read_image
+    monkeypatch.setattr(examine, "read_image", lambda source, place: reads.append(place) or decode(source, place))
     again = open_images(config, 2, tmp_path / "run")
     assert reads == [] and again.samples == held.samples
     Image.new("RGB", (30, 10)).save(tmp_path / "2.png")

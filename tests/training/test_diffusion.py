@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from latentdiff.training.config import AutoencoderTraining, DiffusionTraining, parse_config
+from latentdiff.training.data import dataset
+from latentdiff.training.data.augment import paint, plan_variants
+from latentdiff.training.data.batches import Batch, draw_batch, latent_batches
+from latentdiff.training.data.dataset import open_images
+from latentdiff.training.data.latents import TextCache
+from latentdiff.training.setup import load_components, prepare_data
 from PIL import Image
 
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
-from training import cli_train, dataset
-from training.assembly import load_parts, prepare_data
-from training.augment import paint, plan_variants
-from training.batches import Batch, draw_batch, latent_batches
-from training.config import AutoencoderTraining, DiffusionTraining, parse_config
-from training.dataset import open_images
-from training.latents import Texts
+from latentdiff.training import cli_train
 
 SIZES = [(30, 30), (34, 30), (60, 30), (64, 31), (30, 60), (31, 63), (33, 30)]
 
@@ -55,16 +56,16 @@ def config_of(tree: dict[str, Any]) -> DiffusionTraining:
 
 
 def tensors(batch: Batch) -> list[torch.Tensor]:
-    return [batch.latents, batch.context, batch.nulls, *batch.added.values()]
+    return [batch.latents, batch.context, batch.dropped, *batch.added.values()]
 
 
 def test_every_batch_is_of_one_bucket(tmp_path: Path) -> None:
     config = config_of(tree(tmp_path))
-    data = prepare_data(config, load_parts(config), tmp_path / "run")
+    data = prepare_data(config, load_components(config), tmp_path / "run")
     shapes = set()
     for step in range(12):
         batch = draw_batch(data, config, step)
-        assert batch.latents.shape[:2] == (2, 3) and batch.context.shape[:2] == (2, 1) and batch.nulls.shape == (2,)
+        assert batch.latents.shape[:2] == (2, 3) and batch.context.shape[:2] == (2, 1) and batch.dropped.shape == (2,)
         shapes.add(tuple(batch.latents.shape[2:]))
     assert shapes == {(16, 16), (8, 24), (24, 8)}
 
@@ -72,7 +73,7 @@ def test_every_batch_is_of_one_bucket(tmp_path: Path) -> None:
 class Pooled:
     """Texts of a U-Net that is told of sizes too."""
 
-    def __init__(self, texts: Texts) -> None:
+    def __init__(self, texts: TextCache) -> None:
         self.texts = texts
 
     def take(self, rows: Sequence[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -82,7 +83,7 @@ class Pooled:
 
 def test_sizes_tell_which_window_is_seen(tmp_path: Path) -> None:
     config = config_of(tree(tmp_path, crop="random", crops=3, buckets=False, variants=["plain", "flip"]))
-    data = prepare_data(config, load_parts(config), tmp_path / "run")
+    data = prepare_data(config, load_components(config), tmp_path / "run")
     data = replace(data, texts=Pooled(data.texts))
     images = open_images(config.data, 2, tmp_path / "run")
     variants = [variant for n in range(len(images)) for variant in plan_variants(images, n, config.data, 0)]
@@ -102,7 +103,7 @@ def test_sizes_tell_which_window_is_seen(tmp_path: Path) -> None:
 
 def test_batches_drawn_ahead_are_those_of_the_steps_share_by_share(tmp_path: Path) -> None:
     config = config_of(tree(tmp_path) | {"run": {"out": str(tmp_path), "steps": 9, "batch_size": 3}})
-    data = prepare_data(config, load_parts(config), tmp_path / "run")
+    data = prepare_data(config, load_components(config), tmp_path / "run")
     whole = [draw_batch(data, config, step) for step in range(4, 9)]
     for ahead, expected in zip(latent_batches(data, config, 4), whole, strict=True):
         assert all(torch.equal(*pair) for pair in zip(tensors(ahead), tensors(expected), strict=True))
@@ -114,7 +115,7 @@ def test_batches_drawn_ahead_are_those_of_the_steps_share_by_share(tmp_path: Pat
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_run_with_buckets_trains_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool) -> None:
     monkeypatch.setattr(dataset, "IN_MEMORY_BYTES", 2**30 if in_memory else 0)
-    monkeypatch.setattr("training.diffusion.show_process", lambda *arguments: None)
+    monkeypatch.setattr("latentdiff.training.train_diffusion.show_process", lambda *arguments: None)
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(tree(tmp_path)))
     cli_train(str(file), [], False, None)
@@ -124,10 +125,10 @@ def test_a_run_with_buckets_trains_and_ends(tmp_path: Path, monkeypatch: pytest.
 def test_what_was_encoded_is_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "IN_MEMORY_BYTES", 0)
     config = config_of(tree(tmp_path, variants=["plain", "flip"]))
-    before = prepare_data(config, load_parts(config), tmp_path / "run")
-    parts = load_parts(config)
+    before = prepare_data(config, load_components(config), tmp_path / "run")
+    components = load_components(config)
     monkeypatch.setattr(dataset, "decode", lambda *arguments: pytest.fail("a picture was decoded"))
-    again = prepare_data(config, parts, tmp_path / "run")
+    again = prepare_data(config, components, tmp_path / "run")
     for step in range(4):
         first, second = (tensors(draw_batch(data, config, step)) for data in (before, again))
         assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
+from latentdiff.training.config import RunConfig
+from latentdiff.training.loop.distributed import start_accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from latentdiff.errors import InputError
+from latentdiff.training import cli_train
 from tests.training.test_stages import pictures, recipe, weights_of
-from training import cli_train
-from training.config import RunConfig
-from training.distributed import start_accelerator
 
 Run = tuple[str, list[str], bool, str]  # what `cli_train` takes
 # Slow enough that roundings stay roundings: AdamW's first steps are of one size, whatever that of the gradients.

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from latentdiff.training.datasets import emoji
+from latentdiff.training.datasets.emoji import Source, build, dominant_color
 
 from latentdiff.errors import InputError
-from training import emoji
-from training.emoji import Source, build, dominant_color
 
 SVG = '<path fill="#e02020" d="M2 2h12v12H2z"/>'
 SKINS = [{"label": "hand: dark skin tone", "hexcode": "1F44B-1F3FF"}]

@@ -42,11 +42,11 @@ def variant(built_model: Path, tmp_path: Path) -> Callable[..., Path]:
     """Save the tiny model with another U-Net, and what else is changed."""
 
     def save(config: dict[str, Any], **changes: Any) -> Path:
-        parts = load_pipeline(built_model)
-        assert parts.unet is not None
-        unet = UNet2DConditionModel(replace(parts.unet.config, **config))
+        components = load_pipeline(built_model)
+        assert components.unet is not None
+        unet = UNet2DConditionModel(replace(components.unet.config, **config))
         randomize(unet)
-        save_pipeline(replace(parts, unet=unet, **changes), tmp_path / "model", dtype=None)
+        save_pipeline(replace(components, unet=unet, **changes), tmp_path / "model", dtype=None)
         return tmp_path / "model"
 
     return save

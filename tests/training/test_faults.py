@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from latentdiff.training.loop import checkpointing
+from latentdiff.training.loop.checkpointing import checkpoint_folders, load_latest
+from latentdiff.training.loop.state import MAX_BAD_STEPS, StepGuard
+from latentdiff.training.monitor.log import Log
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from latentdiff.cli import main
 from latentdiff.errors import InputError, StorageError
+from latentdiff.training import cli_train
+from latentdiff.training import train_autoencoder as autoencoder
 from tests.training.test_stages import pictures, recipe, weights_of
-from training import autoencoder, checkpointing, cli_train, run
-from training.checkpointing import checkpoint_folders, load_latest
-from training.state import MAX_BAD_STEPS, StepGuard
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def test_a_signal_ends_the_step_saves_and_exits_with_zero(
 ) -> None:
     cli_train(config, [], False, str(tmp_path / "unbroken"))
     with monkeypatch.context() as patch:
-        patch.setattr(run.Log, "step", lambda log, step, values: step == 0 and os.kill(os.getpid(), number))
+        patch.setattr(Log, "step", lambda log, step, values: step == 0 and os.kill(os.getpid(), number))
         assert main(["train", config]) == 0
     assert [folder.name for folder in checkpoint_folders(tmp_path / "autoencoder")] == ["step-00000001"]
     assert not (tmp_path / "autoencoder/vae").exists()

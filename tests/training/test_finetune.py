@@ -10,19 +10,19 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from latentdiff.training.config import DiffusionTraining, parse_config
+from latentdiff.training.finetune import choose
 from PIL import Image
 from safetensors.torch import save_file
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
 from latentdiff.cli import main
-from tests.checkpoints.test_single_file import parts_of, tensors_of, tiny
+from latentdiff.training import finetune as finetune_module
+from tests.checkpoints.test_single_file import components_of, tensors_of, tiny
 from tests.checkpoints.test_single_file import use_tiny as use_tiny
 from tests.training.test_lora_stage import base
 from tests.training.test_stages import pictures
-from training import finetune as finetune_module
-from training.config import DiffusionTraining, parse_config
-from training.finetune import choose
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_one_command_for_other_tasks(
         Image.open(file).resize((32, 32)).save(file)
     model = tmp_path / "sd.safetensors"
     shape = tiny(family)
-    save_file(tensors_of(parts_of(shape), shape), model)
+    save_file(tensors_of(components_of(shape), shape), model)
     monkeypatch.setattr(finetune_module, "STEPS", (2, 2))
     out = tmp_path / "run"
     call = ["finetune", str(tmp_path / "pictures"), "--model", str(model), "--out", str(out)]
@@ -117,7 +117,7 @@ def test_one_command_for_other_tasks(
     else:
         drawn = pipe("a", image=image.resize((8, 8)), num_inference_steps=2).images[0]
         factor = pipe.autoencoder.config.downsample_factor
-        assert pipe.parts.upscales and drawn.size == (8 * factor, 8 * factor)
+        assert pipe.components.upscales and drawn.size == (8 * factor, 8 * factor)
 
 
 @pytest.mark.usefixtures("own_precision")

@@ -9,20 +9,27 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from latentdiff.training.config import LoraConfig
+from latentdiff.training.data.batches import Batch
+from latentdiff.training.loop.run import checkpoint_gradients, fast_attention
+from latentdiff.training.monitor.instruments import (
+    LatentStatistics,
+    Speed,
+    forward_flops,
+    gradient_norms,
+    measure_speed,
+)
+from latentdiff.training.networks.lora import Adapted
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
+from latentdiff.training import cli_train
+from latentdiff.training import train_diffusion as diffusion
 from tests.conftest import UNET
 from tests.training.test_distributed import logged
 from tests.training.test_objective import LEARNED, recipe
 from tests.training.test_stages import pictures, weights_of
-from training import cli_train, diffusion
-from training.adapters import Adapted
-from training.batches import Batch
-from training.config import LoraConfig
-from training.instruments import LatentStatistics, Speed, forward_flops, gradient_norms, measure_speed
-from training.run import checkpoint_gradients, fast_attention
 
 
 def network() -> UNet2DConditionModel:

@@ -7,20 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from latentdiff.training.config import DataConfig
+from latentdiff.training.data import latents
+from latentdiff.training.data.dataset import load_images
+from latentdiff.training.data.latents import LatentSet, cached_latents
 from PIL import Image
 
-from latentdiff.checkpoints import Parts
+from latentdiff.checkpoints import Components
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
-from training import latents
-from training.config import DataConfig
-from training.dataset import load_images
-from training.latents import LatentSet, cached_latents
 
 
-def parts(hidden_size: int = 4) -> Parts:
+def components(hidden_size: int = 4) -> Components:
     encoder = LabelEncoder(LabelConfig(labels=("x", "y", "z"), hidden_size=hidden_size))
-    return Parts(None, PixelSpace(PixelSpaceConfig()), encoder, None, NoiseSchedule())
+    return Components(None, PixelSpace(PixelSpaceConfig()), encoder, None, NoiseSchedule())
 
 
 def write_set(folder: Path, captions: Sequence[str]) -> DataConfig:
@@ -45,7 +45,7 @@ def test_changed_pictures_captions_and_encoders_are_computed_again(
     def run(seed: int = 0, hidden_size: int = 4, **values: object) -> LatentSet:
         seen.clear()
         chosen = config.model_copy(update=values)
-        return cached_latents(load_images(chosen), chosen, seed, parts(hidden_size), tmp_path / "cache")
+        return cached_latents(load_images(chosen), chosen, seed, components(hidden_size), tmp_path / "cache")
 
     data = run()
     assert seen == [("_encode_pictures", 6), ("_packed_states", 4)]
@@ -67,6 +67,6 @@ def test_changed_pictures_captions_and_encoders_are_computed_again(
 
 def test_samples_of_a_picture_keep_their_sizes(tmp_path: Path) -> None:
     config = write_set(tmp_path / "set", "xy")
-    data = cached_latents(load_images(config), config, 0, parts(), tmp_path / "cache")
+    data = cached_latents(load_images(config), config, 0, components(), tmp_path / "cache")
     assert [sample.condition for sample in data.samples] == [(8, 8, 0, 0, 8, 8)] * 2
     assert replace(data.samples[0], size=(32, 8)).condition == (8, 32, 0, 12, 8, 8)

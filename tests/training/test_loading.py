@@ -5,9 +5,9 @@ import time
 
 import pytest
 import torch
+from latentdiff.training.data.prefetch import AHEAD, drawn_ahead, prefetched, workers
 
 from latentdiff.errors import InputError
-from training.loading import AHEAD, drawn_ahead, prefetched, workers
 
 
 @pytest.mark.parametrize("threads", [None, 1, 2, 7])

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from latentdiff.training.config import load_config
+from latentdiff.training.train_autoencoder import fold_statistics
 from PIL import Image
 
 from latentdiff import Pipeline
@@ -16,10 +18,8 @@ from latentdiff.checkpoints.inspect import describe_file
 from latentdiff.checkpoints.saver import save_pipeline
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
+from latentdiff.training import cli_train
 from tests.training.test_stages import check_interrupted, pictures, recipe, weights_of
-from training import cli_train
-from training.autoencoder import fold_statistics
-from training.config import load_config
 
 
 @pytest.fixture
@@ -32,15 +32,15 @@ def file(tmp_path: Path, built_model: Path) -> str:
 
 def base(model: Path, folder: Path, drawn: Path) -> Path:
     """Save the tiny model, its latents of some pictures scaled to what training asks for."""
-    parts = load_pipeline(model)
-    autoencoder: Any = parts.autoencoder
+    components = load_pipeline(model)
+    autoencoder: Any = components.autoencoder
     images = to_tensor([Image.open(file).convert("RGB") for file in sorted(drawn.glob("*.png"))])
     with torch.no_grad():
         latents = autoencoder.encode(images).mode()
         mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     fold_statistics(autoencoder, mean, std)
     autoencoder.config = replace(autoencoder.config, scaling_factor=1.0)
-    save_pipeline(parts, folder, dtype=None)
+    save_pipeline(components, folder, dtype=None)
     return folder
 
 

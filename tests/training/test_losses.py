@@ -2,8 +2,14 @@
 
 import pytest
 import torch
-
-from training.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, multiscale_gradient, psnr, ssim
+from latentdiff.training.losses.image import (
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    multiscale_gradient,
+    psnr,
+    ssim,
+)
 
 
 def test_equal_pictures_have_no_gradient_loss_and_full_similarity() -> None:

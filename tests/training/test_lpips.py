@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from latentdiff.training.losses import lpips
+from latentdiff.training.losses.lpips import SHIFT, Lpips, convert, load_lpips, main
 from safetensors.torch import save_file
 from torch import Tensor
 
 from latentdiff.errors import InputError, MissingDependencyError, ModelLoadError, UnsafeModelError
+from latentdiff.training import cli_train
 from tests.training.test_stages import pictures, recipe, weights_of
-from training import cli_train, lpips
-from training.lpips import SHIFT, Lpips, convert, load_lpips, main
 
 
 @pytest.fixture
@@ -114,7 +115,10 @@ def test_a_run_learns_from_it_alone_and_resumes_to_the_bit(weights: Path, tmp_pa
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["loss.lpips=1"], r"loss.lpips needs loss.lpips_weights; `python -m training.lpips FILE` makes the file"),
+        (
+            ["loss.lpips=1"],
+            r"loss.lpips needs loss.lpips_weights: `python -m latentdiff",
+        ),
         (["loss.lpips=1", "loss.lpips_weights=no.safetensors"], r"no.safetensors is none; make it with `python -m"),
         (
             ["loss.lpips=1", "loss.lpips_weights=x", "data.size=8"],

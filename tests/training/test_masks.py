@@ -6,9 +6,17 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from latentdiff.training.data.masks import (
+    BORDER,
+    COVERED,
+    KINDS,
+    draw_blobs,
+    draw_borders,
+    draw_boxes,
+    draw_mask,
+    draw_strokes,
+)
 from scipy import ndimage
-
-from training.masks import BORDER, COVERED, KINDS, draw_blobs, draw_borders, draw_boxes, draw_mask, draw_strokes
 
 
 def drawn(count: int, height: int, width: int, full: float = 0.0) -> Iterator[np.ndarray]:

@@ -11,15 +11,16 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from latentdiff.training.config import RunConfig
+from latentdiff.training.loop.checkpointing import load_latest
+from latentdiff.training.loop.ema import Ema
+from latentdiff.training.loop.run import mixed_precision
 from torch.nn import functional as F
 
 from latentdiff.errors import InputError
+from latentdiff.training import cli_train
+from latentdiff.training import train_diffusion as diffusion
 from tests.training.test_stages import check_interrupted, pictures, recipe, weights_of
-from training import cli_train, diffusion
-from training.checkpointing import load_latest
-from training.config import RunConfig
-from training.ema import Ema
-from training.run import mixed_precision
 
 ROOT = Path(__file__).parents[2]
 

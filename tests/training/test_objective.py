@@ -8,23 +8,23 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from latentdiff.training.config import DiffusionTraining, load_config
+from latentdiff.training.data.batches import Batch
+from latentdiff.training.data.timesteps import HISTORY, ImportanceSampler, logit_normal_timesteps, stratified_timesteps
+from latentdiff.training.datasets.digits import build
+from latentdiff.training.losses.diffusion import diffusion_losses, loss_weight
+from latentdiff.training.train_diffusion import draw_noises
 from PIL import Image
 from torch import Tensor
 
 from latentdiff import Pipeline
-from latentdiff.checkpoints import Parts
+from latentdiff.checkpoints import Components
 from latentdiff.diffusion.likelihood import bound_term
 from latentdiff.diffusion.prediction import as_denoiser
 from latentdiff.errors import InputError
-from tests.models.test_pixels import UNET, parts
+from latentdiff.training import cli_train
+from tests.models.test_pixels import UNET, components
 from tests.training.test_stages import check_interrupted, pictures
-from training import cli_train
-from training.batches import Batch
-from training.config import DiffusionTraining, load_config
-from training.diffusion import draw_noises
-from training.digits import build
-from training.objective import diffusion_losses, loss_weight
-from training.timesteps import HISTORY, ImportanceSampler, logit_normal_timesteps, stratified_timesteps
 
 ROOT = Path(__file__).parents[2]
 SIZE = 16
@@ -52,7 +52,7 @@ def recipe(tmp_path: Path, **changes: Any) -> str:
 LEARNED = {"beta_schedule": "linear", "num_train_timesteps": 20, "beta_end": 0.4, "variance_type": "learned_range"}
 
 
-def losses(given: Parts, loss: str, unet: Any, timesteps: Tensor) -> Tensor:
+def losses(given: Components, loss: str, unet: Any, timesteps: Tensor) -> Tensor:
     config: Any = load_config(ROOT / "configs/digits-ddpm.yaml", [f"loss={loss}", "vlb_weight=1"])
     latents = torch.linspace(-1, 1, 3 * 64).reshape(3, 1, 8, 8)
     batch = Batch(latents, torch.zeros(3, 1, 3), torch.zeros(3, dtype=torch.bool))
@@ -61,7 +61,7 @@ def losses(given: Parts, loss: str, unet: Any, timesteps: Tensor) -> Tensor:
 
 
 def test_the_bound_in_training_is_the_bound_in_evaluation() -> None:
-    given = parts()
+    given = components()
     assert given.unet is not None
     unet, timesteps = given.unet, torch.tensor([0, 300, 999])
     ours = losses(given, "vlb", unet, timesteps) / 1000
@@ -73,7 +73,7 @@ def test_the_bound_in_training_is_the_bound_in_evaluation() -> None:
 
 
 def test_hybrid_loss_trains_the_variance_by_the_bound_and_the_rest_by_the_error() -> None:
-    given = parts()
+    given = components()
     assert given.unet is not None
     timesteps, gradients = torch.tensor([5, 300, 999]), {}
     last = given.unet.conv_out.requires_grad_(True)
@@ -210,8 +210,8 @@ def test_configs_that_do_not_fit_together(tmp_path: Path, changes: dict[str, Any
 
 def test_digits_are_a_captioned_folder(tmp_path: Path) -> None:
     assert build(str(tmp_path / "digits")) == {"train": 1437, "test": 360}
-    from training.config import DataConfig
-    from training.dataset import load_images
+    from latentdiff.training.config import DataConfig
+    from latentdiff.training.data.dataset import load_images
 
     data = load_images(DataConfig(folder=str(tmp_path / "digits"), size=8), "test")
     assert data.images.shape == (360, 8, 8, 4) and data.rows[0]["captions"] == ["0"]

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from latentdiff.training.config import OptimizerConfig
+from latentdiff.training.loop.checkpointing import load_latest
+from latentdiff.training.loop.optimizers import make_optimizer, require_optimizer, state_bytes
+from latentdiff.training.loop.state import load_optimizer, optimizer_tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.cli import main
 from latentdiff.errors import InputError, MissingDependencyError
+from latentdiff.training import cli_train
 from tests.training.test_stages import pictures, recipe, weights_of
-from training import cli_train
-from training.checkpointing import load_latest
-from training.config import OptimizerConfig
-from training.optimizers import make_optimizer, require_optimizer, state_bytes
-from training.state import load_optimizer, optimizer_tensors
 
 KINDS = ("adamw", "adamw_8bit", "adafactor")
 QUANTISED = "__bnb_optimizer_quant_state__"

@@ -4,8 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-
-from training.order import BatchOrder
+from latentdiff.training.data.batch_order import BatchOrder
 
 
 def seen(order: BatchOrder, batch_size: int, steps: int, seed: int = 1) -> list[int]:

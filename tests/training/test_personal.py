@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from latentdiff.training.config import DiffusionTraining, load_config
+from latentdiff.training.data.batches import draw_batch, sample_weights
+from latentdiff.training.loop.checkpointing import checkpoint_folders
+from latentdiff.training.networks.encoders import JointNetwork, add_words, new_words
+from latentdiff.training.setup import load_components, prepare_data
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,16 +21,11 @@ from latentdiff.checkpoints import load_pipeline, save_pipeline
 from latentdiff.checkpoints.textual_inversion import save_embedding
 from latentdiff.errors import InputError
 from latentdiff.images import read_texts
-from tests.parity.test_pipeline_xl import parts as xl_parts
+from latentdiff.training import cli_train
+from tests.parity.test_pipeline_xl import components as xl_components
 from tests.training.test_lora_stage import base
 from tests.training.test_lora_stage import file as lora_file  # noqa: F401  (a fixture)
 from tests.training.test_stages import SIZE, weights_of
-from training import cli_train
-from training.assembly import load_parts, prepare_data
-from training.batches import draw_batch, sample_weights
-from training.checkpointing import checkpoint_folders
-from training.config import DiffusionTraining, load_config
-from training.encoders import JointNetwork, add_words, new_words
 
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
 WORD = ["lora=null", "textual_inversion={word: <it>, initializer: red fox, vectors: 3}", "prompts=[a <it>]"]
@@ -80,21 +80,21 @@ def test_the_picture_with_a_word_is_the_same_while_it_is_trained_and_from_its_fi
 ) -> None:
     config = config_of(lora_file, *WORD)
     assert config.textual_inversion is not None and config.start_from is not None
-    parts = add_words(load_pipeline(config.start_from), config.textual_inversion)
-    words = new_words(parts, config.textual_inversion)
+    components = add_words(load_pipeline(config.start_from), config.textual_inversion)
+    words = new_words(components, config.textual_inversion)
     with torch.no_grad():
         words.vectors += 1.0
-    changed = Pipeline(parts)("a <it>", **QUICK).images
+    changed = Pipeline(components)("a <it>", **QUICK).images
     save_embedding("<it>", words.vectors.detach(), tmp_path / "it.safetensors")
     loaded = Pipeline.from_pretrained(config.start_from, device="cpu").with_embedding(tmp_path / "it.safetensors")
     torch.testing.assert_close(changed, loaded("a <it>", **QUICK).images)
-    assert parts.unet is not None
-    joint = JointNetwork(parts.unet, parts.text_encoder, words)
-    tokens = parts.tokenizer(["a <it>"])  # type: ignore[misc]
+    assert components.unet is not None
+    joint = JointNetwork(components.unet, components.text_encoder, words)
+    tokens = components.tokenizer(["a <it>"])  # type: ignore[misc]
     rows = torch.stack([tokens.input_ids, tokens.attention_mask], dim=1)
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
-    context = parts.prompt_encoder(["a <it>"])[0].states
-    torch.testing.assert_close(joint(x, t, rows), parts.unet(x, t, context))
+    context = components.prompt_encoder(["a <it>"])[0].states
+    torch.testing.assert_close(joint(x, t, rows), components.unet(x, t, context))
 
 
 def test_a_trained_text_encoder_is_in_the_model(lora_file: str, tmp_path: Path) -> None:  # noqa: F811
@@ -112,14 +112,14 @@ def test_a_trained_text_encoder_is_in_the_model(lora_file: str, tmp_path: Path) 
 def test_pictures_of_a_prior_are_drawn_once_and_are_half_of_each_batch(lora_file: str, tmp_path: Path) -> None:  # noqa: F811
     (tmp_path / "pictures" / "metadata.jsonl").unlink()  # a folder with nothing but pictures
     config = config_of(lora_file, *THING, "caption_dropout=0.25", "run.batch_size=8")
-    data = prepare_data(config, load_parts(config), tmp_path / "run")
+    data = prepare_data(config, load_components(config), tmp_path / "run")
     assert data.prior is not None and (len(data.samples), len(data.prior.samples)) == (6, 3)
     assert (data.captions, data.prior.captions) == (["", "a red thing"], ["", "a thing"])
     drawn = sorted((tmp_path / "run" / "prior").glob("*.png"))
     assert [json.loads(read_texts(file)["latentdiff"])["prompt"] for file in drawn] == ["a thing"] * 3
     drawn[1].unlink()
     before = {file: file.read_bytes() for file in (drawn[0], drawn[2])}
-    again = prepare_data(config, load_parts(config), tmp_path / "run")
+    again = prepare_data(config, load_components(config), tmp_path / "run")
     assert all(file.read_bytes() == content for file, content in before.items()) and drawn[1].is_file()
     own, others = data.latents.take(range(6)), data.prior.latents.take(range(3))
     for step in range(3):
@@ -128,18 +128,18 @@ def test_pictures_of_a_prior_are_drawn_once_and_are_half_of_each_batch(lora_file
             among = others if place % 2 else own
             assert any(torch.equal(whole.latents[place], one) for one in among)
             share = draw_batch(again, config, step, slice(place, place + 1))
-            assert torch.equal(share.latents[0], whole.latents[place]) and share.nulls[0] == whole.nulls[place]
+            assert torch.equal(share.latents[0], whole.latents[place]) and share.dropped[0] == whole.dropped[place]
         halves = [draw_batch(data, config, step, part) for part in (slice(0, 3), slice(3, 8))]
         assert torch.equal(halves[0].joined(halves[1]).context, whole.context)
     assert sample_weights(config).tolist() == [2.0, 1.0] * 4
 
 
 def test_a_model_of_xl_is_trained_with_sizes_and_pooled_text(lora_file: str, tmp_path: Path) -> None:  # noqa: F811
-    parts = xl_parts(tmp_path)
-    save_pipeline(parts, tmp_path / "xl", dtype=None)
+    components = xl_components(tmp_path)
+    save_pipeline(components, tmp_path / "xl", dtype=None)
     start = base(tmp_path / "xl", tmp_path / "start", tmp_path / "pictures")
     config = config_of(lora_file, "lora=null", f"start_from={start}", "caption_dropout=0.5", "run.batch_size=16")
-    loaded = load_parts(config)
+    loaded = load_components(config)
     data = prepare_data(config, loaded, tmp_path / "run")
     batch = draw_batch(data, config, 0)
     assert batch.added["time_ids"].tolist() == [[SIZE, SIZE, 0, 0, SIZE, SIZE]] * 16
@@ -148,7 +148,7 @@ def test_a_model_of_xl_is_trained_with_sizes_and_pooled_text(lora_file: str, tmp
     assert encoded.pooled is not None
     torch.testing.assert_close(context[0], encoded.states[0], atol=2e-3, rtol=1e-3)
     torch.testing.assert_close(added["text_embeds"][0], encoded.pooled, atol=2e-3, rtol=1e-3)
-    assert batch.nulls.any() and bool(batch.context[batch.nulls].any()) != loaded.force_zeros
+    assert batch.dropped.any() and bool(batch.context[batch.dropped].any()) != loaded.force_zeros
     cli_train(lora_file, ["lora=null", f"start_from={start}"], False, str(tmp_path / "run"))
     before, after = (weights(place, "unet") for place in (start, tmp_path / "run/model"))
     assert not torch.allclose(

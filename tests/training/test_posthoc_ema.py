@@ -9,19 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
-
-from latentdiff import Pipeline
-from latentdiff.checkpoints import load_pipeline
-from latentdiff.errors import InputError, ModelLoadError
-from tests.training.test_stages import pictures, recipe, weights_of
-from training import cli_train, posthoc_ema
-from training.check import look_at_disk
-from training.checkpointing import load_latest
-from training.config import RunConfig, load_config, parse_config
-from training.ema import Ema
-from training.posthoc_ema import (
+from latentdiff.training.check.diffusion import look_at_disk
+from latentdiff.training.config import RunConfig, load_config, parse_config
+from latentdiff.training.loop import posthoc_ema
+from latentdiff.training.loop.checkpointing import load_latest
+from latentdiff.training.loop.ema import Ema
+from latentdiff.training.loop.posthoc_ema import (
     SIGMA_RELS,
     PowerEma,
     average_of,
@@ -35,7 +28,15 @@ from training.posthoc_ema import (
     sigma_rel_of,
     snapshots,
 )
-from training.state import RunState
+from latentdiff.training.loop.state import RunState
+from safetensors.torch import load_file
+from torch import nn
+
+from latentdiff import Pipeline
+from latentdiff.checkpoints import load_pipeline
+from latentdiff.errors import InputError, ModelLoadError
+from latentdiff.training import cli_train
+from tests.training.test_stages import pictures, recipe, weights_of
 
 UPDATES, EVERY, WIDTH = 2000, 25, 64
 # Of reconstructions, as shares of how far the average is from the live weights: from float32, and as it is stored.

@@ -15,22 +15,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from latentdiff.training.config import AutoencoderTraining, DataConfig
+from latentdiff.training.data import dataset, remote, shards
+from latentdiff.training.data.dataset import CaptionedImages, LazyImages, load_images, open_held_out, open_images
+from latentdiff.training.data.latents import LatentSet, cached_latents
+from latentdiff.training.data.prefetch import AHEAD
+from latentdiff.training.data.remote import AT_ONCE, Forward, look_up, read_range, shown
+from latentdiff.training.loop.checkpointing import load_latest
+from latentdiff.training.train_autoencoder import draw_views, image_batches
 from PIL import Image
 
-from latentdiff.checkpoints import Parts
+from latentdiff.checkpoints import Components
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.errors import InputError, LatentDiffError, MissingDependencyError, StorageError
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
+from latentdiff.training import cli_train
 from tests.training.test_sources import write_tar
 from tests.training.test_stages import recipe
-from training import cli_train, dataset, remote, shards
-from training.autoencoder import draw_views, image_batches
-from training.checkpointing import load_latest
-from training.config import AutoencoderTraining, DataConfig
-from training.dataset import CaptionedImages, LazyImages, load_images, open_held_out, open_images
-from training.latents import LatentSet, cached_latents
-from training.loading import AHEAD
-from training.remote import AT_ONCE, Forward, look_up, read_range, shown
 
 
 class Server(ThreadingHTTPServer):
@@ -119,8 +120,8 @@ def opened(place: Path | str, run: Path, **values: Any) -> CaptionedImages:
 
 def latents(place: Path | str, run: Path, **values: Any) -> LatentSet:
     config = DataConfig(folder=str(place), size=8, **values)
-    parts = Parts(None, PixelSpace(PixelSpaceConfig()), LabelEncoder(LabelConfig()), None, NoiseSchedule())
-    return cached_latents(open_images(config, 2, run), config, 0, parts, run / "cache")
+    components = Components(None, PixelSpace(PixelSpaceConfig()), LabelEncoder(LabelConfig()), None, NoiseSchedule())
+    return cached_latents(open_images(config, 2, run), config, 0, components, run / "cache")
 
 
 def autoencoder_config(place: str, run: Path, steps: int) -> AutoencoderTraining:
@@ -214,7 +215,7 @@ def test_a_run_goes_on_from_any_step_and_from_any_process(
 def test_a_run_that_lost_its_server_ends_with_the_weights_of_one_that_did_not(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.autoencoder.workers", lambda: 0)
+    monkeypatch.setattr("latentdiff.training.train_autoencoder.workers", lambda: 0)
     pattern, file = write_shards(server.folder), recipe(tmp_path, "autoencoder", data__size=8)
     cli_train(file, [f"data.folder={pattern}", "run.save_every=1"], False, str(tmp_path / "local"))
     overrides = [f"data.folder='{server.address}/{pattern.name}'", "run.save_every=1"]
@@ -224,7 +225,7 @@ def test_a_run_that_lost_its_server_ends_with_the_weights_of_one_that_did_not(
         return draw_views(data, config, shares, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.autoencoder.draw_views", lose_the_server)
+        patch.setattr("latentdiff.training.train_autoencoder.draw_views", lose_the_server)
         with pytest.raises(StorageError, match=r"could not be read in 5 attempts"):
             cli_train(file, overrides, False, str(tmp_path / "away"))
     server.failing = {}

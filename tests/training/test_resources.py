@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from latentdiff.training.loop import resources
+from latentdiff.training.loop.checkpointing import checkpoint_folders
+from latentdiff.training.loop.resources import Disk, Memory
 
 from latentdiff.cli import main
+from latentdiff.training import cli_train
+from latentdiff.training import train_autoencoder as autoencoder
+from latentdiff.training import train_diffusion as diffusion
 from tests.training.test_stages import pictures, recipe
-from training import autoencoder, cli_train, diffusion, resources
-from training.checkpointing import checkpoint_folders
-from training.resources import Disk, Memory
 
 
 @pytest.fixture
@@ -26,10 +29,10 @@ def estimates(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def tensor_bytes(folder: Path, *parts: str) -> int:
+def tensor_bytes(folder: Path, *components: str) -> int:
     from safetensors.torch import load_file
 
-    tensors = [item for part in parts for item in load_file(folder / f"{part}.safetensors").items()]
+    tensors = [item for part in components for item in load_file(folder / f"{part}.safetensors").items()]
     return sum(tensor.nbytes for name, tensor in tensors if not name.endswith(".step"))
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from latentdiff.training.loop.run import compile_checked
 from torch import Tensor, nn
 
 from latentdiff.errors import InputError
-from training.run import compile_checked
 
 
 def network() -> nn.Module:

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-
-from training.config import DataConfig
-from training.dataset import load_images
+from latentdiff.training.config import DataConfig
+from latentdiff.training.data.dataset import load_images
 
 SAMPLE = Path(__file__).parents[2] / "assets" / "sample"
 

@@ -13,16 +13,16 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator, DistributedType
+from latentdiff.training.loop.checkpointing import load_latest
+from latentdiff.training.loop.sharding import shard, whole
 
 from latentdiff.checkpoints import load_pipeline
 from latentdiff.errors import InputError
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
+from latentdiff.training import cli_train
 from tests.conftest import UNET
 from tests.training.test_distributed import OVERRIDES, Run, assert_same_run, free_port, logged, train_as
 from tests.training.test_stages import PARTS, pictures, recipe, weights_of
-from training import cli_train
-from training.checkpointing import load_latest
-from training.sharding import shard, whole
 
 ROOT = Path(__file__).parents[2]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what accelerate makes of its launch file
@@ -128,7 +128,9 @@ def test_what_is_not_shared_out_is_refused_before_anything_is_written(
     for name, value in {**FSDP, "FSDP_VERSION": version}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.MULTI_CPU)
-    monkeypatch.setattr("training.distributed.mixed_precision", lambda run: "no")  # of a machine with a GPU
+    monkeypatch.setattr(
+        "latentdiff.training.loop.distributed.mixed_precision", lambda run: "no"
+    )  # of a machine with a GPU
     with pytest.raises(InputError, match=message):
         cli_train(file, overrides, False, None)
     assert not (tmp_path / "diffusion").exists() and not (tmp_path / "autoencoder").exists()

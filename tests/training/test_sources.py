@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from latentdiff.training.config import DataConfig
+from latentdiff.training.data.dataset import load_images
+from latentdiff.training.data.shards import expand_braces
+from latentdiff.training.data.sources import MissingSplitError, Source, open_source
 from PIL import Image
 
 from latentdiff.errors import InputError
-from training.config import DataConfig
-from training.dataset import load_images
-from training.shards import expand_braces
-from training.sources import MissingSplitError, Source, open_source
 
 CAPTIONS = [["a", "an a"], ["b", "a b"], ["c", "a c"]]
 

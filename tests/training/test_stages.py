@@ -7,6 +7,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from latentdiff.training.config import load_config, parse_config
+from latentdiff.training.data.batches import draw_batch
+from latentdiff.training.data.dataset import load_images
+from latentdiff.training.loop.checkpointing import load_latest
+from latentdiff.training.losses.image import psnr
+from latentdiff.training.setup import load_components as diffusion_components
+from latentdiff.training.setup import network_to_train, prepare_data
+from latentdiff.training.train_autoencoder import fold_statistics
 from PIL import Image, ImageDraw
 
 from latentdiff import Pipeline
@@ -14,16 +22,8 @@ from latentdiff.checkpoints import load_autoencoder, save_model
 from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.bert import BertConfig, BertModel
+from latentdiff.training import cli_train
 from tests.models.tiny import BERT, write_bert_vocabulary
-from training import cli_train
-from training.assembly import load_parts as diffusion_parts
-from training.assembly import network_to_train, prepare_data
-from training.autoencoder import fold_statistics
-from training.batches import draw_batch
-from training.checkpointing import load_latest
-from training.config import load_config, parse_config
-from training.dataset import load_images
-from training.losses import psnr
 
 PARTS = ("autoencoder", "text_encoder", "model", "schedule")
 COLORS = ("red", "green", "blue", "orange", "purple", "gold", "black", "teal")
@@ -178,11 +178,11 @@ def test_batches_depend_on_seed_and_step_alone_and_drop_captions(tmp_path: Path)
     pictures(tmp_path / "pictures", 6)
     cli_train(recipe(tmp_path, "autoencoder"), [], False, None)
     config: Any = load_config(recipe(tmp_path, "diffusion"), ["run.batch_size=60", "caption_dropout=0.5"])
-    data = prepare_data(config, diffusion_parts(config), Path(config.run.out))
+    data = prepare_data(config, diffusion_components(config), Path(config.run.out))
     batch, again = (draw_batch(data, config, 3) for _ in range(2))
     assert torch.equal(batch.latents, again.latents) and torch.equal(batch.context, again.context)
-    assert 15 < int(batch.nulls.sum()) < 45
-    assert torch.equal(batch.context[batch.nulls][0], data.texts.take([0])[0][0])
+    assert 15 < int(batch.dropped.sum()) < 45
+    assert torch.equal(batch.context[batch.dropped][0], data.texts.take([0])[0][0])
     assert batch.latents.shape == (60, 4, 8, 8)
 
 
@@ -207,10 +207,10 @@ def test_training_goes_on_from_the_weights_of_another_model(tmp_path: Path) -> N
     tree: Any = yaml.safe_load(Path(file).read_text())
     first = {name: value for name, value in tree.items() if name not in PARTS}
     config: Any = parse_config({**first, "start_from": str(tmp_path / "diffusion/model")})
-    parts = diffusion_parts(config)
-    data = prepare_data(config, parts, tmp_path / "diffusion")
-    unet = network_to_train(config, data, parts)
-    trained = Pipeline.from_pretrained(tmp_path / "diffusion/model").parts.unet
+    components = diffusion_components(config)
+    data = prepare_data(config, components, tmp_path / "diffusion")
+    unet = network_to_train(config, data, components)
+    trained = Pipeline.from_pretrained(tmp_path / "diffusion/model").components.unet
     assert trained is not None
     assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in unet.state_dict().items())
     assert all(parameter.requires_grad for parameter in unet.parameters())

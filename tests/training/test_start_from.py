@@ -12,20 +12,20 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from latentdiff.training.config import load_config
+from latentdiff.training.data.batches import Batch
+from latentdiff.training.monitor.validation import held_out_errors
+from latentdiff.training.setup import load_components, prepare_data
+from latentdiff.training.train_autoencoder import fold_statistics
 from PIL import Image
 from safetensors.torch import save_file
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline, save_pipeline, single_file
 from latentdiff.images import to_tensor
-from tests.checkpoints.test_single_file import parts_of, tensors_of, tiny
+from latentdiff.training import cli_train
+from tests.checkpoints.test_single_file import components_of, tensors_of, tiny
 from tests.training.test_stages import pictures, weights_of
-from training import cli_train
-from training.assembly import load_parts, prepare_data
-from training.autoencoder import fold_statistics
-from training.batches import Batch
-from training.config import load_config
-from training.validation import held_out_errors
 
 FAMILY, SIZE = "Stable Diffusion 1.x", 32
 
@@ -43,20 +43,20 @@ def small() -> dict[str, Any]:
 def write_checkpoint(place: Path, layout: str, prediction_type: str) -> Path:
     """Write a tiny model, its latents of the pictures scaled to what training asks for."""
     shape = small()
-    parts = parts_of(shape)
-    autoencoder: Any = parts.autoencoder
+    components = components_of(shape)
+    autoencoder: Any = components.autoencoder
     files = sorted((place / "pictures").glob("*.png"))
     images = to_tensor([Image.open(file).convert("RGB").resize((SIZE, SIZE)) for file in files])
     with torch.no_grad():
         latents = autoencoder.encode(images).mode()
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     fold_statistics(autoencoder, mean, std * autoencoder.config.scaling_factor)
-    parts = replace(parts, schedule=replace(parts.schedule, prediction_type=prediction_type))
+    components = replace(components, schedule=replace(components.schedule, prediction_type=prediction_type))
     if layout == "folder":
-        save_pipeline(parts, place / "base", dtype=None)
+        save_pipeline(components, place / "base", dtype=None)
         return place / "base"
     marks = {single_file.VELOCITY: torch.zeros(0)} if prediction_type == "v_prediction" else {}
-    save_file(tensors_of(parts, shape) | marks, place / "base.safetensors")
+    save_file(tensors_of(components, shape) | marks, place / "base.safetensors")
     return place / "base.safetensors"
 
 
@@ -88,7 +88,7 @@ def test_a_checkpoint_learns_what_it_predicts_and_resumes_to_the_bit(
     assert not (run / "samples/process.png").exists()  # which takes thousands of steps and is for pixels
 
     config: Any = load_config(file)
-    before, after = load_parts(config), load_pipeline(run / "model")
+    before, after = load_components(config), load_pipeline(run / "model")
     assert before.schedule.prediction_type == after.schedule.prediction_type == prediction_type
     data = prepare_data(config, before, run)
     latents = data.latents.take(range(6))

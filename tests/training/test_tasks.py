@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from latentdiff.training.config import DiffusionTraining, load_config
+from latentdiff.training.data.batches import draw_batch
+from latentdiff.training.data.conditions import ConcatConditioning, Task, widened
+from latentdiff.training.losses.diffusion import diffusion_losses
+from latentdiff.training.setup import load_components, network_to_train, prepare_data
 from PIL import Image
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline, save_pipeline
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
+from latentdiff.training import cli_train
 from tests.training.test_lora_stage import file as lora_file  # noqa: F401  (a fixture)
 from tests.training.test_stages import SIZE, check_interrupted, pictures, recipe
-from training import cli_train
-from training.assembly import load_parts, network_to_train, prepare_data
-from training.batches import draw_batch
-from training.config import DiffusionTraining, load_config
-from training.objective import diffusion_losses
-from training.tasks import Beside, Task, widened
 
 INPAINT = ["lora=null", "task=inpaint", "full_mask=0.25"]
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
@@ -60,9 +60,9 @@ def test_new_channels_change_nothing_at_first(built_model: Path) -> None:
 
 def test_a_mask_and_what_is_kept_are_those_of_the_pipeline(lora_file: str, tmp_path: Path) -> None:  # noqa: F811
     config = config_of(lora_file, *INPAINT, "run.batch_size=16")
-    parts = load_parts(config)
-    assert parts.inpaints
-    data = prepare_data(config, parts, tmp_path / "run")
+    components = load_components(config)
+    assert components.inpaints
+    data = prepare_data(config, components, tmp_path / "run")
     batch, again = (draw_batch(data, config, 1) for _ in range(2))
     assert batch.beside is not None and again.beside is not None and batch.beside.kept is not None
     assert torch.equal(batch.beside.channels, again.beside.channels)
@@ -70,10 +70,10 @@ def test_a_mask_and_what_is_kept_are_those_of_the_pipeline(lora_file: str, tmp_p
     assert torch.equal(torch.cat([share.channels for share in shares if share is not None]), batch.beside.channels)
     full = batch.beside.channels.flatten(1).mean(dim=1) == 1
     assert 0 < int(full.sum()) < 16
-    inputs = batch.beside.inputs(parts)
+    inputs = batch.beside.inputs(components)
     assert inputs.shape == (16, 5, *batch.latents.shape[2:])
     number = int((~full).nonzero()[0])
-    kept, factor = batch.beside.kept[number], parts.autoencoder.config.downsample_factor
+    kept, factor = batch.beside.kept[number], components.autoencoder.config.downsample_factor
     white = Image.fromarray((kept.abs().sum(dim=0) == 0).numpy().astype(np.uint8) * 255)
     whole = Image.fromarray(((kept.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy())
     assert torch.equal(to_tensor([whole])[0] * (kept != 0), kept)
@@ -98,15 +98,15 @@ def test_an_inpainting_run_resumes_and_makes_a_model_that_paints(lora_file: str,
 
 def test_an_upscaling_run_makes_a_model_that_enlarges(upscale_file: str, tmp_path: Path) -> None:
     config = config_of(upscale_file)
-    parts = load_parts(config)
-    data = prepare_data(config, parts, tmp_path / "run")
+    components = load_components(config)
+    data = prepare_data(config, components, tmp_path / "run")
     batch = draw_batch(data, config, 0)
     assert batch.beside is not None and batch.beside.levels is not None
     assert batch.beside.channels.shape == (4, 3, 8, 8) and 0 <= int(batch.beside.levels.max()) <= 20
     check_interrupted(upscale_file, tmp_path)
     pipe = Pipeline.from_pretrained(tmp_path / "unbroken/model", device="cpu")
-    assert pipe.parts.upscales and pipe.parts.low_res_schedule is not None
-    assert pipe.parts.low_res_schedule.class_name == "DDPMScheduler"
+    assert pipe.components.upscales and pipe.components.low_res_schedule is not None
+    assert pipe.components.low_res_schedule.class_name == "DDPMScheduler"
     result = pipe("a", image=Image.new("RGB", (8, 8), "red"), num_inference_steps=2)
     assert result.images[0].size == (16, 16)
 
@@ -117,20 +117,20 @@ def test_the_loss_moves_the_new_channels(
 ) -> None:
     file = request.getfixturevalue("upscale_file" if changes is None else "lora_file")
     config = config_of(file, *(changes or []))
-    parts = load_parts(config)
-    data = prepare_data(config, parts, tmp_path / "loss")
-    unet = network_to_train(config, data, parts)
+    components = load_components(config)
+    data = prepare_data(config, components, tmp_path / "loss")
+    unet = network_to_train(config, data, components)
     batch = draw_batch(data, config, 0)
     noise, timesteps = torch.randn_like(batch.latents), torch.full((len(batch),), 500)
     torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
-    diffusion_losses(unet, parts, config, batch, timesteps, noise).mean().backward()
+    diffusion_losses(unet, components, config, batch, timesteps, noise).mean().backward()
     gradient: Any = unet.conv_in.weight.grad
     assert (gradient[:, batch.latents.shape[1] :].abs().amax(dim=(0, 2, 3)) > 0).all()
 
 
 def test_samples_are_stacked() -> None:
     assert Task(4, None, 0.0, 0.0, 0).draw(np.zeros((16, 16, 3), np.uint8), np.random.default_rng(0)).kept is not None
-    stacked = Beside.stack([Beside(torch.zeros(1, 2, 2), torch.zeros(3, 8, 8))] * 3)
+    stacked = ConcatConditioning.stack([ConcatConditioning(torch.zeros(1, 2, 2), torch.zeros(3, 8, 8))] * 3)
     assert stacked.kept is not None and stacked.kept.shape == (3, 3, 8, 8) and stacked.levels is None
 
 
@@ -152,18 +152,20 @@ def test_what_does_not_go_together_is_refused(lora_file: str, changes: list[str]
 
 def test_a_model_to_start_from_does_the_task_or_is_refused(lora_file: str, upscale_file: str, tmp_path: Path) -> None:  # noqa: F811
     with pytest.raises(InputError, match="a lora has no new input channels; leave it out, or start_from a model that"):
-        load_parts(config_of(lora_file, "task=inpaint"))
-    wide = load_parts(config_of(lora_file, *INPAINT))
+        load_components(config_of(lora_file, "task=inpaint"))
+    wide = load_components(config_of(lora_file, *INPAINT))
     save_pipeline(wide, tmp_path / "wide")
     start = f"start_from={tmp_path / 'wide'}"
-    assert load_parts(config_of(lora_file, "task=inpaint", start)).inpaints  # a lora of a model that inpaints already
+    assert load_components(
+        config_of(lora_file, "task=inpaint", start)
+    ).inpaints  # a lora of a model that inpaints already
     for task, does in (("text_to_image", "inpaint"), ("upscale", "inpaint")):
         with pytest.raises(
             InputError, match=f"task: {task} must be what .*wide does, {does}; start_from another model"
         ):
-            load_parts(config_of(lora_file, f"task={task}", start))
+            load_components(config_of(lora_file, f"task={task}", start))
     cli_train(upscale_file, ["run.steps=1"], False, str(tmp_path / "small"))
     changes = ["lora=null", "task=upscale", f"start_from={tmp_path / 'small/model'}"]
-    assert load_parts(config_of(lora_file, *changes, "max_noise_level=20")).upscales
+    assert load_components(config_of(lora_file, *changes, "max_noise_level=20")).upscales
     with pytest.raises(InputError, match="max_noise_level must be at most 20, which the model was told of; lower it"):
-        load_parts(config_of(lora_file, *changes))
+        load_components(config_of(lora_file, *changes))

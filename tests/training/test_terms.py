@@ -12,19 +12,20 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from latentdiff.training.config import AutoencoderTraining, load_config
+from latentdiff.training.loop.checkpointing import load_latest
+from latentdiff.training.losses import autoencoder as terms
+from latentdiff.training.losses.autoencoder import adversarial_term, critic_terms, loss_terms
+from latentdiff.training.losses.image import PatchDiscriminator, r1_penalty
+from latentdiff.training.losses.lpips import Lpips
+from latentdiff.training.train_autoencoder import assemble
 from torch import Tensor, nn
 
 from latentdiff.errors import InputError
+from latentdiff.training import cli_train
 from tests.training.test_distributed import logged
 from tests.training.test_lpips import network  # noqa: F401  (a fixture)
 from tests.training.test_stages import SIZE, pictures, recipe
-from training import cli_train, terms
-from training.autoencoder import assemble
-from training.checkpointing import load_latest
-from training.config import AutoencoderTraining, load_config
-from training.losses import PatchDiscriminator, r1_penalty
-from training.lpips import Lpips
-from training.terms import adversarial_term, critic_terms, loss_terms
 
 TRAINED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("l1", "l2", "gradient", "ssim", "lpips", "adversarial"), ("encoder", "decoder")),

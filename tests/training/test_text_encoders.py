@@ -12,17 +12,17 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from latentdiff.training.config import load_config
+from latentdiff.training.setup import load_components, prepare_data
 from safetensors.torch import save_file
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
-from latentdiff.checkpoints.original import join, open_clip_places
+from latentdiff.checkpoints.compvis_keys import join, open_clip_places
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
+from latentdiff.training import cli_train
 from tests.models.tiny import randomize, write_bert_vocabulary, write_clip_vocabulary
 from tests.training.test_stages import SIZE, pictures, recipe, weights_of
-from training import cli_train
-from training.assembly import load_parts, prepare_data
-from training.config import load_config
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 WINDOW, END = 8, "<|endoftext|>"
@@ -94,7 +94,7 @@ def test_a_network_learns_from_an_encoder_and_its_model_draws_alike_everywhere(
     cli_train(str(place / "diffusion.yaml"), changes, False, None)
 
     config: Any = load_config(place / "diffusion.yaml", changes)
-    data = prepare_data(config, load_parts(config), run)
+    data = prepare_data(config, load_components(config), run)
     words = transformers.AutoTokenizer.from_pretrained(run / "model/tokenizer")
     batch = words(data.captions, padding="max_length", max_length=WINDOW, truncation=True, return_tensors="pt")
     with torch.no_grad():

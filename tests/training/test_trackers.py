@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from latentdiff.cli import main
 from latentdiff.errors import InputError
+from latentdiff.training import cli_train
 from tests.training.test_stages import pictures, recipe
-from training import cli_train
 
 STEPS = [1, 2, 3, 4]
 
@@ -127,7 +127,12 @@ def test_scalars_and_grids_go_where_they_are_asked_to_and_nowhere_else(
 
 @pytest.mark.parametrize("offline", [False, True])
 def test_a_resumed_run_goes_on_with_the_same_tracked_run_and_writes_no_step_twice(
-    config: str, tmp_path: Path, wandb: Stored, trackio: Stored, monkeypatch: pytest.MonkeyPatch, offline: bool
+    config: str,
+    tmp_path: Path,
+    wandb: Stored,
+    trackio: Stored,
+    monkeypatch: pytest.MonkeyPatch,
+    offline: bool,
 ) -> None:
     monkeypatch.setattr(Run, "offline", offline)
     both = ["run.trackers=[wandb, trackio]"]

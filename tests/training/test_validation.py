@@ -9,21 +9,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-
-from latentdiff.checkpoints import Parts
-from latentdiff.diffusion import NoiseSchedule
-from latentdiff.diffusion.prediction import PREDICTIONS
-from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
-from tests.training.test_distributed import logged
-from tests.training.test_objective import recipe
-from tests.training.test_stages import pictures, weights_of
-from training import cli_train
-from training.assembly import load_parts, network_to_train, prepare_data
-from training.batches import Batch
-from training.config import DiffusionTraining, load_config
-from training.ema import Ema
-from training.validation import (
+from latentdiff.training.config import DiffusionTraining, load_config
+from latentdiff.training.data.batches import Batch
+from latentdiff.training.loop.ema import Ema
+from latentdiff.training.monitor.validation import (
     BUCKETS,
     bucket_names,
     bucket_timesteps,
@@ -34,6 +23,17 @@ from training.validation import (
     held_out_scalars,
     load_held_out,
 )
+from latentdiff.training.setup import load_components, network_to_train, prepare_data
+from torch import Tensor
+
+from latentdiff.checkpoints import Components
+from latentdiff.diffusion import NoiseSchedule
+from latentdiff.diffusion.prediction import PREDICTIONS
+from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
+from latentdiff.training import cli_train
+from tests.training.test_distributed import logged
+from tests.training.test_objective import recipe
+from tests.training.test_stages import pictures, weights_of
 
 
 def config_of(tmp_path: Path, *overrides: str, **changes: Any) -> DiffusionTraining:
@@ -63,7 +63,7 @@ def test_the_best_linear_prediction_of_gaussian_data_reaches_the_bound(tmp_path:
     """The factor Cov(y, z) / Var(z), measured and not derived, gives the error that is claimed; others give more."""
     schedule = NoiseSchedule(prediction_type=prediction_type, beta_schedule="squaredcos_cap_v2")
     space, encoder = PixelSpace(PixelSpaceConfig(latent_channels=3)), LabelEncoder(LabelConfig())
-    given = Parts(None, space, encoder, None, schedule)
+    given = Components(None, space, encoder, None, schedule)
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([0.5, 1.0, 1.7])[:, None, None]
     latents = scales * torch.randn(16, 3, 32, 32, generator=generator)
@@ -101,25 +101,25 @@ def test_the_bound_at_the_ends() -> None:
 def test_held_out_pictures_are_those_of_the_split(tmp_path: Path) -> None:
     with_validation(tmp_path / "pictures", 3)
     config = config_of(tmp_path, text_encoder="labels")
-    parts = load_parts(config)
-    held_out = load_held_out(config, parts)
+    components = load_components(config)
+    held_out = load_held_out(config, components)
     assert held_out is not None and held_out.latents.shape == (3, 3, 16, 16) and held_out.latents.abs().max() <= 1
     assert held_out.context.argmax(dim=2).flatten().tolist() == [0, 1, 2]
     narrow = config.data.model_copy(update={"keep": {"text": ["f"]}})
-    assert load_held_out(config.model_copy(update={"data": narrow}), parts) is None  # which is trained on alone
+    assert load_held_out(config.model_copy(update={"data": narrow}), components) is None  # which is trained on alone
     shutil.rmtree(tmp_path / "pictures/validation")
-    assert load_held_out(config, parts) is None
-    assert held_out_scalars(None, parts, config, None, Accelerator(cpu=True)) == {}
+    assert load_held_out(config, components) is None
+    assert held_out_scalars(None, components, config, None, Accelerator(cpu=True)) == {}
 
 
 def test_held_out_pictures_may_be_a_share(tmp_path: Path) -> None:
     pictures(tmp_path / "pictures", 12)
     config = config_of(tmp_path, "data.held_out=0.3", text_encoder="labels")
-    parts = load_parts(config)
-    trained, held_out = prepare_data(config, parts, Path(config.run.out)), load_held_out(config, parts)
+    components = load_components(config)
+    trained, held_out = prepare_data(config, components, Path(config.run.out)), load_held_out(config, components)
     assert held_out is not None and len(held_out.latents) + len(trained.samples) == 12
     learnt = {trained.captions[row] for choice in trained.choices for row in choice[0]}
-    labels = parts.text_encoder.config.labels
+    labels = components.text_encoder.config.labels
     measured = {labels[int(context.argmax())] for context in held_out.context}
     assert len(labels) == 12 and learnt | measured == set(labels) and not learnt & measured
 
@@ -127,8 +127,8 @@ def test_held_out_pictures_may_be_a_share(tmp_path: Path) -> None:
 def test_measuring_changes_neither_weights_nor_random_state(tmp_path: Path) -> None:
     with_validation(tmp_path / "pictures", 3)
     config = config_of(tmp_path, "model.dropout=0.5")
-    parts = load_parts(config)
-    unet = network_to_train(config, prepare_data(config, parts, tmp_path), parts)
+    components = load_components(config)
+    unet = network_to_train(config, prepare_data(config, components, tmp_path), components)
     torch.nn.init.normal_(unet.conv_out.weight)
     ema = Ema(unet, 0.9)
     with torch.no_grad():
@@ -138,14 +138,14 @@ def test_measuring_changes_neither_weights_nor_random_state(tmp_path: Path) -> N
         torch.get_rng_state(),
         {name: tensor.clone() for name, tensor in ema.weights.items()},
     )
-    held_out = load_held_out(config, parts)
+    held_out = load_held_out(config, components)
     assert held_out is not None
     accelerator = Accelerator(cpu=True)
     with ema.swapped_into(unet):
-        first, again = (held_out_errors(unet, parts, config, held_out, accelerator) for _ in range(2))
+        first, again = (held_out_errors(unet, components, config, held_out, accelerator) for _ in range(2))
     assert torch.equal(first, again) and first.shape == (BUCKETS, 3)
     unet.eval()
-    assert not torch.equal(held_out_errors(unet, parts, config, held_out, accelerator), first)  # of live weights
+    assert not torch.equal(held_out_errors(unet, components, config, held_out, accelerator), first)  # of live weights
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(tensor, live[name]) for name, tensor in unet.state_dict().items())
     assert all(torch.equal(tensor, averaged[name]) for name, tensor in ema.weights.items())

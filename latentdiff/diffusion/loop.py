@@ -1,0 +1,339 @@
+"""Samplers as tables of numbers, and the one loop that runs them.
+
+An explicit solver is a linear recurrence. An image keeps a few slots, slot 0 being the x at which the network is called
+next. With D_i = denoise(slot 0) at sigma_i, row i of its table is
+
+    slots' = matrices[i] @ [slots, D_i] + noise[i] * fresh standard normal noise
+
+so a sampler is a function from falling sigmas to such rows (`solvers.py`), nothing is mutable, and images with
+different samplers and step counts can share a batch. Tables are float64, applied in float32 (or float64 if x is).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.plan import Plan
+from latentdiff.diffusion.prediction import Call, Denoise, Denoiser, halves
+from latentdiff.errors import InputError
+
+__all__ = [
+    "KnownRegion",
+    "Step",
+    "draw_noise",
+    "image_generator",
+    "require_finite",
+    "require_one_each",
+    "sample",
+    "slerp",
+    "start",
+]
+
+
+def image_generator(seed: int) -> torch.Generator:
+    """Return the random numbers of one image, a CPU generator: first its initial noise, then what its sampler draws.
+
+    Raises:
+        InputError: seed is not an integer from 0 to 2^64 - 1.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise InputError(f"seed must be an integer from 0 to 2^64 - 1, got {seed!r}; try 0")
+    return torch.Generator("cpu").manual_seed(int(seed))
+
+
+def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
+    """Draw standard normal noise of `shape` (C, H, W) from each image's own generator: (B, C, H, W) float32, CPU."""
+    return torch.stack(
+        [torch.randn(tuple(shape), generator=generator, dtype=torch.float32) for generator in generators]
+    )
+
+
+def slerp(first: Tensor, second: Tensor, amount: float) -> Tensor:
+    """Turn noise (B, C, H, W) towards other noise along the great circle: in between it keeps the length of noise.
+
+    Args:
+        amount: 0 gives the first, 1 the second.
+
+    Source: Shoemake 1985, SIGGRAPH, section 3.3.
+    """
+    axes = tuple(range(1, first.ndim))
+    norms = [x.double().square().sum(dim=axes, keepdim=True).sqrt() for x in (first, second)]
+    cosine = (first.double() * second.double()).sum(dim=axes, keepdim=True) / (norms[0] * norms[1])
+    angle = cosine.clamp(-1 + 1e-9, 1 - 1e-9).acos()
+    turned = ((1 - amount) * angle).sin() * first + (amount * angle).sin() * second
+    return (turned / angle.sin()).to(first.dtype)
+
+
+def require_one_each(generators: Sequence[torch.Generator], images: Tensor) -> None:
+    """Raise InputError unless there are as many generators as images."""
+    if len(generators) != len(images):
+        raise InputError(f"one generator per image is needed, got {len(generators)} for {len(images)} images")
+
+
+def start(plans: Plan | Sequence[Plan], noise: Tensor, image_latents: Tensor | None = None) -> Tensor:
+    """Return the initial x (B, C, H, W), in sigma coordinates, in the dtype and on the device of `noise`.
+
+    Args:
+        plans: one for all images or one for each.
+        noise: (B, C, H, W) standard normal.
+        image_latents: (B, C, H, W) scaled latents of the images to start from; None for text-to-image.
+
+    Source: Karras et al. 2022, arXiv 2206.00364, section 2 (x = x0 + sigma noise).
+    """
+    each = _one_per_image(plans, noise)
+    if image_latents is None:
+        return noise * _column([plan.init_noise_sigma for plan in each], noise)
+    return image_latents + noise * _column([float(plan.sigmas[0]) for plan in each], noise)
+
+
+@dataclass(eq=False)
+class Step:
+    """The state of a batch after one row; images whose plan has ended stay as they were.
+
+    Attributes:
+        index: rows done before this one; the first Step has 0.
+        total: rows of the longest plan.
+        make_x, make_denoised: what `x` and `denoised` are computed by, when they are asked for.
+    """
+
+    index: int
+    total: int
+    make_x: Callable[[], Tensor] = field(repr=False)
+    make_denoised: Callable[[], Tensor] = field(repr=False)
+
+    @cached_property
+    def x(self) -> Tensor:
+        """(B, C, H, W) in sigma coordinates; after the last row the sampled latents. Not to be written into."""
+        return self.make_x()
+
+    @cached_property
+    def denoised(self) -> Tensor:
+        """(B, C, H, W), each image's newest x0 estimate, for previews. Not to be written into."""
+        return self.make_denoised()
+
+
+class KnownRegion(NamedTuple):
+    """What is known of the result beforehand, for inpainting with any model.
+
+    The x0 estimate is replaced there, so x stays exactly on the path from its noise to the known latents, whatever the
+    solver, and the rest is drawn to fit.
+
+    Attributes:
+        mask: (B, 1, H, W) in [0, 1], 1 where the result is to be drawn, 0 where it is known.
+        latents: (B, C, H, W) scaled latents.
+
+    Source: Lugmayr et al. 2022, arXiv 2201.09865, Eq. 8, in terms of the estimate.
+    """
+
+    mask: Tensor
+    latents: Tensor
+
+
+def sample(
+    denoise: Denoise,
+    plans: Plan | Sequence[Plan],
+    x: Tensor,
+    generators: Sequence[torch.Generator] | None = None,
+    known: KnownRegion | None = None,
+) -> Iterator[Step]:
+    """Run the plans row by row, yielding after each; the last Step's `x` is the result.
+
+    Args:
+        denoise: made by `prediction.as_denoiser`, or any function (x (b, C, H, W), call) -> x0 estimate (b, C, H, W).
+            Images whose plan has ended are left out of x; `call.images` says which remain.
+        plans: one for all images or one for each.
+        x: (B, C, H, W) from `start`, on the device of the network; half precision is raised to float32.
+        generators: one per image, the ones its initial noise came from; None if no plan draws noise.
+        known: for inpainting; x must then come from `start` with the known latents as the images to start from.
+
+    Raises:
+        InputError: not as many plans or generators as images, or known latents of another shape than x; at the end, if
+            the result is not finite.
+    """
+    each = _one_per_image(plans, x)
+    if generators is None and any(plan.noise.any() for plan in each):
+        raise InputError("this sampler draws noise and needs one generator per image, got none; pass generators")
+    if generators is not None:
+        require_one_each(generators, x)
+    denoiser = denoise if isinstance(denoise, Denoiser) else Denoiser(denoise, None)
+    if known is not None and (known.latents.shape != x.shape or known.mask.shape != (len(x), 1, *x.shape[2:])):
+        shapes = f"{tuple(known.latents.shape)} and {tuple(known.mask.shape)}"
+        raise InputError(f"known latents must have the shape {tuple(x.shape)} of x and one mask each, got {shapes}")
+    return _run(denoiser, each, x.to(torch.promote_types(x.dtype, torch.float32)), generators or [], known)
+
+
+def require_finite(x: Tensor) -> None:
+    """Raise InputError if a sampled x is not finite."""
+    if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
+        raise InputError("the network's output became NaN or infinite; use dtype float32 or a lower guidance_scale")
+
+
+def _run(
+    denoiser: Denoiser,
+    plans: Sequence[Plan],
+    x: Tensor,
+    generators: Sequence[torch.Generator],
+    known: KnownRegion | None,
+) -> Iterator[Step]:
+    batch, draws = _folded(denoiser, plans, x), [plan.noise.any(dim=1).tolist() for plan in plans]
+    total, size, channels = max(len(plan) for plan in plans), batch.noise.shape[1], x.shape[1]
+    denoised = torch.zeros_like(x)
+    slots = torch.stack([x * batch.c_in[0], *[denoised] * (size - 1)])  # (S, B, C, H, W)
+    begin, running = 0, list(range(len(x)))
+    for end in sorted({len(plan) for plan in plans}):  # between two ends the same images run
+        images = torch.tensor(running, device=x.device)
+        part = batch.part(begin, end, images)
+        sigmas, timesteps, *columns = (table.unbind() for table in (part.sigmas, part.timesteps, *part.columns()))
+        numbers = torch.arange(begin, end, device=x.device)[:, None].expand(-1, len(running)).unbind()
+        latents, mask = (None, None) if known is None else (known.latents[images], known.mask[images])
+        estimate = denoised[images] if denoiser.self_conditioning else None
+        noisy = {row for row in range(begin, end) for image in running if draws[image][row]}
+        for row, index in enumerate(range(begin, end)):
+            call = Call(index, images, numbers[row], sigmas[row], timesteps[row])
+            places = [slots[place] for place in range(size)]
+            inputs = places[0]
+            output = denoiser.network(inputs if estimate is None else torch.cat([inputs, estimate], dim=1), call)
+            output, share = (output.to(x.dtype), None) if output.shape[1] == channels else halves(output.to(x.dtype))
+            if denoiser.limit is not None:
+                estimates = part.estimate(row, inputs, output).clamp(-denoiser.limit, denoiser.limit)
+                output = part.output(row, inputs, estimates)
+            if latents is not None and mask is not None:
+                output = torch.lerp(part.output(row, inputs, latents), output, mask)
+            slots = _advance([column[row] for column in columns], places, output)
+            if index in noisy:
+                drawing = [generators[image] if draws[image][index] else None for image in running]
+                noise = _fresh_noise(drawing, x)
+                if share is not None:
+                    noise = noise * (part.noise_range[row] * (share + 1) / 2).exp()
+                slots.addcmul_(part.noise[row], noise)
+            step = Step(
+                index,
+                total,
+                partial(_next_x, x, images, part, row, slots),
+                partial(_next_denoised, denoised, images, part, row, inputs, output),
+            )
+            if estimate is not None:
+                estimate = part.estimate(row, inputs, output)
+            yield step
+        if end < total:
+            x, denoised = step.x, step.denoised  # of the images that have ended; those of the others are not looked at
+            staying = [place for place, image in enumerate(running) if len(plans[image]) > end]
+            begin, running, slots = end, [running[place] for place in staying], slots[:, staying]
+    require_finite(step.x)
+
+
+def _next_x(x: Tensor, images: Tensor, part: _Batch, row: int, slots: Tensor) -> Tensor:
+    return _replaced(x, images, slots[0] / part.c_next[row])
+
+
+def _next_denoised(denoised: Tensor, images: Tensor, part: _Batch, row: int, inputs: Tensor, output: Tensor) -> Tensor:
+    return _replaced(denoised, images, part.estimate(row, inputs, output))
+
+
+def _replaced(batch: Tensor, images: Tensor, values: Tensor) -> Tensor:
+    """Return the batch with `values` in place of some of its images."""
+    return values if len(values) == len(batch) else batch.index_copy(0, images, values)
+
+
+def _advance(columns: Sequence[Tensor], slots: Sequence[Tensor], output: Tensor) -> Tensor:
+    """Return one row of a table, its columns (S, b, 1, 1, 1), applied to slots and output, each (b, C, H, W).
+
+    Column by column, so that an image gets the same additions in the same order in every batch, and neither TF32 nor
+    autocast rounds x.
+    """
+    advanced = columns[-1] * output  # (S, b, C, H, W)
+    for column, slot in zip(columns, slots):
+        advanced.addcmul_(column, slot)
+    return advanced
+
+
+def _fresh_noise(generators: Sequence[torch.Generator | None], x: Tensor) -> Tensor:
+    """Draw (b, C, H, W) on the CPU in float32, zeros for images without a generator, and bring it to x."""
+    noise = torch.zeros(len(generators), *x.shape[1:], pin_memory=x.device.type == "cuda")  # so that its copy is async
+    for one, generator in zip(noise, generators):
+        if generator is not None:
+            one.normal_(generator=generator)
+    return noise.to(x.device, x.dtype, non_blocking=True)
+
+
+class _Batch(NamedTuple):
+    """The tables of a batch for a network's own inputs and outputs: slot 0 is what the network is given.
+
+    sigmas, timesteps: (R, B).
+    c_in, c_next, of_input, of_output, noise_range: (R, B, 1, 1, 1); c_next is the c_in of the next row, and denoised =
+        of_input * input + of_output * output.
+    noise: (R, S, B, 1, 1, 1).
+    matrices: (R, S, S + 1, B, 1, 1, 1).
+    """
+
+    sigmas: Tensor
+    timesteps: Tensor
+    c_in: Tensor
+    c_next: Tensor
+    of_input: Tensor
+    of_output: Tensor
+    noise_range: Tensor
+    noise: Tensor
+    matrices: Tensor
+
+    def part(self, begin: int, end: int, images: Tensor) -> _Batch:
+        """Return some rows of some images."""
+        if begin == 0 and end == len(self.sigmas) and len(images) == self.sigmas.shape[1]:
+            return self
+        *tables, noise, matrices = (table[begin:end] for table in self)
+        picked = [table.index_select(1, images) for table in tables]
+        return _Batch._make([*picked, noise.index_select(2, images), matrices.index_select(3, images)])
+
+    def columns(self) -> tuple[Tensor, ...]:
+        """Return each column of the matrices, (R, S, B, 1, 1, 1)."""
+        return self.matrices.unbind(2)
+
+    def estimate(self, row: int, inputs: Tensor, output: Tensor) -> Tensor:
+        """Return the x0 estimates (B, C, H, W) of a row."""
+        return self.of_input[row] * inputs + self.of_output[row] * output
+
+    def output(self, row: int, inputs: Tensor, estimate: Tensor) -> Tensor:
+        """Return the outputs (B, C, H, W) of a row that would give these x0 estimates."""
+        return (estimate - self.of_input[row] * inputs) / self.of_output[row]
+
+
+def _folded(denoiser: Denoiser, plans: Sequence[Plan], x: Tensor) -> _Batch:
+    """Join the plans of a batch, zeros where one has fewer rows or slots than the largest, and fold the denoiser in.
+
+    With D = c_skip x + c_out F and the network's input u = c_in x, a row on (x, ..., D) becomes one on (u, ..., F).
+    """
+    rows, size = max(len(plan) for plan in plans), max(plan.noise.shape[1] for plan in plans)
+    each = [plan.padded(rows, size) for plan in plans]
+    sigmas, timesteps, noise_range, noise, matrices = (  # in NumPy, whose small operations are quicker
+        np.stack([getattr(plan, name).numpy() for plan in each], axis=-1)
+        for name in ("sigmas", "timesteps", "noise_range", "noise", "matrices")
+    )
+    c_skip, c_out, c_in = (factor.numpy() for factor in denoiser.factors(torch.from_numpy(sigmas)))  # (R, B)
+    c_next = np.append(c_in[1:], np.ones_like(c_in[:1]), axis=0)
+    c_next[[len(plan) - 1 for plan in plans], range(len(plans))] = 1  # the last row lands in VP coordinates
+    matrices[:, :, 0] = (matrices[:, :, 0] + matrices[:, :, -1] * c_skip[:, None]) / c_in[:, None]
+    matrices[:, :, -1] *= c_out[:, None]
+    matrices[:, 0] *= c_next[:, None]
+    noise[:, 0] *= c_next
+    tables = (c_in, c_next, c_skip / c_in, c_out, noise_range, noise, matrices)
+    shaped = [table.reshape(*table.shape, *[1] * (x.ndim - 1)) for table in tables]
+    return _Batch(*(torch.from_numpy(table).to(x.dtype).to(x.device) for table in (sigmas, timesteps, *shaped)))
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """Return one number per image as (B, 1, 1, 1) in the dtype and on the device of `like`."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _one_per_image(plans: Plan | Sequence[Plan], x: Tensor) -> list[Plan]:
+    each = [plans] * len(x) if isinstance(plans, Plan) else list(plans)
+    if len(each) != len(x):
+        raise InputError(f"one plan per image is needed, got {len(each)} for {len(x)} images")
+    return each

@@ -1,0 +1,103 @@
+"""The network that a sampler calls for one batch: the U-Net with its texts, guided, in windows over large maps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latentdiff.checkpoints import Components
+from latentdiff.diffusion import (
+    Call,
+    Plan,
+    SchedulerPlan,
+    adaptive_projected,
+    classifier_free,
+    guidance_scales,
+    preconditioning,
+    rescaled,
+)
+from latentdiff.diffusion.prediction import Network
+from latentdiff.engine.tiled_denoising import Windows, tiled
+from latentdiff.generation.request import Settings
+from latentdiff.generation.text import BatchConditioning
+
+__all__ = ["guided_network"]
+
+
+def guided_network(
+    components: Components,
+    settings: Settings,
+    told: BatchConditioning,
+    plan: Plan | SchedulerPlan,
+    beside: Tensor | None = None,
+    windows: Windows | None = None,
+) -> Network:
+    """Return the guided network for a batch of b images, text and time computed once.
+
+    Args:
+        components: of the model.
+        settings: of the call.
+        told: what the U-Net is told of these images.
+        plan: whose timesteps it is called at.
+        beside: what the U-Net sees besides x, (b or 1, C', h, w), or None.
+        windows: in which it looks at the map; None for all of it at once.
+    """
+    unet, context = components.unet, told.context
+    assert unet is not None
+    count, dtype = len(context) // 2, unet.conv_in.weight.dtype
+    scales = guidance_scales(
+        plan.sigmas, settings.guidance_scale, settings.guidance_interval, settings.guidance_schedule
+    ).tolist()
+    if unet.config.time_cond_proj_dim is not None or _same_halves(told):  # the network itself knows the scale, or
+        scales = [1.0] * len(scales)  # there is nothing to steer away from
+    timesteps = plan.timesteps.to(context.device, torch.float32)
+    prepared = unet.prepare(timesteps, context, added=told.added, class_labels=told.class_labels)
+    guided, unguided = (tiled(one, windows) for one in (prepared, prepared.rows(slice(count, 2 * count))))
+
+    def network(model_input: Tensor, call: Call) -> Tensor:
+        scale, inputs = scales[call.index], model_input
+        if beside is not None:
+            inputs = torch.cat([inputs, beside.expand(len(inputs), -1, -1, -1)], dim=1)
+        inputs = inputs.to(dtype)
+        if scale == 1:
+            return unguided(inputs, call.rows).float()
+        both = guided(torch.cat([inputs, inputs]), call.rows.repeat(2)).float()  # (2b, C, h, w)
+        unconditional, conditional = both.chunk(2)
+        return _guide(components, settings, conditional, unconditional, scale, model_input, call)
+
+    return network
+
+
+def _same_halves(told: BatchConditioning) -> bool:
+    """Say whether the images are told the same as what guidance steers away from, as with two empty prompts."""
+    return all(torch.equal(*tensor.chunk(2)) for tensor in (told.context, *told.added.values()))
+
+
+def _guide(
+    components: Components,
+    settings: Settings,
+    conditional: Tensor,
+    unconditional: Tensor,
+    scale: float,
+    inputs: Tensor,
+    call: Call,
+) -> Tensor:
+    """Return the guided output (b, C, h, w); where the network learns its variance, that of the conditional one."""
+    channels = components.autoencoder.config.latent_channels
+    shares = conditional[:, channels:]  # none, or (b, C, h, w)
+    conditional, unconditional = conditional[:, :channels], unconditional[:, :channels]
+    if settings.guidance_parallel == 1 and settings.guidance_limit is None:
+        guided = classifier_free(conditional, unconditional, scale, settings.guidance_rescale)
+        return torch.cat([guided, shares], dim=1)
+    sigmas = call.sigmas.reshape(-1, 1, 1, 1)
+    c_skip, c_out, c_in = preconditioning(components.schedule.prediction_type, sigmas)
+    skipped = c_skip / c_in * inputs[:, :channels]
+    guided = adaptive_projected(  # of x0 estimates
+        skipped + c_out * conditional,
+        skipped + c_out * unconditional,
+        scale,
+        parallel=settings.guidance_parallel,
+        limit=settings.guidance_limit,
+    )
+    guided = (guided - skipped) / c_out
+    return torch.cat([rescaled(guided, conditional, settings.guidance_rescale), shares], dim=1)

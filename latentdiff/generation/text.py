@@ -1,0 +1,116 @@
+"""What the U-Net is told of each image of a call, besides the noisy latents: texts, sizes, guidance, noise level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentdiff.checkpoints import Components
+from latentdiff.generation.request import Settings
+from latentdiff.models.encoding import Encoded
+from latentdiff.models.layers import sinusoidal_embedding
+
+__all__ = ["BatchConditioning", "Conditioning"]
+
+GUIDANCE_SCALING = 1000.0  # of guidance scales before they are embedded, as consistency models are distilled
+
+
+@dataclass(frozen=True)
+class BatchConditioning:
+    """What the U-Net is told of b images, the negative halves first; the arguments of `UNet2DConditionModel.prepare`.
+
+    Attributes:
+        context: (2b, n * L, D).
+        added: what Stable Diffusion XL and consistency models are told besides, each (2b, ...); may be empty.
+        class_labels: (2b,) noise levels of the small picture, where the model enlarges one, or None.
+    """
+
+    context: Tensor
+    added: dict[str, Tensor]
+    class_labels: Tensor | None
+
+
+class Conditioning:
+    """The texts of a call, each encoded once.
+
+    Args:
+        components: of the model.
+        settings: of the call.
+        size: height and width of the result in pixels.
+        device: where the U-Net runs, and the text encoders are.
+    """
+
+    def __init__(self, components: Components, settings: Settings, size: tuple[int, int], device: torch.device) -> None:
+        assert components.unet is not None
+        self.components, self.settings, self.size = components, settings, size
+        self.config, self.device = components.unet.config, device
+        texts = dict.fromkeys(["", settings.negative_prompt, settings.blend_prompt, *settings.prompts])
+        encode, clip_skip, weighted = components.prompt_encoder, settings.clip_skip, settings.prompt_weights
+        # One by one, so that no text has a say in the rounding of another.
+        self.encoded = {text: encode([text], clip_skip=clip_skip, weighted=weighted)[0] for text in texts}
+
+    def prompt(self, index: int) -> str:
+        """Return the prompt of image `index`."""
+        return self.settings.prompts[index // self.settings.num_images]
+
+    def window_count(self, index: int) -> int:
+        """Return how many text windows an image needs: as many as the longest of its texts."""
+        texts = (self.prompt(index), self.settings.negative_prompt, self.settings.blend_prompt)
+        return max(len(self.encoded[text].states) for text in texts)
+
+    def of(self, images: Sequence[int]) -> BatchConditioning:
+        """Return the conditions of some images, all of the same `window_count`."""
+        wanted, settings = self.window_count(images[0]), self.settings
+        positive = [self._blended(self.prompt(index), wanted) for index in images]
+        negative = self._encoded(settings.negative_prompt, wanted)
+        if self.components.force_zeros and not settings.negative_prompt:
+            negative = negative._replace(
+                states=torch.zeros_like(negative.states),
+                pooled=None if negative.pooled is None else torch.zeros_like(negative.pooled),
+            )
+        texts = [negative] * len(images) + positive
+        labels = None
+        if self.components.upscales:
+            labels = torch.full((len(texts),), settings.noise_level, device=self.device)
+        return BatchConditioning(torch.stack([text.states for text in texts]), self._added(texts), labels)
+
+    def _blended(self, prompt: str, wanted: int) -> Encoded:
+        """Return what a prompt is encoded as, on its way to the second one."""
+        first, second = self._encoded(prompt, wanted), self._encoded(self.settings.blend_prompt, wanted)
+        if not self.settings.blend:
+            return first
+        states = torch.lerp(first.states, second.states, self.settings.blend)
+        if first.pooled is None or second.pooled is None:
+            return first._replace(states=states)
+        return first._replace(states=states, pooled=torch.lerp(first.pooled, second.pooled, self.settings.blend))
+
+    def _encoded(self, text: str, wanted: int) -> Encoded:
+        """Return what a text is encoded as, its states (wanted * L, D) filled up with windows of the empty text."""
+        encoded, empty = self.encoded[text], self.encoded[""].states
+        states = torch.cat([encoded.states, *[empty] * (wanted - len(encoded.states))])
+        return encoded._replace(states=states.flatten(0, 1))
+
+    def _added(self, texts: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Return pooled texts and picture sizes (Stable Diffusion XL), or the guidance scale (consistency models).
+
+        Source: Podell et al. 2023, arXiv 2307.01952, section 2.2; Luo et al. 2023, arXiv 2310.04378, section 4.
+        """
+        config, added = self.config, {}
+        if config.time_cond_proj_dim is not None:
+            scale = torch.tensor([self.settings.guidance_scale - 1], device=self.device) * GUIDANCE_SCALING
+            embedding = sinusoidal_embedding(scale, config.time_cond_proj_dim, cosine_first=False, shift=1)
+            added["timestep_cond"] = embedding.to(texts[0].states.dtype).expand(len(texts), -1)  # (2b, G)
+        if config.addition_embed_type is not None:
+            embeds = torch.stack([text.pooled for text in texts if text.pooled is not None])  # (2b, P)
+            size = [float(side) for side in self.size]
+            width = (config.projection_class_embeddings_input_dim or 0) - embeds.shape[1]
+            if width // (config.addition_time_embed_dim or 1) == 6:
+                ids = [[*size, 0.0, 0.0, *size]] * len(texts)  # size of the original, its cut, size of the result
+            else:  # the refiner: how beautiful the picture is, which the negative half is less
+                half = len(texts) // 2
+                ids = [[*size, 0.0, 0.0, score] for score in [2.5] * half + [6.0] * half]
+            added |= {"text_embeds": embeds, "time_ids": torch.tensor(ids, device=self.device)}
+        return added

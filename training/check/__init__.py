@@ -1,0 +1,1 @@
+"""`latentdiff train --check`: everything a run needs, tried before it starts."""

@@ -1,0 +1,177 @@
+"""`latentdiff train --check` of the autoencoder stage; see `training.check.diffusion`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import inf
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentdiff.images import to_tensor
+from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
+
+from ..config import AutoencoderTraining
+from ..data.augment import rgb
+from ..data.dataset import CaptionedImages, composite, open_images
+from ..loop.distributed import own_shares
+from ..loop.run import seeded, start_step
+from ..loop.state import RunState
+from ..losses.autoencoder import loss_terms
+from ..losses.lpips import Lpips
+from ..train_autoencoder import (
+    WHOLE,
+    accumulate_gradients,
+    assemble,
+    draw_views,
+    image_batches,
+    load_held_out,
+    load_perceptual,
+    require_trainable,
+)
+from .table import (
+    OVERFIT,
+    OVERFIT_RATE,
+    OVERFIT_STEPS,
+    TIMED,
+    Row,
+    look_at_disk,
+    look_at_folder,
+    look_at_memory,
+    look_at_pictures,
+    look_at_steps,
+    small_enough,
+    start_check,
+)
+
+# The network of the self-test where that of the config would take too long, and the side of its pictures in pixels.
+REDUCED = {"layers_per_block": 1, "norm_num_groups": 8, "mid_block_add_attention": False}
+REDUCED_CHANNELS = 32
+REDUCED_SIDE = 32
+
+Trial = Callable[[int, bool], tuple[dict[str, Tensor], dict[str, float], Tensor]]
+
+
+def look_at_autoencoder(config: AutoencoderTraining) -> Iterator[Row]:
+    """Yield the lines of the table of an autoencoder run; see `training.check.diffusion.check`."""
+    accelerator = start_check(config)
+    yield from look_at_folder(config, "KL autoencoder, from scratch")
+    require_trainable(config)
+    perceptual = load_perceptual(config, accelerator.device)
+    with TemporaryDirectory(prefix="latentdiff-check-") as folder:
+        data = open_images(config.data, config.run.batch_size, Path(folder))
+        yield from look_at_pictures(config, data)
+        yield look_at_held_out(config, data)
+        model, state = assemble(config)
+        networks = [*state.modules.values(), *([] if perceptual is None else [perceptual])]
+        yield from look_at_memory(networks, state, accelerator)
+        yield look_at_disk(config, state)
+        trial = stepper(config, data, perceptual, state, accelerator)
+        yield from look_at_terms(trial)
+        flops = yield from look_at_steps(config, lambda step: trial(1 + step, False)[2], state, accelerator)
+        used = model if small_enough(flops, config, accelerator) else None
+        yield overfit(used, config, data, perceptual, accelerator)
+
+
+def look_at_held_out(config: AutoencoderTraining, data: CaptionedImages) -> Row:
+    """Say how many pictures there are to measure by, and whether they are trained on."""
+    held_out = load_held_out(config, data)
+    last = to_tensor(composite(data.images[-1:], rgb(config.data.background)))
+    apart = not torch.equal(held_out[-1:], last)
+    value = f"{len(held_out)} looked at" if apart else f"none, so that {len(held_out)} of those trained on are taken"
+    return Row("held-out pictures", value, "a validation or a test split", apart)
+
+
+def stepper(
+    config: AutoencoderTraining,
+    data: CaptionedImages,
+    perceptual: Lpips | None,
+    state: RunState,
+    accelerator: Accelerator,
+) -> Trial:
+    """Return a function that takes the step of a number, one after the other, with the discriminator from the first on.
+
+    It is told whether to measure, and returns what `accumulate_gradients` does and the norm of the gradient.
+    """
+    run, plain, judge = config.run, state.modules["model"], state.modules["discriminator"]
+    loss = config.loss.model_copy(update={"adversarial_start": 0})
+    enough = run.model_copy(update={"steps": max(run.steps, 2 + TIMED)})  # of a run that is shorter than this look
+    config = config.model_copy(update={"loss": loss, "run": enough})
+    model, discriminator, optimizer, critic = accelerator.prepare(plain, judge, *state.optimizers.values())
+    state.ema.to(accelerator.device)
+    batches = image_batches(data, config, 0, own_shares(accelerator, run))
+
+    def take_step(step: int, measured: bool) -> tuple[dict[str, Tensor], dict[str, float], Tensor]:
+        start_step(config, step, optimizer, critic)
+        values, scalars = accumulate_gradients(
+            model, discriminator, perceptual, config, batches, step, accelerator, measured
+        )
+        norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
+        accelerator.clip_grad_norm_(judge.parameters(), config.optimizer.max_grad_norm)
+        optimizer.step()
+        critic.step()
+        state.ema.update(plain)
+        return values, scalars, norm
+
+    return take_step
+
+
+def look_at_terms(trial: Trial) -> Iterator[Row]:
+    """Say how large each term of the loss is in the first step, and the gradient that it alone sends."""
+    values, scalars, _ = trial(0, True)
+    for name, value in values.items():
+        if name != "loss":
+            norm = scalars[f"grad_norm/{name}"]
+            yield Row(f"term {name}", f"{value:.4g}, gradient norm {norm:.3g}", "a gradient above 0", 0 < norm < inf)
+
+
+def overfit(
+    model: AutoencoderKL | None,
+    config: AutoencoderTraining,
+    data: CaptionedImages,
+    perceptual: Lpips | None,
+    accelerator: Accelerator,
+) -> Row:
+    """Train on a few pictures, which whatever can learn anything has to learn, and say how far the error fell.
+
+    It is measured by that of the mean of the pictures, the best that a decoder can do which does not see its latents.
+
+    Args:
+        model: on its device; None for a small new one, of smaller pictures, where that would take too long.
+    """
+    run = config.run.model_copy(update={"batch_size": OVERFIT})
+    views = draw_views(data, config.model_copy(update={"run": run}), (WHOLE,), 0)
+    images, used = to_tensor(views).to(accelerator.device), model  # (B, 3, H, W)
+    if used is None:
+        torch.manual_seed(run.seed)
+        used = _reduced(config).to(accelerator.device)
+        side = min(images.shape[-1], max(REDUCED_SIDE, 2 * used.config.downsample_factor))
+        images = F.interpolate(images, size=side, mode="area")
+    optimizer = torch.optim.AdamW(used.parameters(), lr=OVERFIT_RATE, weight_decay=0.0)
+    before, generator = _error(used, images), seeded(run.seed)
+    for _ in range(OVERFIT_STEPS):
+        with accelerator.autocast():
+            reconstruction, posterior = used(images, generator)
+        terms = loss_terms(reconstruction.float(), images, posterior, config, perceptual)
+        optimizer.zero_grad()
+        torch.stack(list(terms.values())).sum().backward()
+        nn.utils.clip_grad_norm_(used.parameters(), config.optimizer.max_grad_norm)
+        optimizer.step()
+    after, blind = _error(used, images), float((images - images.mean(dim=0)).square().mean())
+    who = "the network" if model is not None else "a reduced network"
+    value = f"error {before:.3f} -> {after:.3f} in {OVERFIT_STEPS} steps of {who}"
+    return Row(f"overfits {OVERFIT}", value, f"below {blind / 2:.3f}, half of their mean's", after < blind / 2)
+
+
+def _reduced(config: AutoencoderTraining) -> AutoencoderKL:
+    channels = [REDUCED_CHANNELS] * len(AutoencoderConfig.from_dict(config.model).block_out_channels)
+    return AutoencoderKL(AutoencoderConfig.from_dict({**config.model, **REDUCED, "block_out_channels": channels}))
+
+
+@torch.no_grad()
+def _error(model: AutoencoderKL, images: Tensor) -> float:
+    return float((model.decode(model.encode(images).mode()) - images).square().mean())

@@ -1,0 +1,1 @@
+"""Captioned pictures: where they come from, how they are decoded, augmented, encoded and put into batches."""

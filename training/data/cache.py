@@ -1,0 +1,120 @@
+"""Tensors computed once and kept on disk, each under a name made of everything it depends on.
+
+The cache folder has one folder for each encoder. In it are shards, safetensors files of up to `SHARD_ENTRIES` entries:
+"values" (n, ...) float16 and "keys" (n, 16) uint8. A shard appears whole or not at all, so what a killed run finished
+counts; one process fills a folder at a time while the others wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from latentdiff.errors import StorageError
+from latentdiff.images import write_file
+
+SHARD_ENTRIES = 1024
+KEY_BYTES = 16
+
+
+class CachedTensors:
+    """Tensors of half precision in shards on disk, memory-mapped: nothing is read before it is asked for.
+
+    Args:
+        shards: "values" of each shard, (n, ...) float16.
+        places: (N, 2) int64, shard and row of each tensor.
+    """
+
+    def __init__(self, shards: list[Tensor], places: np.ndarray) -> None:
+        self.shards, self.places = shards, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Tensor:
+        shard, row = self.places[index]
+        return self.shards[shard][row]
+
+    def take(self, indices: Sequence[int]) -> Tensor:
+        """Return several tensors of one shape, (B, ...) float32."""
+        return torch.stack([self[index] for index in indices]).float()
+
+
+def stored(
+    folder: Path,
+    keys: Sequence[bytes],
+    encode: Callable[[Sequence[int]], Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    batch_size: int,
+) -> CachedTensors:
+    """Return the tensors of `keys` in a folder of shards, after computing those that it lacks.
+
+    Args:
+        keys: of `KEY_BYTES` bytes; equal ones have equal tensors.
+        encode: returns the tensors (B, ...) of the keys with some numbers.
+        shapes: what tells keys whose tensors have different shapes apart.
+        batch_size: how many are given to `encode` at a time.
+
+    Raises:
+        StorageError: a shard cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            for left in folder.glob(".tmp-*"):  # by a run that was killed while it wrote
+                left.unlink()
+            shards, places = _read_shards(folder)
+            lacking = list({key: n for n, key in reversed(list(enumerate(keys))) if key not in places}.values())
+            lacking.sort(key=lambda n: (shapes[n], n))
+            progress = tqdm(total=len(lacking), desc=folder.name, disable=not lacking)
+            for _, group in groupby(lacking, lambda n: shapes[n]):
+                numbers = list(group)
+                for first in range(0, len(numbers), SHARD_ENTRIES):
+                    part = numbers[first : first + SHARD_ENTRIES]
+                    batches = [part[start : start + batch_size] for start in range(0, len(part), batch_size)]
+                    values = []
+                    for batch in batches:
+                        values.append(encode(batch).half().cpu())
+                        progress.update(len(batch))
+                    _write_shard(folder, [keys[n] for n in part], torch.cat(values))
+            progress.close()
+            if lacking:
+                shards, places = _read_shards(folder)
+    except OSError as error:
+        raise StorageError(f"could not write the cache {folder}: {error}; free space or set another `cache`") from error
+    return CachedTensors(shards, np.array([places[key] for key in keys], dtype=np.int64).reshape(-1, 2))
+
+
+def _read_shards(folder: Path) -> tuple[list[Tensor], dict[bytes, tuple[int, int]]]:
+    """Map all shards of a folder; one that is broken is removed, to be computed again."""
+    shards: list[Tensor] = []
+    places: dict[bytes, tuple[int, int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as content:
+                keys, values = content.get_tensor("keys"), content.get_tensor("values")
+        except SafetensorError as error:
+            print(f"{file} is broken ({error}) and computed again", file=sys.stderr)
+            file.unlink()
+            continue
+        for row, key in enumerate(keys.numpy()):
+            places[key.tobytes()] = (len(shards), row)
+        shards.append(values)
+    return shards, places
+
+
+def _write_shard(folder: Path, keys: Sequence[bytes], values: Tensor) -> None:
+    names = torch.from_numpy(np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES).copy())
+    name = hashlib.sha256(b"".join(keys)).hexdigest()[:16]
+    write_file(folder / f"{name}.safetensors", save({"keys": names, "values": values.contiguous()}))

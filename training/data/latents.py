@@ -1,0 +1,226 @@
+"""Captioned pictures as the diffusion stage sees them: latents and text states, computed once and kept in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentdiff.checkpoints import Components
+from latentdiff.images import to_tensor
+from latentdiff.models.clip import CLIPTextModel
+
+from ..config import DataConfig
+from .augment import Variant, paint, paint_all, plan_variants
+from .batch_order import BatchOrder
+from .cache import KEY_BYTES, CachedTensors, stored
+from .conditions import ConcatConditioning, Task
+from .dataset import CaptionedImages, Sample
+from .prefetch import prefetched
+
+TOLD_TOGETHER = 256  # captions, since all of them get as many windows as the longest
+
+
+class TextCache(Protocol):
+    """What the network is told of each of M captions, the empty one first."""
+
+    def take(self, rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return `Batch.context`, and "text_embeds" of `Batch.added` where the U-Net expects it, of some captions."""
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Text states (L, D) of a frozen encoder, or (L + 1, D), the last row the pooled vector and zeros."""
+
+    packed: CachedTensors | Tensor
+    pooled_width: int = 0
+
+    def take(self, rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `TextCache`."""
+        packed = self.packed[rows].float() if isinstance(self.packed, Tensor) else self.packed.take(rows)
+        if not self.pooled_width:
+            return packed, {}
+        return packed[:, :-1], {"text_embeds": packed[:, -1, : self.pooled_width]}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Numbers and mask of tokens (M, 2, L), for an encoder that is trained."""
+
+    tokens: Tensor
+
+    def take(self, rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `TextCache`."""
+        return self.tokens[rows], {}
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """What the diffusion stage trains on.
+
+    Attributes:
+        latents: (C, h, w) each, scaled; latents[n * V + v] is view v (`DataConfig.views`) of picture n.
+        texts: of the captions.
+        captions: M captions, the empty one first.
+        choices: choices[n][v], the numbers of the captions that describe view v of picture n.
+        order: what batches are drawn from.
+        samples: N, sizes of the pictures.
+        conditions: (N * V, 6) int32, what a network is told of the size and crop of each latent.
+        drawer: draws what the network sees beside a latent, of a task that has it.
+        prior: pictures of the base model that every second position of a batch is from; None without any.
+    """
+
+    latents: CachedTensors
+    texts: TextCache
+    captions: list[str]
+    choices: list[list[list[int]]]
+    order: BatchOrder
+    samples: list[Sample]
+    conditions: np.ndarray
+    drawer: Callable[[int, np.random.Generator], ConcatConditioning] | None = None
+    prior: LatentSet | None = None
+
+
+def cached_latents(
+    data: CaptionedImages,
+    config: DataConfig,
+    seed: int,
+    components: Components,
+    folder: Path,
+    as_tokens: bool = False,
+    task: Task | None = None,
+) -> LatentSet:
+    """Return the latents and texts of every variant of every picture; what `folder` lacks is computed first.
+
+    Args:
+        as_tokens: for a text encoder that is trained, whose states are not known before.
+        task: draws what the network sees beside latents; None for text-to-image.
+
+    Raises:
+        StorageError: the cache cannot be written.
+    """
+    variants = [variant for n in range(len(data)) for variant in plan_variants(data, n, config, seed)]
+    captions = ["", *dict.fromkeys(caption for variant in variants for caption in variant.captions)]
+    row = {caption: number for number, caption in enumerate(captions)}
+    rows = [[row[caption] for caption in variant.captions] for variant in variants]
+    views = len(config.views)
+    choices = [rows[first : first + views] for first in range(0, len(rows), views)]
+    conditions = np.array([variant.condition(data) for variant in variants], dtype=np.int32)
+    latents = stored(
+        folder / f"latents-{_digest(components.autoencoder)}",
+        [_variant_key(data, variant) for variant in variants],
+        lambda numbers: _encode_pictures(data, [variants[number] for number in numbers], components),
+        shapes=[data.samples[variant.index].frame for variant in variants],
+        batch_size=64,
+    )
+    texts = Tokens(token_rows(captions, components)) if as_tokens else _cached_states(captions, components, folder)
+    drawer = None if task is None else partial(_beside, data, variants, task)
+    return LatentSet(latents, texts, captions, choices, data.order, data.samples, conditions, drawer)
+
+
+def _beside(
+    data: CaptionedImages, variants: Sequence[Variant], task: Task, number: int, rng: np.random.Generator
+) -> ConcatConditioning:
+    return task.draw(paint(data, variants[number]), rng)
+
+
+def encode_captions(captions: Sequence[str], components: Components) -> EncodedTexts:
+    """Return what the text encoders make of captions, of those that are longer than the text window its first part."""
+    return EncodedTexts(_packed_states(captions, components), _pooled_width(components))
+
+
+def token_rows(captions: Sequence[str], components: Components) -> Tensor:
+    """Return numbers and mask (M, 2, L) of the tokens of captions, of those that are longer than L the first part."""
+    assert components.tokenizer is not None
+    tokens, length = components.tokenizer(captions), components.tokenizer.model_max_length
+    return torch.stack([tokens.input_ids[:, :length], tokens.attention_mask[:, :length]], dim=1)
+
+
+def tell_of_cut(captions: Sequence[str], components: Components) -> None:
+    """Say on stderr how many captions are longer than the text window, whether they are encoded now or were before."""
+    if components.tokenizer is None:
+        return
+    shares = [captions[first : first + TOLD_TOGETHER] for first in range(0, len(captions), TOLD_TOGETHER)]
+    windows = [count for share in shares for count in components.tokenizer(share).windows]
+    cut = [caption for caption, count in zip(captions, windows) if count > 1]
+    if cut:
+        print(
+            f"{len(cut)} of {len(captions)} captions are longer than the text window of "
+            f"{components.tokenizer.model_max_length} tokens, and only what fits is seen; first {cut[0][:80]!r}",
+            file=sys.stderr,
+        )
+
+
+def _cached_states(captions: Sequence[str], components: Components, folder: Path) -> EncodedTexts:
+    digests = [_digest(components.text_encoder, components)]
+    if components.text_encoder_2 is not None:
+        digests.append(_digest(components.text_encoder_2))
+    packed = stored(
+        folder / f"texts-{'-'.join(digests)}{'-zeros' if components.force_zeros else ''}",
+        [hashlib.sha256(caption.encode()).digest()[:KEY_BYTES] for caption in captions],
+        lambda numbers: _packed_states([captions[number] for number in numbers], components),
+        shapes=[()] * len(captions),
+        batch_size=256,
+    )
+    return EncodedTexts(packed, _pooled_width(components))
+
+
+def _pooled_width(components: Components) -> int:
+    """Return how long the pooled vectors are, 0 for U-Nets that do not expect any."""
+    encoder = components.text_encoder if components.text_encoder_2 is None else components.text_encoder_2
+    expected = components.unet is not None and components.unet.config.addition_embed_type is not None
+    return encoder.config.projection_dim if expected and isinstance(encoder, CLIPTextModel) else 0
+
+
+@torch.no_grad()
+def _packed_states(captions: Sequence[str], components: Components) -> Tensor:
+    """Return what `EncodedTexts` are made of, (B, L, D) or (B, L + 1, D)."""
+    encoded = components.prompt_encoder(captions)
+    packed = []
+    for caption, own in zip(captions, encoded):
+        states = own.states[0]  # (L, D)
+        if _pooled_width(components) and own.pooled is not None:
+            states = torch.cat([states, F.pad(own.pooled, (0, states.shape[1] - len(own.pooled)))[None]])
+        packed.append(states * 0 if components.force_zeros and not caption else states)
+    return torch.stack(packed)
+
+
+@torch.no_grad()
+def _encode_pictures(data: CaptionedImages, variants: list[Variant], components: Components) -> Tensor:
+    """Return the latents (B, C, h, w) of variants of one size."""
+    autoencoder = components.autoencoder
+    groups = [list(group) for _, group in groupby(variants, lambda variant: variant.index)]
+    pictures = prefetched(lambda number: paint_all(data, groups[number]), range(len(groups)))
+    images = to_tensor(np.stack([picture for group in pictures for picture in group]))  # (B, 3, H, W)
+    latents = autoencoder.encode(images.to(next(autoencoder.parameters()).device)).mode()
+    return latents * autoencoder.config.scaling_factor
+
+
+def _variant_key(data: CaptionedImages, variant: Variant) -> bytes:
+    """Name everything that the pixels of a variant depend on."""
+    seen = [data.samples[n].digest for n in (variant.index, variant.beside) if n is not None]
+    frame = data.samples[variant.index].frame
+    parts = (seen, frame, variant.ground, variant.mirrored, variant.turn)
+    window = () if variant.corner is None else (variant.corner, data.samples[variant.index].covering)
+    text = repr((*parts, *window))
+    return hashlib.sha256(text.encode()).digest()[:KEY_BYTES]
+
+
+def _digest(model: torch.nn.Module, components: Components | None = None) -> str:
+    """Return a hash of a network's config and weights, and of the tokenizer before it where there is one."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
+    if components is not None and components.tokenizer is not None:
+        digest.update(components.tokenizer.digest.encode())
+    return digest.hexdigest()[:16]

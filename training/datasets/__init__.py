@@ -1,0 +1,1 @@
+"""Datasets and weights that recipes of this repository start from."""

@@ -1,0 +1,1 @@
+"""What is trained around or inside a network: LoRA adapters, text encoders and new words."""

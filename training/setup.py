@@ -1,0 +1,170 @@
+"""What a diffusion run is made of before its first step: model, pictures, and what of the model is trained."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from latentdiff.checkpoints import Components, embedded_model, load_autoencoder, load_pipeline, load_text_encoder
+from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.errors import InputError
+from latentdiff.models.clip import CLIPTextModel
+from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
+from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
+
+from .config import DiffusionTraining
+from .data.conditions import Task, extra_channels, with_task
+from .data.dataset import CaptionedImages, open_images, read_captions
+from .data.latents import LatentSet, cached_latents
+from .data.prior_images import draw_prior
+from .data.timesteps import ImportanceSampler
+from .loop.ema import Ema
+from .loop.optimizers import make_optimizer
+from .loop.posthoc_ema import power_emas
+from .loop.run import checkpoint_gradients, short
+from .loop.sharding import shard, shards_weights
+from .loop.state import RunState
+from .networks.encoders import JointNetwork, add_words, new_words, train_encoder
+from .networks.lora import Adapted
+
+# Latents whose mean and standard deviation are looked at before training, at most about so many.
+MEASURED = 4096
+
+
+def load_components(config: DiffusionTraining) -> Components:
+    """Load the model to start from; or the frozen halves, autoencoder, text encoder and schedule, without a U-Net.
+
+    Without an autoencoder latents are pixels; without a text encoder each different caption is a class.
+    """
+    if config.start_from is None:
+        return with_task(config, _load_halves(config))
+    components = with_task(config, load_pipeline(config.start_from))
+    return components if config.textual_inversion is None else add_words(components, config.textual_inversion)
+
+
+def _load_halves(config: DiffusionTraining) -> Components:
+    schedule = NoiseSchedule.from_dict(config.schedule)
+    if config.autoencoder is None:
+        space: Any = PixelSpace(PixelSpaceConfig(latent_channels=config.channels))
+    else:
+        embedded = config.autoencoder == "embedded"
+        space = load_autoencoder(embedded_model() if embedded else Path(config.autoencoder))
+    if config.text_encoder in ("labels", "none"):
+        labels: tuple[str, ...] = ()
+        if config.text_encoder == "labels":
+            found = read_captions(config.data, _cache(config, Path(config.run.out)))
+            labels = tuple(sorted({caption for captions in found for caption in captions}))
+        encoder: Any = LabelEncoder(LabelConfig(labels=labels, hidden_size=max(1, len(labels))))
+        return Components(None, space.requires_grad_(False), encoder.requires_grad_(False), None, schedule)
+    text = embedded_model() if config.text_encoder == "embedded" else Path(config.text_encoder)
+    encoder, tokenizer = load_text_encoder(text)
+    if isinstance(encoder, CLIPTextModel) and encoder.config.with_projection:  # of OpenCLIP's files, and of no use here
+        del encoder.text_projection
+        encoder.config = replace(encoder.config, with_projection=False)
+    return Components(None, space.requires_grad_(False), encoder, tokenizer, schedule)
+
+
+def prepare_data(config: DiffusionTraining, components: Components, folder: Path) -> LatentSet:
+    """Open the pictures, encode them and their captions (from the cache where it has them), and check latents.
+
+    Raises:
+        InputError: the pictures cannot be used, or the latents' mean or standard deviation is far from 0 and 1.
+        StorageError: the cache cannot be written.
+    """
+    data = encode_data(config, components, folder, open_data(config, components, folder))
+    if config.prior is None:
+        return data
+    drawn = config.model_copy(update={"data": draw_prior(config, components, folder)})
+    return replace(data, prior=encode_data(drawn, components, folder, open_data(drawn, components, folder)))
+
+
+def open_data(config: DiffusionTraining, components: Components, folder: Path) -> CaptionedImages:
+    """Open the pictures to train on; see `training.data.dataset.open_images`."""
+    multiple = 8 * components.autoencoder.config.downsample_factor
+    return open_images(config.data, config.run.batch_size, folder, _cache(config, folder), multiple)
+
+
+def encode_data(config: DiffusionTraining, components: Components, folder: Path, images: CaptionedImages) -> LatentSet:
+    """Encode pictures and their captions, and check the latents; see `prepare_data`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for network in (components.autoencoder, components.text_encoder, components.text_encoder_2):
+        if network is not None:
+            network.to(device)
+    cache = _cache(config, folder)
+    task = None if config.task == "text_to_image" else Task.of(config, components)
+    data = cached_latents(images, config.data, config.run.seed, components, cache, config.encodes_each_step, task)
+    if isinstance(components.autoencoder, PixelSpace):
+        return data
+    kinds = len(data.choices[0])
+    measured = range(0, len(data.latents), kinds * (1 + (len(images) - 1) // MEASURED))
+    plain = torch.cat([data.latents[index].float().flatten(1) for index in measured], dim=1)  # (C, N*h*w)
+    mean, std = plain.mean(dim=1), plain.std(dim=1)
+    if mean.abs().max() > 0.3 or std.max() > 1.5 or std.min() < 0.6:
+        problem = f"mean about 0 and standard deviation about 1, got {short(mean, most=16)} and {short(std, most=16)}"
+        if config.start_from is None and config.autoencoder != "embedded":
+            raise InputError(
+                f"latents must have {problem}; the autoencoder was measured on other pictures: train it on these, or "
+                "run its export again"
+            )
+        print(f"latents of these pictures do not have {problem}: the autoencoder knows other ones", file=sys.stderr)
+    return data
+
+
+def assemble(
+    config: DiffusionTraining, data: LatentSet, components: Components, accelerator: Accelerator
+) -> tuple[nn.Module, Components, RunState]:
+    """Return the network that is called while training, the components with its U-Net, and what is trained of it all."""
+    torch.manual_seed(config.run.seed)
+    unet = network_to_train(config, data, components)
+    network, trained = adapt(unet, config, components)
+    modules: dict[str, nn.Module] = {"model": trained}
+    if config.timesteps == "importance":
+        modules["importance"] = ImportanceSampler(components.schedule.num_train_timesteps)
+    if config.run.gradient_checkpointing:
+        checkpoint_gradients(unet)
+    if shards_weights(accelerator):
+        shard(unet, accelerator)
+    ema, profiles = Ema(trained, config.run.ema_decay), power_emas(trained, config.run)
+    state = RunState(modules, {"optimizer": make_optimizer(trained, config.optimizer)}, ema, profiles)
+    return network, replace(components, unet=unet), state
+
+
+def adapt(unet: UNet2DConditionModel, config: DiffusionTraining, components: Components) -> tuple[nn.Module, nn.Module]:
+    """Return what is called in place of a U-Net while training, and the part of it, or all, that is trained."""
+    if config.lora is not None:
+        adapted = Adapted(unet, config.lora)
+        return adapted, adapted.adapters
+    if config.textual_inversion is not None:
+        words = new_words(components, config.textual_inversion)
+        return JointNetwork(unet.requires_grad_(False), components.text_encoder.requires_grad_(False), words), words
+    if config.train_text_encoder:
+        joint = JointNetwork(unet, train_encoder(components))
+        return joint, joint
+    return unet, unet
+
+
+def network_to_train(config: DiffusionTraining, data: LatentSet, components: Components) -> UNet2DConditionModel:
+    """Return a new U-Net that fits the latents and contexts, or that of the model to start from."""
+    if components.unet is not None:
+        return components.unet.requires_grad_(True).train()
+    channels, side = data.latents[0].shape[0], round(data.latents[0][0].numel() ** 0.5)
+    follows = {
+        "in_channels": channels * (1 + config.self_conditioning) + extra_channels(config, channels),
+        "out_channels": channels * (1 + (components.schedule.variance_type == "learned_range")),
+        "sample_size": side,
+        "self_conditioning": config.self_conditioning,
+    }
+    if config.task == "upscale":
+        follows["num_class_embeds"] = config.max_noise_level + 1
+    shape = {"cross_attention_dim": components.text_encoder.config.hidden_size, **config.model, **follows}
+    return UNet2DConditionModel(UNetConfig.from_dict(shape))
+
+
+def _cache(config: DiffusionTraining, folder: Path) -> Path:
+    return Path(config.cache) if config.cache else folder / "cache"

@@ -1,0 +1,338 @@
+"""Train a KL autoencoder on a folder of pictures.
+
+Try:
+    latentdiff train configs/emoji-autoencoder.yaml
+    tensorboard --logdir runs
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch._functorch import config as functorch
+
+from latentdiff.errors import InputError
+from latentdiff.images import to_tensor
+from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
+
+from .config import AutoencoderTraining
+from .data.augment import random_view, random_window, rgb
+from .data.dataset import CaptionedImages, LazyImages, composite, open_held_out, open_images
+from .data.prefetch import drawn_ahead, workers
+from .loop.cpu import tuned_for_cpu
+from .loop.distributed import (
+    any_process,
+    averaged,
+    gathered,
+    micro_batches,
+    own_shares,
+    sample_noise,
+    start_accelerator,
+)
+from .loop.ema import Ema
+from .loop.optimizers import make_optimizer
+from .loop.resources import require_room
+from .loop.run import (
+    checkpoint_gradients,
+    compile_checked,
+    open_run,
+    save_grid,
+    save_run,
+    start_step,
+    stop_on_signal,
+)
+from .loop.sharding import require_shardable
+from .loop.state import RunState
+from .losses.autoencoder import adversarial_term, critic_terms, loss_terms
+from .losses.image import PatchDiscriminator, psnr
+from .losses.lpips import Lpips, load_lpips
+from .monitor.instruments import gradient_norms, latent_scalars
+from .monitor.log import Log
+from .monitor.trackers import require_trackers
+from .monitor.validation import ema_distance
+
+WHOLE = slice(None)
+HELD_OUT = 1024  # pictures to measure by, at most, of a split
+
+
+def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path:
+    """Run the whole stage and return the folder of the trained autoencoder (diffusers layout).
+
+    Raises:
+        InputError: data or config cannot be used, or the loss is not finite 20 steps in a row.
+        ModelLoadError: the weights of LPIPS cannot be used.
+        StorageError: a checkpoint cannot be written, or there is no room for it.
+    """
+    require_trainable(config)
+    accelerator, folder = start_accelerator(config.run), Path(config.run.out)
+    require_shardable(config, accelerator)
+    perceptual = load_perceptual(config, accelerator.device)
+    require_trackers(config.run.trackers)
+    checkpoint = open_run(config, resume, accelerator)
+    data = open_images(config.data, config.run.batch_size, folder)
+    held_out = load_held_out(config, data)
+    model, state = assemble(config)
+    networks = [*state.modules.values(), *([] if perceptual is None else [perceptual])]
+    require_room(config.run, state, networks, accelerator.device)
+    first = state.restore(checkpoint)
+    if config.run.compile:
+        compile_autoencoder(model.to(accelerator.device), config, data, accelerator)
+    if run_steps(config, data, held_out, perceptual, state, first, accelerator) and accelerator.is_main_process:
+        with state.ema.swapped_into(model):
+            export(model, to_tensor(composite(data.images[:4096], rgb(config.data.background))), held_out, folder)
+    return folder / "vae"
+
+
+def assemble(config: AutoencoderTraining) -> tuple[AutoencoderKL, RunState]:
+    """Return a new autoencoder, and what of a run is trained: it and its discriminator."""
+    torch.manual_seed(config.run.seed)
+    model, judge = AutoencoderKL(AutoencoderConfig.from_dict(config.model)), PatchDiscriminator()
+    if config.run.gradient_checkpointing:
+        checkpoint_gradients(model)
+    optimizers = {
+        "optimizer": make_optimizer(model, config.optimizer),
+        "critic": make_optimizer(judge, config.optimizer),
+    }
+    state = RunState({"model": model, "discriminator": judge}, optimizers, Ema(model, config.run.ema_decay))
+    return model, state
+
+
+def run_steps(
+    config: AutoencoderTraining,
+    data: CaptionedImages,
+    held_out: Tensor,
+    perceptual: Lpips | None,
+    state: RunState,
+    first: int,
+    accelerator: Accelerator,
+) -> bool:
+    """Train from step `first` to the last; say whether it was reached, not stopped by a signal."""
+    run, plain, judge = config.run, state.modules["model"], state.modules["discriminator"]
+    assert isinstance(plain, AutoencoderKL) and isinstance(judge, PatchDiscriminator)
+    model, discriminator, optimizer, critic = accelerator.prepare(plain, judge, *state.optimizers.values())
+    state.ema.to(accelerator.device)
+    log, stopping = Log(run, first, "autoencoder", accelerator), False
+    batches = image_batches(data, config, first, own_shares(accelerator, run))
+    with stop_on_signal() as stopped, tuned_for_cpu(plain):
+        for step in range(first, run.steps):
+            start_step(config, step, optimizer, critic)
+            logged = (step + 1) % run.log_every == 0
+            values, scalars = accumulate_gradients(
+                model, discriminator, perceptual, config, batches, step, accelerator, logged
+            )
+            judged = "discriminator" in values
+            norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
+            if judged:
+                values["critic_norm"] = accelerator.clip_grad_norm_(judge.parameters(), config.optimizer.max_grad_norm)
+            finite = state.guard.allows(values["loss"], sum(values.values(), norm), step)
+            if finite:
+                optimizer.step()
+                state.ema.update(plain)
+                if judged:
+                    critic.step()
+            values |= {"grad_norm": norm, "skipped": torch.tensor(not finite)}
+            log.step(step, {**values, "learning_rate": optimizer.param_groups[0]["lr"]})
+            done, stopping = step + 1, any_process(accelerator, bool(stopped))
+            if logged:
+                skipped = state.guard.skipped
+                log.write(done, {**scalars, "ema_distance": ema_distance(state.ema, plain), "skipped_steps": skipped})
+            if accelerator.is_main_process and (done % run.sample_every == 0 or done == run.steps):
+                with state.ema.swapped_into(plain):
+                    picture = Path(run.out) / f"samples/{done:08d}.png"
+                    log.write(done, {"held_out_psnr": evaluate(plain, held_out, picture)})
+                log.image(done, picture)
+            if done % run.save_every == 0 or done == run.steps or stopping:
+                save_run(config, done, state, accelerator)
+            if stopping:
+                break
+    log.close()
+    return not stopping
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    discriminator: nn.Module,
+    perceptual: Lpips | None,
+    config: AutoencoderTraining,
+    batches: Iterator[Tensor],
+    step: int,
+    accelerator: Accelerator,
+    measured: bool,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Add the gradients of a step's losses to those of both networks, micro-step by micro-step.
+
+    Args:
+        model, discriminator: as the accelerator prepared them.
+        batches: gives the images of each micro-step.
+        measured: whether to look at each term's own gradient, of the first micro-step, and at the latents.
+
+    Returns:
+        Of the whole batch the loss and its terms; and what was measured, by its name in the log.
+    """
+    run, plain, judge = config.run, accelerator.unwrap_model(model), accelerator.unwrap_model(discriminator)
+    judged = config.loss.adversarial > 0 and step >= config.loss.adversarial_start
+    seen: list[dict[str, Tensor]] = []
+    latents: list[Tensor] = []
+    scalars: dict[str, float] = {}
+    for share in micro_batches(accelerator, run, step, model):
+        images = next(batches).to(accelerator.device)
+        noise = sample_noise(run.seed, step, share, run.batch_size, _latent_shape(plain, images))
+        with accelerator.autocast():
+            reconstruction, posterior = model(images, noise)
+        reconstruction = reconstruction.float()
+        terms = loss_terms(reconstruction, images, posterior, config, perceptual)
+        loss = torch.stack(list(terms.values())).sum()
+        weighted, against = dict(terms), {}
+        if judged:
+            terms["adversarial"], weight = adversarial_term(loss, reconstruction, plain, judge, accelerator)
+            weighted["adversarial"] = config.loss.adversarial * weight * terms["adversarial"]
+            loss = loss + weighted["adversarial"]
+            against = critic_terms(discriminator, judge, images, reconstruction.detach(), config)
+        if measured and not seen:
+            scalars = gradient_norms(weighted, plain, accelerator) | gradient_norms(against, judge, accelerator)
+        if against:
+            accelerator.backward(torch.stack(list(against.values())).sum())
+        accelerator.backward(loss / run.accumulation)
+        seen.append({"loss": loss, **terms, **against})
+        if measured:
+            latents.append(posterior.mode())
+    if measured:
+        scalars |= latent_scalars(gathered(accelerator, latents))
+    return averaged(accelerator, seen), scalars
+
+
+def load_perceptual(config: AutoencoderTraining, device: torch.device) -> Lpips | None:
+    """Return the network of the term lpips, None where that is switched off; see `load_lpips`."""
+    loss = config.loss
+    return load_lpips(Path(loss.lpips_weights), device) if loss.lpips and loss.lpips_weights else None
+
+
+def require_trainable(config: AutoencoderTraining) -> None:
+    """Raise InputError where settings of a config do not fit together."""
+    if config.loss.adversarial and config.run.accumulation > 1:  # parts of a batch have other norms than the whole
+        raise InputError(
+            "loss.adversarial is weighed by the gradients of a whole batch and needs run.accumulation 1, got "
+            f"{config.run.accumulation}; use more processes, or loss.adversarial 0"
+        )
+    if config.run.precision == "fp16":
+        raise InputError("run.precision fp16 is for the diffusion stage, pictures overflow in it; choose bf16 or no")
+
+
+def compile_autoencoder(
+    model: AutoencoderKL, config: AutoencoderTraining, data: CaptionedImages, accelerator: Accelerator
+) -> None:
+    """Compile both halves in place on one micro-batch; see `compile_checked`."""
+    if hasattr(functorch, "donated_buffer"):  # of newer releases: a graph that can be gone back through but once
+        functorch.donated_buffer = False
+    share = own_shares(accelerator, config.run)[0]
+    images = _batch(data, config, 0, share).to(accelerator.device)
+    compile_checked(model.encoder, images, autocast=accelerator.autocast())
+    latents = model.encode(images).mode().detach()
+    compile_checked(model.decoder, latents, autocast=accelerator.autocast())
+
+
+@torch.no_grad()
+def evaluate(model: AutoencoderKL, images: Tensor, picture: Path | None = None) -> float:
+    """Return the mean PSNR in dB of images (N, 3, H, W) decoded from the mode; draw the first 32 pairs to `picture`."""
+    device = next(model.parameters()).device
+    decoded = torch.cat([model.decode(model.encode(part.to(device)).mode()).cpu() for part in images.split(32)])
+    if picture is not None:
+        rows = [torch.cat([images[i : i + 8], decoded[i : i + 8]]) for i in range(0, min(32, len(images)), 8)]
+        save_grid(torch.cat(rows), picture, columns=8)
+    return psnr(decoded, images).mean().item()
+
+
+@torch.no_grad()
+def export(model: AutoencoderKL, images: Tensor, held_out: Tensor, folder: Path) -> None:
+    """Fold the measured latent statistics into the model, save it to folder/vae.
+
+    The per-channel mean and standard deviation of the latents of `images` go into the two 1x1 convolutions around the
+    latent space, so that latents have mean 0 and standard deviation 1 and `scaling_factor` is 1: an ordinary
+    AutoencoderKL that no loader has to know more about.
+    """
+    from latentdiff.checkpoints import save_model
+
+    device = next(model.parameters()).device
+    latents = torch.cat([model.encode(part.to(device)).mode() for part in images.split(32)])
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    fold_statistics(model, mean, std)
+    model.config = replace(model.config, scaling_factor=1.0)
+    vae = folder / "vae"
+    save_model(model, vae)
+    figures = {
+        "held_out_psnr_db": evaluate(model, held_out),
+        "held_out_images": len(held_out),
+        "latent_mean_before": mean.tolist(),
+        "latent_std_before": std.tolist(),
+    }
+    (folder / "autoencoder.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"held-out PSNR {figures['held_out_psnr_db']:.2f} dB; saved {vae}")
+
+
+@torch.no_grad()
+def fold_statistics(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Rescale the latents to (latents - mean) / std per channel inside `quant_conv` and `post_quant_conv`."""
+    before: Any = model.quant_conv
+    after: Any = model.post_quant_conv
+    if before is None or after is None:
+        raise InputError("measured latent statistics need use_quant_conv and use_post_quant_conv: true in the model")
+    channels = len(mean)
+    after.bias += after.weight[:, :, 0, 0] @ mean
+    after.weight *= std[None, :, None, None]
+    before.bias[:channels] -= mean
+    before.weight[:channels] /= std[:, None, None, None]
+    before.bias[:channels] /= std
+    before.bias[channels:] -= 2 * std.log()
+
+
+def _latent_shape(model: AutoencoderKL, images: Tensor) -> tuple[int, int, int]:
+    factor = model.config.downsample_factor
+    return model.config.latent_channels, images.shape[-2] // factor, images.shape[-1] // factor
+
+
+def image_batches(
+    data: CaptionedImages, config: AutoencoderTraining, first: int, shares: Sequence[slice] = (WHOLE,)
+) -> Iterator[Tensor]:
+    """Yield the images (b, 3, H, W) of every step from `first` on, drawn ahead where they have to be decoded.
+
+    Args:
+        shares: which positions in the batch, one after the other.
+    """
+    numbers = range(first * len(shares), config.run.steps * len(shares))
+    processes = workers() if isinstance(data.images, LazyImages) else 0
+    return map(to_tensor, drawn_ahead(partial(draw_views, data, config, shares), numbers, processes))
+
+
+def draw_views(data: CaptionedImages, config: AutoencoderTraining, shares: Sequence[slice], number: int) -> np.ndarray:
+    """Return the pictures (b, H, W, 3) uint8 of one share of one step, shares of a step being numbered in a row.
+
+    How each is changed is a pure function of (seed, step, sample).
+    """
+    step, share = divmod(number, len(shares))
+    indices, _ = data.order.batch(step, config.run.batch_size, config.run.seed)
+    rngs = [np.random.default_rng([config.run.seed, step, data.place(index)]) for index in indices]
+    pairs = list(zip(indices, rngs))[shares[share]]
+    if config.data.crop == "random":
+        return np.stack([random_view(random_window(data, index, rng), rng) for index, rng in pairs])
+    return np.stack([random_view(data.images[index], rng) for index, rng in pairs])
+
+
+def _batch(data: CaptionedImages, config: AutoencoderTraining, step: int, share: slice = WHOLE) -> Tensor:
+    return to_tensor(draw_views(data, config, (share,), step))
+
+
+def load_held_out(config: AutoencoderTraining, data: CaptionedImages) -> Tensor:
+    """Return pictures (N, 3, H, W) that are not trained on, a test split's too, or 16 that are where there are none."""
+    cache = Path(config.run.out) / "cache"
+    splits = [open_held_out(config.data, cache, HELD_OUT, split) for split in ("validation", "test")]
+    images = [split.images for split in splits if split is not None] or [data.images[-16:]]
+    return to_tensor(composite(np.concatenate(images), rgb(config.data.background)))
