@@ -119,7 +119,7 @@ def encode_data(config: DiffusionTraining, components: Components, folder: Path,
 def assemble(
     config: DiffusionTraining, data: LatentSet, components: Components, accelerator: Accelerator
 ) -> tuple[nn.Module, Components, RunState]:
-    """Return the network that is called while training, the components with its U-Net, and what is trained of it all."""
+    """Return the network that is called while training, the components with its U-Net, and what is trained."""
     torch.manual_seed(config.run.seed)
     unet = network_to_train(config, data, components)
     network, trained = adapt(unet, config, components)

@@ -40,25 +40,25 @@ def to_diffusers(components: Components) -> Any:
     kind = index.pop("_class_name")
     if kind == "LatentdiffPipeline":
         raise InputError("diffusers has no pipeline for models of pixels or classes, got one; use this package's")
-    components: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
     for name, entry in index.items():
         if not isinstance(entry, list):
             continue
         library, class_name = entry
         if name in networks:
-            components[name] = _their_network(getattr(importlib.import_module(library), class_name), networks[name])
+            theirs[name] = _their_network(getattr(importlib.import_module(library), class_name), networks[name])
         elif name in tokenizers:
             with tempfile.TemporaryDirectory() as place:
                 tokenizers[name].save(place)
-                components[name] = getattr(transformers, class_name).from_pretrained(place)
+                theirs[name] = getattr(transformers, class_name).from_pretrained(place)
         elif name in schedules:
-            components[name] = getattr(diffusers, class_name).from_config(schedules[name].to_dict())
+            theirs[name] = getattr(diffusers, class_name).from_config(schedules[name].to_dict())
         else:
-            components[name] = None
+            theirs[name] = None
     options = {name: value for name, value in index.items() if not isinstance(value, list) and name[0] != "_"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*scaling_factor", FutureWarning)
-        pipe = getattr(diffusers, kind)(**components, **options)
+        pipe = getattr(diffusers, kind)(**theirs, **options)
     if components.upscales:  # it is made to have the factor of Stable Diffusion's upscaler
         pipe.vae.register_to_config(scaling_factor=components.autoencoder.config.scaling_factor)
     return pipe
@@ -78,9 +78,9 @@ def from_diffusers(pipe: Any) -> Components:
     if kind not in CLASSES["pipeline"]:
         raise InputError(f"expected a pipeline of diffusers, one of {', '.join(CLASSES['pipeline'])}; got {kind}")
     place = Path(kind)
-    components = pipe.components
-    encoders = [components.get(name) for name in ("text_encoder", "text_encoder_2")]
-    words = [components.get(name) for name in ("tokenizer", "tokenizer_2")]
+    theirs = pipe.components
+    encoders = [theirs.get(name) for name in ("text_encoder", "text_encoder_2")]
+    words = [theirs.get(name) for name in ("tokenizer", "tokenizer_2")]
     found = [_our_network(place, encoder) for encoder in encoders if encoder is not None]
     tokenizers = [_our_tokenizer(tokenizer) for tokenizer in words if tokenizer is not None]
     components = Components(
@@ -91,7 +91,7 @@ def from_diffusers(pipe: Any) -> Components:
         schedule=_our_schedule(pipe.scheduler),
         text_encoder_2=found[1] if len(found) > 1 else None,
         tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else None,
-        low_res_schedule=_our_schedule(pipe.low_res_scheduler) if "low_res_scheduler" in components else None,
+        low_res_schedule=_our_schedule(pipe.low_res_scheduler) if "low_res_scheduler" in theirs else None,
         force_zeros=bool(pipe.config.get("force_zeros_for_empty_prompt", False)),
         name=kind,
     )

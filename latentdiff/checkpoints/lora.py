@@ -185,7 +185,7 @@ def _alpha(file: Path, settings: Mapping[str, Any], network: str, layer: str, ra
 
 
 def apply_loras(components: Components, loras: Mapping[Any, Weight]) -> Components:
-    """Return components with these LoRAs in their weights, in place of those they have; the ones given stay as they are.
+    """Return components with these LoRAs in their weights instead of those they have; the given ones stay as they are.
 
     They share every weight that no LoRA changes. Without any they are those of before, bit for bit.
 

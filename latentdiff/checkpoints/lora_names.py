@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from latentdiff.checkpoints.components import Components
-from latentdiff.checkpoints.compvis_keys import UNET_ENDS, open_clip_places, unet_places
+from latentdiff.checkpoints.compvis_keys import UNET_ENDS, open_clip_keys, unet_keys
 from latentdiff.checkpoints.single_file import text_layouts
 from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.lora import layers_of
@@ -142,7 +142,7 @@ def _original(unet: Any) -> dict[str, str]:
     if not isinstance(unet.config.layers_per_block, int):
         return {}
     own = [name for name in layers_of(unet) if name in UNET_ENDS or "_block" in name]
-    places = unet_places([f"{name}.weight" for name in own], unet.config)
+    places = unet_keys([f"{name}.weight" for name in own], unet.config)
     return {name: places[f"{name}.weight"].name.removesuffix(".weight") for name in own}
 
 
@@ -155,7 +155,7 @@ def _texts(components: Components) -> list[tuple[str, str, dict[str, str]]]:
     for (network, model), (layout, prefix) in zip(encoders, text_layouts(components)):
         own = {name: name for name in layers_of(model)}
         if layout == "open_clip":
-            places = open_clip_places([f"{name}.weight" for name in own if name != "text_projection"])
+            places = open_clip_keys([f"{name}.weight" for name in own if name != "text_projection"])
             own = {name.removesuffix(".weight"): re.sub("[._]weight$", "", p.name) for name, p in places.items()}
         texts.append((network, prefix, own))
     return texts

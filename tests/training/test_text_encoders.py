@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
-from latentdiff.checkpoints.compvis_keys import join, open_clip_places
+from latentdiff.checkpoints.compvis_keys import join, open_clip_keys
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.training import cli_train
 from tests.models.tiny import randomize, write_bert_vocabulary, write_clip_vocabulary
@@ -131,7 +131,7 @@ def test_openclip_s_own_folder_gives_a_model_of_the_usual_kind(place: Path) -> N
     encoder = CLIPTextModel(CLIPTextConfig(hidden_size=32, num_attention_heads=4, with_projection=True, **shape))
     randomize(encoder)
     (place / "open-clip").mkdir()
-    weights = join(open_clip_places(encoder.state_dict()), encoder.state_dict())
+    weights = join(open_clip_keys(encoder.state_dict()), encoder.state_dict())
     save_file(weights, place / "open-clip/open_clip_model.safetensors")
     config = {"model_cfg": {"embed_dim": 8, "text_cfg": text}}
     (place / "open-clip/open_clip_config.json").write_text(json.dumps(config))
