@@ -28,7 +28,7 @@ from latentdiff.errors import InputError, suggest
 from latentdiff.generation.masks import MaskLike, open_picture
 from latentdiff.generation.request import Settings, check_integer
 from latentdiff.generation.result import Result
-from latentdiff.generation.run import OUTPUT_TYPES, Callback, Drawing, device_of, dtype_of, native_size
+from latentdiff.generation.run import OUTPUT_TYPES, Callback, Drawing
 from latentdiff.generation.upscale import UpscalePlan, plan_upscale
 from latentdiff.models.unet import UNet2DConditionModel
 
@@ -126,7 +126,7 @@ class Pipeline:
         if self.offload is not None and device is not None:
             given = str(device)[:80]
             raise InputError(f"offload keeps its networks in CPU memory, got {given!r}; load without offload")
-        place = device_of(self.components) if device is None else resolve_device(device)
+        place = self.components.device if device is None else resolve_device(device)
         kind = self.dtype if dtype is None else resolve_dtype(dtype)
         for network in filter(None, (self.unet, self.autoencoder, self.text_encoder, self.components.text_encoder_2)):
             network.to(place, kind)
@@ -135,17 +135,17 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         """Where the networks run."""
-        return device_of(self.components) if self.offload is None else self.offload.device
+        return self.components.device if self.offload is None else self.offload.device
 
     @property
     def dtype(self) -> torch.dtype:
         """What the networks compute in; the arithmetic between their calls is always float32."""
-        return dtype_of(self.components)
+        return self.components.dtype
 
     @property
     def native_size(self) -> tuple[int, int]:
         """Height and width, in pixels, that the model was trained at."""
-        return native_size(self.components)
+        return self.components.native_size
 
     @torch.no_grad()
     def __call__(

@@ -49,7 +49,13 @@ def built_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"
     )
     tokenizer = Tokenizer.from_folder(write_bert_vocabulary(place / "vocabulary"))
-    save_pipeline(Components(*networks, tokenizer, schedule), place / "tiny", dtype=None)
+    save_pipeline(
+        Components(
+            unet=networks[0], autoencoder=networks[1], text_encoder=networks[2], tokenizer=tokenizer, schedule=schedule
+        ),
+        place / "tiny",
+        dtype=None,
+    )
     return place / "tiny"
 
 

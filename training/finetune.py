@@ -10,7 +10,6 @@ import yaml
 
 from latentdiff.checkpoints import EMBEDDED, Components, load_pipeline
 from latentdiff.errors import InputError
-from latentdiff.generation.run import native_size
 
 from .config import DataConfig, DiffusionTraining, load_config, parse_config
 from .data.conditions import task_of
@@ -52,7 +51,7 @@ def finetune(
 def recipe(dataset: str, out: str, model: str, rank: int | None, task: str | None) -> dict[str, Any]:
     """Return the config for `finetune`; the model is let go of, and of the pictures only the captions are read."""
     components = load_pipeline(model)
-    height, width = native_size(components)
+    height, width = components.native_size
     if height != width:
         raise InputError(f"only models of square pictures are fine-tuned, got {width}x{height}; use another model")
     captions = [found[0] for found in read_captions(DataConfig(folder=dataset, size=height), Path(out) / "cache")]
@@ -69,7 +68,6 @@ def choose(
     task: str | None = None,
 ) -> dict[str, Any]:
     """Return the config of a fine-tuning run that suits a model, a set of pictures and this machine."""
-    assert components.unet is not None
     large = sum(parameter.numel() for parameter in components.unet.parameters()) > SMALL
     batch = _batch(large)
     fewest, most = STEPS
@@ -83,7 +81,7 @@ def choose(
         run |= {"accumulation": batch, "gradient_checkpointing": True}
     tree: dict[str, Any] = {
         "stage": "diffusion",
-        "data": {"folder": dataset, "size": native_size(components)[0]},
+        "data": {"folder": dataset, "size": components.native_size[0]},
         "run": run,
         "start_from": model,
         "optimizer": {"learning_rate": rates[large, rank is not None], "warmup_steps": max(1, steps // 20)},

@@ -11,7 +11,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from latentdiff.checkpoints import Components, embedded_model, load_autoencoder, load_pipeline, load_text_encoder
+from latentdiff.checkpoints import (
+    Components,
+    Encoders,
+    embedded_model,
+    load_autoencoder,
+    load_pipeline,
+    load_text_encoder,
+)
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
 from latentdiff.models.clip import CLIPTextModel
@@ -37,18 +44,20 @@ from .networks.lora import Adapted
 MEASURED = 4096
 
 
-def load_components(config: DiffusionTraining) -> Components:
+def load_components(config: DiffusionTraining) -> Encoders:
     """Load the model to start from; or the frozen halves, autoencoder, text encoder and schedule, without a U-Net.
 
     Without an autoencoder latents are pixels; without a text encoder each different caption is a class.
     """
     if config.start_from is None:
         return with_task(config, _load_halves(config))
-    components = with_task(config, load_pipeline(config.start_from))
-    return components if config.textual_inversion is None else add_words(components, config.textual_inversion)
+    started = load_pipeline(config.start_from)
+    if config.textual_inversion is not None:
+        started = add_words(started, config.textual_inversion)
+    return with_task(config, started)
 
 
-def _load_halves(config: DiffusionTraining) -> Components:
+def _load_halves(config: DiffusionTraining) -> Encoders:
     schedule = NoiseSchedule.from_dict(config.schedule)
     if config.autoencoder is None:
         space: Any = PixelSpace(PixelSpaceConfig(latent_channels=config.channels))
@@ -61,16 +70,20 @@ def _load_halves(config: DiffusionTraining) -> Components:
             found = read_captions(config.data, _cache(config, Path(config.run.out)))
             labels = tuple(sorted({caption for captions in found for caption in captions}))
         encoder: Any = LabelEncoder(LabelConfig(labels=labels, hidden_size=max(1, len(labels))))
-        return Components(None, space.requires_grad_(False), encoder.requires_grad_(False), None, schedule)
+        return Encoders(
+            autoencoder=space.requires_grad_(False), text_encoder=encoder.requires_grad_(False), schedule=schedule
+        )
     text = embedded_model() if config.text_encoder == "embedded" else Path(config.text_encoder)
     encoder, tokenizer = load_text_encoder(text)
     if isinstance(encoder, CLIPTextModel) and encoder.config.with_projection:  # of OpenCLIP's files, and of no use here
         del encoder.text_projection
         encoder.config = replace(encoder.config, with_projection=False)
-    return Components(None, space.requires_grad_(False), encoder, tokenizer, schedule)
+    return Encoders(
+        autoencoder=space.requires_grad_(False), text_encoder=encoder, tokenizer=tokenizer, schedule=schedule
+    )
 
 
-def prepare_data(config: DiffusionTraining, components: Components, folder: Path) -> LatentSet:
+def prepare_data(config: DiffusionTraining, components: Encoders, folder: Path) -> LatentSet:
     """Open the pictures, encode them and their captions (from the cache where it has them), and check latents.
 
     Raises:
@@ -78,19 +91,19 @@ def prepare_data(config: DiffusionTraining, components: Components, folder: Path
         StorageError: the cache cannot be written.
     """
     data = encode_data(config, components, folder, open_data(config, components, folder))
-    if config.prior is None:
+    if config.prior is None or not isinstance(components, Components):
         return data
     drawn = config.model_copy(update={"data": draw_prior(config, components, folder)})
     return replace(data, prior=encode_data(drawn, components, folder, open_data(drawn, components, folder)))
 
 
-def open_data(config: DiffusionTraining, components: Components, folder: Path) -> CaptionedImages:
+def open_data(config: DiffusionTraining, components: Encoders, folder: Path) -> CaptionedImages:
     """Open the pictures to train on; see `training.data.dataset.open_images`."""
     multiple = 8 * components.autoencoder.config.downsample_factor
     return open_images(config.data, config.run.batch_size, folder, _cache(config, folder), multiple)
 
 
-def encode_data(config: DiffusionTraining, components: Components, folder: Path, images: CaptionedImages) -> LatentSet:
+def encode_data(config: DiffusionTraining, components: Encoders, folder: Path, images: CaptionedImages) -> LatentSet:
     """Encode pictures and their captions, and check the latents; see `prepare_data`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for network in (components.autoencoder, components.text_encoder, components.text_encoder_2):
@@ -117,12 +130,13 @@ def encode_data(config: DiffusionTraining, components: Components, folder: Path,
 
 
 def assemble(
-    config: DiffusionTraining, data: LatentSet, components: Components, accelerator: Accelerator
+    config: DiffusionTraining, data: LatentSet, components: Encoders, accelerator: Accelerator
 ) -> tuple[nn.Module, Components, RunState]:
     """Return the network that is called while training, the components with its U-Net, and what is trained."""
     torch.manual_seed(config.run.seed)
     unet = network_to_train(config, data, components)
-    network, trained = adapt(unet, config, components)
+    with_unet = components.with_unet(unet)
+    network, trained = adapt(unet, config, with_unet)
     modules: dict[str, nn.Module] = {"model": trained}
     if config.timesteps == "importance":
         modules["importance"] = ImportanceSampler(components.schedule.num_train_timesteps)
@@ -132,7 +146,7 @@ def assemble(
         shard(unet, accelerator)
     ema, profiles = Ema(trained, config.run.ema_decay), power_emas(trained, config.run)
     state = RunState(modules, {"optimizer": make_optimizer(trained, config.optimizer)}, ema, profiles)
-    return network, replace(components, unet=unet), state
+    return network, with_unet, state
 
 
 def adapt(unet: UNet2DConditionModel, config: DiffusionTraining, components: Components) -> tuple[nn.Module, nn.Module]:
@@ -149,9 +163,9 @@ def adapt(unet: UNet2DConditionModel, config: DiffusionTraining, components: Com
     return unet, unet
 
 
-def network_to_train(config: DiffusionTraining, data: LatentSet, components: Components) -> UNet2DConditionModel:
+def network_to_train(config: DiffusionTraining, data: LatentSet, components: Encoders) -> UNet2DConditionModel:
     """Return a new U-Net that fits the latents and contexts, or that of the model to start from."""
-    if components.unet is not None:
+    if isinstance(components, Components):
         return components.unet.requires_grad_(True).train()
     channels, side = data.latents[0].shape[0], round(data.latents[0][0].numel() ** 0.5)
     follows = {

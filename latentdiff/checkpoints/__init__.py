@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latentdiff.checkpoints.components import Components
+from latentdiff.checkpoints.components import Components, Encoders, ModelSource
 from latentdiff.checkpoints.find import EMBEDDED, embedded_model, find_model
 from latentdiff.checkpoints.header import Header, TensorInfo, read_header
 from latentdiff.checkpoints.loader import load_autoencoder, load_pipeline, load_schedule, load_text_encoder
@@ -11,7 +11,9 @@ from latentdiff.checkpoints.saver import save_model, save_pipeline
 __all__ = [
     "EMBEDDED",
     "Components",
+    "Encoders",
     "Header",
+    "ModelSource",
     "TensorInfo",
     "embedded_model",
     "find_model",

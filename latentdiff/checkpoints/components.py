@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from latentdiff.checkpoints.folder import model_hash
 from latentdiff.diffusion.prediction import Denoiser, Network, as_denoiser
@@ -22,82 +24,155 @@ from latentdiff.models.t5 import T5EncoderModel
 from latentdiff.models.tokenizer import Tokenizer
 from latentdiff.models.unet import UNet2DConditionModel
 
-__all__ = ["Autoencoder", "Components", "TextEncoder", "check_fit"]
+__all__ = ["Autoencoder", "Components", "Encoders", "ModelSource", "Task", "TextEncoder", "check_fit"]
 
 Autoencoder = AutoencoderKL | PixelSpace
+Task = Literal["text_to_image", "inpaint", "upscale"]
 TextEncoder = BertModel | CLIPTextModel | LabelEncoder | T5EncoderModel
 
 
 @dataclass(frozen=True)
-class Components:
-    """Everything a pipeline is made of.
+class ModelSource:
+    """The folder or file that a model was loaded from."""
+
+    path: Path
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the files, read when first asked for."""
+        return model_hash(self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoders:
+    """The frozen components that a U-Net is trained against: latent space, text encoders, noise schedules.
 
     Attributes:
-        unet: None only while it is being made.
         tokenizer: None where the text encoder needs none.
         text_encoder_2, tokenizer_2: the second ones of Stable Diffusion XL; its refiner's only ones are the first here.
-        low_res_schedule: how noise is put on the small picture, for a model that enlarges one; None for others.
-        force_zeros: whether the empty negative prompt is the zero vector, not what the encoders make of it.
-        name: how settings refer to the model.
-        folder: folder or file that they were loaded from; None when they were not, or are no longer what is there.
-        embeddings: learned words besides, with the files they are from; see `checkpoints.textual_inversion`.
-        loras: what is in the weights besides, in this order; see `latentdiff.checkpoints.lora.apply_loras`.
-        base: the components with the networks as they are without; None where there is nothing besides.
+        low_res_schedule: noise schedule of the small picture, for a model that upscales one; None for others.
+        force_zeros: whether the empty negative prompt is the zero vector instead of its encoded states.
     """
 
-    unet: UNet2DConditionModel | None
     autoencoder: Autoencoder
     text_encoder: TextEncoder
-    tokenizer: Tokenizer | None
     schedule: NoiseSchedule
+    tokenizer: Tokenizer | None = None
     text_encoder_2: CLIPTextModel | None = None
     tokenizer_2: Tokenizer | None = None
     low_res_schedule: NoiseSchedule | None = None
     force_zeros: bool = False
+
+    @property
+    def prompt_encoder(self) -> PromptEncoder:
+        """The encoder from prompts to context that the U-Net is trained with."""
+        if isinstance(self.text_encoder, LabelEncoder):
+            return self.text_encoder
+        if self.tokenizer is None:
+            raise ModelConfigError(f"a {type(self.text_encoder).__name__} needs a tokenizer, got none; pass its own")
+        return TokenStates(self.text_encoder, self.tokenizer)
+
+    @property
+    def expects_pooled_text(self) -> bool:
+        """Whether the U-Net takes a pooled text vector and sizes besides the text states, as Stable Diffusion XL's."""
+        return False
+
+    def with_unet(self, unet: UNet2DConditionModel) -> Components:
+        """Return these components with a U-Net, in place of the one there may be."""
+        return Components(unet=unet, **self._shared())
+
+    def without_unet(self) -> Encoders:
+        """Return these components alone, without the U-Net there may be."""
+        return Encoders(**self._shared())
+
+    def _shared(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(Encoders)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components(Encoders):
+    """The components of a pipeline.
+
+    Attributes:
+        name: how settings refer to the model.
+        source: where they were loaded from; None when they were not, or are no longer what is there.
+        embeddings: learned words, with the files they are from; see `checkpoints.textual_inversion`.
+        loras: LoRAs in the weights, in this order; see `checkpoints.lora.apply_loras`.
+        base: the components with the networks as they are without LoRAs; None where there are none.
+    """
+
+    unet: UNet2DConditionModel
     name: str = "unsaved"
-    folder: Path | None = None
+    source: ModelSource | None = None
     embeddings: tuple[Mapping[str, str], ...] = ()
     loras: tuple[WeightedLoRA, ...] = ()
     base: Components | None = None
 
     @property
+    def expects_pooled_text(self) -> bool:
+        return self.unet.config.addition_embed_type is not None
+
+    @property
     def prompt_encoder(self) -> PromptEncoder:
-        """What turns prompts into context, with the encoders that the U-Net was trained with."""
-        if isinstance(self.text_encoder, LabelEncoder):
-            return self.text_encoder
-        assert self.tokenizer is not None
-        if self.unet is None or self.unet.config.addition_embed_type is None:
-            return TokenStates(self.text_encoder, self.tokenizer)
+        """The encoder from prompts to context that the U-Net was trained with."""
+        if not self.expects_pooled_text:
+            return super().prompt_encoder
         pairs: tuple[Any, ...] = ((self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2))
         return PenultimateStates([pair for pair in pairs if pair[0] is not None])
 
+    def with_unet(self, unet: UNet2DConditionModel) -> Components:
+        """Return these components with another U-Net."""
+        return replace(self, unet=unet)
+
+    @property
+    def task(self) -> Task:
+        """What the U-Net was trained for, which shows in what it takes besides noisy latents."""
+        if self.low_res_schedule is not None:
+            return "upscale"
+        config, channels = self.unet.config, self.autoencoder.config.latent_channels
+        masked = not config.self_conditioning and config.in_channels == 2 * channels + 1
+        return "inpaint" if masked else "text_to_image"
+
     @property
     def inpaints(self) -> bool:
-        """Whether the U-Net sees a mask and the latents of what is kept beside its own."""
-        assert self.unet is not None
-        config = self.unet.config
-        return not config.self_conditioning and config.in_channels == 2 * self.autoencoder.config.latent_channels + 1
+        """Whether the U-Net takes a mask and masked image latents besides noisy latents."""
+        return self.task == "inpaint"
 
     @property
     def upscales(self) -> bool:
-        """Whether the U-Net sees a small picture beside its latents, which the result shows enlarged."""
-        return self.low_res_schedule is not None
+        """Whether the U-Net takes a small picture besides noisy latents."""
+        return self.task == "upscale"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that the networks compute in."""
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Height and width, in pixels, that the model was trained at."""
+        side, factor = self.unet.config.sample_size or 64, self.autoencoder.config.downsample_factor
+        height, width = side if isinstance(side, tuple) else (side, side)
+        return height * factor, width * factor
 
     def denoiser(self, network: Network) -> Denoiser:
-        """Return a function that gives this model's U-Net's outputs, guided or not, as samplers call it."""
-        assert self.unet is not None
+        """Return `network`, this model's U-Net guided or not, as the function from x to x0 that samplers call."""
         limit = 1.0 if isinstance(self.autoencoder, PixelSpace) else None
         return as_denoiser(network, self.schedule.prediction_type, self.unet.config.self_conditioning, limit)
 
-    @cached_property
+    @property
     def model_hash(self) -> str:
-        """SHA-256 of the files, read when first asked for; "" for those that were not loaded from a folder."""
-        return "" if self.folder is None else model_hash(self.folder)
+        """SHA-256 of the files that the model was loaded from; "" where it was not."""
+        return "" if self.source is None else self.source.hash
 
 
 def check_fit(folder: Path, components: Components) -> None:
     """Raise ModelConfigError where the components cannot work together."""
-    assert components.unet is not None
     unet, channels = components.unet.config, components.autoencoder.config.latent_channels
     learned = components.schedule.variance_type == "learned_range"
     width = unet.cross_attention_dim if isinstance(unet.cross_attention_dim, int) else unet.cross_attention_dim[0]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from latentdiff.checkpoints.components import Components, TextEncoder, check_fit
+from latentdiff.checkpoints.components import Components, ModelSource, TextEncoder, check_fit
 from latentdiff.checkpoints.find import find_model
 from latentdiff.checkpoints.folder import (
     NETWORKS,
@@ -120,7 +120,7 @@ def load_pipeline(
         tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else None,
         force_zeros=layout.index.get("force_zeros_for_empty_prompt") is True,
         name=name,
-        folder=folder,
+        source=ModelSource(folder),
     )
     check_fit(folder, components)
     return components

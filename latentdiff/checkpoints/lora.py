@@ -209,9 +209,7 @@ def apply_loras(components: Components, loras: Mapping[Any, Weight]) -> Componen
         merged[name] = merge(network, changes).to(like.device, like.dtype)
     if base is components:  # what is kept must not move when `components` do
         base = _with_networks(base, {name: share_weights(network) for name, network in networks_of(base).items()})
-    result = replace(_with_networks(components, merged), loras=applied, base=base if applied else None)
-    vars(result)["model_hash"] = components.model_hash  # whose files take long to read
-    return result
+    return replace(_with_networks(components, merged), loras=applied, base=base if applied else None)
 
 
 def _with_networks(components: Components, networks: Mapping[str, Any]) -> Components:

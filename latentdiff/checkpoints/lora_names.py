@@ -73,7 +73,6 @@ def network_of(layer: str) -> str:
 
 def networks_of(components: Components) -> dict[str, Any]:
     """Return the networks of a model that LoRAs change, as files call them: the refiner's text encoder is a second."""
-    assert components.unet is not None
     if components.text_encoder_2 is not None:
         return {
             "unet": components.unet,

@@ -120,8 +120,6 @@ def pipeline_index(
     Raises:
         InputError: there is no U-Net.
     """
-    if components.unet is None:
-        raise InputError("a pipeline to save needs a U-Net, got none; pass all components")
     large = components.unet.config.addition_embed_type is not None  # Stable Diffusion XL
     alone = large and components.text_encoder_2 is None  # its refiner
     networks: dict[str, Any] = {"unet": components.unet, "vae": components.autoencoder}
@@ -178,7 +176,6 @@ def save_tensors(tensors: Mapping[str, Tensor], target: Path, metadata: Mapping[
 
 def _pipeline_class(components: Components, alone: bool) -> str:
     """Return the class of diffusers that runs a model, or the name under which only we do."""
-    assert components.unet is not None
     if isinstance(components.autoencoder, PixelSpace) or isinstance(components.text_encoder, LabelEncoder):
         return "LatentdiffPipeline"
     size = "XL" if components.unet.config.addition_embed_type is not None else ""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from latentdiff.checkpoints.components import Components, check_fit
+from latentdiff.checkpoints.components import Components, ModelSource, check_fit
 from latentdiff.checkpoints.compvis_keys import (
     SourceKey,
     autoencoder_keys,
@@ -108,7 +108,7 @@ def load_single_file(
         low_res_schedule=NoiseSchedule(**shape["low_res_schedule"]) if "low_res_schedule" in shape else None,
         force_zeros=shape.get("force_zeros", False),
         name=str(path),
-        folder=path,
+        source=ModelSource(path),
     )
     check_fit(path, components)
     return components
@@ -135,7 +135,7 @@ def save_single_file(
     if target.suffix != ".safetensors":
         raise InputError(f"a single file must end in .safetensors, got {target.name!r}")
     check_writable(target)
-    if components.unet is None or not isinstance(components.autoencoder, AutoencoderKL):
+    if not isinstance(components.autoencoder, AutoencoderKL):
         raise InputError("a single file holds a U-Net and an autoencoder, got a model without; save it as a folder")
     places: dict[str, tuple[Any, dict[str, SourceKey]]] = {}
     places[UNET] = (components.unet, unet_keys(components.unet.state_dict(), components.unet.config))
@@ -165,7 +165,6 @@ def text_layouts(components: Components) -> list[tuple[str, str]]:
 
 
 def _family_of(components: Components) -> str:
-    assert components.unet is not None
     if not isinstance(components.text_encoder, CLIPTextModel):
         kind = type(components.text_encoder).__name__
         raise InputError(f"a single file has a place for CLIP text encoders alone, got {kind}; save it as a folder")

@@ -77,9 +77,7 @@ def add_embedding(components: Components, path: str | os.PathLike[str], word: st
         changes[component], words = grown(encoder, tokenizer, word, rows)
         changes[component.replace("text_encoder", "tokenizer")] = words
     base = None if components.base is None else add_embedding(components.base, path, word)
-    knowing = replace(components, **changes, base=base)
-    vars(knowing)["model_hash"] = components.model_hash  # whose files take long to read
-    return knowing
+    return replace(components, **changes, base=base)
 
 
 def grown(encoder: Any, tokenizer: Tokenizer, word: str, rows: Tensor) -> tuple[Any, Tokenizer]:

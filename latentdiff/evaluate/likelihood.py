@@ -85,7 +85,6 @@ def negative_log_likelihood(
 
 def network_of(components: Components, texts: Sequence[str]) -> Denoiser:
     """Return the denoiser of a batch of images with a text each, without guidance."""
-    assert components.unet is not None
     unet, dtype = components.unet, components.unet.conv_in.weight.dtype
     context = torch.stack([encoded.states[0] for encoded in components.prompt_encoder(texts)]).to(dtype)  # (B, L, D)
     return components.denoiser(lambda x, call: unet(x.to(dtype), call.timesteps, context).float())

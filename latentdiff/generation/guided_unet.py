@@ -43,7 +43,6 @@ def guided_network(
         windows: in which it looks at the map; None for all of it at once.
     """
     unet, context = components.unet, told.context
-    assert unet is not None
     count, dtype = len(context) // 2, unet.conv_in.weight.dtype
     scales = guidance_scales(
         plan.sigmas, settings.guidance_scale, settings.guidance_interval, settings.guidance_schedule

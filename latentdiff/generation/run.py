@@ -44,7 +44,7 @@ from latentdiff.generation.text import Conditioning
 from latentdiff.generation.upscale import corrected, plan_upscale, reduced, with_alpha
 from latentdiff.images import from_tensor, to_unit_range
 
-__all__ = ["OUTPUT_TYPES", "Callback", "Drawing", "device_of", "dtype_of", "native_size"]
+__all__ = ["OUTPUT_TYPES", "Callback", "Drawing"]
 
 # images (B, 3, H, W) in [-1, 1] -> what `Result.images` is; "latent" skips the autoencoder.
 OUTPUT_TYPES: dict[str, Callable[[Tensor], Any]] = {
@@ -85,14 +85,13 @@ class Drawing:
         offload: Offload | None = None,
         tile_size: int | None = None,
     ) -> None:
-        assert components.unet is not None
         self.components, self.unet, self.autoencoder = components, components.unet, components.autoencoder
-        self.device, self.dtype = device_of(components) if offload is None else offload.device, dtype_of(components)
+        self.device, self.dtype = components.device if offload is None else offload.device, components.dtype
         self.lend = (lambda *networks: nullcontext()) if offload is None else offload.lend
         self.tile_size = tile_size
         self.windows: Windows | None = None  # through which a picture that is enlarged is looked at
         self.first: Drawing | None = None  # draws what this one draws again, larger
-        factor, native = components.autoencoder.config.downsample_factor, native_size(components)
+        factor, native = components.autoencoder.config.downsample_factor, components.native_size
         if settings.hires > 1 and image is None and not components.upscales:
             alone = replace(settings, hires=1.0)
             self.first, noise = Drawing(components, alone, None, mask, noise, scheduler, offload=offload), None
@@ -328,26 +327,6 @@ class Drawing:
     def _network(self, images: Sequence[int], plan: Plan | SchedulerPlan, beside: Tensor | None) -> Network:
         told = self.conditioning.of(images)
         return guided_network(self.components, self.settings, told, plan, beside, self.windows)
-
-
-def device_of(components: Components) -> torch.device:
-    """Return where the networks of a model are."""
-    assert components.unet is not None
-    return components.unet.conv_in.weight.device
-
-
-def dtype_of(components: Components) -> torch.dtype:
-    """Return what the networks of a model compute in."""
-    assert components.unet is not None
-    return components.unet.conv_in.weight.dtype
-
-
-def native_size(components: Components) -> tuple[int, int]:
-    """Return height and width, in pixels, that a model was trained at."""
-    assert components.unet is not None
-    side, factor = components.unet.config.sample_size or 64, components.autoencoder.config.downsample_factor
-    height, width = side if isinstance(side, tuple) else (side, side)
-    return height * factor, width * factor
 
 
 @contextmanager

@@ -44,7 +44,6 @@ class Conditioning:
     """
 
     def __init__(self, components: Components, settings: Settings, size: tuple[int, int], device: torch.device) -> None:
-        assert components.unet is not None
         self.components, self.settings, self.size = components, settings, size
         self.config, self.device = components.unet.config, device
         texts = dict.fromkeys(["", settings.negative_prompt, settings.blend_prompt, *settings.prompts])

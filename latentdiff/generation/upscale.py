@@ -57,7 +57,6 @@ def plan_upscale(components: Components, size: tuple[int, int], device: torch.de
     Raises:
         InputError: it takes more memory than there is.
     """
-    assert components.unet is not None
     unet, factor, side = (
         components.unet,
         components.autoencoder.config.downsample_factor,

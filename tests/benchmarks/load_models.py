@@ -83,7 +83,13 @@ def write(place: Path) -> None:
         for parameter in network.parameters():
             nn.init.normal_(parameter, std=0.02)
     schedule = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
-    components = Components(unet, vae, text, single_file._tokenizer("<|endoftext|>"), schedule)
+    components = Components(
+        unet=unet,
+        autoencoder=vae,
+        text_encoder=text,
+        tokenizer=single_file._tokenizer("<|endoftext|>"),
+        schedule=schedule,
+    )
     for name, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
         save_pipeline(components, place / name, dtype)
         single_file.save_single_file(components, place / f"{name}.safetensors", dtype)

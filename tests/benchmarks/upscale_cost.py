@@ -134,7 +134,7 @@ def untrained() -> Pipeline:
     config = replace(components.unet.config, in_channels=7, num_class_embeds=1000, sample_size=SIDE)
     low = NoiseSchedule(beta_schedule="linear", class_name="DDPMScheduler")
     unet = UNet2DConditionModel(config).requires_grad_(False)
-    return Pipeline(replace(components, unet=unet, low_res_schedule=low, folder=None))
+    return Pipeline(replace(components, unet=unet, low_res_schedule=low, source=None))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ def build_folders(place: Path) -> list[Path]:
             randomize(network, seed)
         vocabulary = {"bert": write_bert_vocabulary, "clip": write_clip_vocabulary}.get(name)
         tokenizer = Tokenizer.from_folder(vocabulary(place / f"{name}-words")) if vocabulary else None
-        components = Components(unet, vae, text, tokenizer, NoiseSchedule())  # type: ignore[arg-type]
+        components = Components(
+            unet=unet, autoencoder=vae, text_encoder=text, tokenizer=tokenizer, schedule=NoiseSchedule()
+        )  # type: ignore[arg-type]
         save_pipeline(components, place / name, dtype=None)
     (place / "outside.safetensors").write_bytes((place / "bert/unet/diffusion_pytorch_model.safetensors").read_bytes())
     for name, rank in VARIANTS.items():

@@ -89,7 +89,7 @@ def test_no_two_layers_share_a_name(family: str) -> None:
         encoders: list[Any] = [CLIPTextModel(CLIPTextConfig.from_dict(text["config"])) for text in shape["text"]]
     rest: Any = {"autoencoder": None, "tokenizer": None, "schedule": None}
     components = Components(
-        unet, text_encoder=encoders[0], text_encoder_2=encoders[1] if encoders[1:] else None, **rest
+        unet=unet, text_encoder=encoders[0], text_encoder_2=encoders[1] if encoders[1:] else None, **rest
     )
     names = known_names(components)
     assert all("attn_in_proj" in name and len(layers) == 3 for name, layers in names.items() if len(layers) > 1)

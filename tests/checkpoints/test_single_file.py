@@ -61,11 +61,11 @@ def components_of(shape: dict[str, Any], channels: int = 4) -> Components:
     if channels == 9:
         schedule.pop("prediction_type", None)
     return Components(
-        unet,
-        autoencoder,
-        encoders[0],
-        tokenizers[0],
-        NoiseSchedule(**schedule),
+        unet=unet,
+        autoencoder=autoencoder,
+        text_encoder=encoders[0],
+        tokenizer=tokenizers[0],
+        schedule=NoiseSchedule(**schedule),
         text_encoder_2=encoders[1] if second else None,
         tokenizer_2=tokenizers[1] if second else None,
         low_res_schedule=NoiseSchedule(**shape["low_res_schedule"]) if "low_res_schedule" in shape else None,

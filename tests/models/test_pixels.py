@@ -42,7 +42,8 @@ def components(channels: int = 1, labels: tuple[str, ...] = ("one", "two", "thre
     encoder = LabelEncoder(LabelConfig(labels=labels, hidden_size=width))
     schedule = NoiseSchedule(beta_schedule="squaredcos_cap_v2", variance_type="learned_range")
     networks = (network.requires_grad_(False) for network in (unet, space, encoder))
-    return Components(*networks, None, schedule)  # type: ignore[arg-type]
+    unet, space, encoder = networks
+    return Components(unet=unet, autoencoder=space, text_encoder=encoder, schedule=schedule)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -94,7 +94,7 @@ def test_a_folder_of_diffusers_is_the_one_we_write(components: Components, tmp_p
 def test_what_has_no_counterpart_is_refused() -> None:
     space, encoder = PixelSpace(PixelSpaceConfig()), LabelEncoder(LabelConfig(labels=("a",), hidden_size=16))
     unet = UNet2DConditionModel(UNetConfig.from_dict({**UNET, "in_channels": 3, "out_channels": 3}))
-    pipe = Pipeline(Components(unet, space, encoder, None, NoiseSchedule()))
+    pipe = Pipeline(Components(unet=unet, autoencoder=space, text_encoder=encoder, schedule=NoiseSchedule()))
     with pytest.raises(InputError, match="diffusers has no pipeline for models of pixels or classes"):
         pipe.to_diffusers()
     with pytest.raises(InputError, match=r"one of StableDiffusionPipeline, .*; got SimpleNamespace"):

@@ -55,10 +55,11 @@ def components(folder: Path, *, refiner: bool = False) -> Components:
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading", steps_offset=1
     )
     return Components(
-        *networks,  # type: ignore[arg-type]
-        encoders[0],
-        tokenizers[0],
-        schedule,
+        unet=networks[0],
+        autoencoder=networks[1],
+        text_encoder=encoders[0],
+        tokenizer=tokenizers[0],
+        schedule=schedule,
         text_encoder_2=None if refiner else encoders[1],
         tokenizer_2=None if refiner else tokenizers[1],
         force_zeros=not refiner,

@@ -13,14 +13,14 @@ from latentdiff.training.data.dataset import load_images
 from latentdiff.training.data.latents import LatentSet, cached_latents
 from PIL import Image
 
-from latentdiff.checkpoints import Components
+from latentdiff.checkpoints import Encoders
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
 
 
-def components(hidden_size: int = 4) -> Components:
+def components(hidden_size: int = 4) -> Encoders:
     encoder = LabelEncoder(LabelConfig(labels=("x", "y", "z"), hidden_size=hidden_size))
-    return Components(None, PixelSpace(PixelSpaceConfig()), encoder, None, NoiseSchedule())
+    return Encoders(autoencoder=PixelSpace(PixelSpaceConfig()), text_encoder=encoder, schedule=NoiseSchedule())
 
 
 def write_set(folder: Path, captions: Sequence[str]) -> DataConfig:

@@ -25,7 +25,7 @@ from latentdiff.training.loop.checkpointing import load_latest
 from latentdiff.training.train_autoencoder import draw_views, image_batches
 from PIL import Image
 
-from latentdiff.checkpoints import Components
+from latentdiff.checkpoints import Encoders
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.errors import InputError, LatentDiffError, MissingDependencyError, StorageError
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
@@ -120,7 +120,9 @@ def opened(place: Path | str, run: Path, **values: Any) -> CaptionedImages:
 
 def latents(place: Path | str, run: Path, **values: Any) -> LatentSet:
     config = DataConfig(folder=str(place), size=8, **values)
-    components = Components(None, PixelSpace(PixelSpaceConfig()), LabelEncoder(LabelConfig()), None, NoiseSchedule())
+    components = Encoders(
+        autoencoder=PixelSpace(PixelSpaceConfig()), text_encoder=LabelEncoder(LabelConfig()), schedule=NoiseSchedule()
+    )
     return cached_latents(open_images(config, 2, run), config, 0, components, run / "cache")
 
 

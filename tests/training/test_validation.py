@@ -26,7 +26,7 @@ from latentdiff.training.monitor.validation import (
 from latentdiff.training.setup import load_components, network_to_train, prepare_data
 from torch import Tensor
 
-from latentdiff.checkpoints import Components
+from latentdiff.checkpoints import Encoders
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.diffusion.prediction import PREDICTIONS
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
@@ -63,7 +63,7 @@ def test_the_best_linear_prediction_of_gaussian_data_reaches_the_bound(tmp_path:
     """The factor Cov(y, z) / Var(z), measured and not derived, gives the error that is claimed; others give more."""
     schedule = NoiseSchedule(prediction_type=prediction_type, beta_schedule="squaredcos_cap_v2")
     space, encoder = PixelSpace(PixelSpaceConfig(latent_channels=3)), LabelEncoder(LabelConfig())
-    given = Components(None, space, encoder, None, schedule)
+    given = Encoders(autoencoder=space, text_encoder=encoder, schedule=schedule)
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([0.5, 1.0, 1.7])[:, None, None]
     latents = scales * torch.randn(16, 3, 32, 32, generator=generator)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latentdiff.checkpoints import Components
+from latentdiff.checkpoints import Components, Encoders
 from latentdiff.models.pixels import PixelSpace
 
 from ..config import AutoencoderTraining, DiffusionTraining, TrainingConfig
@@ -107,14 +106,14 @@ def look(config: DiffusionTraining) -> Iterator[Row]:
             yield overfit(used, config, components, data, accelerator)
 
 
-def look_at_held_out(config: DiffusionTraining, components: Components) -> Row:
+def look_at_held_out(config: DiffusionTraining, components: Encoders) -> Row:
     """Say whether there are pictures to measure by."""
     held_out = load_held_out(config, components)
     found = "none, so that the log has no held-out errors" if held_out is None else f"{len(held_out.latents)} looked at"
     return Row("held-out pictures", found, "a validation split, or data.held_out", held_out is not None)
 
 
-def look_at_samples(config: DiffusionTraining, data: LatentSet, components: Components) -> Iterator[Row]:
+def look_at_samples(config: DiffusionTraining, data: LatentSet, components: Encoders) -> Iterator[Row]:
     """Say how latents are distributed, and how many captions are dropped, of the first `SAMPLES` samples of the run."""
     batch = config.run.batch_size
     batches = (draw_batch(data, config, step) for step in range(math.ceil(SAMPLES / batch)))
@@ -200,7 +199,7 @@ def overfit(
     torch.manual_seed(config.run.seed)  # of a new network, and of dropout
     if used is None:
         reduced = config.model_copy(update={"start_from": None, "lora": None, "model": REDUCED})
-        unet = network_to_train(reduced, data, replace(components, unet=None))
+        unet = network_to_train(reduced, data, components.without_unet())
         used = JointNetwork(unet, components.text_encoder) if config.encodes_each_step else unet
         used.to(accelerator.device)
     before = held_out_errors(used.eval(), components, config, samples, accelerator).mean()

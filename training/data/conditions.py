@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from latentdiff.checkpoints import Components
+from latentdiff.checkpoints import Components, Encoders
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
 from latentdiff.images import from_tensor, to_tensor
@@ -78,7 +78,7 @@ class Task:
     max_noise_level: int
 
     @staticmethod
-    def of(config: DiffusionTraining, components: Components) -> Task:
+    def of(config: DiffusionTraining, components: Encoders) -> Task:
         """Return the task of a config."""
         factor, low = components.autoencoder.config.downsample_factor, components.low_res_schedule
         return Task(factor, low, config.full_mask, config.degradation, config.max_noise_level)
@@ -132,13 +132,13 @@ def task_of(components: Components) -> str:
     return "inpaint" if components.inpaints else "upscale" if components.upscales else "text_to_image"
 
 
-def with_task(config: DiffusionTraining, components: Components) -> Components:
+def with_task(config: DiffusionTraining, components: Encoders) -> Encoders:
     """Return components that can do a config's task: a U-Net of more input channels, a schedule for small pictures.
 
     Raises:
         InputError: the model to start from does another task, or was told of less noise.
     """
-    if components.unet is None:
+    if not isinstance(components, Components):
         if config.task != "upscale":
             return components
         low = NoiseSchedule.from_dict(config.low_res_schedule)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentdiff.checkpoints import Components
+from latentdiff.checkpoints import Encoders
 from latentdiff.images import to_tensor
 from latentdiff.models.clip import CLIPTextModel
 
@@ -95,7 +95,7 @@ def cached_latents(
     data: CaptionedImages,
     config: DataConfig,
     seed: int,
-    components: Components,
+    components: Encoders,
     folder: Path,
     as_tokens: bool = False,
     task: Task | None = None,
@@ -134,19 +134,19 @@ def _beside(
     return task.draw(paint(data, variants[number]), rng)
 
 
-def encode_captions(captions: Sequence[str], components: Components) -> EncodedTexts:
+def encode_captions(captions: Sequence[str], components: Encoders) -> EncodedTexts:
     """Return what the text encoders make of captions, of those that are longer than the text window its first part."""
     return EncodedTexts(_packed_states(captions, components), _pooled_width(components))
 
 
-def token_rows(captions: Sequence[str], components: Components) -> Tensor:
+def token_rows(captions: Sequence[str], components: Encoders) -> Tensor:
     """Return numbers and mask (M, 2, L) of the tokens of captions, of those that are longer than L the first part."""
     assert components.tokenizer is not None
     tokens, length = components.tokenizer(captions), components.tokenizer.model_max_length
     return torch.stack([tokens.input_ids[:, :length], tokens.attention_mask[:, :length]], dim=1)
 
 
-def tell_of_cut(captions: Sequence[str], components: Components) -> None:
+def tell_of_cut(captions: Sequence[str], components: Encoders) -> None:
     """Say on stderr how many captions are longer than the text window, whether they are encoded now or were before."""
     if components.tokenizer is None:
         return
@@ -161,7 +161,7 @@ def tell_of_cut(captions: Sequence[str], components: Components) -> None:
         )
 
 
-def _cached_states(captions: Sequence[str], components: Components, folder: Path) -> EncodedTexts:
+def _cached_states(captions: Sequence[str], components: Encoders, folder: Path) -> EncodedTexts:
     digests = [_digest(components.text_encoder, components)]
     if components.text_encoder_2 is not None:
         digests.append(_digest(components.text_encoder_2))
@@ -175,15 +175,16 @@ def _cached_states(captions: Sequence[str], components: Components, folder: Path
     return EncodedTexts(packed, _pooled_width(components))
 
 
-def _pooled_width(components: Components) -> int:
+def _pooled_width(components: Encoders) -> int:
     """Return how long the pooled vectors are, 0 for U-Nets that do not expect any."""
     encoder = components.text_encoder if components.text_encoder_2 is None else components.text_encoder_2
-    expected = components.unet is not None and components.unet.config.addition_embed_type is not None
-    return encoder.config.projection_dim if expected and isinstance(encoder, CLIPTextModel) else 0
+    if components.expects_pooled_text and isinstance(encoder, CLIPTextModel):
+        return encoder.config.projection_dim
+    return 0
 
 
 @torch.no_grad()
-def _packed_states(captions: Sequence[str], components: Components) -> Tensor:
+def _packed_states(captions: Sequence[str], components: Encoders) -> Tensor:
     """Return what `EncodedTexts` are made of, (B, L, D) or (B, L + 1, D)."""
     encoded = components.prompt_encoder(captions)
     packed = []
@@ -196,7 +197,7 @@ def _packed_states(captions: Sequence[str], components: Components) -> Tensor:
 
 
 @torch.no_grad()
-def _encode_pictures(data: CaptionedImages, variants: list[Variant], components: Components) -> Tensor:
+def _encode_pictures(data: CaptionedImages, variants: list[Variant], components: Encoders) -> Tensor:
     """Return the latents (B, C, h, w) of variants of one size."""
     autoencoder = components.autoencoder
     groups = [list(group) for _, group in groupby(variants, lambda variant: variant.index)]
@@ -216,7 +217,7 @@ def _variant_key(data: CaptionedImages, variant: Variant) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:KEY_BYTES]
 
 
-def _digest(model: torch.nn.Module, components: Components | None = None) -> str:
+def _digest(model: torch.nn.Module, components: Encoders | None = None) -> str:
     """Return a hash of a network's config and weights, and of the tokenizer before it where there is one."""
     digest = hashlib.sha256(repr(model.config).encode())
     for name, weight in model.state_dict().items():

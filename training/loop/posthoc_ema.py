@@ -223,7 +223,6 @@ def export(run: Path, sigma_rel: float, step: int | None, out: Path) -> None:
         raise InputError(f"{run / 'model'} is not there yet; train to the end, with --resume, then try again")
     average = average_of(run, sigma_rel, step)
     components = load_pipeline(run / "model")
-    assert components.unet is not None
     components.unet.load_state_dict(average.weights)
     save_pipeline(components, out, torch.float16)
     print(

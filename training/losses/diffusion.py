@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.checkpoints import Components
+from latentdiff.checkpoints import Components, Encoders
 from latentdiff.diffusion.likelihood import bound_nats
 from latentdiff.diffusion.prediction import halves, x0_estimate
 from latentdiff.diffusion.schedule import NoiseSchedule
@@ -20,12 +20,12 @@ from ..data.batches import Batch
 from ..networks.encoders import require_one_encoder
 
 
-def require_trainable(config: DiffusionTraining, components: Components) -> None:
+def require_trainable(config: DiffusionTraining, components: Encoders) -> None:
     """Raise InputError where loss, variance and schedule do not fit together, or the U-Net asks for more than text."""
     schedule = components.schedule
     if config.encodes_each_step:
         require_one_encoder(components, "train_text_encoder" if config.train_text_encoder else "textual_inversion")
-    if components.unet is not None:
+    if isinstance(components, Components):
         shape = components.unet.config
         more = {
             "how beautiful a picture is (XL's refiner)": shape.addition_embed_type is not None

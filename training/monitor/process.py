@@ -13,7 +13,6 @@ from latentdiff.checkpoints import Components
 from latentdiff.diffusion import draw_noise, image_generator, make_plan, sample, start
 from latentdiff.evaluate import negative_log_likelihood
 from latentdiff.evaluate.likelihood import network_of
-from latentdiff.generation.run import native_size
 from latentdiff.images import from_tensor, to_tensor
 
 from ..config import DiffusionTraining
@@ -61,10 +60,9 @@ def forward_process(components: Components, images: Tensor) -> list[list[Tensor]
 @torch.no_grad()
 def reverse_process(components: Components, prompts: list[str], count: int) -> list[list[Tensor]]:
     """Return one picture of each prompt at `count` of all steps of ancestral sampling, each (3, H, W)."""
-    assert components.unet is not None
     plan = make_plan(components.schedule, "ddpm", components.schedule.num_train_timesteps)
     generators = [image_generator(seed) for seed in range(len(prompts))]
-    shape = (components.autoencoder.config.latent_channels, *native_size(components))
+    shape = (components.autoencoder.config.latent_channels, *components.native_size)
     x = start(plan, draw_noise(generators, shape))
     shown = set(torch.linspace(0, len(plan), count).round().int().tolist())
     columns = [x / (1 + plan.sigmas[0] ** 2).sqrt()]

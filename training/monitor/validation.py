@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latentdiff.checkpoints import Components
+from latentdiff.checkpoints import Components, Encoders
 from latentdiff.diffusion import draw_noise
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.images import to_tensor
@@ -36,7 +36,7 @@ PICTURES = 64  # held out, at most: each is looked at once in every bucket
 
 
 @torch.no_grad()
-def load_held_out(config: DiffusionTraining, components: Components) -> Batch | None:
+def load_held_out(config: DiffusionTraining, components: Encoders) -> Batch | None:
     """Encode up to `PICTURES` pictures that are not trained on, each with its first caption; None without any.
 
     Raises:

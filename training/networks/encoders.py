@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.checkpoints import Components
+from latentdiff.checkpoints import Components, Encoders
 from latentdiff.checkpoints.textual_inversion import TABLES, grown
 from latentdiff.errors import InputError
 from latentdiff.models.pixels import LabelEncoder
@@ -54,7 +54,7 @@ class Words(nn.Module):
         return torch.where(new[..., None], learned.to(output.dtype), output)
 
 
-def require_one_encoder(components: Components, what: str) -> None:
+def require_one_encoder(components: Encoders, what: str) -> None:
     """Raise InputError where there is no text encoder to train, or more than one."""
     if isinstance(components.text_encoder, LabelEncoder):
         raise InputError(f"{what} needs a model with a text encoder, got one of classes; use another model")
