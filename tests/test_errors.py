@@ -84,5 +84,5 @@ def test_a_long_name_is_near_nothing() -> None:
 
 
 def test_an_input_error_is_a_value_error() -> None:
-    with pytest.raises(ValueError, match="^no$"):
+    with pytest.raises(ValueError, match=r"^no$"):
         raise InputError("no")
