@@ -199,13 +199,12 @@ def from_tensor(images: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(one) for one in pixels.permute(0, 2, 3, 1).contiguous().numpy()]  # each (H, W, 3)
 
 
-def write_png(path: str | os.PathLike[str], image: Image.Image, texts: Mapping[str, str]) -> None:
-    """Write a PNG with text chunks, atomically: the whole file appears under its name, or nothing does.
+def write_png(
+    path: str | os.PathLike[str], image: Image.Image, texts: Mapping[str, str], *, overwrite: bool = True
+) -> None:
+    """Write a PNG with text chunks, atomically; see `write_file`.
 
     The bytes depend on nothing but the arguments and Pillow's version.
-
-    Raises:
-        StorageError: the file cannot be written.
     """
     chunks = PngImagePlugin.PngInfo()
     for key, text in texts.items():
@@ -216,13 +215,17 @@ def write_png(path: str | os.PathLike[str], image: Image.Image, texts: Mapping[s
             chunks.add_itxt(key, text)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=chunks)
-    write_file(path, buffer.getvalue())
+    write_file(path, buffer.getvalue(), overwrite=overwrite)
 
 
-def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+def write_file(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = True) -> None:
     """Write a file atomically: beside its place, flushed to disk, then renamed; removed on failure or Ctrl-C.
 
+    Args:
+        overwrite: replace an existing file.
+
     Raises:
+        FileExistsError: there is such a file, and it is not to be replaced.
         StorageError: the file cannot be written.
     """
     target = Path(path)
@@ -232,13 +235,29 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        if overwrite:
+            os.replace(temporary, target)
+        else:
+            _link(temporary, target)
     except BaseException as error:
         with suppress(OSError, ValueError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, (OSError, ValueError)):
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, FileExistsError):
             raise _storage_error(target, error) from error
         raise
+
+
+def _link(temporary: Path, target: Path) -> None:
+    """Rename a file unless there is one of that name, which `os.replace` would lose."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        with open(target, "xb"):
+            os.replace(temporary, target)
+        return
+    temporary.unlink()
 
 
 def numbered(path: str | os.PathLike[str]) -> Iterator[Path]:
