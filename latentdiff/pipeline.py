@@ -143,6 +143,12 @@ class Pipeline:
         return self
 
     @property
+    def parts(self) -> Components:
+        """Deprecated name of `components`."""
+        warnings.warn("Pipeline.parts is called components now; parts goes in 0.3", DeprecationWarning, stacklevel=2)
+        return self.components
+
+    @property
     def device(self) -> torch.device:
         """Where the networks run."""
         return self.components.device if self.offload is None else self.offload.device

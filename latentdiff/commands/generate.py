@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     width, height = _size(options.size)
     chosen |= {} if width is None else {"width": width, "height": height}
     # Everything that can be refused without the model is, before it loads.
-    check_inputs(chosen, image=options.image is not None, mask=options.mask is not None, names=flags())
+    check_inputs(chosen, image=options.image is not None, mask=options.mask is not None, names=flags(), asked=True)
     if options.upscale_model is not None and not options.upscale:
         raise InputError("--upscale-model says what enlarges the pictures, got no --upscale; add it")
     if not options.prompts and options.image is None and options.model is None:

@@ -40,7 +40,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("image", help="PNG written by latentdiff")
     parser.add_argument("-o", "--out", help="file to write; IMAGE-replay.png by default")
-    parser.add_argument("--model", help="model, where the recorded one is elsewhere now, or on a hub")
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        help="where the recorded model is now, or owner/name on a hub; several, for a picture made of another one",
+    )
     for name, what in (
         ("lora", "LoRA"),
         ("embedding", "textual inversion"),
@@ -70,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
     output = Output(options.out or str(_beside(source)), [request.settings.prompt(0)], options.metadata)
     started = time.perf_counter()
     then = {key: shown(record.get(key))[:40] for key in ("device", "torch")}
-    one = _Replay(options, source).generate(record, request, str(source))
+    one = _Replay(options, source, record.get("model_hash")).generate(record, request, str(source))
     report = write_all([one], output, 1, options)
     identical = pixel_hash(to_rgba(one.image)) == pixel_hash(open_rgba(source))
     if not identical:
@@ -116,6 +121,7 @@ class _Replay:
 
     options: argparse.Namespace
     source: Path
+    outermost: object  # hash of the model of the picture itself, not of one that it was made of
 
     def generate(self, record: dict[str, Any], request: _Request, name: str) -> GeneratedImage:
         """Generate the picture of a record with the model, device and dtype chosen, else those recorded."""
@@ -143,13 +149,10 @@ class _Replay:
             return list(images)[request.row]
 
     def _model(self, record: Mapping[str, Any], name: str) -> Pipeline:
-        options = self.options
-        model = options.model or record.get("model")
-        if not isinstance(model, str):
-            raise InputError(f"the record must name its model, got {shown(model)}; pass --model")
+        options, model = self.options, self._find_model(record)
         device, dtype = (getattr(options, key) or record.get(key) for key in ("device", "dtype"))
         device, dtype = (str(value)[:80] if value is not None else None for value in (device, dtype))
-        how = {"prediction_type": record.get("prediction_type"), "local": options.model is None}
+        how = {"prediction_type": record.get("prediction_type"), "local": model not in options.model}
         pipe = load(model, device, dtype, **how)
         expected, got = str(record.get("model_hash"))[:10], pipe.components.model_hash
         if got != record.get("model_hash") and not options.force:
@@ -157,6 +160,24 @@ class _Replay:
                 f"{name} was made by model {expected}, got {got[:10]}; pass that one as --model, or add --force"
             )
         return pipe
+
+    def _find_model(self, record: Mapping[str, Any]) -> str:
+        """Return where the model of a record is: one given anew with its hash, else by its name here or beside."""
+        from latentdiff.checkpoints import find_model
+        from latentdiff.checkpoints.folder import model_hash
+
+        given, recorded = self.options.model, record.get("model")
+        for model in given:
+            place = Path(model) if is_file(model) else find_model(model)[0]
+            if model_hash(place) == record.get("model_hash"):
+                return str(model)
+        if given and (self.options.force or record.get("model_hash") == self.outermost):
+            return str(given[0])
+        if not isinstance(recorded, str):
+            raise InputError(f"the record must name its model, got {shown(recorded)}; pass --model")
+        beside = self.source.parent / recorded
+        elsewhere = not Path(recorded).exists() and beside.exists() and recorded not in ("", ".")
+        return str(beside) if elsewhere else recorded
 
     def _with_embeddings(self, pipe: Pipeline, records: Any) -> Pipeline:
         """Return a pipeline with the learned words of a record, if their files are still what they were."""
@@ -222,8 +243,8 @@ class _Replay:
             what = given if isinstance(given, str) else "the picture it was drawn of, drawn again,"
             self._require(now == used.get("hash"), what, name, "made from")
             found[name] = ALPHA if alpha else given
-            if name == "mask" and not alpha and not used.get("soft"):
-                found[name] = hard_mask(opened)
+            if name == "mask" and not alpha and not used.get("soft") and open_mask(given, opened).given.get("soft"):
+                found[name] = hard_mask(opened)  # as masks with shades of grey were read once
         return found
 
     def _find(self, recorded: str, kind: str, wanted: object, hash_of: Callable[[str], str]) -> str:

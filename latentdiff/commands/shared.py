@@ -39,14 +39,18 @@ def add_settings(parser: argparse.ArgumentParser, *tasks: str, leave_out: Sequen
         if types[name] == "bool":
             parser.add_argument(*flags, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            kind = declared.parse or TYPES[types[name]]
+            kind = str if declared.parse else TYPES[types[name]]
             parser.add_argument(*flags, dest=name, type=kind, metavar=declared.metavar, help=text)
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the generation options that were given."""
-    values = {name: getattr(options, name, None) for name in options_of(Settings)}
-    return {name: value for name, value in values.items() if value is not None}
+    given = dict[str, Any]()
+    for name, declared in options_of(Settings).items():
+        value = getattr(options, name, None)
+        if value is not None:
+            given[name] = value if declared.parse is None else declared.parse(value)
+    return given
 
 
 def flags() -> dict[str, str]:

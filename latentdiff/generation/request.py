@@ -148,7 +148,7 @@ class Settings:
         metavar="N",
     )
     num_images: int = option(
-        1, integer(1, MAX_IMAGES, "try 4"), "images of each prompt", flag="--num-images", metavar="N", since=0
+        1, integer(1, MAX_IMAGES, "try 4"), "images of each prompt", flag="-n, --num-images", metavar="N", since=0
     )
     strength: float = option(
         1.0,
@@ -372,17 +372,20 @@ class Settings:
 NAMES = {"image": "an image", "mask": "a mask"}
 
 
-def check_inputs(given: Mapping[str, Any], *, image: bool, mask: bool, names: Mapping[str, str] = NAMES) -> None:
+def check_inputs(
+    given: Mapping[str, Any], *, image: bool, mask: bool, names: Mapping[str, str] = NAMES, asked: bool = False
+) -> None:
     """Raise InputError where an option or input needs another one that is missing, or contradicts it.
 
     Args:
         given: options by name; those left out have their defaults.
         image, mask: whether there are such inputs.
         names: how a door calls options and inputs, such as `{"image": "--image"}`.
+        asked: options are given because they were asked for, even those with the value of their default.
     """
     known = options_of(Settings)
     defaults = {item.name: item.default for item in fields(Settings)}
-    used = {name for name, value in given.items() if value is not None and value != defaults[name]}
+    used = {name for name, value in given.items() if value is not None and (asked or value != defaults[name])}
     used |= {name for name, there in (("image", image), ("mask", mask)) if there}
 
     def called(name: str) -> str:
@@ -397,7 +400,7 @@ def check_inputs(given: Mapping[str, Any], *, image: bool, mask: bool, names: Ma
         if name in used and other not in used:
             raise InputError(f"{called(name)} {says.format(called(other))}, got {missing(other)}; add it")
     for name, other, why in (
-        ("hires", "image", "generates from a prompt alone"),
+        ("hires", "image", "draws from a prompt alone, and then larger"),
         ("outpaint", "mask", "makes its own mask"),
     ):
         if name in used and other in used:

@@ -148,8 +148,8 @@ def _stacked(images: list[Any]) -> Any:
 
 def call_record(
     components: Components, execution: Execution, settings: Settings, image: PreparedImage, latents_given: bool
-) -> Callable[[int], dict[str, Any]]:
-    """Return a function from the number of an image to its record, but for its place in its batch."""
+) -> Callable[[int, int, int], dict[str, Any]]:
+    """Return a function from the number of an image, the size of its batch and its row there to its record."""
     import torch
 
     shared = {
@@ -167,7 +167,12 @@ def call_record(
         "torch": str(torch.__version__),
         "version": __version__,
     }
-    return lambda index: {**settings.record(index), **shared}
+
+    def record(index: int, batch_size: int, batch_index: int) -> dict[str, Any]:
+        values = settings.record(index) | shared | {"batch_size": batch_size, "batch_index": batch_index}
+        return {key: values[key] for key in OWN} | values  # those first, as `Result.record` has them
+
+    return record
 
 
 def recorded_name(path: str | os.PathLike[str]) -> str:

@@ -123,9 +123,8 @@ def run(
                 batch
             ):  # decoded one by one, since a decoder needs far more memory than a U-Net
                 image = _finish(call, stages[-1], latents[row : row + 1], output_type, notes)
-                place = {"batch_size": len(batch), "batch_index": row}
                 tokens, windows = stages[0].conditioning.counts(index)
-                yield GeneratedImage(image, record(index) | place, tokens, windows, tuple(notes))
+                yield GeneratedImage(image, record(index, len(batch), row), tokens, windows, tuple(notes))
                 notes.clear()
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from latentdiff.errors import InputError
-from latentdiff.generation.masks import PreparedMask, open_mask, open_picture, prepare_mask
+from latentdiff.generation.masks import PreparedMask, hard_mask, open_mask, open_picture, prepare_mask
 
 SIDES = (0, 0, 0, 0)
 
@@ -61,9 +61,15 @@ def test_a_painting_of_any_mode(mode: str, tmp_path: Path) -> None:
         assert torch.equal(edit(tmp_path / "mask.png").mask, found)
 
 
-def test_shades_of_a_painting_are_black_or_white() -> None:
+def test_shades_of_a_painting_are_weights_of_what_is_drawn() -> None:
     shades = Image.fromarray(np.tile(np.array([[0, 3, 127, 128, 250, 255]], dtype=np.uint8), (16, 4)))
-    assert edit(shades).alpha[0, 0, 0, :6].tolist() == [0, 0, 0, 1, 1, 1]
+    found = edit(shades)
+    assert found.alpha[0, 0, 0, :6].mul(255).round().tolist() == [0, 3, 127, 128, 250, 255]
+    assert found.mask[0, 0, 0, :6].tolist() == [0, 0, 0, 1, 1, 1]
+    assert open_mask(shades, picture()).given["soft"] is True
+    hard = hard_mask(shades.convert("RGBA"))
+    assert "soft" not in open_mask(hard, picture()).given
+    assert edit(hard).alpha[0, 0, 0, :6].tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_what_is_transparent_is_drawn_and_has_no_colour() -> None:
@@ -115,23 +121,18 @@ def test_the_result_is_as_transparent_as_what_is_kept_of_the_picture() -> None:
     ("given", "image", "message"),
     [
         (Image.new("L", (16, 24), 255), None, "the mask must have the size of the image, 24x16, got 16x24"),
-        (Image.new("L", (24, 16), 0), None, "the mask is black everywhere"),
-        (Image.new("L", (24, 16), 127), None, "the mask is black everywhere"),
-        (Image.new("L", (24, 16), 255), None, "the mask is white everywhere"),
         (Image.new("RGBA", (24, 16), (255, 255, 255, 9)), None, "the mask must be opaque, got transparent parts"),
         (Image.new("RGB", (24, 16), "red"), None, "the mask must be black and white, got colours"),
         (Image.new("F", (24, 16)), None, "got floating point"),
         ("alpha", None, "the image is opaque everywhere, so mask alpha draws nothing"),
-        ("alpha", Image.new("RGBA", (24, 16)), "the mask is white everywhere"),
         ("none.png", None, "cannot read image 'none.png'"),
-        (3, None, "mask must be a PIL image or a path, got int"),
+        (3, None, "mask must be a picture, an array or a path, got int"),
         ((1, 2, 3), None, "a mask's box must be left, top, right and bottom, got"),
         ((5, 5, 5, 9), None, "a mask's box must have left < right"),
         ((0, 9, 5, 5), None, "a mask's box must have left < right and top < bottom"),
         ((0, 0, 25, 16), None, "a mask's box must be a whole number from 0 to 24, got 25"),
         ((-1, 0, 5, 5), None, "a mask's box must be a whole number from 0 to 24, got -1"),
         ((0.5, 0, 5, 5), None, "a mask's box must be a whole number"),
-        ((0, 0, 24, 16), None, "the mask is white everywhere"),
     ],
 )
 def test_what_is_no_mask(given: Any, image: Image.Image | None, message: str) -> None:

@@ -103,6 +103,6 @@ def test_size_names_only_sizes_that_fit() -> None:
 def test_parameters_text_reads_like_other_tools() -> None:
     record = {**Settings(prompts=("a fox",), negative_prompt="a cat", height=64, width=64).record(0)}
     text = infotext({**record, "model": "embedded", "model_hash": "0123456789abcdef", "version": "1"})
-    numbers = "Steps: 25, Sampler: euler_a, CFG scale: 7.5, Seed: 0, Size: 64x64"
-    model = "Model: embedded, Model hash: 0123456789, Version: 1"
+    numbers = "Steps: 25, Sampler: Euler a, CFG scale: 7.5, Seed: 0, Size: 64x64"
+    model = "Model: embedded, Model hash: 0123456789, Version: latentdiff 1"
     assert text.splitlines() == ["a fox", "Negative prompt: a cat", f"{numbers}, {model}"]
