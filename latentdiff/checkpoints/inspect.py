@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from latentdiff.checkpoints.family import FAMILIES, UNET
 from latentdiff.checkpoints.folder import (
     NETWORKS,
     child,
@@ -21,18 +22,12 @@ from latentdiff.checkpoints.folder import (
 )
 from latentdiff.checkpoints.header import DTYPE_BYTES, TensorInfo, read_header
 from latentdiff.checkpoints.lora import PEFT_METADATA, describe_lora
-from latentdiff.checkpoints.single_file import UNET, fit, recognise
+from latentdiff.checkpoints.single_file import fit, recognise
 from latentdiff.diffusion.schedule import NoiseSchedule
 
 __all__ = ["describe_file", "describe_folder"]
 
 NAMED_UNUSED = 20  # tensors
-FAMILIES = {  # by width of the context
-    768: "Stable Diffusion 1.x",
-    1024: "Stable Diffusion 2.x",
-    1280: "Stable Diffusion XL refiner",
-    2048: "Stable Diffusion XL",
-}
 
 
 def describe_folder(root: Path) -> dict[str, Any]:

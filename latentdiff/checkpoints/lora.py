@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.checkpoints.components import Components
+from latentdiff.checkpoints.family import FAMILIES
 from latentdiff.checkpoints.folder import model_hash, read_json
 from latentdiff.checkpoints.header import Header, TensorInfo, read_header
 from latentdiff.checkpoints.lora_names import (
@@ -148,8 +149,6 @@ def _layers_in(file: Path, tensors: Mapping[str, TensorInfo], components: Compon
 
 def _family(tensors: Mapping[str, TensorInfo]) -> str | None:
     """Return the family of models whose context is as wide as that of a LoRA's layers, None where it is not seen."""
-    from latentdiff.checkpoints.inspect import FAMILIES  # which needs this module
-
     for name, info in tensors.items():
         key = parse_key(name)
         if key and key.half == "down" and key.layer.endswith(("attn2_to_k", "attn2_to_v")) and len(info.shape) > 1:

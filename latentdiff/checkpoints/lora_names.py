@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from latentdiff.checkpoints.components import Components
 from latentdiff.checkpoints.compvis_keys import UNET_ENDS, open_clip_keys, unet_keys
-from latentdiff.checkpoints.single_file import text_layouts
+from latentdiff.checkpoints.family import text_layouts
 from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.lora import layers_of
 

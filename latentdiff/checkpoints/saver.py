@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from latentdiff.checkpoints.build import KINDS
 from latentdiff.checkpoints.components import Components
 from latentdiff.checkpoints.folder import INDEX
-from latentdiff.checkpoints.loader import KINDS
 from latentdiff.checkpoints.weights import stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError, StorageError

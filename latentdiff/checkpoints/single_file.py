@@ -6,19 +6,17 @@ come with the package (`families/`), so nothing is fetched.
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from latentdiff.checkpoints.build import KINDS, TEXT_MODEL, build
 from latentdiff.checkpoints.components import Components, check_fit
 from latentdiff.checkpoints.compvis_keys import (
     SourceKey,
@@ -28,41 +26,34 @@ from latentdiff.checkpoints.compvis_keys import (
     open_clip_keys,
     unet_keys,
 )
+from latentdiff.checkpoints.family import (
+    ENLARGING,
+    ENLARGING_CHANNELS,
+    MARKS,
+    UNET,
+    VAE,
+    clip_tokenizer,
+    families,
+    text_layouts,
+)
 from latentdiff.checkpoints.header import TensorInfo, read_header
-from latentdiff.checkpoints.loader import KINDS, TEXT_MODEL, build
 from latentdiff.checkpoints.saver import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights, stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError
 from latentdiff.images import check_writable
 from latentdiff.models.autoencoder import AutoencoderKL
-from latentdiff.models.clip import CLIPTextModel
-from latentdiff.models.tokenizer import Tokenizer
 
 __all__ = [
     "Section",
-    "clip_tokenizer",
-    "families",
     "fit",
     "load_section",
     "load_single_file",
     "recognise",
     "save_single_file",
-    "text_layouts",
 ]
 
-FOLDER = Path(__file__).parent / "families"
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
 VELOCITY, ZERO_SNR = "v_pred", "ztsnr"  # empty tensors with which some files say so of themselves
-# A tensor that only this family has, in the order in which they are looked for.
-MARKS = {
-    "Stable Diffusion XL": "conditioner.embedders.1.model.token_embedding.weight",
-    "Stable Diffusion XL refiner": "conditioner.embedders.0.model.token_embedding.weight",
-    "Stable Diffusion 2.x": "cond_stage_model.model.token_embedding.weight",
-    "Stable Diffusion 1.x": "cond_stage_model.transformer.",
-}
-ENLARGING = "Stable Diffusion x4 upscaler"  # which has the text encoder of 2.x, and this many input channels:
-ENLARGING_CHANNELS = 7
 NAMED = 5  # tensors in an error
 
 
@@ -155,31 +146,8 @@ def save_single_file(
     save_tensors(tensors, target)
 
 
-def text_layouts(components: Components) -> list[tuple[str, str]]:
-    """Return layout and prefix, in a single file, of each text encoder of a model.
-
-    Raises:
-        InputError: it has other text encoders than such files hold.
-    """
-    return [(text["layout"], text["prefix"]) for text in families()[_family_of(components)]["text"]]
-
-
-def _family_of(components: Components) -> str:
-    assert components.unet is not None
-    if not isinstance(components.text_encoder, CLIPTextModel):
-        kind = type(components.text_encoder).__name__
-        raise InputError(f"a single file has a place for CLIP text encoders alone, got {kind}; save it as a folder")
-    if components.upscales:
-        return ENLARGING
-    if components.unet.config.addition_embed_type is not None:
-        return "Stable Diffusion XL" if components.text_encoder_2 is not None else "Stable Diffusion XL refiner"
-    return (
-        "Stable Diffusion 1.x" if components.text_encoder.config.hidden_act == "quick_gelu" else "Stable Diffusion 2.x"
-    )
-
-
 class Section(NamedTuple):
-    """One network in a file: what a folder calls it, its class, its names there (see `original.py`) and its config."""
+    """One network in a file: what a folder calls it, its class, its names there (see `compvis_keys`) and its config."""
 
     component: str
     class_name: str
@@ -291,44 +259,3 @@ def _places(network: Any, layout: str) -> dict[str, SourceKey]:
     if layout == "autoencoder":
         return autoencoder_keys(names, network.config)
     return open_clip_keys(names) if layout == "open_clip" else clip_keys(names)
-
-
-@cache
-def families() -> dict[str, Any]:
-    """Return the configurations of all families, by name."""
-    shapes: dict[str, Any] = json.loads((FOLDER / "families.json").read_text(encoding="utf-8"))
-    return shapes
-
-
-def clip_tokenizer(pad: str | Mapping[str, Any], window: int = 77) -> Tokenizer:
-    """Return CLIP's tokenizer, whose windows of so many tokens are filled with the token `pad`.
-
-    The vocabulary is that of its merges, after all bytes alone and at the end of a word.
-    """
-    merges = gzip.decompress((FOLDER / "clip-merges.txt.gz").read_bytes())
-    pairs = merges.decode("utf-8").splitlines()[1:]
-    letters = _byte_letters()
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(pair.replace(" ", "") for pair in pairs)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    settings = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": window,
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": pad,
-    }
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    files = {
-        "vocab.json": json.dumps(vocabulary).encode(),
-        "merges.txt": merges,
-        "tokenizer_config.json": json.dumps(settings).encode(),
-    }
-    return Tokenizer(files, "the tokenizer that comes with the package")
-
-
-def _byte_letters() -> list[str]:
-    """Return the letter that stands for each byte, in the order of CLIP's vocabulary: printable ones for themselves."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(len(others))]

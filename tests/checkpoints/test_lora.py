@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentdiff.checkpoints import Components, read_header, single_file
+from latentdiff.checkpoints import Components, read_header
+from latentdiff.checkpoints.family import families
 from latentdiff.checkpoints.lora import apply_loras, describe_lora, load_lora, save_lora
 from latentdiff.checkpoints.lora_names import DIALECTS, known_names, networks_of
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, ModelValueError, UnsafeModelError
@@ -83,7 +84,7 @@ def test_equal_loras_are_equal_files(components: Components, tmp_path: Path) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_two_layers_share_a_name(family: str) -> None:
     """Full size, on the meta device; only queries, keys and values of OpenCLIP are one tensor."""
-    shape = single_file.families()[family]
+    shape = families()[family]
     with torch.device("meta"):
         unet = UNet2DConditionModel(UNetConfig.from_dict(shape["unet"]))
         encoders: list[Any] = [CLIPTextModel(CLIPTextConfig.from_dict(text["config"])) for text in shape["text"]]
