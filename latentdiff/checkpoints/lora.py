@@ -31,7 +31,7 @@ from latentdiff.checkpoints.lora_names import (
     parse_key,
     written_names,
 )
-from latentdiff.checkpoints.saver import save_tensors
+from latentdiff.checkpoints.storage import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights, stored_weights
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, suggest
 from latentdiff.images import check_writable

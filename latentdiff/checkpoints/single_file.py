@@ -37,7 +37,7 @@ from latentdiff.checkpoints.family import (
     text_layouts,
 )
 from latentdiff.checkpoints.header import TensorInfo, read_header
-from latentdiff.checkpoints.saver import save_tensors
+from latentdiff.checkpoints.storage import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights, stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from latentdiff.checkpoints.components import Components
 from latentdiff.checkpoints.folder import model_hash
 from latentdiff.checkpoints.header import TensorInfo, read_header
-from latentdiff.checkpoints.saver import save_tensors
+from latentdiff.checkpoints.storage import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights
 from latentdiff.errors import InputError, ModelMismatchError
 from latentdiff.models.lora import share_weights

@@ -13,7 +13,8 @@ from latentdiff.checkpoints.components import Components
 from latentdiff.checkpoints.difference import difference
 from latentdiff.checkpoints.folder import BASE, DIFFERENCE, INDEX
 from latentdiff.checkpoints.read import load_pipeline
-from latentdiff.checkpoints.saver import pipeline_index, replace_folder, save_tensors, write_components, write_json
+from latentdiff.checkpoints.saver import pipeline_index, write_components
+from latentdiff.checkpoints.storage import replace_folder, save_tensors, write_json
 from latentdiff.checkpoints.weights import stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
