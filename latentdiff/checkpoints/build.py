@@ -23,6 +23,12 @@ __all__ = ["KINDS", "TEXT_MODEL", "Kind", "build"]
 
 # How many layers a configuration asks for is the product of these keys; each layer has at least one tensor.
 COUNT_KEYS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers", "num_layers")
+# Those with one value for each resolution.
+LEVEL_KEYS = (
+    *("block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "attention_head_dim"),
+    *("transformer_layers_per_block", "only_cross_attention", "cross_attention_dim"),
+)
+MAX_LEVELS = 16
 MAX_NUMBER = 2**24  # of any whole number in a configuration
 TEXT_MODEL = "text_model."  # before the names of CLIP's weights, except where newer versions of transformers wrote them
 
@@ -49,16 +55,7 @@ KINDS: dict[str, Kind] = {
 
 def build(path: Path, kind: Kind, data: dict[str, Any], tensor_count: int, dtype: torch.dtype) -> nn.Module:
     """Build a network without memory, if its configuration asks for nothing absurd."""
-    numbers = {key: _numbers(value) for key, value in data.items()}
-    if not all(abs(number) <= MAX_NUMBER for found in numbers.values() for number in found):
-        raise ModelConfigError(f"{path}: expected no number above {MAX_NUMBER} and none that is not finite")
-    layers = 1.0
-    for key in COUNT_KEYS:
-        layers *= max(numbers.get(key) or [1])
-    if layers > tensor_count:
-        raise ModelMismatchError(
-            f"{path}: implies {layers:.0f} layers or more, but the weights are {tensor_count} tensors"
-        )
+    _check_counts(path, data, tensor_count)
     try:
         with torch.device("meta"), _WithoutInitialisation():
             network: nn.Module = kind.network(kind.config.from_dict(data))
@@ -72,6 +69,29 @@ def build(path: Path, kind: Kind, data: dict[str, Any], tensor_count: int, dtype
         gigabytes = f"{needed / 2**30:.1f} GiB of memory, and this machine has {memory / 2**30:.1f}"
         raise ModelConfigError(f"{path}: implies {gigabytes}; use a smaller model or half precision")
     return network
+
+
+def _check_counts(path: Path, data: dict[str, Any], tensor_count: int) -> None:
+    """Raise where a configuration asks for more layers than there are weights, before any is built.
+
+    Raises:
+        ModelConfigError, ModelMismatchError: it does.
+    """
+    numbers = {key: _numbers(value) for key, value in data.items()}
+    if not all(abs(number) <= MAX_NUMBER for found in numbers.values() for number in found):
+        raise ModelConfigError(f"{path}: expected no number above {MAX_NUMBER} and none that is not finite")
+    levels = max((len(data[key]) for key in LEVEL_KEYS if isinstance(data.get(key), list)), default=1)
+    if levels > MAX_LEVELS:
+        raise ModelConfigError(f"{path}: has {levels} resolutions, expected at most {MAX_LEVELS}; use another model")
+    layers = 1.0
+    for key in COUNT_KEYS:
+        layers *= max(numbers.get(key) or [1])
+    per_level = data.get("layers_per_block", 1)
+    layers = max(layers, levels * per_level if isinstance(per_level, int) else sum(numbers["layers_per_block"]))
+    if layers > tensor_count:
+        raise ModelMismatchError(
+            f"{path}: implies {layers:.0f} layers or more, but the weights are {tensor_count} tensors"
+        )
 
 
 class _WithoutInitialisation(TorchFunctionMode):

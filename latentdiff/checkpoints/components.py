@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from latentdiff.checkpoints.folder import model_hash
+from latentdiff.checkpoints.hashes import model_hash, vae_hash
 from latentdiff.diffusion.prediction import Denoiser, Network, as_denoiser
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import ModelConfigError
@@ -24,6 +25,7 @@ from latentdiff.models.unet import UNet2DConditionModel
 
 __all__ = ["Autoencoder", "Components", "TextEncoder", "check_fit"]
 
+LARGEST_SIDE = 2048  # of the pictures that a model draws unless told otherwise, in pixels
 Autoencoder = AutoencoderKL | PixelSpace
 TextEncoder = BertModel | CLIPTextModel | LabelEncoder | T5EncoderModel
 
@@ -40,6 +42,7 @@ class Components:
         force_zeros: whether the empty negative prompt is the zero vector, not what the encoders make of it.
         name: how settings refer to the model.
         folder: folder or file that they were loaded from; None when they were not, or are no longer what is there.
+        vae: file or folder that the autoencoder was loaded from in place of the model's own; None for that.
         embeddings: learned words besides, with the files they are from; see `checkpoints.textual_inversion`.
         loras: what is in the weights besides, in this order; see `latentdiff.checkpoints.lora.apply_loras`.
         base: the components with the networks as they are without; None where there is nothing besides.
@@ -56,6 +59,7 @@ class Components:
     force_zeros: bool = False
     name: str = "unsaved"
     folder: Path | None = None
+    vae: Path | None = None
     embeddings: tuple[Mapping[str, str], ...] = ()
     loras: tuple[WeightedLoRA, ...] = ()
     base: Components | None = None
@@ -92,7 +96,10 @@ class Components:
     @cached_property
     def model_hash(self) -> str:
         """SHA-256 of the files, read when first asked for; "" for those that were not loaded from a folder."""
-        return "" if self.folder is None else model_hash(self.folder)
+        if self.folder is None:
+            return ""
+        own = model_hash(self.folder)
+        return own if self.vae is None else sha256((own + vae_hash(self.vae)).encode()).hexdigest()
 
 
 def check_fit(folder: Path, components: Components) -> None:
@@ -115,15 +122,23 @@ def check_fit(folder: Path, components: Components) -> None:
     for what, (ours, theirs) in pairs.items():
         if ours != theirs:
             raise ModelConfigError(f"{folder}: {what} must be equal for text-to-image, got {ours} and {theirs}")
+    sides = unet.sample_size if isinstance(unet.sample_size, tuple) else (unet.sample_size or 64,) * 2
+    factor = components.autoencoder.config.downsample_factor
+    if len(sides) != 2 or not all(1 <= side * factor <= LARGEST_SIDE for side in sides):
+        shown = str(unet.sample_size)[:40]
+        raise ModelConfigError(
+            f"{folder}: sample_size of unet must be one side or two, of {LARGEST_SIDE // factor} latents at most, "
+            f"got {shown}"
+        )
     pooled = encoders[-1].config
     if unet.addition_embed_type is not None and not (isinstance(pooled, CLIPTextConfig) and pooled.with_projection):
         raise ModelConfigError(f"{folder}: unet expects pooled text, so the last text encoder must have a projection")
     for encoder, tokenizer in zip(encoders, (components.tokenizer, components.tokenizer_2)):
         if tokenizer is None or isinstance(encoder.config, LabelConfig):
             continue
-        if len(tokenizer) > encoder.config.vocab_size:
+        if tokenizer.size > encoder.config.vocab_size:
             raise ModelConfigError(
-                f"{folder}: the tokenizer has {len(tokenizer)} tokens, its text encoder {encoder.config.vocab_size}"
+                f"{folder}: the tokenizer has {tokenizer.size} tokens, its text encoder {encoder.config.vocab_size}"
             )
         window, longest = tokenizer.model_max_length, encoder.config.max_position_embeddings
         if window > longest:

@@ -58,10 +58,13 @@ def families() -> dict[str, Any]:
 
 
 def clip_tokenizer(pad: str | Mapping[str, Any], window: int = 77) -> Tokenizer:
-    """Return CLIP's tokenizer, whose windows of so many tokens are filled with the token `pad`.
+    """Return CLIP's tokenizer, whose windows of so many tokens are filled with the token `pad`."""
+    return _clip_tokenizer(json.dumps(pad), window)
 
-    The vocabulary is that of its merges, after all bytes alone and at the end of a word.
-    """
+
+@cache
+def _clip_tokenizer(pad: str, window: int) -> Tokenizer:
+    """Return the same, `pad` as JSON. The vocabulary is that of its merges, after all bytes alone and at word ends."""
     merges = gzip.decompress((FOLDER / "clip-merges.txt.gz").read_bytes())
     pairs = merges.decode("utf-8").splitlines()[1:]
     letters = _byte_letters()
@@ -73,7 +76,7 @@ def clip_tokenizer(pad: str | Mapping[str, Any], window: int = 77) -> Tokenizer:
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
-        "pad_token": pad,
+        "pad_token": json.loads(pad),
     }
     vocabulary = {token: number for number, token in enumerate(tokens)}
     files = {

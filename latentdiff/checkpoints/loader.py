@@ -6,7 +6,7 @@ and only then are the tensors read, cast, checked to be finite and put in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from latentdiff.checkpoints.build import KINDS, TEXT_MODEL, build
 from latentdiff.checkpoints.components import Components, check_fit
+from latentdiff.checkpoints.compvis_keys import OLD_ATTENTION
 from latentdiff.checkpoints.difference import apply_difference
 from latentdiff.checkpoints.folder import (
     NETWORKS,
     Layout,
+    as_diffusers_reads,
     child,
     home,
     read_json,
@@ -31,14 +33,13 @@ from latentdiff.checkpoints.header import TensorInfo, read_header
 from latentdiff.checkpoints.weights import FLOATS, read_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import ModelConfigError, ModelMismatchError
+from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.tokenizer import Tokenizer
 
 __all__ = ["load_folder", "load_network", "load_schedule", "load_tokenizer"]
 
 # Tables that older files carry and no network needs, and weights that stand there twice.
 IGNORED_TENSORS = ("embeddings.position_ids", "text_model.embeddings.position_ids", "encoder.embed_tokens.weight")
-# Names of the attention layer in autoencoders published before 2023.
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def load_folder(
@@ -47,6 +48,7 @@ def load_folder(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     prediction_type: str | None = None,
+    load_vae: Callable[[dict[str, Any]], AutoencoderKL] | None = None,
 ) -> Components:
     """Load all components of a model from a folder.
 
@@ -54,6 +56,7 @@ def load_folder(
         folder: in diffusers' layout.
         name: how settings refer to it.
         dtype, device, prediction_type: see `read.load_pipeline`.
+        load_vae: returns another autoencoder than that in the folder, given the configuration of the latter.
 
     Raises:
         InputError: there is no such prediction type.
@@ -61,11 +64,15 @@ def load_folder(
     """
     layout = read_layout(folder)
     classes, homes = layout.classes, layout.homes
-    networks = {
-        component: _load_component(layout, component, dtype, device) for component in NETWORKS if component in classes
-    }
-    tokenizers = [load_tokenizer(homes[name], name) for name in ("tokenizer", "tokenizer_2") if name in classes]
+    wanted = [name for name in NETWORKS if name in classes and (load_vae is None or name != "vae")]
+    networks = {component: _load_component(layout, component, dtype, device) for component in wanted}
+    if load_vae is not None:
+        config = child(homes["vae"], "vae", "config.json")
+        networks["vae"] = load_vae(read_json(config) if config.exists() else {})
     encoders = [networks[name] for name in ("text_encoder", "text_encoder_2") if name in networks]
+    named = [name for name in ("tokenizer", "tokenizer_2") if name in classes]
+    windows = [encoder.config.max_position_embeddings for encoder in encoders]
+    tokenizers = [load_tokenizer(homes[name], name, longest) for name, longest in zip(named, windows)]
     schedule = load_schedule(folder)
     if prediction_type is not None:
         schedule = replace(schedule, prediction_type=prediction_type)
@@ -106,7 +113,7 @@ def _read_config(root: Path, component: str, classes: tuple[str, ...]) -> tuple[
     named = data.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
     if named not in classes:
         raise ModelConfigError(f"{path}: expected class {' or '.join(classes)}, got {str(named)[:80]!r}")
-    return path, data, named
+    return path, as_diffusers_reads(data) if component == "unet" else data, named
 
 
 def load_network(
@@ -165,14 +172,17 @@ def _differences(expected: Any, found: Any) -> str:
     return f"{'; '.join(rows[:5])}{more}"
 
 
-def load_tokenizer(root: Path, component: str = "tokenizer") -> Tokenizer:
+def load_tokenizer(root: Path, component: str = "tokenizer", longest: int | None = None) -> Tokenizer:
     """Load the tokenizer from the folder `component` of a model.
+
+    Args:
+        longest: window of its text encoder, for a tokenizer that names none.
 
     Raises:
         ModelLoadError: it was refused; the subclass says why.
     """
     files = {path.name: path.read_bytes() for path in tokenizer_files(root, component)}
-    return Tokenizer(files, str(root / component))
+    return Tokenizer(files, str(root / component), longest)
 
 
 def load_schedule(root: Path, component: str = "scheduler") -> NoiseSchedule:
@@ -182,7 +192,10 @@ def load_schedule(root: Path, component: str = "scheduler") -> NoiseSchedule:
         ModelLoadError: see `load_pipeline`.
     """
     path = child(home(root, component), component, "scheduler_config.json")
+    config = read_json(path)
+    if config.get("trained_betas") == []:  # none, as some programs write it
+        del config["trained_betas"]
     try:
-        return NoiseSchedule.from_dict({"_class_name": "", **read_json(path)})
+        return NoiseSchedule.from_dict({"_class_name": "", **config})
     except ModelConfigError as error:
         raise ModelConfigError(f"{path}: {error}") from error

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from latentdiff.checkpoints.components import Components, TextEncoder
-from latentdiff.checkpoints.find import find_model
+from latentdiff.checkpoints.find import find_model, require_path
 from latentdiff.checkpoints.folder import home
 from latentdiff.checkpoints.loader import load_folder, load_network, load_tokenizer
 from latentdiff.checkpoints.openclip import CONFIG, load_open_clip
 from latentdiff.checkpoints.single_file import load_single_file
+from latentdiff.checkpoints.vae import load_autoencoder_from
+from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.pixels import LabelEncoder
 from latentdiff.models.tokenizer import Tokenizer
 
 __all__ = ["load_autoencoder", "load_pipeline", "load_text_encoder"]
@@ -24,6 +29,7 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     prediction_type: str | None = None,
+    vae: str | os.PathLike[str] | None = None,
 ) -> Components:
     """Load all components of a text-to-image model.
 
@@ -34,29 +40,40 @@ def load_pipeline(
         device: where the weights go.
         prediction_type: what the U-Net predicts (see `diffusion.prediction.PREDICTIONS`), where the files say it
             wrongly or, as single files of Stable Diffusion 2.x, not at all; None for what they say.
+        vae: autoencoder in place of the model's own, which may then be missing: see `load_autoencoder`. A file of
+            weights alone is used with the configuration of the latter.
 
     Raises:
         InputError: there is no such folder or prediction type.
         ModelLoadError: the model was refused; the subclass says why.
     """
-    if model is not None and Path(model).is_file():
-        return load_single_file(Path(model), dtype, device, prediction_type)
-    folder, name = find_model(model)
-    return load_folder(folder, name, dtype, device, prediction_type)
+    other = None if vae is None else _existing(vae)
+
+    def from_other(config: dict[str, Any]) -> AutoencoderKL:
+        assert other is not None
+        return load_autoencoder_from(other, config, dtype, device)
+
+    load_vae = None if other is None else from_other
+    if model is not None and _is_file(require_path(model, "a model")):
+        components = load_single_file(Path(model), dtype, device, prediction_type, load_vae)
+    else:
+        folder, name = find_model(model)
+        components = load_folder(folder, name, dtype, device, prediction_type, load_vae)
+    return components if other is None else replace(components, vae=other)
 
 
 def load_autoencoder(
     path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> AutoencoderKL:
-    """Load an autoencoder: the folder with its config.json, or one with that folder inside as `vae`.
+    """Load an autoencoder: the folder with its config.json, one with that folder inside as `vae`, or a file.
+
+    A file has weights alone, in the original layout or in that of diffusers; of the model that they are for, its
+    configuration is taken to be that of Stable Diffusion 1.x.
 
     Raises:
         ModelLoadError: see `load_pipeline`.
     """
-    folder = Path(path)
-    if not (folder / "config.json").exists():
-        folder = home(folder, "vae") / "vae"
-    return load_network(folder.parent, folder.name, ("AutoencoderKL",), dtype, device)
+    return load_autoencoder_from(require_path(path, "an autoencoder"), None, dtype, device)
 
 
 def load_text_encoder(
@@ -71,4 +88,23 @@ def load_text_encoder(
     if (folder / CONFIG).is_file():
         return load_open_clip(folder, None, dtype, device)
     places = [home(folder, component) for component in ("text_encoder", "tokenizer")]
-    return load_network(places[0], "text_encoder", kinds, dtype, device), load_tokenizer(places[1])
+    encoder: TextEncoder = load_network(places[0], "text_encoder", kinds, dtype, device)
+    longest = None if isinstance(encoder, LabelEncoder) else encoder.config.max_position_embeddings
+    return encoder, load_tokenizer(places[1], longest=longest)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no system takes
+        return False
+
+
+def _existing(vae: str | os.PathLike[str]) -> Path:
+    path = require_path(vae, "a VAE")
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError):
+        pass
+    raise InputError(f"vae {str(vae)[:200]!r} is no file or folder here; pass a safetensors file or a folder")

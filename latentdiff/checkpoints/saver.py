@@ -12,7 +12,7 @@ from torch import nn
 
 from latentdiff.checkpoints.build import KINDS
 from latentdiff.checkpoints.components import Components
-from latentdiff.checkpoints.folder import INDEX
+from latentdiff.checkpoints.folder import COMPUTED_IN, INDEX
 from latentdiff.checkpoints.storage import flush_to_disk, replace_folder, save_tensors, write_json
 from latentdiff.checkpoints.weights import stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
@@ -179,4 +179,8 @@ def write_model(model: nn.Module, place: Path, dtype: torch.dtype | None) -> Non
     place.mkdir(parents=True, exist_ok=True)
     save_tensors(weights, place / f"{kind.stem}.safetensors")
     config: Any = model.config
-    write_json(place / "config.json", config.to_dict())
+    told: dict[str, Any] = {}
+    if kind.config.ignored is None and any(tensor.dtype != torch.float32 for tensor in weights.values()):
+        # Of transformers, which would compute in the precision of the file, while diffusers computes in float32.
+        told[COMPUTED_IN] = "float32"
+    write_json(place / "config.json", {**told, **config.to_dict()})

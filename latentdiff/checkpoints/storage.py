@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,8 @@ from latentdiff.checkpoints.folder import COMPONENTS, INDEX, LOW_RES, PICKLES, S
 from latentdiff.errors import InputError, StorageError
 from latentdiff.models.tokenizer import FILES
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # on Windows, where leftovers stay
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["flush_to_disk", "replace_folder", "save_tensors", "write_json"]
 
@@ -36,8 +35,7 @@ LONGEST_PART = 40  # characters of a name in that of its temporary folder, for t
 def save_tensors(tensors: Mapping[str, Tensor], target: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, which appears under its name only when it is whole.
 
-    Args:
-        metadata: at most one entry, for equal tensors to give equal files: safetensors writes several in any order.
+    Equal tensors and metadata give equal files.
 
     Raises:
         StorageError: the file cannot be written.
@@ -46,9 +44,23 @@ def save_tensors(tensors: Mapping[str, Tensor], target: Path, metadata: Mapping[
         target = target.resolve()  # a link stays one, and what it leads to is replaced
         with _temporary(target.parent, target.name) as place:
             save_file(dict(tensors), place / target.name, metadata=dict(metadata or {"format": "pt"}))
+            if metadata is not None and len(metadata) > 1:
+                _sort_metadata(place / target.name)
             (place / target.name).chmod(0o644)  # safetensors makes it readable by its owner alone
             flush_to_disk(place / target.name)
             os.replace(place / target.name, target)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Bring the metadata of a safetensors file, which the library writes in any order, into that of their names."""
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the library writes JSON without blanks"
+        stream.seek(8)
+        stream.write(text.ljust(length))
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:
@@ -218,7 +230,7 @@ def _leftovers(parent: Path, name: str) -> Iterator[Path]:
 @contextmanager
 def _locked(place: Path) -> Iterator[bool]:
     """Hold the lock of a folder, which ends with the process; yield whether nobody else has it."""
-    if fcntl is None:
+    if sys.platform == "win32":  # where leftovers stay
         yield False
         return
     descriptor = os.open(place, os.O_RDONLY)
