@@ -16,7 +16,7 @@ from latentdiff.checkpoints.folder import NETWORKS, read_layout, weight_files
 from latentdiff.errors import InputError, ModelPathError, suggest
 from latentdiff.models.tokenizer import FILES
 
-__all__ = ["EMBEDDED", "embedded_model", "find_model"]
+__all__ = ["EMBEDDED", "embedded_model", "find_model", "require_path"]
 
 EMBEDDED = "embedded"  # what the model that comes with the package is called in settings
 # All that come with it, and the folders that they are in.
@@ -45,6 +45,17 @@ def embedded_model(name: str = EMBEDDED) -> Path:
     )
 
 
+def require_path(path: object, what: str) -> Path:
+    """Return a path that was given for something.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+        raise InputError(f"{what} must be given by its path, got {type(path).__name__}; pass a string")
+    return Path(path)
+
+
 def find_model(model: str | os.PathLike[str] | None, *, local: bool = False) -> tuple[Path, str]:
     """Return the folder of a model, and the name under which settings refer to it.
 
@@ -57,10 +68,10 @@ def find_model(model: str | os.PathLike[str] | None, *, local: bool = False) -> 
         InputError: there is no such model.
         ModelPathError: it is one of `ASSETS`, which this copy of the package came without.
     """
-    if model is None or model in ASSETS:
+    if model is None or (isinstance(model, str) and model in ASSETS):
         name = EMBEDDED if model is None else os.fspath(model)
         return embedded_model(name), name
-    folder, name = Path(model), os.fspath(model)
+    folder, name = require_path(model, "a model"), os.fspath(model)
     try:
         if folder.is_dir():
             return folder, name

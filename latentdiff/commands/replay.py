@@ -164,7 +164,7 @@ class _Replay:
     def _find_model(self, record: Mapping[str, Any]) -> str:
         """Return where the model of a record is: one given anew with its hash, else by its name here or beside."""
         from latentdiff.checkpoints import find_model
-        from latentdiff.checkpoints.folder import model_hash
+        from latentdiff.checkpoints.hashes import model_hash
 
         given, recorded = self.options.model, record.get("model")
         for model in given:
@@ -181,7 +181,7 @@ class _Replay:
 
     def _with_embeddings(self, pipe: Pipeline, records: Any) -> Pipeline:
         """Return a pipeline with the learned words of a record, if their files are still what they were."""
-        from latentdiff.checkpoints.folder import model_hash
+        from latentdiff.checkpoints.hashes import model_hash
 
         for record in records if isinstance(records, list) else [records]:
             path, word = (record.get(key) if isinstance(record, dict) else None for key in ("path", "word"))
@@ -196,7 +196,7 @@ class _Replay:
 
     def _with_loras(self, pipe: Pipeline, records: Any) -> Pipeline:
         """Return a pipeline with the LoRAs of a record, if their files are still what they were."""
-        from latentdiff.checkpoints.folder import model_hash
+        from latentdiff.checkpoints.hashes import model_hash
         from latentdiff.checkpoints.lora import load_lora
 
         loras: dict[Any, Any] = {}

@@ -19,7 +19,7 @@ from latentdiff import Pipeline
 from latentdiff.checkpoints.lora import save_lora
 from latentdiff.cli import main
 from latentdiff.diffusion import NoiseSchedule
-from latentdiff.errors import InputError
+from latentdiff.errors import InputError, ModelConfigError
 from latentdiff.generation.inputs import prepare_small_image
 from latentdiff.generation.masks import with_filled_background
 from latentdiff.generation.request import Settings
@@ -49,6 +49,27 @@ def folder(upscaler: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path
     upscaler.save_pretrained(place)
     (place / "generation_config.json").write_text('{"guidance_scale": 1, "correction": "colour"}')
     return place
+
+
+def test_a_model_has_defaults_of_its_own(upscaler: Pipeline, folder: Path, tmp_path: Path) -> None:
+    with_defaults = Pipeline.from_pretrained(folder, device="cpu")
+    settings = with_defaults("a fox", image=smooth(8, 8), num_inference_steps=2).settings
+    assert (settings["guidance_scale"], settings["correction"], settings["sampler"]) == (1.0, "colour", "euler_a")
+    assert (
+        with_defaults("a fox", image=smooth(8, 8), num_inference_steps=2, guidance_scale=3).settings["guidance_scale"]
+        == 3
+    )
+    with_defaults.save_pretrained(tmp_path / "copy")
+    assert Pipeline.from_pretrained(tmp_path / "copy").components.defaults == with_defaults.components.defaults
+    upscaler.save_pretrained(tmp_path / "copy")
+    assert Pipeline.from_pretrained(tmp_path / "copy").components.defaults == {}
+    for text, message in (
+        ('{"steps": 3}', "is no option that a model may set"),
+        ('{"sampler": 3}', "sampler must be a str, got 3"),
+    ):
+        (tmp_path / "copy/generation_config.json").write_text(text)
+        with pytest.raises(ModelConfigError, match=message):
+            Pipeline.from_pretrained(tmp_path / "copy")
 
 
 def smooth(width: int, height: int, channels: int = 3) -> Image.Image:
