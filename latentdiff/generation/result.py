@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,6 @@ from latentdiff.images import numbered, read_texts, write_png
 if TYPE_CHECKING:
     from latentdiff.checkpoints import Components
     from latentdiff.engine.execution import Execution
-    from latentdiff.generation.inputs import PreparedImage
     from latentdiff.generation.request import Settings
 
 __all__ = ["GeneratedImage", "Result", "call_record", "read_record", "record_of", "recorded_name"]
@@ -147,15 +146,17 @@ def _stacked(images: list[Any]) -> Any:
 
 
 def call_record(
-    components: Components, execution: Execution, settings: Settings, image: PreparedImage, latents_given: bool
+    components: Components, execution: Execution, settings: Settings, inputs: Mapping[str, Any]
 ) -> Callable[[int, int, int], dict[str, Any]]:
-    """Return a function from the number of an image, the size of its batch and its row there to its record."""
+    """Return a function from the number of an image, the size of its batch and its row there to its record.
+
+    Args:
+        inputs: records of image, mask and latents.
+    """
     import torch
 
     shared = {
-        **image.given,
-        **({} if image.size is None else {"size": list(image.size)}),
-        "latents_given": latents_given,
+        **inputs,
         "model": recorded_name(components.name),
         "model_hash": components.model_hash,
         "prediction_type": components.schedule.prediction_type,

@@ -114,7 +114,7 @@ def run(
         stages = [replace(stages[0], windows=_windows(call, max(map(len, batches))))]
     _check_noise(call.noise, (call.settings.count, *stages[0].shape))
     steps = sum(len(stage.plan) for stage in stages) * len(batches)
-    record = call_record(call.components, call.execution, stages[0].settings, stages[-1].image, call.noise is not None)
+    record = call_record(call.components, call.execution, stages[0].settings, _given(call, stages[-1].image))
     with _counted_steps(steps, callback, progress) as on_step:
         for batch in batches:
             with call.execution.lend(call.components.unet):
@@ -247,6 +247,12 @@ def _check_noise(noise: object, expected: tuple[int, ...]) -> None:
         raise InputError(f"latents must have shape {expected}, got {tuple(noise.shape)}; one for each image")
     if not torch.isfinite(noise.float()).all():
         raise InputError("latents must be finite, got NaN or infinity; pass standard normal noise")
+
+
+def _given(call: Call, image: PreparedImage) -> dict[str, Any]:
+    """Return what a record keeps of the inputs."""
+    size = {} if image.size is None else {"size": list(image.size)}
+    return {**image.given, **size, "latents_given": call.noise is not None}
 
 
 def make_batches(count: int, conditioning: Conditioning, batch_size: int) -> list[list[int]]:
