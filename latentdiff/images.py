@@ -33,6 +33,7 @@ __all__ = [
     "fit",
     "from_array",
     "from_tensor",
+    "image_size",
     "numbered",
     "open_image",
     "open_rgba",
@@ -89,6 +90,15 @@ def open_rgba(path: str | os.PathLike[str]) -> Image.Image:
         InputError: as `open_image`.
     """
     return decode_rgba(_read(path), os.fspath(path))
+
+
+def image_size(data: bytes, name: str) -> tuple[int, int]:
+    """Return width and height of the picture in the bytes of a file, as it is stored; no pixel is decoded.
+
+    Raises:
+        InputError: as `decode_rgba`, as far as the header tells.
+    """
+    return parse(data, name).size
 
 
 def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
