@@ -37,6 +37,8 @@ def read_image(source: Source, place: int) -> Iterator[tuple[str, Image.Image]]:
         raise
     except OSError as error:
         raise ValueError(f"{name} cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from error
     with decoded(data, name) as found:
         yield found
 

@@ -69,7 +69,7 @@ class Member:
         if self.offset is None:
             raise ValueError("no picture")
         if self.size > MAX_FILE_BYTES:
-            raise ValueError(f"{self.name} {TOO_LARGE}")
+            raise ValueError(TOO_LARGE)
         if is_remote(self.shard):
             return read_range(self.shard, self.offset, self.size)
         with open_file(self.shard) as stream:

@@ -116,7 +116,9 @@ def read_cell(cells: Any, bases: Sequence[Path], index: int, column: str | None 
     try:
         return read_file(bases[0] / value, MAX_FILE_BYTES, "picture")
     except InputError as error:
-        raise (error.__cause__ or error) from None  # which names no path, as the reasons of other pictures
+        if (cause := error.__cause__) is None:
+            raise
+        raise ValueError(f"cannot be read ({getattr(cause, 'strerror', None) or cause})") from error
 
 
 def _read_of_subset(read: Callable[[int], bytes], numbers: Sequence[int], index: int) -> bytes:
