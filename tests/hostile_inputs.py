@@ -186,7 +186,7 @@ def try_arguments(work: Workplace, rng: random.Random) -> int:
 
 def try_record(work: Workplace, rng: random.Random) -> int:
     """Inspect a picture whose record was changed, and read what it asks for."""
-    from latentdiff.commands.replaying import _Request
+    from latentdiff.commands.replay import _Request
     from latentdiff.generation.result import METADATA_KEY, read_record
 
     record: Any = work.record

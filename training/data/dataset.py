@@ -358,9 +358,9 @@ def captions_of(row: dict[str, Any], uncaptioned: bool = False) -> list[str] | s
     Args:
         uncaptioned: whether they are empty because nothing is known of any picture of the source.
     """
+    if isinstance(row["captions"], dict) and "reason" in row["captions"]:
+        return f"no caption ({row['captions']['reason']})"
     captions = row["captions"] if isinstance(row["captions"], list) else [row["captions"]]
-    if isinstance(captions[0] if captions else None, dict) and "reason" in captions[0]:
-        return f"no caption ({captions[0]['reason']})"
     if not captions or not all(isinstance(caption, str) and (uncaptioned or caption.strip()) for caption in captions):
         return "no caption"
     longest = max(map(len, captions))
