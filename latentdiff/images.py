@@ -156,7 +156,7 @@ def to_rgb(image: Image.Image, *, opaque: bool = False, name: str = "image") -> 
     with refusing(name):
         color, alpha = upright(image, name)
         if alpha is None:
-            return color
+            return color.copy() if color is image else color  # which its owner may change
         if opaque and alpha.getextrema()[0] < 255:  # type: ignore[operator]  # one band
             raise InputError(f"{name} must be opaque here, got transparent parts; lay it on a background first")
         return Image.composite(color, Image.new("RGB", color.size, "white"), alpha)

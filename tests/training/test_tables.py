@@ -99,6 +99,12 @@ def test_captions_in_text_files_beside_pictures(tmp_path: Path) -> None:
     assert "no caption (its .txt file:1 is not UTF-8 (byte 0xe4)" in data.skipped[0]["reason"]
 
 
+def test_what_macos_puts_beside_files_is_no_picture_of_a_shard(tmp_path: Path) -> None:
+    beside = [(f"set/._{name}", b"of macOS") for name in ("0.png", "0.txt")]
+    write_tar(tmp_path / "0.tar", [("set/0.png", PICTURES[0]), ("set/0.txt", b"a"), *beside])
+    assert opened(tmp_path / "0.tar").names == ["0.tar: set/0"]
+
+
 def test_splits_of_pictures_with_text_files(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         (pictures(tmp_path / split, 1) / "0.txt").write_text(split)

@@ -231,9 +231,9 @@ def _read_shard(
             for entry in archive:
                 if entry.size < 0:  # which would lead back to where it came from
                     raise tarfile.ReadError(f"a size of {entry.size}")
-                if not entry.isreg():
-                    continue
                 folder, slash, base = entry.name.rpartition("/")
+                if not entry.isreg() or base.startswith("._"):  # which macOS puts beside each file
+                    continue
                 stem, _, extension = base.partition(".")
                 member = members.setdefault(folder + slash + stem, Member(shard, folder + slash + stem, {}))
                 kind = extension.rpartition(".")[-1].lower()
