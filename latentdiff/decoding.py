@@ -141,7 +141,7 @@ def _split_alpha(image: Image.Image, name: str) -> tuple[Image.Image, Image.Imag
 
 def _split_wide(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """Return grey and opacity of 16 bits per pixel, or of whole numbers (mode "I") of 8 bits where none is larger."""
-    wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+    wide = np.asarray(image).astype(np.int32).clip(0, 65535)
     most = 255 if image.mode == "I" and wide.max() <= 255 else 65535
     grey = Image.fromarray(((wide * 255 + most // 2) // most).astype(np.uint8))  # Pillow's own conversion clips
     clear = image.info.get("transparency")

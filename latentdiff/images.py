@@ -33,6 +33,7 @@ __all__ = [
     "fit",
     "from_array",
     "from_tensor",
+    "image_size",
     "numbered",
     "open_image",
     "open_rgba",
@@ -91,6 +92,15 @@ def open_rgba(path: str | os.PathLike[str]) -> Image.Image:
     return decode_rgba(_read(path), os.fspath(path))
 
 
+def image_size(data: bytes, name: str) -> tuple[int, int]:
+    """Return width and height of the picture in the bytes of a file, as it is stored; no pixel is decoded.
+
+    Raises:
+        InputError: as `decode_rgba`, as far as the header tells.
+    """
+    return parse(data, name).size
+
+
 def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
     """Return the text chunks of a PNG file.
 
@@ -146,7 +156,7 @@ def to_rgb(image: Image.Image, *, opaque: bool = False, name: str = "image") -> 
     with refusing(name):
         color, alpha = upright(image, name)
         if alpha is None:
-            return color
+            return color.copy() if color is image else color  # which its owner may change
         if opaque and alpha.getextrema()[0] < 255:  # type: ignore[operator]  # one band
             raise InputError(f"{name} must be opaque here, got transparent parts; lay it on a background first")
         return Image.composite(color, Image.new("RGB", color.size, "white"), alpha)

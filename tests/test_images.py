@@ -292,6 +292,13 @@ def test_odd_information_of_pictures_in_memory_counts_as_none(info: dict[str, An
     assert images.to_rgb(informed("RGB", **info)).getpixel((0, 0)) == (0, 0, 0)
 
 
+def test_a_picture_that_was_passed_in_is_never_changed() -> None:
+    given = Image.fromarray(PIXELS)
+    for change in (images.to_rgb, images.to_rgba):
+        change(given).paste((1, 2, 3), (0, 0, 7, 5))
+    assert np.array_equal(np.asarray(given), PIXELS)
+
+
 def test_whole_numbers_of_eight_bits_are_not_black() -> None:
     narrow = Image.fromarray(np.array([[0, 128, 255]], dtype=np.int32))
     assert narrow.mode == "I"
