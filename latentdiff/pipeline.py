@@ -21,13 +21,14 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.checkpoints import Components, load_pipeline, save_pipeline
+from latentdiff.checkpoints.components import moved
 from latentdiff.checkpoints.lora import Weight, apply_loras
 from latentdiff.checkpoints.textual_inversion import add_embedding
+from latentdiff.devices import resolve_device, resolve_dtype
 from latentdiff.diffusion.plan import EXTERNAL
 from latentdiff.engine.attention import find_attention, use_attention
 from latentdiff.engine.execution import Execution
 from latentdiff.engine.offload import Offload
-from latentdiff.engine.place import resolve_device, resolve_dtype
 from latentdiff.errors import InputError, shown
 from latentdiff.generation.decode import OUTPUT_TYPES
 from latentdiff.generation.inputs import prepare_image, prepare_small_image
@@ -132,15 +133,19 @@ class Pipeline:
         save_pipeline(self.components, folder, dtype)
 
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Pipeline:
-        """Move the networks to a device, cast them, or both, in place; None leaves that as it is."""
+        """Return a pipeline with the networks on a device, cast, or both; None leaves that as it is.
+
+        This one stays as it is, and so do those that share its weights: `pipe = pipe.to("cuda")` lets go of it.
+
+        Raises:
+            InputError: there is no such device or dtype, or the networks are offloaded and stay in CPU memory.
+        """
         if self.offload is not None and device is not None:
             given = str(device)[:80]
             raise InputError(f"offload keeps its networks in CPU memory, got {given!r}; load without offload")
         place = self.components.device if device is None else resolve_device(device)
         kind = self.dtype if dtype is None else resolve_dtype(dtype)
-        for network in filter(None, (self.unet, self.autoencoder, self.text_encoder, self.components.text_encoder_2)):
-            network.to(place, kind)
-        return self
+        return self._with(moved(self.components, place, kind))
 
     @property
     def parts(self) -> Components:

@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
 from latentdiff import Pipeline
+from latentdiff.checkpoints.lora import save_lora
 from latentdiff.diffusion import NoiseSchedule, draw_noise, image_generator
 from latentdiff.errors import InputError
 from latentdiff.generation.result import Result, read_record
 from latentdiff.images import from_tensor, open_image, to_tensor
+from tests.checkpoints.test_lora import lora_of
 from tests.models.tiny import noise_picture
 
 STEPS = {"num_inference_steps": 3}
@@ -294,13 +297,38 @@ def test_numbers_that_overflow_even_in_float32_are_an_error(built_model: Path) -
         pipe("cat", output_type="latent", **STEPS)
 
 
+def test_a_scheduler_object_that_fails_is_told_from_a_network_that_overflows(built_model: Path) -> None:
+    pipe = Pipeline.from_pretrained(built_model, device="cpu")
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(torch.nan)
+    scheduler = DDIMScheduler.from_config(pipe.components.schedule.to_dict())
+    with pytest.raises(InputError, match="became NaN or infinite; pass the name of one of our samplers, or use"):
+        pipe("cat", sampler=scheduler, output_type="latent", **STEPS)
+
+
+def test_what_is_moved_leaves_those_it_shares_weights_with_usable(pipe: Pipeline, tmp_path: Path) -> None:
+    save_lora(lora_of(pipe.components), tmp_path / "a.safetensors", pipe.components)
+    styled, plain = pipe.with_loras({tmp_path / "a.safetensors": 0.1}), latents(pipe)
+    half = styled.to(dtype="bfloat16")
+    assert (half.dtype, styled.dtype, pipe.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert pipe("fox", num_inference_steps=1).images and half("fox", num_inference_steps=1).images
+    assert torch.equal(latents(pipe), plain) and torch.equal(
+        latents(half.with_loras({}).to(dtype="float32")), latents(pipe.to(dtype="bfloat16").to(dtype="float32"))
+    )
+    same = pipe.to("cpu")
+    assert same.unet is not pipe.unet
+    assert same.unet.conv_in.weight.data_ptr() == pipe.unet.conv_in.weight.data_ptr()  # shared, not copied
+    assert same.components.model_hash == pipe.components.model_hash
+
+
 def test_dtypes_and_devices(built_model: Path, pipe: Pipeline) -> None:
     half = Pipeline.from_pretrained(built_model, device="cpu", dtype="bfloat16")
     assert half.dtype == torch.bfloat16
     drawn = latents(half)
     assert drawn.dtype == torch.float32
     assert (drawn - latents(pipe)).abs().max() < 0.5
-    assert half.to(dtype=torch.float32).dtype == torch.float32
+    whole = half.to(dtype=torch.float32)
+    assert (whole.dtype, half.dtype) == (torch.float32, torch.bfloat16)
     assert half.device == torch.device("cpu")
     with pytest.raises(InputError, match="did you mean 'float16'"):
         Pipeline.from_pretrained(built_model, dtype="floar16")

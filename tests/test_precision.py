@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from latentdiff import Pipeline
+from latentdiff.models.autoencoder import AutoencoderKL
 from tests.checkpoints.test_single_file import FAMILIES, components_of, tiny
+from tests.conftest import AUTOENCODER
 
 PICTURE = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
 LIMITS = {"float16": 0.01, "bfloat16": 0.06}  # of the mean difference, as a share of the spread of the latents
@@ -38,3 +42,32 @@ def test_latents_differ_by_rounding(family: str, dtype: str) -> None:
     assert rounded.notes == []
     options["output_type"] = "pt"
     assert torch.isfinite(half("a photo of a red fox", **options).images).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "asked", "expected"),
+    [
+        ("Stable Diffusion XL", True, torch.float32),
+        ("Stable Diffusion XL", False, torch.float16),
+        ("Stable Diffusion 1.x", True, torch.float16),  # where diffusers writes it whatever the model
+    ],
+)
+def test_autoencoders_that_are_known_to_overflow_run_once_in_float32(
+    monkeypatch: pytest.MonkeyPatch, family: str, asked: bool, expected: torch.dtype
+) -> None:
+    components = components_of({**tiny(family), "vae": {**AUTOENCODER, "force_upcast": asked}})
+    ran: list[torch.dtype] = []
+
+    def watched(run: Callable[..., Any]) -> Callable[..., Any]:
+        def watch(autoencoder: AutoencoderKL, x: Tensor) -> Any:
+            ran.append(x.dtype)
+            return run(autoencoder, x)
+
+        return watch
+
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(AutoencoderKL, name, watched(getattr(AutoencoderKL, name)))
+    half = Pipeline(components).to(dtype="float16")
+    result = half("a fox", image=PICTURE, strength=0.5, num_inference_steps=2)
+    assert ran == [expected] * 2 and result.notes == []
+    assert half.dtype == torch.float16

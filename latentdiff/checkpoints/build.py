@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from latentdiff.engine.place import machine_memory
+from latentdiff.devices import machine_memory
 from latentdiff.errors import ModelConfigError, ModelMismatchError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.bert import BertConfig, BertModel

@@ -19,13 +19,13 @@ from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.bert import BertModel
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.encoding import PenultimateStates, PromptEncoder, TokenStates
-from latentdiff.models.lora import WeightedLoRA
-from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace
+from latentdiff.models.lora import WeightedLoRA, share_weights
+from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
 from latentdiff.models.t5 import T5EncoderModel
 from latentdiff.models.tokenizer import Tokenizer
 from latentdiff.models.unet import UNet2DConditionModel
 
-__all__ = ["Autoencoder", "Components", "Encoders", "ModelSource", "Task", "TextEncoder", "check_fit"]
+__all__ = ["Autoencoder", "Components", "Encoders", "ModelSource", "Task", "TextEncoder", "check_fit", "moved"]
 
 LARGEST_SIDE = 2048  # of the pictures that a model draws unless told otherwise, in pixels
 Autoencoder = AutoencoderKL | PixelSpace
@@ -175,6 +175,17 @@ class Components(Encoders):
         height, width = side if isinstance(side, tuple) else (side, side)
         return height * factor, width * factor
 
+    @property
+    def upcasts(self) -> bool:
+        """Whether the autoencoder overflows in float16 and runs in float32 instead.
+
+        As in diffusers, `force_upcast` is heeded of Stable Diffusion XL and of what enlarges, where it is known to be
+        true or false; others have it as a default.
+        """
+        config = self.autoencoder.config
+        heeded = self.upscales or self.expects_pooled_text
+        return heeded and not isinstance(config, PixelSpaceConfig) and config.force_upcast
+
     def denoiser(self, network: Network) -> Denoiser:
         """Return `network`, this model's U-Net guided or not, as the function from x to x0 that samplers call."""
         limit = 1.0 if isinstance(self.autoencoder, PixelSpace) else None
@@ -184,6 +195,17 @@ class Components(Encoders):
     def model_hash(self) -> str:
         """SHA-256 of the files that the model was loaded from; "" where it was not."""
         return "" if self.source is None else self.source.hash
+
+
+def moved(components: Components, device: torch.device, dtype: torch.dtype) -> Components:
+    """Return the components of a model with its networks on a device and in a dtype; `components` stay as they are.
+
+    What has both already is shared, not copied.
+    """
+    names = ("unet", "autoencoder", "text_encoder", "text_encoder_2")
+    networks = {name: network for name in names if (network := getattr(components, name)) is not None}
+    shared = {name: share_weights(network).to(device, dtype) for name, network in networks.items()}
+    return replace(components, **shared)
 
 
 def check_fit(folder: Path, components: Components) -> None:

@@ -139,7 +139,10 @@ def load_network(
     weights: dict[str, Tensor] = {}
     for file, header in headers.items():
         wanted = {name: info for name, info in header.items() if name not in IGNORED_TENSORS}
-        weights |= read_weights(file, wanted, dtype, device)
+        kept = getattr(network, "kept_in_float32", ()) if dtype == torch.float16 else ()
+        exact = {name: info for name, info in wanted.items() if name.endswith(kept)}
+        weights |= read_weights(file, exact, torch.float32, device)
+        weights |= read_weights(file, {name: wanted[name] for name in wanted.keys() - exact.keys()}, dtype, device)
     network.load_state_dict({new: weights[old] for new, old in names.items()}, strict=True, assign=True)
     return network.requires_grad_(False).eval()
 

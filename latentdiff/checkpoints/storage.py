@@ -29,6 +29,7 @@ if sys.platform != "win32":
 
 __all__ = ["flush_to_disk", "replace_folder", "save_tensors", "write_json"]
 
+WINDOWS = os.name == "nt"
 LONGEST_PART = 40  # characters of a name in that of its temporary folder, for the latter to fit
 
 
@@ -246,8 +247,13 @@ def _locked(place: Path) -> Iterator[bool]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the names in a folder, are on the disk.
+
+    Windows flushes only what may be written to, which folders and read-only files are not.
+    """
+    if WINDOWS and (path.is_dir() or not os.access(path, os.W_OK)):
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

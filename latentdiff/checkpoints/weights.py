@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.checkpoints.header import TensorInfo
-from latentdiff.engine.place import DTYPES
+from latentdiff.devices import DTYPES, OutOfDeviceMemoryError
 from latentdiff.errors import InputError, ModelLoadError, ModelValueError, suggest
 
 __all__ = ["FLOATS", "NUMBERS", "STORAGE_DTYPES", "read_weights", "storage_dtype", "stored_weights"]
@@ -49,7 +49,8 @@ def read_weights(
     Args:
         file: whose header was read before.
         tensors: those wanted, of the dtypes in `NUMBERS`.
-        dtype, device: of the result; None keeps the dtype of each.
+        dtype, device: of the result; None keeps the dtype of each, except that float8, in which nothing is computed,
+            becomes float16, which has all its values.
 
     Raises:
         ModelValueError: one is not finite in that dtype.
@@ -64,12 +65,13 @@ def read_weights(
         for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
             held = _view(mapped, info)
             aligned = info.start % held.itemsize == 0  # or else not every operation takes it
-            weights[name] = held.to(device, dtype, copy=not aligned or len(mapped) <= PRIVATE_BYTES)
+            kind = dtype or (torch.float16 if held.itemsize == 1 and held.is_floating_point() else held.dtype)
+            weights[name] = held.to(device, kind, copy=not aligned or len(mapped) <= PRIVATE_BYTES)
             _require_finite(file, name, weights[name])
             if weights[name] is not held:
                 _release(mapped, info.start, held.nbytes)
     except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        if isinstance(error, OutOfDeviceMemoryError):
             raise
         raise ModelLoadError(f"{file}: cannot be read ({str(error).splitlines()[0][:120]})") from error
     return weights

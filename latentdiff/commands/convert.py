@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
     from latentdiff.checkpoints.single_file import save_single_file
     from latentdiff.checkpoints.variant import save_variant
     from latentdiff.checkpoints.weights import storage_dtype
-    from latentdiff.engine.place import DTYPES
+    from latentdiff.devices import DTYPES
     from latentdiff.generation.options import check_integer
 
     if options.rank is not None:

@@ -48,7 +48,7 @@ class SchedulerPlan:
         found = getattr(scheduler, "alphas_cumprod", None)
         if found is not None and (
             len(found) != schedule.num_train_timesteps
-            or not torch.allclose(found.double().cpu(), schedule.alphas_cumprod, atol=1e-4)
+            or not torch.allclose(found.cpu().double(), schedule.alphas_cumprod, atol=1e-4)
         ):
             raise InputError(f"{name} has another noise schedule than the model; {remedy}")
         self.scheduler = copy.deepcopy(scheduler)
@@ -101,7 +101,7 @@ class SchedulerPlan:
             x = result.prev_sample
             denoised = getattr(result, "pred_original_sample", None)
             yield Step(index, len(timesteps), _given(x), _given(x if denoised is None else denoised))
-        require_finite(x)
+        require_finite(x, "pass the name of one of our samplers, or use dtype float32 or a lower guidance_scale")
 
 
 def _given(value: Tensor) -> Any:

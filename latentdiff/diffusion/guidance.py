@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from latentdiff.devices import widest_float
 from latentdiff.errors import InputError, suggest
 
 __all__ = ["GUIDANCE_SCHEDULES", "adaptive_projected", "classifier_free", "guidance_scales", "rescaled"]
@@ -72,12 +73,13 @@ def adaptive_projected(
 
     Source: Sadat et al. 2024, arXiv 2410.02416, algorithm 1.
     """
-    axes = tuple(range(1, conditional.ndim))
-    difference = (conditional - unconditional).double()
+    axes, exact = tuple(range(1, conditional.ndim)), widest_float(conditional.device)
+    difference = (conditional - unconditional).to(exact)
     if limit is not None:
         length = difference.square().sum(dim=axes, keepdim=True).sqrt()
         difference = difference * (limit / length.clamp(min=1e-12)).clamp(max=1)
-    direction = conditional.double() / conditional.double().square().sum(dim=axes, keepdim=True).sqrt().clamp(min=1e-12)
+    direction = conditional.to(exact)
+    direction = direction / direction.square().sum(dim=axes, keepdim=True).sqrt().clamp(min=1e-12)
     along = (difference * direction).sum(dim=axes, keepdim=True) * direction
     update = (difference - along + parallel * along).to(conditional.dtype)
     return conditional + (_per_image(scale, conditional) - 1) * update

@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from latentdiff.devices import widest_float
 from latentdiff.diffusion.loop import draw_noise, require_one_each
 from latentdiff.diffusion.prediction import Call, Denoise, Denoiser
 from latentdiff.diffusion.schedule import NoiseSchedule
@@ -101,10 +102,10 @@ def bound_term(
 
     Source: Ho et al. 2020, arXiv 2006.11239, Eq. 5 and 13; Nichol & Dhariwal 2021, arXiv 2102.09672, section 2.1.
     """
-    alpha_bar = schedule.alphas_cumprod.to(x0.device)[timesteps].to(x0.dtype).reshape(-1, *[1] * (x0.ndim - 1))
+    alpha_bar = schedule.on("alphas_cumprod", x0.device, x0.dtype)[0, timesteps].reshape(-1, *[1] * (x0.ndim - 1))
     x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise  # Ho et al. Eq. 4
     places = torch.arange(len(x0), device=x0.device)
-    sigmas = schedule.sigmas.to(x0.device, x0.dtype)[timesteps]
+    sigmas = schedule.on("sigmas", x0.device, x0.dtype)[0, timesteps]
     call = Call(0, places, torch.zeros_like(places), sigmas, timesteps.to(x0.dtype))
     denoiser = denoise if isinstance(denoise, Denoiser) else Denoiser(denoise, None)
     estimate, share = denoiser.with_variance(x_t / alpha_bar.sqrt(), call)
@@ -205,11 +206,12 @@ def ode_likelihood(
     require_one_each(generators, x0)
     levels = schedule.sampling_grid(steps + 1, "dpm", "karras").sigmas[:-1].flip(0)
     timesteps = schedule.timesteps_of(levels).tolist()
+    exact = widest_float(x0.device)
     signs = [
         torch.stack([torch.randint(0, 2, x0.shape[1:], generator=one) for one in generators]) for _ in range(probes)
     ]
     directions = torch.stack(signs).to(x0) * 2 - 1  # (P, B, C, H, W)
-    x, volumes = x0, x0.new_zeros(probes, len(x0), dtype=torch.float64)
+    x, volumes = x0, x0.new_zeros(probes, len(x0), dtype=exact)
     places = list(zip(levels.tolist(), timesteps))
     for (sigma, timestep), (following, next_timestep) in pairwise(places):
         step = following - sigma
@@ -219,7 +221,7 @@ def ode_likelihood(
     variance = 1 + float(levels[-1]) ** 2  # of x at the last level, whose VP form is standard normal
     dimensions = x0[0].numel()
     prior = -0.5 * (
-        x.double().square().flatten(1).sum(dim=1) / variance + dimensions * math.log(2 * math.pi * variance)
+        x.to(exact).square().flatten(1).sum(dim=1) / variance + dimensions * math.log(2 * math.pi * variance)
     )
     error = volumes.std(dim=0) / math.sqrt(probes) if probes > 1 else torch.full_like(prior, math.nan)
     return OdeLikelihood(prior + volumes.mean(dim=0), error, dimensions)
@@ -233,7 +235,7 @@ def _slope(denoise: Denoise, x: Tensor, sigma: float, timestep: float, direction
         inputs = x.detach().requires_grad_()
         slope = (inputs - denoise(inputs, Call(0, places, torch.zeros_like(places), sigmas, timesteps))) / sigma
         products = [torch.autograd.grad((slope * one).sum(), inputs, retain_graph=True)[0] for one in directions]
-    return slope.detach(), (torch.stack(products) * directions).double().flatten(2).sum(dim=2)
+    return slope.detach(), (torch.stack(products) * directions).to(widest_float(x.device)).flatten(2).sum(dim=2)
 
 
 def discretised(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentdiff.devices import copies_unwaited, widest_float
 from latentdiff.diffusion.plan import Plan
 from latentdiff.diffusion.prediction import Call, Denoise, Denoiser, halves
 from latentdiff.errors import InputError
@@ -64,9 +65,12 @@ def slerp(first: Tensor, second: Tensor, amount: float) -> Tensor:
     Source: Shoemake 1985, SIGGRAPH, section 3.3.
     """
     axes = tuple(range(1, first.ndim))
-    norms = [x.double().square().sum(dim=axes, keepdim=True).sqrt() for x in (first, second)]
-    cosine = (first.double() * second.double()).sum(dim=axes, keepdim=True) / (norms[0] * norms[1])
-    angle = cosine.clamp(-1 + 1e-9, 1 - 1e-9).acos()
+    exact = widest_float(first.device)
+    wide = [x.to(exact) for x in (first, second)]
+    norms = [x.square().sum(dim=axes, keepdim=True).sqrt() for x in wide]
+    cosine = (wide[0] * wide[1]).sum(dim=axes, keepdim=True) / (norms[0] * norms[1])
+    nearly = 1 - max(1e-9, torch.finfo(exact).eps)
+    angle = cosine.clamp(-nearly, nearly).acos()
     turned = ((1 - amount) * angle).sin() * first + (amount * angle).sin() * second
     return (turned / angle.sin()).to(first.dtype)
 
@@ -169,10 +173,10 @@ def sample(
     return _run(denoiser, each, x.to(torch.promote_types(x.dtype, torch.float32)), generators or [], known)
 
 
-def require_finite(x: Tensor) -> None:
+def require_finite(x: Tensor, remedy: str = "use dtype float32 or a lower guidance_scale") -> None:
     """Raise InputError if a sampled x is not finite."""
     if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
-        raise InputError("the network's output became NaN or infinite; use dtype float32 or a lower guidance_scale")
+        raise InputError(f"the network's output became NaN or infinite; {remedy}")
 
 
 def _run(
@@ -256,11 +260,12 @@ def _advance(columns: Sequence[Tensor], slots: Sequence[Tensor], output: Tensor)
 
 def _fresh_noise(generators: Sequence[torch.Generator | None], x: Tensor) -> Tensor:
     """Draw (b, C, H, W) on the CPU in float32, zeros for images without a generator, and bring it to x."""
-    noise = torch.zeros(len(generators), *x.shape[1:], pin_memory=x.device.type == "cuda")  # so that its copy is async
+    unwaited = copies_unwaited(x.device)
+    noise = torch.zeros(len(generators), *x.shape[1:], pin_memory=unwaited)
     for one, generator in zip(noise, generators):
         if generator is not None:
             one.normal_(generator=generator)
-    return noise.to(x.device, x.dtype, non_blocking=True)
+    return noise.to(x.device, x.dtype, non_blocking=unwaited)
 
 
 class _Batch(NamedTuple):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.betas import BETA_SCHEDULES
+from latentdiff.diffusion.forward import posterior_tables, rate_tables
 from latentdiff.diffusion.prediction import PREDICTIONS
 from latentdiff.diffusion.spacing import SIGMA_SPACINGS
 from latentdiff.errors import InputError, ModelConfigError, suggest
@@ -230,8 +231,7 @@ class NoiseSchedule:
 
         Source: Kingma et al. 2021, arXiv 2107.00630, section 3.1.
         """
-        table = self.alphas_cumprod / (1 - self.alphas_cumprod)
-        return table.to(torch.float32).to(timesteps.device)[timesteps]
+        return self.on("snr", timesteps.device, torch.float32)[0, timesteps]
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Draw x_t of the forward process q(x_t | x_0) as the network sees it in training (`prediction.py`).
@@ -245,12 +245,12 @@ class NoiseSchedule:
 
         Source: Ho et al. 2020, arXiv 2006.11239, Eq. 4.
         """
-        signal_rate, noise_rate = self._rates(timesteps, x0)
+        signal_rate, noise_rate = self._at("rates", timesteps, x0)
         return signal_rate * x0 + noise_rate * noise
 
     def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return what the network should output for `add_noise` of the same arguments, (B, C, H, W)."""
-        return PREDICTIONS[self.prediction_type].target(x0, noise, *self._rates(timesteps, x0))
+        return PREDICTIONS[self.prediction_type].target(x0, noise, *self._at("rates", timesteps, x0))
 
     def timesteps_of(self, sigmas: Tensor) -> Tensor:
         """Return the timesteps (N,) float64 of noise levels (N,), between trained ones linear in log(sigma)."""
@@ -277,23 +277,37 @@ class NoiseSchedule:
         Source: Ho et al. 2020, arXiv 2006.11239, Eq. 6 and 7, section 3.2; Nichol & Dhariwal 2021, arXiv 2102.09672,
         Eq. 15.
         """
-        of_x0, of_x_t, small, large, beta = (self._at(table, timesteps, x0) for table in self._posterior_tables)
+        of_x0, of_x_t, small, large, beta = self._at("posterior", timesteps, x0)
         mean = of_x0 * x0 + of_x_t * x_t  # Eq. 7
         if isinstance(variance, Tensor):
             return mean, torch.lerp(small.expand_as(variance), beta.expand_as(variance), (variance + 1) / 2)  # Eq. 15
         _require_choice("variance", variance, VARIANCES[:2])
         return mean, small if variance == "fixed_small" else large
 
+    def on(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return numbers of every timestep on a device, to which they are sent once.
+
+        Args:
+            name: "alphas_cumprod", "sigmas" or "snr", (1, T); "rates", of signal and noise in what the network sees,
+                (2, T); "posterior", see `posterior`, (5, T).
+            device, dtype: of the result; computed in float64.
+        """
+        key = (name, device, dtype)
+        if key not in self._sent:
+            self._sent[key] = self._tables(name).to(device, dtype)
+        return self._sent[key]
+
     @cached_property
-    def _posterior_tables(self) -> tuple[Tensor, ...]:
-        """Factors of x_0 and x_t in the posterior mean, logarithms of small and large variance and of beta, (T,)."""
-        after = self.alphas_cumprod  # alpha-bar at t
-        before = torch.cat([after.new_ones(1), after[:-1]])  # at t - 1
-        betas = 1 - after / before
-        small = betas * (1 - before) / (1 - after)  # Eq. 7
-        small[0] = small[1] if len(small) > 1 else betas[0]
-        of_x0, of_x_t = before.sqrt() * betas / (1 - after), (after / before).sqrt() * (1 - before) / (1 - after)
-        return of_x0, of_x_t, small.log(), torch.cat([small[:1], betas[1:]]).log(), betas.log()
+    def _sent(self) -> dict[tuple[str, torch.device, torch.dtype], Tensor]:
+        return {}
+
+    def _tables(self, name: str) -> Tensor:
+        if name == "posterior":
+            return posterior_tables(self.alphas_cumprod)
+        if name == "rates":
+            return rate_tables(self.alphas_cumprod, PREDICTIONS[self.prediction_type].power)
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        return {"alphas_cumprod": self.alphas_cumprod, "sigmas": self.sigmas, "snr": snr}[name][None]
 
     def sampling_grid(self, num_inference_steps: int, rule: str = "ddim", sigma_spacing: str | None = None) -> Grid:
         """Choose the noise levels that a sampling run visits.
@@ -369,19 +383,11 @@ class NoiseSchedule:
             timesteps = timesteps.round() if habits.whole_timesteps else timesteps
         return timesteps[::-1][:steps].copy()
 
-    def _rates(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return signal and noise rate of what the network sees at `timesteps`, each (B, 1, 1, 1), as `like` is."""
-        signal_rates, noise_rates = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
-        if PREDICTIONS[self.prediction_type].power == 1:
-            total = signal_rates + noise_rates
-            signal_rates, noise_rates = signal_rates / total, noise_rates / total
-        return self._at(signal_rates, timesteps, like), self._at(noise_rates, timesteps, like)
-
-    @staticmethod
-    def _at(table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
-        """Return the entries (B, 1, 1, 1) of a table (T,), in at least float32, on the device of `like`."""
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        return table.to(like.device, dtype)[timesteps.to(like.device)].reshape(-1, *[1] * (like.ndim - 1))
+    def _at(self, name: str, timesteps: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+        """Return the entries (B, 1, 1, 1) of tables, in at least float32, on the device of `like`."""
+        tables = self.on(name, like.device, torch.promote_types(like.dtype, torch.float32))
+        entries = tables[:, timesteps.to(like.device)]  # (n, B)
+        return entries.reshape(*entries.shape, *[1] * (like.ndim - 1)).unbind()
 
 
 def _require_choice(name: str, value: object, choices: Mapping[str, Any] | tuple[str, ...]) -> None:

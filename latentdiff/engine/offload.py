@@ -39,12 +39,31 @@ class Offload:
         """
         with self._lock:
             moved = [network for network in networks if network is not None and network not in self._lent]
+            lent: list[_Home] = []
             self._lent += moved
             try:
                 for network in moved:
+                    lent.append(_Home(network))
                     network.to(self.device)
                 yield
             finally:
+                for home in lent:
+                    home.restore()
                 for network in moved:
-                    network.to("cpu")
                     self._lent.remove(network)
+
+
+class _Home:
+    """The tensors of a network in CPU memory, which those of another, or a file that is mapped, may share."""
+
+    def __init__(self, network: nn.Module) -> None:
+        modules = list(network.modules())
+        self.parameters = [(parameter, parameter.data) for parameter in network.parameters()]
+        self.buffers = [(module, name, buffer) for module in modules for name, buffer in module._buffers.items()]
+
+    def restore(self) -> None:
+        """Put them back into the network, which has not changed since: nothing is copied."""
+        for parameter, tensor in self.parameters:
+            parameter.data = tensor
+        for module, name, buffer in self.buffers:
+            module._buffers[name] = buffer

@@ -199,7 +199,8 @@ class _WholeMapNorm(nn.Module):
         """Return x (1, C, H, W), a tile with its halo, normalised; or raise, having seen it."""
         if self.statistics is not None:
             weight, bias = self.norm.weight.float(), self.norm.bias.float()
-            return F.batch_norm(x, *self.statistics, weight, bias, eps=self.norm.eps)
+            # In float32 throughout: not every device takes half precision together with float32 statistics.
+            return F.batch_norm(x.float(), *self.statistics, weight, bias, eps=self.norm.eps).to(x.dtype)
         rows, columns = self.tile
         scale = x.shape[2] // (rows.high - rows.low)
         core = x[:, :, rows.inside(scale), columns.inside(scale)].float()

@@ -91,16 +91,20 @@ def tiled(network: MapNetwork, windows: Windows | None) -> MapNetwork:
     if windows is None or windows.is_map:
         return network
     heights, widths = (_weights(starts, side) for starts, side in _axes(windows))
+    shares = torch.stack([torch.outer(down, along) for down, along in product(heights, widths)])  # (n, tall, wide)
+    sent: dict[torch.device, Tensor] = {}  # the same in float32, once for each device
 
     def joined(inputs: Tensor, rows: Tensor) -> Tensor:
         filled = _filled(inputs, windows)
+        if inputs.device not in sent:
+            sent[inputs.device] = shares.to(inputs.device, torch.float32)
         total: Tensor | None = None
-        for (top, down), (left, along) in product(zip(windows.rows, heights), zip(windows.columns, widths)):
+        for (top, left), share in zip(product(windows.rows, windows.columns), sent[inputs.device]):
             place = (..., slice(top, top + windows.tall), slice(left, left + windows.wide))
             output = network(filled[place], rows).float()
             if total is None:
                 total = output.new_zeros(*output.shape[:2], *filled.shape[2:])
-            total[place] += output * torch.outer(down, along).to(output)
+            total[place] += output * share
         assert total is not None
         return total[..., : windows.height, : windows.width]
 

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from latentdiff.checkpoints import Components
 from latentdiff.diffusion import draw_noise, image_generator
 from latentdiff.diffusion.likelihood import LEVELS, discretised, ode_likelihood, variational_bound
-from latentdiff.diffusion.prediction import Denoiser
+from latentdiff.diffusion.prediction import Call, Denoiser
+from latentdiff.errors import InputError
 from latentdiff.models.pixels import PixelSpace
 
 __all__ = ["negative_log_likelihood", "network_of"]
@@ -48,8 +49,12 @@ def negative_log_likelihood(
         probes: of Hutchinson's estimator.
         progress: show a bar on stderr.
 
+    Raises:
+        InputError: the model is told more than a text: it fills in, enlarges, or is of Stable Diffusion XL's kind.
+
     Source: Ho et al. 2020, arXiv 2006.11239, section 3.3; Song et al. 2021, arXiv 2011.13456, section 4.3.
     """
+    _require_text_alone(components)
     in_pixels = isinstance(components.autoencoder, PixelSpace)
     bounds: dict[str, list[Tensor]] = {}
     ode, errors, shares = [], [], []
@@ -84,10 +89,37 @@ def negative_log_likelihood(
 
 
 def network_of(components: Components, texts: Sequence[str]) -> Denoiser:
-    """Return the denoiser of a batch of images with a text each, without guidance."""
-    unet, dtype = components.unet, components.unet.conv_in.weight.dtype
-    context = torch.stack([encoded.states[0] for encoded in components.prompt_encoder(texts)]).to(dtype)  # (B, L, D)
-    return components.denoiser(lambda x, call: unet(x.to(dtype), call.timesteps, context).float())
+    """Return the denoiser of a batch of images with a text each, without guidance.
+
+    Texts of equally many windows are called together, so that the length of one changes nothing for another.
+    """
+    unet, dtype, groups = components.unet, components.unet.conv_in.weight.dtype, dict[int, list[int]]()
+    states = [encoded.states.flatten(0, 1).to(dtype) for encoded in components.prompt_encoder(texts)]  # (n * L, D) each
+    for image, own in enumerate(states):
+        groups.setdefault(len(own), []).append(image)
+    device = states[0].device
+    places = [torch.tensor(images, device=device) for images in groups.values()]
+    contexts = [torch.stack([states[image] for image in images]) for images in groups.values()]  # (b, n * L, D)
+    back = torch.cat(places).argsort()
+
+    def network(x: Tensor, call: Call) -> Tensor:
+        x, timesteps = x.to(dtype), call.timesteps
+        outputs = [unet(x[images], timesteps[images], context) for images, context in zip(places, contexts)]
+        return torch.cat(outputs)[back].float()
+
+    return components.denoiser(network)
+
+
+def _require_text_alone(components: Components) -> None:
+    config = components.unet.config
+    told = {
+        "fills in components of pictures": components.inpaints,
+        "enlarges pictures": components.upscales,
+        "is told sizes too, as Stable Diffusion XL is": config.addition_embed_type is not None,
+        "is told a guidance scale too, as consistency models are": config.time_cond_proj_dim is not None,
+    }
+    for what in (name for name, holds in told.items() if holds):
+        raise InputError(f"only models of pictures given a text alone are measured, got one that {what}; use another")
 
 
 @torch.no_grad()

@@ -80,14 +80,18 @@ def _finite(
     x: Tensor,
     notes: list[str],
 ) -> Tensor:
-    """Run the autoencoder, again in float32 where its own precision overflows."""
+    """Run the autoencoder, in float32 where its config asks for that or its own precision overflows."""
     autoencoder, dtype = components.autoencoder, execution.dtype
+    upcast = dtype == torch.float16 and components.upcasts
     with execution.lend(autoencoder):
-        output = run(autoencoder, x.to(dtype)).float()
-        if torch.isfinite(output).all():
-            return output
+        if not upcast:
+            output = run(autoencoder, x.to(dtype)).float()
+            if torch.isfinite(output).all():
+                return output
         output = run(copy.deepcopy(autoencoder).float(), x.float())
     if not torch.isfinite(output).all():
         raise InputError("the autoencoder overflowed even in float32; use a lower guidance_scale or another model")
+    if upcast:
+        return output
     notes.append(f"the autoencoder overflowed in {dtype} and was run again in float32")
     return output

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentdiff.checkpoints import Components
+from latentdiff.devices import memory_of
 from latentdiff.engine.memory_estimate import enlarging_bytes
-from latentdiff.engine.place import memory_of
 from latentdiff.engine.tiled_denoising import Windows, make_windows
 from latentdiff.errors import InputError
 

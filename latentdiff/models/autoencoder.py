@@ -29,7 +29,7 @@ class AutoencoderConfig(ModelConfig):
         layers_per_block: residual blocks per resolution in the encoder; the decoder has one more.
         sample_size: side of the training pictures in pixels; informative.
         scaling_factor: what the diffusion side multiplies latents by, so that their standard deviation is about 1.
-        force_upcast: whether the weights overflow in float16; informative, for whoever picks the dtype.
+        force_upcast: whether the weights overflow in float16; see `checkpoints.Components.upcasts`.
     """
 
     class_name: ClassVar[str] = "AutoencoderKL"

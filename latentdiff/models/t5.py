@@ -5,9 +5,11 @@ Source: Raffel et al. 2019, arXiv 1910.10683.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from latentdiff.models.config import ModelConfig, require, require_positive
@@ -62,7 +64,14 @@ class T5Config(ModelConfig):
 
 
 class T5EncoderModel(nn.Module):
-    """Turn tokens into one vector each that knows of all the others. Importing transformers takes seconds."""
+    """Turn tokens into one vector each that knows of all the others. Importing transformers takes seconds.
+
+    Attributes:
+        kept_in_float32: how the names of weights end that stay in float32 where the others are float16, in which their
+            products overflow; as in transformers.
+    """
+
+    kept_in_float32: ClassVar[tuple[str, ...]] = (".wo.weight",)
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -88,3 +97,15 @@ class T5EncoderModel(nn.Module):
         embeddings = self.shared(input_ids)  # (B, L, D)
         encoded = self.encoder(inputs_embeds=embeddings, attention_mask=attention_mask, output_hidden_states=True)
         return TextStates(encoded.last_hidden_state, None, encoded.hidden_states)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> T5EncoderModel:
+        """Move or cast the weights, as `to` and its like do, but leave `kept_in_float32` in float32."""
+        before = {name: weight.data for name, weight in self._kept()}
+        super()._apply(fn, recurse)
+        for name, weight in self._kept():
+            if weight.dtype == torch.float16:
+                weight.data = before[name].to(weight.device, torch.float32)
+        return self
+
+    def _kept(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, weight) for name, weight in self.named_parameters() if name.endswith(self.kept_in_float32)]

@@ -19,6 +19,7 @@ from latentdiff.checkpoints import (
     load_text_encoder,
     save_model,
     save_pipeline,
+    storage,
 )
 from latentdiff.checkpoints.inspect import describe_file, describe_folder
 from latentdiff.errors import (
@@ -353,3 +354,24 @@ def test_a_vocabulary_larger_than_the_text_encoder_is_refused(model_folder: Path
     words.write_text(words.read_text(encoding="utf-8") + more, encoding="utf-8")
     with pytest.raises(ModelConfigError, match=r"the tokenizer has .* tokens, its text encoder 256"):
         load_pipeline(model_folder)
+
+
+def test_saving_on_windows(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It opens no folders, and flushes only what is open for writing."""
+    opened, open_file = [], os.open
+
+    def as_windows(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if os.path.isdir(path) or not flags & (os.O_RDWR | os.O_WRONLY):
+            raise PermissionError(13, "Permission denied", str(path))
+        opened.append(Path(path).name)
+        return open_file(path, flags, *rest, **more)
+
+    monkeypatch.setattr(storage, "WINDOWS", True)
+    pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/README.md").write_text("a card, which stays")
+    (tmp_path / "model/README.md").chmod(0o444)
+    monkeypatch.setattr(os, "open", as_windows)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "README.md")  # root may write everything
+    for file in (tmp_path / "model").rglob("*"):
+        storage.flush_to_disk(file)
+    assert "model_index.json" in opened and "README.md" not in opened

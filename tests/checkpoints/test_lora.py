@@ -447,3 +447,13 @@ def test_statistics_of_many_tags_are_no_hindrance(components: Components, tmp_pa
     save_file(pair(), tmp_path / "a.safetensors", metadata={"ss_tag_frequency": tags * 2})
     with pytest.raises(ModelFormatError, match="if it is all metadata, save the tensors again without"):
         load_lora(tmp_path / "a.safetensors", components)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_files_of_float8_are_read(components: Components, tmp_path: Path, dtype: torch.dtype) -> None:
+    save_lora(lora_of(components), tmp_path / "a.safetensors", components, "kohya")
+    stored = {name: tensor.to(dtype) for name, tensor in load_file(tmp_path / "a.safetensors").items()}
+    save_file(stored, tmp_path / "small.safetensors")
+    save_file({name: tensor.half() for name, tensor in stored.items()}, tmp_path / "same.safetensors")
+    small, same = (apply_loras(components, {tmp_path / f"{name}.safetensors": 1.0}) for name in ("small", "same"))
+    assert digest(small) == digest(same) != digest(components)

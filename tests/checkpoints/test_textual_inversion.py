@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import save_pipeline
+from latentdiff.checkpoints.textual_inversion import TABLES
 from latentdiff.cli import main
 from latentdiff.errors import InputError, ModelLoadError, ModelMismatchError, UnsafeModelError
 from latentdiff.generation.result import read_record
@@ -145,3 +146,11 @@ def test_pickles_are_refused(pipe: Pipeline, tmp_path: Path) -> None:
     torch.save({"string_to_param": {"*": torch.zeros(1, 16)}}, tmp_path / "a.safetensors")
     with pytest.raises(UnsafeModelError):
         pipe.with_embedding(tmp_path / "a.safetensors")
+
+
+def test_vectors_of_float8_are_read(pipe: Pipeline, tmp_path: Path) -> None:
+    vectors = torch.randn(2, 16, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    save_file({"foxtoy": vectors}, tmp_path / "a.safetensors")
+    learned = pipe.with_embedding(tmp_path / "a.safetensors")
+    table = learned.components.text_encoder.get_submodule(TABLES["CLIPTextModel"]).weight
+    assert torch.equal(table[-2:], vectors.float())

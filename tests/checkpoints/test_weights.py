@@ -36,6 +36,16 @@ def test_values_are_those_of_the_file(tmp_path: Path, kind: str, target: torch.d
     assert all(bitwise_equal(found[name], tensor.to(target)) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2"])
+def test_float8_becomes_float16_where_no_precision_is_asked_for(tmp_path: Path, kind: str) -> None:
+    """Nothing is computed in it, and float16 has all its values."""
+    every = torch.arange(256, dtype=torch.uint8).view(FLOATS[kind])
+    values = every[every.float().isfinite()]
+    save_file({"a": values}, tmp_path / "a.safetensors")
+    found = read_weights(tmp_path / "a.safetensors", read_header(tmp_path / "a.safetensors").tensors)["a"]
+    assert found.dtype == torch.float16 and torch.equal(found.float(), values.float())
+
+
 @pytest.mark.parametrize("kind", NON_FINITE)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kind_of_value_that_is_not_finite_is_refused(tmp_path: Path, kind: str, target: torch.dtype) -> None:

@@ -16,9 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latentdiff import Pipeline
+from latentdiff.checkpoints.lora import save_lora
 from latentdiff.cli import main
 from latentdiff.engine.offload import Offload
 from latentdiff.errors import InputError
+from tests.checkpoints.test_lora import lora_of
+from tests.fake_device import FakeDevice
 
 STEPS = {"num_inference_steps": 2, "output_type": "latent"}
 DEVICE = torch.device("cpu", 0)
@@ -35,18 +38,24 @@ class Watch:
 
     def __init__(self, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
         self.names = {pipe.text_encoder: "text encoder", pipe.unet: "unet", pipe.autoencoder: "autoencoder"}
-        self.there: set[str] = set()
+        self.at_home = {network: _place(network) for network in self.names}
         self.ran: list[str] = []
         move = nn.Module.to
 
         def moved(network: nn.Module, place: Any, *rest: Any) -> nn.Module:
-            (self.there.add if place == DEVICE else self.there.discard)(self.names[network])
+            for tensor in network.parameters():  # which torch leaves where they are on the way from "cpu" to "cpu:0"
+                tensor.data = tensor.data.clone()
             return move(network, place, *rest)
 
         monkeypatch.setattr(nn.Module, "to", moved)
         for network, name in self.names.items():
             for module in network.modules():
                 module.register_forward_pre_hook(self._on_run(name))
+
+    @property
+    def there(self) -> set[str]:
+        """The networks that are not in the memory they were in at first."""
+        return {self.names[network] for network, home in self.at_home.items() if _place(network) != home}
 
     def _on_run(self, name: str) -> Callable[..., None]:
         def note(module: nn.Module, inputs: Any) -> None:
@@ -55,6 +64,10 @@ class Watch:
                 self.ran.append(name)
 
         return note
+
+
+def _place(network: nn.Module) -> int:
+    return next(network.parameters()).data_ptr()
 
 
 @pytest.fixture
@@ -129,3 +142,17 @@ def test_networks_are_loaded_into_cpu_memory(built_model: Path, monkeypatch: pyt
     loaded = Pipeline.from_pretrained(built_model, offload=True)
     assert loaded.device == torch.device("cuda")
     assert {parameter.device.type for parameter in loaded.unet.parameters()} == {"cpu"}
+
+
+def test_weights_stay_shared_and_are_not_copied_back(built_model: Path, tmp_path: Path) -> None:
+    with FakeDevice("cuda") as device:
+        pipe = Pipeline.from_pretrained(built_model, offload=True)
+        save_lora(lora_of(pipe.components), tmp_path / "a.safetensors", pipe.components)
+        styled = pipe.with_loras({tmp_path / "a.safetensors": 0.1})
+        decoder = [weight.data_ptr() for weight in pipe.autoencoder.parameters()]
+        device.forget()
+        for one in (pipe, styled):
+            one("cat", num_inference_steps=1)
+        assert device.copies and not any("offload" in line for line in device.syncs)
+        for one in (pipe, styled):
+            assert [weight.data_ptr() for weight in one.autoencoder.parameters()] == decoder

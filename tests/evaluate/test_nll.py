@@ -14,10 +14,14 @@ from torch import Tensor
 import latentdiff.evaluate.likelihood as module
 from latentdiff import Pipeline
 from latentdiff.checkpoints import save_pipeline
+from latentdiff.checkpoints.single_file import ENLARGING
 from latentdiff.cli import main
 from latentdiff.diffusion import Call, NoiseSchedule
 from latentdiff.diffusion.prediction import Denoiser
+from latentdiff.errors import InputError
 from latentdiff.evaluate import negative_log_likelihood
+from latentdiff.evaluate.likelihood import network_of
+from tests.checkpoints.test_single_file import components_of, tiny
 from tests.models.test_pixels import components
 from tests.models.tiny import noise_picture
 
@@ -86,3 +90,32 @@ def test_the_command_prints_and_refuses(tmp_path: Path, capsys: pytest.CaptureFi
     assert "metric 'fid' is unknown" in capsys.readouterr().err
     assert main([*call[:-1], "test"]) == 2
     assert "has no split 'test'" in capsys.readouterr().err
+
+
+def test_long_captions_are_read_to_their_end(pipe: Pipeline) -> None:
+    """In as many windows as they take, and without a say in what the others of a batch cost."""
+    long, short = "the fox " * 9, "the fox"
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    call = Call(0, torch.arange(3), torch.zeros(3, dtype=torch.int64), torch.ones(3), torch.full((3,), 400.0))
+    one = Call(0, torch.arange(1), torch.zeros(1, dtype=torch.int64), torch.ones(1), torch.full((1,), 400.0))
+    with torch.no_grad():
+        together = network_of(pipe.components, [long, short, long + "cat"])(x, call)
+        for row, text in enumerate((long, short, long + "cat")):
+            torch.testing.assert_close(
+                network_of(pipe.components, [text])(x[row : row + 1], one), together[row : row + 1]
+            )
+        cut = network_of(pipe.components, [long])(x[2:], one)
+    assert not torch.allclose(cut, together[2:], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "channels", "message"),
+    [
+        ("Stable Diffusion 1.x", 9, "fills in components of pictures"),
+        (ENLARGING, 4, "enlarges pictures"),
+        ("Stable Diffusion XL", 4, "is told sizes too"),
+    ],
+)
+def test_models_that_are_told_more_than_a_text_are_refused(family: str, channels: int, message: str) -> None:
+    with pytest.raises(InputError, match=f"given a text alone are measured, got one that {message}.*; use another"):
+        negative_log_likelihood(components_of(tiny(family), channels), torch.zeros(1, 3, 32, 32), ["a fox"])

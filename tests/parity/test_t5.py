@@ -17,6 +17,7 @@ from latentdiff.checkpoints import load_pipeline, load_text_encoder, save_pipeli
 from latentdiff.errors import InputError, ModelConfigError
 from latentdiff.models.encoding import TokenStates
 from latentdiff.models.t5 import T5Config, T5EncoderModel
+from tests.fake_device import FakeDevice
 from tests.models.tiny import CONTEXT, randomize
 
 WORDS = ("a", "red", "fox", "cat", "the")
@@ -54,6 +55,45 @@ def test_states_are_those_of_transformers(folder: Path) -> None:
             expected = peer(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
         states = torch.cat([one.states for one in TokenStates(encoder, tokenizer)(texts)])
         torch.testing.assert_close(states, expected, rtol=0, atol=1e-6)
+
+
+def test_half_precision_keeps_in_float32_what_transformers_keeps(folder: Path) -> None:
+    """Products of these weights overflow in float16; casting a model that is loaded keeps them too."""
+    place, texts = folder / "text_encoder", ["a red fox", "the cat"]
+    peer = transformers.T5EncoderModel.from_pretrained(place, torch_dtype=torch.float16).eval()
+    expected = {name: weight.dtype for name, weight in peer.named_parameters() if name.endswith("wo.weight")}
+    assert set(expected.values()) == {torch.float32}
+    loaded, tokenizer = load_text_encoder(folder, torch.float16)
+    cast = load_text_encoder(folder)[0].to(torch.float16)
+    words = tokenizer(texts).input_ids
+    with torch.no_grad():
+        states = peer(input_ids=words).last_hidden_state
+    for encoder in (loaded, cast, load_text_encoder(folder)[0].half()):
+        dtypes = {name: weight.dtype for name, weight in encoder.named_parameters()}
+        assert {name: dtype for name, dtype in dtypes.items() if name in expected} == expected
+        assert {dtype for name, dtype in dtypes.items() if name not in expected} == {torch.float16}
+        assert all(torch.equal(weight, dict(peer.named_parameters())[name]) for name, weight in _exact(encoder))
+        found = torch.cat([one.states for one in TokenStates(encoder, tokenizer)(texts)])
+        assert found.dtype == torch.float16
+        torch.testing.assert_close(found, states, rtol=0, atol=2e-3)
+    assert {weight.dtype for weight in load_text_encoder(folder, torch.bfloat16)[0].parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in cast.float().parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_states_on_a_device(folder: Path, kind: str) -> None:
+    encoder, tokenizer = load_text_encoder(folder, torch.float16)
+    encode = TokenStates(encoder, tokenizer)
+    expected = encode(["a red fox", "the cat a red fox the cat a fox"])
+    with FakeDevice(kind) as device:
+        encoder.to(device.device)
+        for ours, theirs in zip(encode(["a red fox", "the cat a red fox the cat a fox"]), expected):
+            assert device.holds(ours.states) and torch.equal(ours.states.cpu(), theirs.states)
+    assert {weight.dtype for _, weight in _exact(encoder)} == {torch.float32}
+
+
+def _exact(encoder: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, weight) for name, weight in encoder.named_parameters() if weight.dtype == torch.float32]
 
 
 def test_windows_of_a_long_prompt(folder: Path) -> None:

@@ -334,7 +334,7 @@ def _sift(
     Raises:
         InputError: too much is skipped, or everything.
     """
-    samples, rows, skipped = [], [], []
+    samples, rows, skipped = list[Sample](), list[dict[str, Any]](), list[dict[str, Any]]()
     for place, (row, found) in enumerate(zip(source.rows, findings)):
         captions = captions_of(row, source.uncaptioned)
         reason = captions if isinstance(captions, str) else found

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from latentdiff.engine.place import machine_memory
+from latentdiff.devices import machine_memory
 from latentdiff.errors import InputError, StorageError
 
 from ..config import RunConfig

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentdiff.engine.place import DTYPES
+from latentdiff.devices import DTYPES
 
 from ..data.batches import Batch
 

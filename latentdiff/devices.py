@@ -8,8 +8,18 @@ import torch
 
 from latentdiff.errors import InputError, suggest
 
-__all__ = ["DTYPES", "machine_memory", "memory_of", "resolve_device", "resolve_dtype"]
+__all__ = [
+    "DTYPES",
+    "OutOfDeviceMemoryError",
+    "copies_unwaited",
+    "machine_memory",
+    "memory_of",
+    "resolve_device",
+    "resolve_dtype",
+    "widest_float",
+]
 
+OutOfDeviceMemoryError = torch.cuda.OutOfMemoryError
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -42,6 +52,19 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {str(dtype)!r} is unknown{suggest(str(dtype), DTYPES)}")
     return DTYPES[str(dtype or "float32")]
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the most exact dtype that a device computes in: float64, or float32 on MPS, which has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def copies_unwaited(device: torch.device) -> bool:
+    """Say whether tensors are sent to a device from pinned memory, which nobody has to wait for.
+
+    MPS reads such memory later too, but it may have been freed by then.
+    """
+    return device.type == "cuda"
 
 
 def machine_memory() -> int:
