@@ -230,8 +230,11 @@ class NoiseSchedule:
 
         Source: Kingma et al. 2021, arXiv 2107.00630, section 3.1.
         """
-        table = self.alphas_cumprod / (1 - self.alphas_cumprod)
-        return table.to(torch.float32).to(timesteps.device)[timesteps]
+        return self._table("snr", timesteps.device, torch.float32)[timesteps]
+
+    def sigma_at(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        """Return the noise levels (B, 1, 1, 1) at timesteps (B,), in at least float32 on the device of `like`."""
+        return self._at("sigmas", timesteps, like)
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Draw x_t of the forward process q(x_t | x_0) as the network sees it in training (`prediction.py`).
@@ -277,7 +280,8 @@ class NoiseSchedule:
         Source: Ho et al. 2020, arXiv 2006.11239, Eq. 6 and 7, section 3.2; Nichol & Dhariwal 2021, arXiv 2102.09672,
         Eq. 15.
         """
-        of_x0, of_x_t, small, large, beta = (self._at(table, timesteps, x0) for table in self._posterior_tables)
+        names = ("posterior_of_x0", "posterior_of_x_t", "log_small_variance", "log_large_variance", "log_beta")
+        of_x0, of_x_t, small, large, beta = (self._at(name, timesteps, x0) for name in names)
         mean = of_x0 * x0 + of_x_t * x_t  # Eq. 7
         if isinstance(variance, Tensor):
             return mean, torch.lerp(small.expand_as(variance), beta.expand_as(variance), (variance + 1) / 2)  # Eq. 15
@@ -285,7 +289,7 @@ class NoiseSchedule:
         return mean, small if variance == "fixed_small" else large
 
     @cached_property
-    def _posterior_tables(self) -> tuple[Tensor, ...]:
+    def _posterior_tables(self) -> dict[str, Tensor]:
         """Factors of x_0 and x_t in the posterior mean, logarithms of small and large variance and of beta, (T,)."""
         after = self.alphas_cumprod  # alpha-bar at t
         before = torch.cat([after.new_ones(1), after[:-1]])  # at t - 1
@@ -293,7 +297,14 @@ class NoiseSchedule:
         small = betas * (1 - before) / (1 - after)  # Eq. 7
         small[0] = small[1] if len(small) > 1 else betas[0]
         of_x0, of_x_t = before.sqrt() * betas / (1 - after), (after / before).sqrt() * (1 - before) / (1 - after)
-        return of_x0, of_x_t, small.log(), torch.cat([small[:1], betas[1:]]).log(), betas.log()
+        large = torch.cat([small[:1], betas[1:]])
+        return {
+            "posterior_of_x0": of_x0,
+            "posterior_of_x_t": of_x_t,
+            "log_small_variance": small.log(),
+            "log_large_variance": large.log(),
+            "log_beta": betas.log(),
+        }
 
     def sampling_grid(self, num_inference_steps: int, rule: str = "ddim", sigma_spacing: str | None = None) -> Grid:
         """Choose the noise levels that a sampling run visits.
@@ -371,17 +382,34 @@ class NoiseSchedule:
 
     def _rates(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return signal and noise rate of what the network sees at `timesteps`, each (B, 1, 1, 1), as `like` is."""
+        return self._at("signal_rates", timesteps, like), self._at("noise_rates", timesteps, like)
+
+    def _at(self, name: str, timesteps: Tensor, like: Tensor) -> Tensor:
+        """Return the entries (B, 1, 1, 1) of a table (T,), in at least float32, on the device of `like`."""
+        table = self._table(name, like.device, torch.promote_types(like.dtype, torch.float32))
+        return table[timesteps.to(like.device)].reshape(-1, *[1] * (like.ndim - 1))
+
+    def _table(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return a table (T,) on a device, to which it is sent once and not in every training step."""
+        key = (name, device, dtype)
+        if key not in self._sent_tables:
+            self._sent_tables[key] = self._tables[name].to(device, dtype)
+        return self._sent_tables[key]
+
+    @cached_property
+    def _sent_tables(self) -> dict[tuple[str, torch.device, torch.dtype], Tensor]:
+        return {}
+
+    @cached_property
+    def _tables(self) -> dict[str, Tensor]:
+        """All tables by timestep, each (T,) float64."""
         signal_rates, noise_rates = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
         if PREDICTIONS[self.prediction_type].power == 1:
             total = signal_rates + noise_rates
             signal_rates, noise_rates = signal_rates / total, noise_rates / total
-        return self._at(signal_rates, timesteps, like), self._at(noise_rates, timesteps, like)
-
-    @staticmethod
-    def _at(table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
-        """Return the entries (B, 1, 1, 1) of a table (T,), in at least float32, on the device of `like`."""
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        return table.to(like.device, dtype)[timesteps.to(like.device)].reshape(-1, *[1] * (like.ndim - 1))
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        rates = {"signal_rates": signal_rates, "noise_rates": noise_rates, "sigmas": self.sigmas, "snr": snr}
+        return rates | self._posterior_tables
 
 
 def _require_choice(name: str, value: object, choices: Mapping[str, Any] | tuple[str, ...]) -> None:
