@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 from accelerate.state import AcceleratorState
 from latentdiff.training.check.diffusion import check as look
 from latentdiff.training.config import AutoencoderTraining, parse_config
-from latentdiff.training.train_autoencoder import train_autoencoder
+from latentdiff.training.train_autoencoder import fold_statistics, train_autoencoder
 from latentdiff.training.train_diffusion import train_diffusion
+from PIL import Image
 
 from latentdiff.checkpoints import load_pipeline, save_pipeline
 from latentdiff.diffusion import NoiseSchedule
+from latentdiff.images import to_tensor
+from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from latentdiff.training import check, monitor
 from tests.conftest import UNET
@@ -68,22 +72,27 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.fixture(scope="session")
-def upscaler(built_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that enlarges four times, of random weights."""
-    components = load_pipeline(built_model)
+def models(built_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Models of random weights by their name in `CASES`: one whose latents of the pictures are as they should be, and
+    one that enlarges four times."""
+    place, components = tmp_path_factory.mktemp("models"), load_pipeline(built_model)
+    autoencoder = components.autoencoder
+    assert isinstance(autoencoder, AutoencoderKL)
+    drawn = [Image.open(file).convert("RGB") for file in sorted(pictures(place / "pictures", 6).glob("*.png"))]
+    with torch.no_grad():
+        latents = autoencoder.encode(to_tensor([image.resize((SIZE, SIZE)) for image in drawn])).mode()
+        fold_statistics(autoencoder, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
+    autoencoder.config = replace(autoencoder.config, scaling_factor=1.0)
+    save_pipeline(components, place / "model", dtype=None)
     unet = UNet2DConditionModel(UNetConfig.from_dict({**UNET, "in_channels": 7, "num_class_embeds": 20}))
-    folder = tmp_path_factory.mktemp("upscaler") / "model"
     low = NoiseSchedule(class_name="DDPMScheduler")
-    from dataclasses import replace
-
-    save_pipeline(replace(components, unet=unet, low_res_schedule=low), folder, dtype=None)
-    return folder
+    save_pipeline(replace(components, unet=unet, low_res_schedule=low), place / "upscaler", dtype=None)
+    return {"MODEL": str(place / "model"), "UPSCALER": str(place / "upscaler")}
 
 
-def config_of(case: str, place: Path, built_model: Path, upscaler: Path, **run: Any) -> Any:
+def config_of(case: str, place: Path, models: dict[str, str], **run: Any) -> Any:
     """Return the config of a case of three steps, with samples before and at its end."""
-    names = {"MODEL": str(built_model), "UPSCALER": str(upscaler)}
-    given = {name: names.get(value, value) if isinstance(value, str) else value for name, value in CASES[case].items()}
+    given = {name: models.get(value, value) if isinstance(value, str) else value for name, value in CASES[case].items()}
     if not (place / "pictures").exists():
         pictures(place / "pictures", 6)
     tree = {"stage": "diffusion", "prompts": ["a"], **given}
@@ -105,11 +114,11 @@ def train(config: Any, resume: bool = False) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_training_runs_where_the_accelerator_says_and_goes_on(
-    case: str, device: FakeDevice, tmp_path: Path, built_model: Path, upscaler: Path, capsys: pytest.CaptureFixture[str]
+    case: str, device: FakeDevice, tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(config_of(case, tmp_path, built_model, upscaler))
+    train(config_of(case, tmp_path, models))
     device.forget()
-    exported = train(config_of(case, tmp_path, built_model, upscaler, steps=4), resume=True)
+    exported = train(config_of(case, tmp_path, models, steps=4), resume=True)
     assert exported.exists() and (tmp_path / "run/samples/00000004.png").is_file()
     assert "could not be drawn" not in capsys.readouterr().err
     assert device.copies  # it was used
@@ -120,36 +129,35 @@ def test_a_run_is_looked_at_on_the_device(
     case: str,
     device: FakeDevice,
     tmp_path: Path,
-    built_model: Path,
-    upscaler: Path,
+    models: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for module in (check.diffusion, check.autoencoder):
         monkeypatch.setattr(module, "OVERFIT_STEPS", 2)
-    look(config_of(case, tmp_path, built_model, upscaler))
+    look(config_of(case, tmp_path, models))
     assert "FLOPs of a step" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("case", WAITS)
 def test_a_step_seldom_waits_for_the_device(
-    case: str, tmp_path: Path, built_model: Path, upscaler: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, tmp_path: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = []
     with FakeDevice("cuda") as device:
         for steps in (3, 7):
             device.forget()
             often = {"steps": steps, "log_every": 100, "sample_every": 100, "save_every": 100}
-            train(config_of(case, tmp_path, built_model, upscaler, out=str(tmp_path / str(steps)), **often))
+            train(config_of(case, tmp_path, models, out=str(tmp_path / str(steps)), **often))
             counts.append(sum(device.syncs.values()))
     assert counts[1] - counts[0] <= 4 * WAITS[case]
 
 
 def test_the_environment_may_keep_a_run_off_the_device(
-    device: FakeDevice, tmp_path: Path, built_model: Path, upscaler: Path, monkeypatch: pytest.MonkeyPatch
+    device: FakeDevice, tmp_path: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    train(config_of("full", tmp_path, built_model, upscaler))
+    train(config_of("full", tmp_path, models))
     assert not device.copies
 
 

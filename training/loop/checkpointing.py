@@ -31,7 +31,7 @@ _NAME = re.compile(r"step-(\d{8})$")
 # Keys of a config that a resumed run may change: where, how long, how often, and how a step is computed, not what.
 FREE_KEYS = {
     *("run.out", "run.steps", "run.log_every", "run.sample_every", "run.save_every", "run.keep_checkpoints"),
-    *("run.accumulation", "run.compile", "run.gradient_checkpointing", "run.trackers"),
+    *("run.accumulation", "run.compile", "run.gradient_checkpointing", "run.trackers", "samples.prompts"),
 }
 
 
