@@ -21,8 +21,9 @@ from tests.training.test_stages import pictures, weights_of
 # The config that release 0.1 kept in a checkpoint.
 SAVED = """{"stage": "diffusion", "task": "upscale", "full_mask": 0.1, "degradation": 0.5, "max_noise_level": 350,
 "low_res_schedule": {"beta_end": 0.01}, "data": {"folder": "p", "image_column": null, "caption_column": null,
-"size": 128, "buckets": false, "crop": "center", "zoom": 1.0, "crops": 4, "keep": {}, "drop": {}, "captions": [], "held_out": 0.0,
-"background": "white", "variants": ["plain"]}, "run": {"out": "r", "steps": 3, "batch_size": 2, "accumulation": 1,
+"size": 128, "buckets": false, "crop": "center", "zoom": 1.0, "crops": 4, "keep": {}, "drop": {}, "captions": [],
+"held_out": 0.0, "background": "white", "variants": ["plain"]},
+"run": {"out": "r", "steps": 3, "batch_size": 2, "accumulation": 1,
 "seed": 0, "precision": "auto", "compile": false, "gradient_checkpointing": false, "ema_decay": 0.999,
 "ema_snapshots": 0, "log_every": 50, "sample_every": 1000, "save_every": 1000, "keep_checkpoints": 2,
 "trackers": ["tensorboard"]}, "autoencoder": "embedded", "channels": 3, "text_encoder": "embedded",
