@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from latentdiff.training.datasets import emoji
 from PIL import Image, PngImagePlugin
 
-import latentdiff.commands.drawing
+import latentdiff.commands.generate
 from latentdiff import Pipeline, training
 from latentdiff.cli import main
+from latentdiff.commands import train
 from latentdiff.generation.result import read_record
 from latentdiff.images import open_image, read_texts
 
@@ -180,7 +182,7 @@ def test_output_is_checked_before_the_model_is_loaded(draw: Any, monkeypatch: py
     def never(*arguments: Any) -> Pipeline:
         raise AssertionError("model loaded")
 
-    monkeypatch.setattr(latentdiff.commands.drawing, "load", never)
+    monkeypatch.setattr(latentdiff.commands.generate, "load", never)
     assert draw("fox", "-o", "none/a.png") == 4
     assert draw("fox", "--sampler", "dimm") == 2
 
@@ -351,32 +353,32 @@ def test_inspect(draw: Any, built_model: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_train_and_data_hand_over_to_training(monkeypatch: pytest.MonkeyPatch) -> None:
-
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(training, "cli_train", lambda *arguments: calls.append(arguments))
-    monkeypatch.setattr(training, "cli_check", lambda *arguments: calls.append(("check", *arguments)))
-    monkeypatch.setattr(training, "cli_data_emoji", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(train, "train", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(train, "check", lambda *arguments: calls.append(("check", *arguments)))
+    monkeypatch.setattr(emoji, "build", lambda *arguments, sources: calls.append((*arguments, sources)))
     assert main(["train", "c.yaml", "--set", "a.b=1", "--set", "c=2", "--resume", "--out", "runs/x"]) == 0
     assert main(["train", "c.yaml", "--check", "--out", "runs/x"]) == 0
     assert main(["data", "emoji", "out", "--size", "32"]) == 0
-    expected = [("c.yaml", ["a.b=1", "c=2"], True, "runs/x"), ("check", "c.yaml", [], "runs/x"), ("out", 32, "emoji")]
+    expected = [("c.yaml", ["a.b=1", "c=2"], True, "runs/x"), ("check", "c.yaml", [], "runs/x"), ("out", 32, None)]
     assert calls == expected
 
 
-def test_recipes_of_an_installed_package_are_found_by_name(
+def test_recipes_of_an_installed_package_are_found_by_plain_names_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workplace: Path
 ) -> None:
-
     packaged = tmp_path / "training" / "configs" / "emoji.yaml"
     packaged.parent.mkdir(parents=True)
     packaged.write_text("")
     calls: list[str] = []
     monkeypatch.setattr(training, "__file__", str(tmp_path / "training" / "__init__.py"))
-    monkeypatch.setattr(training, "cli_train", lambda config, *rest: calls.append(config))
-    assert main(["train", "configs/emoji.yaml"]) == main(["train", "other.yaml"]) == 0
+    monkeypatch.setattr(train, "train", lambda config, *rest: calls.append(config))
+    mistyped = "my-experiments/2024/emoji.yaml"  # is no recipe of ours, whatever its last name
+    for name in ("configs/emoji.yaml", "emoji.yaml", "other.yaml", mistyped):
+        assert main(["train", name]) == 0
     Path("emoji.yaml").write_text("")
     assert main(["train", "emoji.yaml"]) == 0
-    assert calls == [str(packaged), "other.yaml", "emoji.yaml"]
+    assert calls == [str(packaged), str(packaged), "other.yaml", mistyped, "emoji.yaml"]
 
 
 def test_help_lists_the_commands_of_the_contract(capsys: pytest.CaptureFixture[str]) -> None:

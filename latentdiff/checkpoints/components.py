@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -86,7 +86,7 @@ class Encoders:
         return Encoders(**self._shared())
 
     def _shared(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(Encoders)}
+        return {item.name: getattr(self, item.name) for item in fields(Encoders)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,7 @@ class Components(Encoders):
         embeddings: learned words, with the files they are from; see `checkpoints.textual_inversion`.
         loras: LoRAs in the weights, in this order; see `checkpoints.lora.apply_loras`.
         base: the components with the networks as they are without LoRAs; None where there are none.
+        defaults: of generation options, where the model has its own; see `checkpoints.generation_config`.
     """
 
     unet: UNet2DConditionModel
@@ -107,6 +108,7 @@ class Components(Encoders):
     embeddings: tuple[Mapping[str, str], ...] = ()
     loras: tuple[WeightedLoRA, ...] = ()
     base: Components | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def expects_pooled_text(self) -> bool:
@@ -142,6 +144,11 @@ class Components(Encoders):
     def upscales(self) -> bool:
         """Whether the U-Net takes a small picture besides noisy latents."""
         return self.task == "upscale"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether prompts say what is generated; an unconditional model, trained without labels, knows none."""
+        return not isinstance(self.text_encoder, LabelEncoder) or bool(self.text_encoder.config.labels)
 
     @property
     def device(self) -> torch.device:

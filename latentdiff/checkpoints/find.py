@@ -45,12 +45,13 @@ def embedded_model(name: str = EMBEDDED) -> Path:
     )
 
 
-def find_model(model: str | os.PathLike[str] | None) -> tuple[Path, str]:
+def find_model(model: str | os.PathLike[str] | None, *, local: bool = False) -> tuple[Path, str]:
     """Return the folder of a model, and the name under which settings refer to it.
 
     Args:
         model: a folder; `owner/name` or `owner/name@revision` on a hub, where there is no such folder; one of `ASSETS`,
             None for "embedded".
+        local: of models on a hub, take only what is in the cache already.
 
     Raises:
         InputError: there is no such model.
@@ -66,7 +67,7 @@ def find_model(model: str | os.PathLike[str] | None) -> tuple[Path, str]:
         if folder.exists():
             raise InputError(f"model must be a folder in diffusers' layout, got the file {name}; convert it first")
         if NAME.fullmatch(name) and not folder.parent.is_dir():
-            return _fetch(name), name
+            return _fetch(name, local), name
         siblings = [
             entry.name
             for entry in folder.parent.iterdir()
@@ -80,7 +81,7 @@ def find_model(model: str | os.PathLike[str] | None) -> tuple[Path, str]:
     raise InputError(f"model {name[:200]!r} is no folder here{remedy}")
 
 
-def _fetch(model: str) -> Path:
+def _fetch(model: str, local: bool) -> Path:
     """Return the folder of a model in the cache, once all that is loaded of it is there.
 
     Weights in half precision (`.fp16.`) are fetched only where there are no others.
@@ -90,11 +91,11 @@ def _fetch(model: str) -> Path:
         ModelLoadError: it is there, but no model that can be loaded.
     """
     name, _, revision = model.partition("@")
-    folder = _snapshot(name, revision, SMALL, ())
+    folder = _snapshot(name, revision, SMALL, (), local)
     components = [component for component in NETWORKS if component in read_layout(folder).classes]
-    folder = _snapshot(name, revision, _weights(components), ("*.fp16.*", "*.fp16-*", "*non_ema*"))
+    folder = _snapshot(name, revision, _weights(components), ("*.fp16.*", "*.fp16-*", "*non_ema*"), local)
     lacking = [component for component in components if not _has_weights(folder, component)]
-    return _snapshot(name, revision, _weights(lacking), ()) if lacking else folder
+    return _snapshot(name, revision, _weights(lacking), (), local) if lacking else folder
 
 
 def _weights(components: list[str]) -> tuple[str, ...]:
@@ -109,12 +110,14 @@ def _has_weights(folder: Path, component: str) -> bool:
         return False
 
 
-def _snapshot(name: str, revision: str, allowed: tuple[str, ...], ignored: tuple[str, ...]) -> Path:
+def _snapshot(name: str, revision: str, allowed: tuple[str, ...], ignored: tuple[str, ...], local: bool) -> Path:
     import huggingface_hub
 
     patterns: dict[str, Any] = {"allow_patterns": list(allowed), "ignore_patterns": list(ignored)}
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, **patterns))
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision or None, local_files_only=local, **patterns)
+        )
     except (OSError, ValueError) as error:  # what all of the library's errors are
         why = str(error).strip().partition("\n")[0][:160]
         raise InputError(f"model {name!r} is no folder here, and huggingface_hub says: {why}; pass a folder") from error

@@ -28,6 +28,7 @@ from latentdiff.checkpoints.folder import (
     tokenizer_files,
     weight_files,
 )
+from latentdiff.checkpoints.generation_config import read_defaults
 from latentdiff.checkpoints.header import TensorInfo, read_header
 from latentdiff.checkpoints.weights import FLOATS, read_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
@@ -79,6 +80,8 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     prediction_type: str | None = None,
+    *,
+    local: bool = False,
 ) -> Components:
     """Load all components of a text-to-image model.
 
@@ -89,6 +92,7 @@ def load_pipeline(
         device: where the weights go.
         prediction_type: what the U-Net predicts (see `diffusion.prediction.PREDICTIONS`), where the files say it
             wrongly or, as single files of Stable Diffusion 2.x, not at all; None for what they say.
+        local: of models on a hub, take only what is in the cache already.
 
     Raises:
         InputError: there is no such folder or prediction type.
@@ -98,7 +102,7 @@ def load_pipeline(
         from latentdiff.checkpoints.single_file import load_single_file  # which needs this module
 
         return load_single_file(Path(model), dtype, device, prediction_type)
-    folder, name = find_model(model)
+    folder, name = find_model(model, local=local)
     layout = read_layout(folder)
     classes, homes = layout.classes, layout.homes
     networks = {
@@ -121,6 +125,7 @@ def load_pipeline(
         force_zeros=layout.index.get("force_zeros_for_empty_prompt") is True,
         name=name,
         source=ModelSource(folder),
+        defaults=read_defaults(folder),
     )
     check_fit(folder, components)
     return components

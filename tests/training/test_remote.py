@@ -26,10 +26,10 @@ from latentdiff.training.train_autoencoder import draw_views, image_batches
 from PIL import Image
 
 from latentdiff.checkpoints import Encoders
+from latentdiff.commands.train import train as cli_train
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.errors import InputError, LatentDiffError, MissingDependencyError, StorageError
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
-from latentdiff.training import cli_train
 from tests.training.test_sources import write_tar
 from tests.training.test_stages import recipe
 

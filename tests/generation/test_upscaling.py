@@ -20,8 +20,10 @@ from latentdiff.checkpoints.lora import save_lora
 from latentdiff.cli import main
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.errors import InputError
+from latentdiff.generation.inputs import prepare_small_image
+from latentdiff.generation.request import Settings
 from latentdiff.generation.result import read_record
-from latentdiff.generation.upscale import plan_upscale, reduced, with_alpha
+from latentdiff.generation.upscale import plan_upscale, reduced
 from latentdiff.images import open_rgba, to_tensor
 from latentdiff.models.unet import UNet2DConditionModel
 from tests.checkpoints.test_lora import lora_of
@@ -149,11 +151,19 @@ def test_transparent_pictures_stay_transparent(upscaler: Pipeline, tmp_path: Pat
     assert upscaler("a fox", image=image, scale=2, **STEPS).images[0].size == (20, 16)
 
 
-def test_opacity_over_white() -> None:
-    picture, alpha = Image.new("RGB", (3, 1), (205, 255, 155)), Image.fromarray(np.array([[255, 100, 0]], np.uint8))
-    assert np.asarray(with_alpha(picture, alpha)).tolist() == [
-        [[205, 255, 155, 255], [128, 255, 0, 100], [205, 255, 155, 0]]
-    ]
+def test_edges_of_a_transparent_picture_have_the_colours_of_the_picture() -> None:
+    """A red disc with a soft edge: whatever is under its transparent parts, nothing of that is seen when enlarged."""
+    y, x = np.mgrid[:32, :32] - 15.5
+    opacity = np.clip(12 - np.hypot(x, y), 0, 1)
+    for background in (0, 255):
+        colours = np.full((32, 32, 3), background, np.uint8)
+        colours[opacity > 0] = (200, 30, 40)
+        disc = Image.fromarray(np.dstack([colours, (opacity * 255).astype(np.uint8)]))
+        prepared = prepare_small_image(Settings(prompts=("",)), disc, None, 4)
+        assert prepared.pixels is not None and prepared.opacity is not None
+        assert prepared.pixels.unique(dim=2).flatten(2).unique(dim=2).shape[2] == 1  # all of it is that red
+        assert prepared.opacity.size == (128, 128) and prepared.opacity.getextrema() == (0, 255)
+    assert prepare_small_image(Settings(prompts=("",)), Image.new("RGBA", (8, 8)), None, 4).opacity is not None
 
 
 def test_what_memory_cannot_hold_is_refused(upscaler: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
