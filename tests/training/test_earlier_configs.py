@@ -12,8 +12,8 @@ import yaml
 from latentdiff.training.config import DiffusionTraining, UpscaleTask, completed, load_config, parse_config
 from latentdiff.training.loop.checkpointing import config_differences
 
+from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
-from latentdiff.training import cli_train
 from tests.training.test_objective import LEARNED
 from tests.training.test_objective import recipe as pixel_recipe
 from tests.training.test_stages import pictures, weights_of
