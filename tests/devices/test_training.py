@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full": BASE,
     "word": {**BASE, "textual_inversion": WORD, "prompts": ["a zyx"], "data": {"captions": ["a zyx"]}},
     "text encoder": {**BASE, "train_text_encoder": True},
-    "dreambooth": {**BASE, "prior": {"prompt": "b", "pictures": 2}},
+    "dreambooth": {**BASE, "prior": {"prompt": "b", "pictures": 1}},
     "inpaint": {**BASE, "task": "inpaint"},
     "upscale": {"start_from": "UPSCALER", "task": "upscale", "max_noise_level": 10, "data": {"held_out": 0.3}},
     "autoencoder": {
@@ -62,7 +63,8 @@ WAITS = {"scratch": 1, "lora": 1, "autoencoder": 1}
 
 @pytest.fixture(params=["cuda", "mps"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDevice]:
-    """A device, with no time spent on measuring how fast it is."""
+    """A device, with no time spent on measuring how fast it is, and little on samples."""
+    monkeypatch.setattr(monitor.samples, "Settings", SimpleNamespace(num_inference_steps=2))
     for module in (check.table, monitor.instruments):
         monkeypatch.setattr(module, "matrix_product_rate", lambda accelerator: 1e12)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -91,7 +93,7 @@ def models(built_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def config_of(case: str, place: Path, models: dict[str, str], **run: Any) -> Any:
-    """Return the config of a case of three steps, with samples before and at its end."""
+    """Return the config of a case of two steps, with samples at its end."""
     given = {name: models.get(value, value) if isinstance(value, str) else value for name, value in CASES[case].items()}
     if not (place / "pictures").exists():
         pictures(place / "pictures", 6)
@@ -101,7 +103,7 @@ def config_of(case: str, place: Path, models: dict[str, str], **run: Any) -> Any
     if "lora" in tree or "start_from" in tree:
         tree["optimizer"] = {"learning_rate": 1e-4}
     tree["data"] = {"folder": str(place / "pictures"), "size": SIZE, **given.get("data", {})}
-    often = {"steps": 3, "batch_size": 2, "log_every": 1, "sample_every": 2, "save_every": 2, "trackers": []}
+    often = {"steps": 2, "batch_size": 2, "log_every": 1, "sample_every": 2, "save_every": 2, "trackers": []}
     tree["run"] = {**often, "out": str(place / "run"), "precision": "no", **given.get("run", {}), **run}
     return parse_config(tree)
 
@@ -118,8 +120,8 @@ def test_training_runs_where_the_accelerator_says_and_goes_on(
 ) -> None:
     train(config_of(case, tmp_path, models))
     device.forget()
-    exported = train(config_of(case, tmp_path, models, steps=4), resume=True)
-    assert exported.exists() and (tmp_path / "run/samples/00000004.png").is_file()
+    exported = train(config_of(case, tmp_path, models, steps=3), resume=True)
+    assert exported.exists() and (tmp_path / "run/samples/00000003.png").is_file()
     assert "could not be drawn" not in capsys.readouterr().err
     assert device.copies  # it was used
 

@@ -19,7 +19,7 @@ AUTOENCODER: dict[str, Any] = {
     "run": {"out": "runs/x", "steps": 10, "batch_size": 2},
     "model": {},
 }
-DIFFUSION: dict[str, Any] = {**AUTOENCODER, "stage": "diffusion", "model": {"block_out_channels": [32, 64]}}
+DIFFUSION: dict[str, Any] = {**AUTOENCODER, "stage": "diffusion", "model": {"layers_per_block": 1}}
 DIFFUSION["schedule"] = {"beta_start": 1e-4}
 
 
