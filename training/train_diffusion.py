@@ -122,13 +122,12 @@ def run_steps(
     run, trained, importance = config.run, state.modules["model"], state.modules.get("importance")
     example, twice = draw_batch(data, config, 0, slice(1)), 0.5 * config.objective.self_conditioning
     plain = blank_unet(components) if shards_weights(accelerator) else network
-    speed = measure_speed(
-        plain, *called_with(example, config), accelerator=accelerator, more=twice, **conditioning(example)
-    )
+    inputs, more = called_with(example, config), conditioning(example)
+    speed = measure_speed(plain, *inputs, accelerator=accelerator, more=twice, **more)
     unet, optimizer = prepared(accelerator, network, state.optimizers["optimizer"])
     state.to(accelerator.device)
-    log, statistics, stopping = Log(run, first, "diffusion", accelerator, speed), LatentStatistics(), False
-    grids = SampleGrids()
+    log, grids, stopping = Log(run, first, "diffusion", accelerator, speed), SampleGrids(), False
+    statistics = LatentStatistics()
     batches = statistics.watching(latent_batches(data, config, first, own_shares(accelerator, run)))
     with stop_on_signal() as stopped, fast_attention(accelerator.device), tuned_for_cpu(network):
         for step in range(first, run.steps):
@@ -150,8 +149,8 @@ def run_steps(
             log.step(step, {**values, "learning_rate": optimizer.param_groups[0]["lr"]})
             done, stopping = step + 1, any_process(accelerator, bool(stopped))
             if done % run.log_every == 0:
-                counted = {"ema_distance": ema_distance(state.ema, trained), "skipped_steps": state.guard.skipped}
-                log.write(done, {**counted, **statistics.scalars(accelerator), **norms})
+                norms |= {"ema_distance": ema_distance(state.ema, trained), "skipped_steps": state.guard.skipped}
+                log.write(done, {**norms, **statistics.scalars(accelerator)})
             save_snapshot(run, done, state.profiles, accelerator)
             if done % run.save_every == 0 or done == run.steps or stopping:
                 save_run(config, done, state, accelerator)
