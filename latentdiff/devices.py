@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -16,6 +18,8 @@ __all__ = [
     "memory_of",
     "resolve_device",
     "resolve_dtype",
+    "restored_random_state",
+    "supports_bfloat16",
     "widest_float",
 ]
 
@@ -80,3 +84,18 @@ def memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return machine_memory()
+
+
+def supports_bfloat16(device: torch.device) -> bool:
+    """Say whether a device multiplies matrices in bfloat16 by itself, faster than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+@contextmanager
+def restored_random_state() -> Iterator[None]:
+    """Put torch's global generators, that of the CPU and those of CUDA, back as they were after a `with` block."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        yield

@@ -213,8 +213,8 @@ class DeviceMode(TorchFunctionMode):
         masks = [place for place in places if place.dtype in (torch.bool, torch.uint8) and masked == "wait"]
         if numbers or (mark is not None and masks):
             self.wait("index")
-        components = index if isinstance(index, tuple) else (index,)
-        listed = any(isinstance(part, list) for part in components)
+        parts = index if isinstance(index, tuple) else (index,)
+        listed = any(isinstance(part, list) for part in parts)
         if mark is not None and (listed or any(place.ndim and _mark(place) is None for place in places)):
             self.send("index")
 
@@ -230,7 +230,8 @@ def _counts(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 def _storage(tensor: Tensor) -> UntypedStorage | None:
     """Return where the numbers of a tensor are; None for those without, such as wrappers of torch.func."""
     try:
-        return tensor.untyped_storage()
+        with torch._C.DisableTorchFunction():
+            return tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):
         return None
 

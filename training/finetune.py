@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-
 from latentdiff.checkpoints import EMBEDDED, Components, load_pipeline
+from latentdiff.devices import memory_of, resolve_device
 from latentdiff.errors import InputError
+from latentdiff.prompts import check_prompt
 
-from .config import DataConfig, DiffusionTraining, load_config, parse_config
+from .config import DataConfig, DiffusionTraining, UpscaleTask, dump_yaml, load_config, parse_config
 from .data.conditions import task_of
 from .data.dataset import read_captions
 
@@ -42,10 +43,14 @@ def finetune(
     from .train_diffusion import train_diffusion
 
     if resume:
-        return train_diffusion(load_config(Path(out) / "config.yaml"), True)  # type: ignore[arg-type]
-    tree = recipe(dataset, out, model or TASKS[task or "text_to_image"], rank, task)
-    print(yaml.safe_dump(tree, sort_keys=False))
-    return train_diffusion(parse_config(tree))  # type: ignore[arg-type]
+        config = load_config(Path(out) / "config.yaml")
+    else:
+        tree = recipe(dataset, out, model or TASKS[task or "text_to_image"], rank, task)
+        print(dump_yaml(tree))
+        config = parse_config(tree)
+    if not isinstance(config, DiffusionTraining):
+        raise InputError(f"{out} is a run of stage {config.stage}; go on with it by `latentdiff train --resume`")
+    return train_diffusion(config, resume)
 
 
 def recipe(dataset: str, out: str, model: str, rank: int | None, task: str | None) -> dict[str, Any]:
@@ -85,28 +90,38 @@ def choose(
         "run": run,
         "start_from": model,
         "optimizer": {"learning_rate": rates[large, rank is not None], "warmup_steps": max(1, steps // 20)},
-        "prompts": captions[::every][:PROMPTS],
+        "samples": {"prompts": _prompts(captions[::every]) or ["a picture"]},
     }
     task = task or task_of(components)
     if task != "text_to_image":
-        tree["task"] = task
+        tree["task"] = {"kind": task}
     if task == "upscale":  # windows, in which details are as large as in large pictures
         tree["data"] |= {"crop": "random", "zoom": 2.0}
-        tree["guidance_scale"] = 1.0
+        tree["samples"]["guidance_scale"] = 1.0
         known = components.unet.config.num_class_embeds
-        if known is not None and known <= DiffusionTraining.model_fields["max_noise_level"].default:
-            tree["max_noise_level"] = known - 1
+        if known is not None and known <= UpscaleTask().max_noise_level:
+            tree["task"]["max_noise_level"] = known - 1
     if rank is not None:
         # A small U-Net has most of its weights in convolutions, a large one learns a style by its attention.
         layers = ["attention", "feed_forward"] + ([] if large else ["convolution"])
-        tree["lora"] = {"rank": rank, "layers": layers}
+        tree["train"] = {"kind": "lora", "rank": rank, "layers": layers}
     return tree
+
+
+def _prompts(captions: Sequence[str]) -> list[str]:
+    """Return the first captions that can be drawn."""
+    found = []
+    for caption in captions:
+        with suppress(InputError):
+            found.append(check_prompt(caption))
+    return found[:PROMPTS]
 
 
 def _batch(large: bool) -> int:
     """Return how many pictures a step sees: what a GPU takes at once, or a CPU in a few seconds."""
     if not large:
         return 32
-    if not torch.cuda.is_available():
+    device = resolve_device(None)
+    if device.type == "cpu":
         return 2
-    return 8 if torch.cuda.get_device_properties(0).total_memory > 2**34 else 4
+    return 8 if memory_of(device) > 2**34 else 4

@@ -25,7 +25,7 @@ from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 
-from .config import DiffusionTraining
+from .config import DiffusionTraining, LoraConfig, TextualInversionConfig, UNetAndTextTraining, UpscaleTask
 from .data.conditions import Task, extra_channels, with_task
 from .data.dataset import CaptionedImages, open_images, read_captions
 from .data.latents import LatentSet, cached_latents
@@ -34,6 +34,7 @@ from .data.timesteps import ImportanceSampler
 from .loop.ema import Ema
 from .loop.optimizers import make_optimizer
 from .loop.posthoc_ema import power_emas
+from .loop.resources import require_small_enough
 from .loop.run import checkpoint_gradients, short
 from .loop.sharding import shard, shards_weights
 from .loop.state import RunState
@@ -42,6 +43,7 @@ from .networks.lora import Adapted
 
 # Latents whose mean and standard deviation are looked at before training, at most about so many.
 MEASURED = 4096
+MAX_LABELS = 4096  # for each of which the text encoder has a vector of as many numbers
 
 
 def load_components(config: DiffusionTraining) -> Encoders:
@@ -52,8 +54,8 @@ def load_components(config: DiffusionTraining) -> Encoders:
     if config.start_from is None:
         return with_task(config, _load_halves(config))
     started = load_pipeline(config.start_from)
-    if config.textual_inversion is not None:
-        started = add_words(started, config.textual_inversion)
+    if isinstance(config.train, TextualInversionConfig):
+        started = add_words(started, config.train)
     return with_task(config, started)
 
 
@@ -69,6 +71,11 @@ def _load_halves(config: DiffusionTraining) -> Encoders:
         if config.text_encoder == "labels":
             found = read_captions(config.data, _cache(config, Path(config.run.out)))
             labels = tuple(sorted({caption for captions in found for caption in captions}))
+            if len(labels) > MAX_LABELS:
+                raise InputError(
+                    f"text_encoder: labels is for at most {MAX_LABELS} classes, got {len(labels)} different captions; "
+                    "choose embedded"
+                )
         encoder: Any = LabelEncoder(LabelConfig(labels=labels, hidden_size=max(1, len(labels))))
         return Encoders(
             autoencoder=space.requires_grad_(False), text_encoder=encoder.requires_grad_(False), schedule=schedule
@@ -81,6 +88,13 @@ def _load_halves(config: DiffusionTraining) -> Encoders:
     return Encoders(
         autoencoder=space.requires_grad_(False), text_encoder=encoder, tokenizer=tokenizer, schedule=schedule
     )
+
+
+def move_networks(components: Encoders, device: torch.device) -> None:
+    """Move all networks of a model to the device of the run, in place; the only place where they are."""
+    for network in vars(components).values():
+        if isinstance(network, nn.Module):
+            network.to(device)
 
 
 def prepare_data(config: DiffusionTraining, components: Encoders, folder: Path) -> LatentSet:
@@ -105,12 +119,8 @@ def open_data(config: DiffusionTraining, components: Encoders, folder: Path) -> 
 
 def encode_data(config: DiffusionTraining, components: Encoders, folder: Path, images: CaptionedImages) -> LatentSet:
     """Encode pictures and their captions, and check the latents; see `prepare_data`."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for network in (components.autoencoder, components.text_encoder, components.text_encoder_2):
-        if network is not None:
-            network.to(device)
     cache = _cache(config, folder)
-    task = None if config.task == "text_to_image" else Task.of(config, components)
+    task = None if config.task.kind == "text_to_image" else Task.of(config, components)
     data = cached_latents(images, config.data, config.run.seed, components, cache, config.encodes_each_step, task)
     if isinstance(components.autoencoder, PixelSpace):
         return data
@@ -138,7 +148,7 @@ def assemble(
     with_unet = components.with_unet(unet)
     network, trained = adapt(unet, config, with_unet)
     modules: dict[str, nn.Module] = {"model": trained}
-    if config.timesteps == "importance":
+    if config.objective.timesteps == "importance":
         modules["importance"] = ImportanceSampler(components.schedule.num_train_timesteps)
     if config.run.gradient_checkpointing:
         checkpoint_gradients(unet)
@@ -151,13 +161,13 @@ def assemble(
 
 def adapt(unet: UNet2DConditionModel, config: DiffusionTraining, components: Components) -> tuple[nn.Module, nn.Module]:
     """Return what is called in place of a U-Net while training, and the part of it, or all, that is trained."""
-    if config.lora is not None:
-        adapted = Adapted(unet, config.lora)
+    if isinstance(config.train, LoraConfig):
+        adapted = Adapted(unet, config.train)
         return adapted, adapted.adapters
-    if config.textual_inversion is not None:
-        words = new_words(components, config.textual_inversion)
+    if isinstance(config.train, TextualInversionConfig):
+        words = new_words(components, config.train)
         return JointNetwork(unet.requires_grad_(False), components.text_encoder.requires_grad_(False), words), words
-    if config.train_text_encoder:
+    if isinstance(config.train, UNetAndTextTraining):
         joint = JointNetwork(unet, train_encoder(components))
         return joint, joint
     return unet, unet
@@ -167,17 +177,42 @@ def network_to_train(config: DiffusionTraining, data: LatentSet, components: Enc
     """Return a new U-Net that fits the latents and contexts, or that of the model to start from."""
     if isinstance(components, Components):
         return components.unet.requires_grad_(True).train()
-    channels, side = data.latents[0].shape[0], round(data.latents[0][0].numel() ** 0.5)
+    return UNet2DConditionModel(unet_config(config, components, round(data.latents[0][0].numel() ** 0.5)))
+
+
+def unet_config(config: DiffusionTraining, components: Encoders, side: int) -> UNetConfig:
+    """Return the shape of a new U-Net for latents of a side.
+
+    Raises:
+        InputError: the recipe asks for another width of text states than the text encoder has.
+        ModelConfigError: its values do not fit together.
+    """
+    channels, width = components.autoencoder.config.latent_channels, components.text_encoder.config.hidden_size
+    given = config.model.get("cross_attention_dim", width)
+    if any(one != width for one in (given if isinstance(given, list | tuple) else (given,))):
+        raise InputError(
+            f"model.cross_attention_dim must be {width}, that of the text encoder, got {given}; leave it out"
+        )
+    twice, learned = config.objective.self_conditioning, components.schedule.variance_type == "learned_range"
     follows = {
-        "in_channels": channels * (1 + config.self_conditioning) + extra_channels(config, channels),
-        "out_channels": channels * (1 + (components.schedule.variance_type == "learned_range")),
+        "in_channels": channels * (1 + twice) + extra_channels(config, channels),
+        "out_channels": channels * (1 + learned),
         "sample_size": side,
-        "self_conditioning": config.self_conditioning,
+        "self_conditioning": twice,
     }
-    if config.task == "upscale":
-        follows["num_class_embeds"] = config.max_noise_level + 1
-    shape = {"cross_attention_dim": components.text_encoder.config.hidden_size, **config.model, **follows}
-    return UNet2DConditionModel(UNetConfig.from_dict(shape))
+    if isinstance(config.task, UpscaleTask):
+        follows["num_class_embeds"] = config.task.max_noise_level + 1
+    return UNetConfig.from_dict({"cross_attention_dim": width, **config.model, **follows})
+
+
+def require_buildable(config: DiffusionTraining, components: Encoders, accelerator: Accelerator) -> None:
+    """Raise InputError where a new U-Net cannot be built, or not be trained in the memory of the device."""
+    if isinstance(components, Components):
+        return
+    processes = accelerator.num_processes if shards_weights(accelerator) else 1
+    require_small_enough(
+        lambda: UNet2DConditionModel(unet_config(config, components, 8)), accelerator.device, processes
+    )
 
 
 def _cache(config: DiffusionTraining, folder: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 
+from latentdiff.devices import restored_random_state
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -28,6 +30,7 @@ from .config import AutoencoderTraining
 from .data.augment import random_view, random_window, rgb
 from .data.dataset import CaptionedImages, LazyImages, composite, open_held_out, open_images
 from .data.prefetch import drawn_ahead, workers
+from .loop.checkpointing import Checkpoint
 from .loop.cpu import tuned_for_cpu
 from .loop.distributed import (
     any_process,
@@ -40,7 +43,7 @@ from .loop.distributed import (
 )
 from .loop.ema import Ema
 from .loop.optimizers import make_optimizer
-from .loop.resources import require_room
+from .loop.resources import require_room, require_small_enough
 from .loop.run import (
     checkpoint_gradients,
     compile_checked,
@@ -52,16 +55,20 @@ from .loop.run import (
 )
 from .loop.sharding import require_shardable
 from .loop.state import RunState
-from .losses.autoencoder import adversarial_term, critic_terms, loss_terms
+from .losses.autoencoder import adversarial_term, discriminator_terms, loss_terms
 from .losses.image import PatchDiscriminator, psnr
 from .losses.lpips import Lpips, load_lpips
 from .monitor.instruments import gradient_norms, latent_scalars
 from .monitor.log import Log
+from .monitor.samples import SampleGrids
 from .monitor.trackers import require_trackers
 from .monitor.validation import ema_distance
 
 WHOLE = slice(None)
-HELD_OUT = 1024  # pictures to measure by, at most, of a split
+HELD_OUT = 64  # pictures to measure by, of a split, or as many more as have `HELD_OUT_PIXELS`
+HELD_OUT_PIXELS = 1024 * 64**2
+MEASURED_PIXELS = 4096 * 64**2  # of the pictures whose latents the exported statistics are of
+PIXELS_AT_ONCE = 32 * 128**2  # through the network
 
 
 def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path:
@@ -73,11 +80,21 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
         StorageError: a checkpoint cannot be written, or there is no room for it.
     """
     require_trainable(config)
-    accelerator, folder = start_accelerator(config.run), Path(config.run.out)
+    accelerator = start_accelerator(config.run)
     require_shardable(config, accelerator)
     perceptual = load_perceptual(config, accelerator.device)
     require_trackers(config.run.trackers)
-    checkpoint = open_run(config, resume, accelerator)
+    with restored_random_state(), kept_graphs(), open_run(config, resume, accelerator, "vae") as checkpoint:
+        return _train(config, checkpoint, perceptual, accelerator)
+
+
+def _train(
+    config: AutoencoderTraining, checkpoint: Checkpoint | None, perceptual: Lpips | None, accelerator: Accelerator
+) -> Path:
+    """Run the stage in a run folder that is open, from a checkpoint on; see `train_autoencoder`."""
+    folder = Path(config.run.out)
+    shape = AutoencoderConfig.from_dict(config.model)
+    require_small_enough(lambda: AutoencoderKL(shape), accelerator.device)
     data = open_images(config.data, config.run.batch_size, folder)
     held_out = load_held_out(config, data)
     model, state = assemble(config)
@@ -88,21 +105,22 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
         compile_autoencoder(model.to(accelerator.device), config, data, accelerator)
     if run_steps(config, data, held_out, perceptual, state, first, accelerator) and accelerator.is_main_process:
         with state.ema.swapped_into(model):
-            export(model, to_tensor(composite(data.images[:4096], rgb(config.data.background))), held_out, folder)
+            measured = data.images[: max(HELD_OUT, MEASURED_PIXELS // config.data.size**2)]
+            export(model, to_tensor(composite(measured, rgb(config.data.background))), held_out, folder)
     return folder / "vae"
 
 
 def assemble(config: AutoencoderTraining) -> tuple[AutoencoderKL, RunState]:
     """Return a new autoencoder, and what of a run is trained: it and its discriminator."""
     torch.manual_seed(config.run.seed)
-    model, judge = AutoencoderKL(AutoencoderConfig.from_dict(config.model)), PatchDiscriminator()
+    model, discriminator = AutoencoderKL(AutoencoderConfig.from_dict(config.model)), PatchDiscriminator()
     if config.run.gradient_checkpointing:
         checkpoint_gradients(model)
     optimizers = {
         "optimizer": make_optimizer(model, config.optimizer),
-        "critic": make_optimizer(judge, config.optimizer),
+        "critic": make_optimizer(discriminator, config.optimizer),
     }
-    state = RunState({"model": model, "discriminator": judge}, optimizers, Ema(model, config.run.ema_decay))
+    state = RunState({"model": model, "discriminator": discriminator}, optimizers, Ema(model, config.run.ema_decay))
     return model, state
 
 
@@ -116,42 +134,47 @@ def run_steps(
     accelerator: Accelerator,
 ) -> bool:
     """Train from step `first` to the last; say whether it was reached, not stopped by a signal."""
-    run, plain, judge = config.run, state.modules["model"], state.modules["discriminator"]
-    assert isinstance(plain, AutoencoderKL) and isinstance(judge, PatchDiscriminator)
-    model, discriminator, optimizer, critic = accelerator.prepare(plain, judge, *state.optimizers.values())
+    run, plain, discriminator = config.run, state.modules["model"], state.modules["discriminator"]
+    assert isinstance(plain, AutoencoderKL) and isinstance(discriminator, PatchDiscriminator)
+    model, adversary, optimizer, critic = accelerator.prepare(plain, discriminator, *state.optimizers.values())
     state.ema.to(accelerator.device)
-    log, stopping = Log(run, first, "autoencoder", accelerator), False
+    log, stopping, grids = Log(run, first, "autoencoder", accelerator), False, SampleGrids()
     batches = image_batches(data, config, first, own_shares(accelerator, run))
     with stop_on_signal() as stopped, tuned_for_cpu(plain):
         for step in range(first, run.steps):
             start_step(config, step, optimizer, critic)
             logged = (step + 1) % run.log_every == 0
             values, scalars = accumulate_gradients(
-                model, discriminator, perceptual, config, batches, step, accelerator, logged
+                model, adversary, perceptual, config, batches, step, accelerator, logged
             )
-            judged = "discriminator" in values
+            adversarial = "discriminator" in values
             norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
-            if judged:
-                values["critic_norm"] = accelerator.clip_grad_norm_(judge.parameters(), config.optimizer.max_grad_norm)
-            finite = state.guard.allows(values["loss"], sum(values.values(), norm), step)
+            if adversarial:
+                values["critic_norm"] = accelerator.clip_grad_norm_(
+                    discriminator.parameters(), config.optimizer.max_grad_norm
+                )
+            values["grad_norm"] = norm
+            values = dict(zip(values, torch.stack([*values.values()]).cpu()))  # the only time it waits for the device
+            finite = state.guard.allows(values["loss"], torch.stack([*values.values()]).sum(), step)
             if finite:
                 optimizer.step()
                 state.ema.update(plain)
-                if judged:
+                if adversarial:
                     critic.step()
-            values |= {"grad_norm": norm, "skipped": torch.tensor(not finite)}
-            log.step(step, {**values, "learning_rate": optimizer.param_groups[0]["lr"]})
+            log.step(step, {**values, "skipped": not finite, "learning_rate": optimizer.param_groups[0]["lr"]})
             done, stopping = step + 1, any_process(accelerator, bool(stopped))
             if logged:
                 skipped = state.guard.skipped
                 log.write(done, {**scalars, "ema_distance": ema_distance(state.ema, plain), "skipped_steps": skipped})
-            if accelerator.is_main_process and (done % run.sample_every == 0 or done == run.steps):
-                with state.ema.swapped_into(plain):
-                    picture = Path(run.out) / f"samples/{done:08d}.png"
-                    log.write(done, {"held_out_psnr": evaluate(plain, held_out, picture)})
-                log.image(done, picture)
             if done % run.save_every == 0 or done == run.steps or stopping:
                 save_run(config, done, state, accelerator)
+            if accelerator.is_main_process and (done % run.sample_every == 0 or done == run.steps):
+                picture = Path(run.out) / f"samples/{done:08d}.png"
+                with state.ema.swapped_into(plain):
+                    decoded = reconstructed(plain, held_out)
+                if grids.drawn(partial(save_pairs, held_out, decoded, picture)):
+                    log.image(done, picture)
+                log.write(done, {"held_out_psnr": mean_psnr(decoded, held_out), "failed_samples": grids.failed})
             if stopping:
                 break
     log.close()
@@ -160,7 +183,7 @@ def run_steps(
 
 def accumulate_gradients(
     model: nn.Module,
-    discriminator: nn.Module,
+    adversary: nn.Module,
     perceptual: Lpips | None,
     config: AutoencoderTraining,
     batches: Iterator[Tensor],
@@ -171,15 +194,15 @@ def accumulate_gradients(
     """Add the gradients of a step's losses to those of both networks, micro-step by micro-step.
 
     Args:
-        model, discriminator: as the accelerator prepared them.
+        model, adversary: autoencoder and discriminator, as the accelerator prepared them.
         batches: gives the images of each micro-step.
         measured: whether to look at each term's own gradient, of the first micro-step, and at the latents.
 
     Returns:
         Of the whole batch the loss and its terms; and what was measured, by its name in the log.
     """
-    run, plain, judge = config.run, accelerator.unwrap_model(model), accelerator.unwrap_model(discriminator)
-    judged = config.loss.adversarial > 0 and step >= config.loss.adversarial_start
+    run, plain, discriminator = config.run, accelerator.unwrap_model(model), accelerator.unwrap_model(adversary)
+    adversarial = config.loss.adversarial > 0 and step >= config.loss.adversarial_start
     seen: list[dict[str, Tensor]] = []
     latents: list[Tensor] = []
     scalars: dict[str, float] = {}
@@ -192,13 +215,13 @@ def accumulate_gradients(
         terms = loss_terms(reconstruction, images, posterior, config, perceptual)
         loss = torch.stack(list(terms.values())).sum()
         weighted, against = dict(terms), {}
-        if judged:
-            terms["adversarial"], weight = adversarial_term(loss, reconstruction, plain, judge, accelerator)
+        if adversarial:
+            terms["adversarial"], weight = adversarial_term(loss, reconstruction, plain, discriminator, accelerator)
             weighted["adversarial"] = config.loss.adversarial * weight * terms["adversarial"]
             loss = loss + weighted["adversarial"]
-            against = critic_terms(discriminator, judge, images, reconstruction.detach(), config)
+            against = discriminator_terms(adversary, discriminator, images, reconstruction.detach(), config)
         if measured and not seen:
-            scalars = gradient_norms(weighted, plain, accelerator) | gradient_norms(against, judge, accelerator)
+            scalars = gradient_norms(weighted, plain, accelerator) | gradient_norms(against, discriminator, accelerator)
         if against:
             accelerator.backward(torch.stack(list(against.values())).sum())
         accelerator.backward(loss / run.accumulation)
@@ -231,8 +254,6 @@ def compile_autoencoder(
     model: AutoencoderKL, config: AutoencoderTraining, data: CaptionedImages, accelerator: Accelerator
 ) -> None:
     """Compile both halves in place on one micro-batch; see `compile_checked`."""
-    if hasattr(functorch, "donated_buffer"):  # of newer releases: a graph that can be gone back through but once
-        functorch.donated_buffer = False
     share = own_shares(accelerator, config.run)[0]
     images = _batch(data, config, 0, share).to(accelerator.device)
     compile_checked(model.encoder, images, autocast=accelerator.autocast())
@@ -240,15 +261,34 @@ def compile_autoencoder(
     compile_checked(model.decoder, latents, autocast=accelerator.autocast())
 
 
+def kept_graphs() -> AbstractContextManager[Any]:
+    """Return a context in which the graph of a compiled network can be gone back through more than once."""
+    if hasattr(functorch, "donated_buffer"):  # of newer releases
+        return functorch.patch(donated_buffer=False)
+    return nullcontext()
+
+
 @torch.no_grad()
-def evaluate(model: AutoencoderKL, images: Tensor, picture: Path | None = None) -> float:
-    """Return the mean PSNR in dB of images (N, 3, H, W) decoded from the mode; draw the first 32 pairs to `picture`."""
+def reconstructed(model: AutoencoderKL, images: Tensor) -> Tensor:
+    """Return images (N, 3, H, W), on the CPU, decoded from the mode of their latents."""
     device = next(model.parameters()).device
-    decoded = torch.cat([model.decode(model.encode(part.to(device)).mode()).cpu() for part in images.split(32)])
-    if picture is not None:
-        rows = [torch.cat([images[i : i + 8], decoded[i : i + 8]]) for i in range(0, min(32, len(images)), 8)]
-        save_grid(torch.cat(rows), picture, columns=8)
+    return torch.cat([model.decode(model.encode(part.to(device)).mode()).cpu() for part in in_parts(images)])
+
+
+def save_pairs(images: Tensor, decoded: Tensor, file: Path) -> None:
+    """Save the first 32 images (N, 3, H, W), each row of eight above what they were decoded to."""
+    rows = [torch.cat([images[i : i + 8], decoded[i : i + 8]]) for i in range(0, min(32, len(images)), 8)]
+    save_grid(torch.cat(rows), file, columns=8)
+
+
+def mean_psnr(decoded: Tensor, images: Tensor) -> float:
+    """Return the mean PSNR in dB of decoded images (N, 3, H, W)."""
     return psnr(decoded, images).mean().item()
+
+
+def in_parts(images: Tensor) -> tuple[Tensor, ...]:
+    """Return images (N, 3, H, W) in parts of `PIXELS_AT_ONCE`, at most 32 images, or one image where that is larger."""
+    return images.split(min(32, max(1, PIXELS_AT_ONCE // images[0, 0].numel())))
 
 
 @torch.no_grad()
@@ -262,14 +302,14 @@ def export(model: AutoencoderKL, images: Tensor, held_out: Tensor, folder: Path)
     from latentdiff.checkpoints import save_model
 
     device = next(model.parameters()).device
-    latents = torch.cat([model.encode(part.to(device)).mode() for part in images.split(32)])
+    latents = torch.cat([model.encode(part.to(device)).mode() for part in in_parts(images)])
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     fold_statistics(model, mean, std)
     model.config = replace(model.config, scaling_factor=1.0)
     vae = folder / "vae"
     save_model(model, vae)
     figures = {
-        "held_out_psnr_db": evaluate(model, held_out),
+        "held_out_psnr_db": mean_psnr(reconstructed(model, held_out), held_out),
         "held_out_images": len(held_out),
         "latent_mean_before": mean.tolist(),
         "latent_std_before": std.tolist(),
@@ -333,6 +373,7 @@ def _batch(data: CaptionedImages, config: AutoencoderTraining, step: int, share:
 def load_held_out(config: AutoencoderTraining, data: CaptionedImages) -> Tensor:
     """Return pictures (N, 3, H, W) that are not trained on, a test split's too, or 16 that are where there are none."""
     cache = Path(config.run.out) / "cache"
-    splits = [open_held_out(config.data, cache, HELD_OUT, split) for split in ("validation", "test")]
+    most = max(HELD_OUT, HELD_OUT_PIXELS // config.data.size**2)
+    splits = [open_held_out(config.data, cache, most, split) for split in ("validation", "test")]
     images = [split.images for split in splits if split is not None] or [data.images[-16:]]
     return to_tensor(composite(np.concatenate(images), rgb(config.data.background)))

@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,16 +19,16 @@ from torch import Tensor, nn
 from latentdiff.checkpoints import Components, save_pipeline
 from latentdiff.checkpoints.lora import save_lora
 from latentdiff.checkpoints.textual_inversion import save_embedding
-from latentdiff.generation.request import Settings
+from latentdiff.devices import restored_random_state
 from latentdiff.models.lora import LoRA
 from latentdiff.models.pixels import PixelSpace
-from latentdiff.pipeline import Pipeline
 
-from .config import DiffusionTraining
+from .config import DiffusionTraining, ObjectiveConfig, RunConfig, TextualInversionConfig
 from .data.batches import Batch, draw_batch, latent_batches, sample_weights
-from .data.conditions import examples, extra_channels
+from .data.conditions import extra_channels
 from .data.latents import LatentSet, tell_of_cut
 from .data.timesteps import ImportanceSampler, logit_normal_timesteps, stratified_timesteps
+from .loop.checkpointing import Checkpoint
 from .loop.cpu import tuned_for_cpu
 from .loop.distributed import any_process, gathered, micro_batches, own_shares, sample_noise, start_accelerator
 from .loop.posthoc_ema import save_snapshot
@@ -38,7 +37,6 @@ from .loop.run import (
     compile_checked,
     fast_attention,
     open_run,
-    save_grid,
     save_run,
     seeded,
     start_step,
@@ -46,16 +44,18 @@ from .loop.run import (
 )
 from .loop.sharding import averaged_network, blank_unet, prepared, require_shardable, shards_weights, whole
 from .loop.state import RunState
-from .losses.diffusion import loss_terms, model_inputs, require_trainable, told
+from .losses.diffusion import conditioning, loss_terms, model_inputs, require_trainable
 from .monitor.instruments import LatentStatistics, gradient_norms, measure_speed
 from .monitor.log import Log
 from .monitor.process import show_process
+from .monitor.samples import SampleGrids, draw_samples, try_prompts
 from .monitor.trackers import require_trackers
 from .monitor.validation import ema_distance, held_out_scalars, load_held_out
 from .networks.encoders import JointNetwork
 from .networks.lora import Adapted
-from .setup import assemble, load_components, prepare_data
+from .setup import assemble, load_components, move_networks, prepare_data, require_buildable
 
+MODEL_FOLDER = "model"
 LORA_FILE = "lora.safetensors"
 EMBEDDING_FILE = "embedding.safetensors"
 
@@ -67,12 +67,21 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
         InputError: data or config cannot be used, or the loss is not finite 20 steps in a row.
         StorageError: a checkpoint cannot be written, or there is no room for it.
     """
-    accelerator, folder = start_accelerator(config.run), Path(config.run.out)
+    accelerator = start_accelerator(config.run)
     require_shardable(config, accelerator)
     require_trackers(config.run.trackers)
-    checkpoint = open_run(config, resume, accelerator)
+    with restored_random_state(), open_run(config, resume, accelerator, export_name(config)) as checkpoint:
+        return _train(config, checkpoint, accelerator)
+
+
+def _train(config: DiffusionTraining, checkpoint: Checkpoint | None, accelerator: Accelerator) -> Path:
+    """Run the stage in a run folder that is open, from a checkpoint on; see `train_diffusion`."""
+    folder = Path(config.run.out)
     components = load_components(config)
     require_trainable(config, components)
+    require_buildable(config, components, accelerator)
+    try_prompts(config, components)
+    move_networks(components, accelerator.device)
     with accelerator.main_process_first():  # which writes the cache
         data, held_out = prepare_data(config, components, folder), load_held_out(config, components)
     if accelerator.is_main_process:
@@ -87,8 +96,13 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     if reached:
         with averaged_network(network, components, state.modules["model"], state.ema, accelerator) as looked_at:
             if looked_at is not None:
-                export(*looked_at, config, folder)
-    return folder / (LORA_FILE if config.lora else EMBEDDING_FILE if config.textual_inversion else "model")
+                export(*looked_at, config, folder, trained=first < config.run.steps)
+    return folder / export_name(config)
+
+
+def export_name(config: DiffusionTraining) -> str:
+    """Return the name of what a run exports in its folder."""
+    return {"lora": LORA_FILE, "word": EMBEDDING_FILE}.get(config.train.kind, MODEL_FOLDER)
 
 
 def run_steps(
@@ -106,21 +120,24 @@ def run_steps(
     `network` is what is called, and `state.modules["model"]` the part of it, or all, that is trained.
     """
     run, trained, importance = config.run, state.modules["model"], state.modules.get("importance")
-    example, twice = draw_batch(data, config, 0, slice(1)), 0.5 * config.self_conditioning
+    example, twice = draw_batch(data, config, 0, slice(1)), 0.5 * config.objective.self_conditioning
     plain = blank_unet(components) if shards_weights(accelerator) else network
-    speed = measure_speed(plain, *called_with(example, config), accelerator=accelerator, more=twice, **told(example))
+    inputs, more = called_with(example, config), conditioning(example)
+    speed = measure_speed(plain, *inputs, accelerator=accelerator, more=twice, **more)
     unet, optimizer = prepared(accelerator, network, state.optimizers["optimizer"])
     state.to(accelerator.device)
-    log, statistics, stopping = Log(run, first, "diffusion", accelerator, speed), LatentStatistics(), False
+    log, grids, stopping = Log(run, first, "diffusion", accelerator, speed), SampleGrids(), False
+    statistics = LatentStatistics()
     batches = statistics.watching(latent_batches(data, config, first, own_shares(accelerator, run)))
-    with stop_on_signal() as stopped, fast_attention(), tuned_for_cpu(network):
+    with stop_on_signal() as stopped, fast_attention(accelerator.device), tuned_for_cpu(network):
         for step in range(first, run.steps):
             start_step(config, step, optimizer)
-            losses, weights, timesteps, dropped, norms = accumulate_gradients(
+            seen, weights, timesteps, norms = accumulate_gradients(
                 unet, config, components, batches, importance, step, accelerator
             )
-            loss = (losses * weights).mean()
             norm = whole(accelerator.clip_grad_norm_(trained.parameters(), config.optimizer.max_grad_norm))
+            losses, dropped, norm = fetched(seen, norm)
+            loss = (losses * weights).mean()
             finite = state.guard.allows(loss, norm, step)
             if finite or state.scaler is not None:  # which leaves out the step itself, and scales by less from then on
                 optimizer.step()
@@ -132,18 +149,19 @@ def run_steps(
             log.step(step, {**values, "learning_rate": optimizer.param_groups[0]["lr"]})
             done, stopping = step + 1, any_process(accelerator, bool(stopped))
             if done % run.log_every == 0:
-                counted = {"ema_distance": ema_distance(state.ema, trained), "skipped_steps": state.guard.skipped}
-                log.write(done, {**counted, **statistics.scalars(accelerator), **norms})
+                norms |= {"ema_distance": ema_distance(state.ema, trained), "skipped_steps": state.guard.skipped}
+                log.write(done, {**norms, **statistics.scalars(accelerator)})
+            save_snapshot(run, done, state.profiles, accelerator)
+            if done % run.save_every == 0 or done == run.steps or stopping:
+                save_run(config, done, state, accelerator)
             if done % run.sample_every == 0 or done == run.steps:
                 picture = Path(run.out) / f"samples/{done:08d}.png"
                 with averaged_network(network, components, trained, state.ema, accelerator) as looked_at:
                     if looked_at is not None:
-                        draw_samples(looked_at[1], config, picture)
-                        log.write(done, held_out_scalars(*looked_at, config, held_out, accelerator))
-                log.image(done, picture)
-            save_snapshot(run, done, state.profiles, accelerator)
-            if done % run.save_every == 0 or done == run.steps or stopping:
-                save_run(config, done, state, accelerator)
+                        if grids.drawn(partial(draw_samples, looked_at[1], config, picture)):
+                            log.image(done, picture)
+                        errors = held_out_scalars(*looked_at, config, held_out, accelerator)
+                        log.write(done, {**errors, "failed_samples": grids.failed})
             if stopping:
                 break
     log.close()
@@ -158,29 +176,30 @@ def accumulate_gradients(
     importance: nn.Module | None,
     step: int,
     accelerator: Accelerator,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, float]]:
+) -> tuple[Tensor, Tensor, Tensor, dict[str, float]]:
     """Add the gradients of a step's loss to those of the network, micro-step by micro-step.
 
     Args:
         batches: gives that of each micro-step.
 
     Returns:
-        Of the whole batch, each (B,) on the CPU: losses, their weights, timesteps, and 1 where the caption was dropped.
-        Of this process's first micro-step, where the log has a line and the loss several terms: their gradient norms.
+        Of the whole batch, (B, 2) on the device: losses, and 1 where the caption was dropped; and, each (B,) on the
+        CPU, the weights of the losses and the timesteps. Of this process's first micro-step, where the log has a line
+        and the loss several terms: their gradient norms.
     """
     run, total, generator = config.run, components.schedule.num_train_timesteps, seeded(config.run.seed, step, 0)
     # A compiled backward pass can be gone through but once, and sharded gradients are not looked at one by one.
     logged = (step + 1) % run.log_every == 0 and not run.compile and not shards_weights(accelerator)
     seen, norms, to_device = list[Tensor](), dict[str, float](), partial(Tensor.to, device=accelerator.device)
-    timesteps, weights = draw_timesteps(config.timesteps, importance, total, run.batch_size, generator)
+    timesteps, weights = draw_timesteps(config.objective.timesteps, importance, total, run.batch_size, generator)
     weights = weights * sample_weights(config)
     estimated = bool(torch.rand((), generator=generator) < 0.5)
     for share in micro_batches(accelerator, run, step, unet):
         batch = next(batches).map(to_device)
-        noise, shown = map(to_device, draw_noises(config, step, share, batch.latents.shape[1:]))
+        noise, shown = map(to_device, draw_noises(config.objective, run, step, share, batch.latents.shape[1:]))
         times = timesteps[share].to(accelerator.device)
         with accelerator.autocast():
-            terms = loss_terms(unet, components, config, batch, times, noise, estimated, shown)  # (b,) each
+            terms = loss_terms(unet, components, config.objective, batch, times, noise, estimated, shown)  # (b,) each
         losses = torch.stack([*terms.values()]).sum(dim=0)  # (b,)
         if config.prior is not None:
             of_prior = torch.arange(run.batch_size)[share].to(accelerator.device) % 2
@@ -190,15 +209,20 @@ def accumulate_gradients(
             norms = gradient_norms(means, unet, accelerator)
         accelerator.backward((losses * weights[share].to(losses)).mean() / run.accumulation)
         seen.append(torch.stack([losses, batch.dropped.to(losses)], dim=1))
-    losses, dropped = gathered(accelerator, seen).cpu().unbind(dim=1)
-    return losses, weights, timesteps, dropped, norms
+    return gathered(accelerator, seen), weights, timesteps, norms
+
+
+def fetched(seen: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return both columns of `seen` (B, 2) and a norm on the CPU; the only time that a step waits for the device."""
+    *columns, last = torch.cat([seen.t().flatten(), norm.detach().reshape(1).to(seen)]).cpu().split(len(seen))
+    return columns[0], columns[1], last[0]
 
 
 def compile_unet(unet: nn.Module, config: DiffusionTraining, data: LatentSet, accelerator: Accelerator) -> None:
     """Compile the network in place on one micro-batch; see `compile_checked`."""
     batch = draw_batch(data, config, 0, own_shares(accelerator, config.run)[0])
     batch = batch.map(partial(Tensor.to, device=accelerator.device))
-    compile_checked(unet, *called_with(batch, config), autocast=accelerator.autocast(), **told(batch))
+    compile_checked(unet, *called_with(batch, config), autocast=accelerator.autocast(), **conditioning(batch))
 
 
 def called_with(batch: Batch, config: DiffusionTraining) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,29 +230,42 @@ def called_with(batch: Batch, config: DiffusionTraining) -> tuple[Tensor, Tensor
     latents, timesteps = batch.latents, torch.zeros(len(batch), dtype=torch.int64, device=batch.latents.device)
     more = extra_channels(config, latents.shape[1])
     beside = latents.new_zeros(len(batch), more, *latents.shape[2:]) if more else None
-    return model_inputs(latents, config, beside=beside), timesteps, batch.context
+    return model_inputs(latents, config.objective.self_conditioning, beside=beside), timesteps, batch.context
 
 
-def export(network: nn.Module, components: Components, config: DiffusionTraining, folder: Path) -> None:
-    """Save the model or the LoRA, say how to use it, and show what it learnt where it was trained on pixels."""
-    prompt = shlex.quote(config.prompts[0])
+def export(
+    network: nn.Module, components: Components, config: DiffusionTraining, folder: Path, trained: bool = True
+) -> None:
+    """Save the model or the LoRA, say how to use it, and show what it learnt where it was trained on pixels.
+
+    Args:
+        trained: whether a step was taken since the run was opened, so that there is something new to show.
+    """
+    prompt = shlex.quote(config.samples.prompts[0])
     calls = {"inpaint": f"generate {prompt} --image PICTURE --mask MASK", "upscale": "upscale PICTURE"}
-    call = calls.get(config.task, f"generate {prompt}")
+    call, base = calls.get(config.task.kind, f"generate {prompt}"), shlex.quote(config.start_from or "embedded")
     if isinstance(network, Adapted):
         file = folder / LORA_FILE
         save_lora(LoRA({"unet": network.factors(torch.float16)}), file, components)
-        print(f"saved {file}; try: latentdiff {call} --model {config.start_from} --lora {file}")
+        print(f"saved {file}; try: latentdiff {call} --model {base} --lora {shlex.quote(str(file))}")
         return
-    if isinstance(network, JointNetwork) and network.words is not None and config.textual_inversion is not None:
+    if (
+        isinstance(network, JointNetwork)
+        and network.words is not None
+        and isinstance(config.train, TextualInversionConfig)
+    ):
         file = folder / EMBEDDING_FILE
-        save_embedding(config.textual_inversion.word, network.words.vectors.detach().cpu(), file)
-        print(f"saved {file}; try: latentdiff {call} --model {config.start_from} --embedding {file}")
+        save_embedding(config.train.word, network.words.vectors.detach().cpu(), file)
+        print(f"saved {file}; try: latentdiff {call} --model {base} --embedding {shlex.quote(str(file))}")
         return
-    model = folder / "model"
+    model = folder / MODEL_FOLDER
     save_pipeline(components, model, torch.float16)
+    print(f"saved {model}; try: latentdiff {call} --model {shlex.quote(str(model))}")
     if isinstance(components.autoencoder, PixelSpace):
-        show_process(components, config, folder)
-    print(f"saved {model}; try: latentdiff {call} --model {model}")
+        if trained:
+            show_process(components, config, folder)
+        paths = f"{shlex.quote(str(model))} --data {shlex.quote(config.data.folder)}"
+        print(f"bits per dimension: latentdiff evaluate {paths}")
 
 
 def draw_timesteps(
@@ -241,33 +278,19 @@ def draw_timesteps(
     return draw(count, total, generator), torch.ones(count)
 
 
-def draw_noises(config: DiffusionTraining, step: int, share: slice, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+def draw_noises(
+    objective: ObjectiveConfig, run: RunConfig, step: int, share: slice, shape: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """Return the noise that the network is asked for and the one it sees, each (b, C, h, w), of samples of a shape.
 
     Source: offset noise: Guttenberg 2023, "Diffusion with Offset Noise"; input perturbation: Ning et al. 2023,
     arXiv 2301.11706, algorithm 1.
     """
-    run = config.run
     noise = sample_noise(run.seed, step, share, run.batch_size, shape)
-    if config.offset_noise:
+    if objective.offset_noise:
         offsets = sample_noise(run.seed, step, share, run.batch_size, (shape[0], 1, 1), purpose=3)
-        noise = noise + config.offset_noise * offsets
-    if not config.input_perturbation:
+        noise = noise + objective.offset_noise * offsets
+    if not objective.input_perturbation:
         return noise, noise
     more = sample_noise(run.seed, step, share, run.batch_size, shape, purpose=4)
-    return noise, noise + config.input_perturbation * more
-
-
-def draw_samples(components: Components, config: DiffusionTraining, file: Path) -> None:
-    """Draw the config's prompts, or examples of its task below what they are made of, in rows of eight, seeds fixed."""
-    steps = min(Settings.num_inference_steps, components.schedule.num_train_timesteps)
-    options: dict[str, Any] = {"guidance_scale": config.guidance_scale, "num_inference_steps": steps}
-    draw: Any = partial(Pipeline(components), output_type="pt", **options)
-    if config.task == "text_to_image":
-        save_grid(draw(config.prompts, seed=0).images * 2 - 1, file, columns=8)
-        return
-    shown, drawn = [], []
-    for number, (prompt, given, picture) in enumerate(examples(config, components)):
-        shown.append(picture)
-        drawn.append(draw(prompt, seed=number, **given).images[0] * 2 - 1)
-    save_grid([*shown, *drawn], file, columns=len(shown))
+    return noise, noise + objective.input_perturbation * more

@@ -233,6 +233,11 @@ class NoiseSchedule:
         """
         return self.on("snr", timesteps.device, torch.float32)[0, timesteps]
 
+    def sigma_at(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        """Return the noise levels (B, 1, 1, 1) at timesteps (B,), in at least float32 on the device of `like`."""
+        (sigmas,) = self._at("sigmas", timesteps, like)
+        return sigmas
+
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Draw x_t of the forward process q(x_t | x_0) as the network sees it in training (`prediction.py`).
 

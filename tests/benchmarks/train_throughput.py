@@ -34,6 +34,7 @@ from transformers import BertModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from latentdiff.training.config import ObjectiveConfig
 from latentdiff.training.data.batches import Batch
 from latentdiff.training.loop.cpu import tuned_for_cpu
 from latentdiff.training.loop.ema import Ema
@@ -193,9 +194,9 @@ def ours(options: argparse.Namespace) -> Iterator[None]:
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
     ema = Ema(unet, 0.999)
     components: Any = SimpleNamespace(schedule=schedule)
-    config: Any = SimpleNamespace(self_conditioning=False, loss="simple", weighting="min_snr", min_snr_gamma=0.0)
+    objective = ObjectiveConfig(min_snr_gamma=0.0)
     dropped = torch.zeros(options.batch_size, dtype=torch.bool)
-    with fast_attention(), tuned_for_cpu(unet):
+    with fast_attention(torch.device("cpu")), tuned_for_cpu(unet):
         while True:
             optimizer.zero_grad()
             with autocast(options):
@@ -203,7 +204,7 @@ def ours(options: argparse.Namespace) -> Iterator[None]:
                 timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device)
                 noise = torch.randn_like(latents)
                 loss = diffusion_losses(
-                    unet, components, config, Batch(latents, context, dropped), timesteps, noise
+                    unet, components, objective, Batch(latents, context, dropped), timesteps, noise
                 ).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
@@ -245,7 +246,7 @@ STEPS_OF: dict[str, Callable[[argparse.Namespace], Iterator[None]]] = {"ours": o
 def count_flops(options: argparse.Namespace) -> float:
     """Return the floating-point operations of a step: those of the U-Net's forward pass three times."""
     unet, (latents, context) = our_unet(options), our_encoders(options)(*batch_of(options))
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), fast_attention():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), fast_attention(torch.device("cpu")):
         unet(latents[:1], torch.zeros(1, device=latents.device), context[:1])
     return 3.0 * counter.get_total_flops() * options.batch_size
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from latentdiff.training.config import DiffusionTraining, parse_config
+from latentdiff.training.config import DiffusionTraining, LoraConfig, parse_config
 from latentdiff.training.finetune import choose
 from PIL import Image
 from safetensors.torch import save_file
@@ -47,14 +47,14 @@ def test_steps_follow_the_pictures(built_model: Path) -> None:
 
 def test_lora_and_large_models_are_trained_otherwise(built_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, thin = chosen(built_model, ["a"] * 9, None), chosen(built_model, ["a"] * 9, 4)
-    assert whole.lora is None and thin.lora is not None and thin.lora.rank == 4
-    assert "convolution" in thin.lora.layers
+    assert whole.train.kind == "unet" and isinstance(thin.train, LoraConfig) and thin.train.rank == 4
+    assert "convolution" in thin.train.layers
     assert thin.optimizer.learning_rate > whole.optimizer.learning_rate
     monkeypatch.setattr(finetune_module, "SMALL", 1.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     large = chosen(built_model, ["a"] * 9, 4)
     assert large.run.gradient_checkpointing and large.run.batch_size == large.run.accumulation
-    assert large.lora is not None and "convolution" not in large.lora.layers
+    assert isinstance(large.train, LoraConfig) and "convolution" not in large.train.layers
     assert large.optimizer.learning_rate < thin.optimizer.learning_rate
 
 
@@ -72,7 +72,7 @@ def test_one_command(
     assert main([*call, "--lora", "2"]) == 0
     printed = capsys.readouterr().out.partition("saved ")[0]
     tree: Any = yaml.safe_load(printed)
-    assert parse_config(tree).run.steps == 2 and tree["lora"]["rank"] == 2
+    assert parse_config(tree).run.steps == 2 and tree["train"]["rank"] == 2
     pipe = Pipeline.from_pretrained(model, device="cpu").with_loras({out / "lora.safetensors": 1.0})
     assert pipe("a", num_inference_steps=2).images[0].size == (32, 32)
     assert main(call) == 2
@@ -106,7 +106,7 @@ def test_one_command_for_other_tasks(
     printed, _, said = capsys.readouterr().out.partition("saved ")
     tree: Any = yaml.safe_load(printed)
     assert f"latentdiff {'upscale PICTURE' if task == 'upscale' else 'generate'} " in said
-    assert tree["task"] == task and parse_config(tree).run.steps == 2
+    assert tree["task"]["kind"] == task and parse_config(tree).run.steps == 2
     pipe = Pipeline.from_pretrained(out / "model", device="cpu")
     image, mask = Image.open(tmp_path / "pictures" / "0.png").convert("RGB"), Image.new("L", (32, 32))
     if task == "inpaint":
@@ -131,7 +131,7 @@ def test_a_task_is_that_of_the_model(built_model: Path, tmp_path: Path, capsys: 
         str(tmp_path / "a"),
     ]
     assert main([*call, "--task", "upscale"]) == 2
-    assert "task: upscale must be what " in capsys.readouterr().err
+    assert "task upscale must be what " in capsys.readouterr().err
     assert main([*call, "--task", "inpaint", "--lora", "2"]) == 2
     assert "a lora has no new input channels" in capsys.readouterr().err
     assert main([*call, "--task", "paint"]) == 2

@@ -44,7 +44,7 @@ def inputs(count: int = 1) -> tuple[Tensor, Tensor, Tensor]:
 def counted(model: nn.Module, count: int = 1) -> tuple[int, int]:
     """Return the FLOPs of a forward pass and of one there and back."""
     both = FlopCounterMode(display=False)
-    with both, fast_attention():
+    with both, fast_attention(torch.device("cpu")):
         output = model(*inputs(count))
         forward = both.get_total_flops()
         output.square().mean().backward()

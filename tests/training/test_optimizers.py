@@ -192,10 +192,10 @@ def test_what_is_missing_is_named_before_the_run_folder_is_made(
     )
     assert not (tmp_path / "autoencoder").exists()
     with pytest.raises(MissingDependencyError):
-        require_optimizer(OptimizerConfig(kind="adamw_8bit"))
+        require_optimizer(OptimizerConfig(kind="adamw_8bit"), torch.device("cpu"))
     monkeypatch.delattr(torch.optim, "Adafactor")
     with pytest.raises(InputError, match=r"adafactor needs torch 2\.5 or newer, got .*; choose adamw"):
-        require_optimizer(OptimizerConfig(kind="adafactor"))
+        require_optimizer(OptimizerConfig(kind="adafactor"), torch.device("cpu"))
 
 
 def test_bitsandbytes_that_cannot_use_the_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,4 +207,4 @@ def test_bitsandbytes_that_cannot_use_the_device_is_refused(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     stand_in(monkeypatch, WithoutKernels)
     with pytest.raises(InputError, match=r"cannot take a step on cpu \(AttributeError\); upgrade it, or choose adamw"):
-        require_optimizer(OptimizerConfig(kind="adamw_8bit"))
+        require_optimizer(OptimizerConfig(kind="adamw_8bit"), torch.device("cpu"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from latentdiff.training.config import DiffusionTraining, load_config
+from latentdiff.training.config import DiffusionTraining, TextualInversionConfig, load_config
 from latentdiff.training.data.batches import draw_batch, sample_weights
 from latentdiff.training.loop.checkpointing import checkpoint_folders
 from latentdiff.training.networks.encoders import JointNetwork, add_words, new_words
@@ -79,9 +79,9 @@ def test_the_picture_with_a_word_is_the_same_while_it_is_trained_and_from_its_fi
     tmp_path: Path,
 ) -> None:
     config = config_of(lora_file, *WORD)
-    assert config.textual_inversion is not None and config.start_from is not None
-    components = add_words(load_pipeline(config.start_from), config.textual_inversion)
-    words = new_words(components, config.textual_inversion)
+    assert isinstance(config.train, TextualInversionConfig) and config.start_from is not None
+    components = add_words(load_pipeline(config.start_from), config.train)
+    words = new_words(components, config.train)
     with torch.no_grad():
         words.vectors += 1.0
     changed = Pipeline(components)("a <it>", **QUICK).images
@@ -162,12 +162,12 @@ def test_a_model_of_xl_is_trained_with_sizes_and_pooled_text(lora_file: str, tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["train_text_encoder=true"], "do not go with lora"),
-        ([*ENCODER, "run.compile=true"], "do not go with run.compile"),
+        (["train_text_encoder=true"], "lora and train_text_encoder do not go together"),
+        ([*ENCODER, "run.compile=true"], "train.kind unet_and_text does not go with run.compile"),
         ([*ENCODER, "text_encoder=labels"], "has no words to train"),
-        ([*WORD, "train_text_encoder=true"], "trains one word alone"),
+        ([*WORD, "train_text_encoder=true"], "textual_inversion and train_text_encoder do not go together"),
         ([*WORD, "prompts=[a fox]"], "has to use the word '<it>'"),
-        ([*WORD, "textual_inversion.word=two words"], r"textual_inversion\.word"),
+        ([*WORD, "textual_inversion.word=two words"], r"train\.word"),
         ([*THING, "run.batch_size=3"], "an even run.batch_size, got 3"),
         ([*THING, "data.buckets=true"], "data.buckets false"),
         ([*THING, "start_from=null", "model={sample_size: 8}", "schedule={beta_start: 0.1}"], "name it as start_from"),

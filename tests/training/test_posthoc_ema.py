@@ -283,5 +283,5 @@ def test_stages_without_it_refuse_it(trained: tuple[str, Path]) -> None:
         load_config(str(run.parent / "autoencoder.yaml"), ["run.ema_snapshots=2"])
     config = load_config(file).model_dump()
     tree = {name: config[name] for name in ("stage", "data", "run")}
-    with pytest.raises(InputError, match=r"run.ema_snapshots is for whole networks; set it to 0 with lora"):
+    with pytest.raises(InputError, match=r"train.kind lora does not go with run.ema_snapshots"):
         parse_config({**tree, "start_from": "embedded", "lora": {}})

@@ -129,7 +129,7 @@ def test_what_is_not_shared_out_is_refused_before_anything_is_written(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.MULTI_CPU)
     monkeypatch.setattr(
-        "latentdiff.training.loop.distributed.mixed_precision", lambda run: "no"
+        "latentdiff.training.loop.distributed.mixed_precision", lambda run, device: "no"
     )  # of a machine with a GPU
     with pytest.raises(InputError, match=message):
         cli_train(file, overrides, False, None)

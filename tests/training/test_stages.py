@@ -218,7 +218,7 @@ def test_training_goes_on_from_the_weights_of_another_model(tmp_path: Path) -> N
         parse_config({**tree, "start_from": "embedded"})
     with pytest.raises(InputError, match="model is missing; describe it, or name a model to start_from"):
         parse_config(first)
-    with pytest.raises(InputError, match="lora changes a model that is there; name it as start_from"):
+    with pytest.raises(InputError, match=r"train.kind lora is for a model that is there; name it as start_from"):
         parse_config({**tree, "lora": {"rank": 4}})
 
 

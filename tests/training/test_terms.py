@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from latentdiff.training.config import AutoencoderTraining, load_config
 from latentdiff.training.loop.checkpointing import load_latest
 from latentdiff.training.losses import autoencoder as terms
-from latentdiff.training.losses.autoencoder import adversarial_term, critic_terms, loss_terms
+from latentdiff.training.losses.autoencoder import adversarial_term, discriminator_terms, loss_terms
 from latentdiff.training.losses.image import PatchDiscriminator, r1_penalty
 from latentdiff.training.losses.lpips import Lpips
 from latentdiff.training.train_autoencoder import assemble
@@ -59,7 +59,7 @@ def all_terms(config: AutoencoderTraining, model: Any, judge: PatchDiscriminator
     found = loss_terms(reconstruction, images, posterior, config, perceptual)
     loss = torch.stack(list(found.values())).sum()
     found["adversarial"], _ = adversarial_term(loss, reconstruction, model, judge, Accelerator(cpu=True))
-    return found | critic_terms(judge, judge, images, reconstruction.detach(), config)
+    return found | discriminator_terms(judge, judge, images, reconstruction.detach(), config)
 
 
 @pytest.mark.parametrize("term", TRAINED)

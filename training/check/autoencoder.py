@@ -19,6 +19,7 @@ from ..config import AutoencoderTraining
 from ..data.augment import rgb
 from ..data.dataset import CaptionedImages, composite, open_images
 from ..loop.distributed import own_shares
+from ..loop.resources import require_small_enough
 from ..loop.run import seeded, start_step
 from ..loop.state import RunState
 from ..losses.autoencoder import loss_terms
@@ -61,6 +62,8 @@ def look_at_autoencoder(config: AutoencoderTraining) -> Iterator[Row]:
     accelerator = start_check(config)
     yield from look_at_folder(config, "KL autoencoder, from scratch")
     require_trainable(config)
+    shape = AutoencoderConfig.from_dict(config.model)
+    require_small_enough(lambda: AutoencoderKL(shape), accelerator.device)
     perceptual = load_perceptual(config, accelerator.device)
     with TemporaryDirectory(prefix="latentdiff-check-") as folder:
         data = open_images(config.data, config.run.batch_size, Path(folder))
@@ -97,21 +100,21 @@ def stepper(
 
     It is told whether to measure, and returns what `accumulate_gradients` does and the norm of the gradient.
     """
-    run, plain, judge = config.run, state.modules["model"], state.modules["discriminator"]
+    run, plain, discriminator = config.run, state.modules["model"], state.modules["discriminator"]
     loss = config.loss.model_copy(update={"adversarial_start": 0})
     enough = run.model_copy(update={"steps": max(run.steps, 2 + TIMED)})  # of a run that is shorter than this look
     config = config.model_copy(update={"loss": loss, "run": enough})
-    model, discriminator, optimizer, critic = accelerator.prepare(plain, judge, *state.optimizers.values())
+    model, adversary, optimizer, critic = accelerator.prepare(plain, discriminator, *state.optimizers.values())
     state.ema.to(accelerator.device)
     batches = image_batches(data, config, 0, own_shares(accelerator, run))
 
     def take_step(step: int, measured: bool) -> tuple[dict[str, Tensor], dict[str, float], Tensor]:
         start_step(config, step, optimizer, critic)
         values, scalars = accumulate_gradients(
-            model, discriminator, perceptual, config, batches, step, accelerator, measured
+            model, adversary, perceptual, config, batches, step, accelerator, measured
         )
         norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
-        accelerator.clip_grad_norm_(judge.parameters(), config.optimizer.max_grad_norm)
+        accelerator.clip_grad_norm_(discriminator.parameters(), config.optimizer.max_grad_norm)
         optimizer.step()
         critic.step()
         state.ema.update(plain)

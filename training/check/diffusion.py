@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from latentdiff.checkpoints import Components, Encoders
+from latentdiff.devices import restored_random_state
 from latentdiff.models.pixels import PixelSpace
 
-from ..config import AutoencoderTraining, DiffusionTraining, TrainingConfig
+from ..config import AutoencoderTraining, DiffusionTraining, LoraConfig, TrainingConfig, UNetTraining
 from ..data.batches import Batch, draw_batch, latent_batches
 from ..data.latents import LatentSet, tell_of_cut
 from ..data.timesteps import stratified_timesteps
@@ -26,9 +27,18 @@ from ..loop.distributed import own_shares, sample_noise
 from ..loop.run import fast_attention, seeded, short, start_step
 from ..loop.state import RunState
 from ..losses.diffusion import diffusion_losses, require_trainable
+from ..monitor.samples import try_prompts
 from ..monitor.validation import bucket_names, gaussian_bounds, held_out_errors, load_held_out
 from ..networks.encoders import JointNetwork
-from ..setup import assemble, encode_data, load_components, network_to_train, open_data
+from ..setup import (
+    assemble,
+    encode_data,
+    load_components,
+    move_networks,
+    network_to_train,
+    open_data,
+    require_buildable,
+)
 from ..train_diffusion import accumulate_gradients
 from .autoencoder import look_at_autoencoder
 from .table import (
@@ -65,9 +75,10 @@ def check(config: TrainingConfig) -> None:
         InputError, ModelLoadError, StorageError: the run could not be started as it is.
     """
     odd = 0
-    for row in look_at_autoencoder(config) if isinstance(config, AutoencoderTraining) else look(config):
-        print(f"{row.name:<18} {row.value:<52} {row.expected:<46} {'ok' if row.fine else 'look'}", flush=True)
-        odd += not row.fine
+    with restored_random_state():
+        for row in look_at_autoencoder(config) if isinstance(config, AutoencoderTraining) else look(config):
+            print(f"{row.name:<18} {row.value:<52} {row.expected:<46} {'ok' if row.fine else 'look'}", flush=True)
+            odd += not row.fine
     print(f"{odd} of these to look at" if odd else "all as expected")
 
 
@@ -75,7 +86,8 @@ def look(config: DiffusionTraining) -> Iterator[Row]:
     """Yield the lines of the table of a diffusion run; see `check`."""
     accelerator = start_check(config)
     what = "from scratch" if config.start_from is None else f"from {config.start_from}"
-    kind = "U-Net" if config.lora is None else f"LoRA of rank {config.lora.rank}"
+    kinds = {"unet": "U-Net", "word": "a new word", "unet_and_text": "U-Net and text encoder"}
+    kind = f"LoRA of rank {config.train.rank}" if isinstance(config.train, LoraConfig) else kinds[config.train.kind]
     yield from look_at_folder(config, f"{kind}, {what}")
     with TemporaryDirectory(prefix="latentdiff-check-") as folder:
         out = Path(config.run.out).resolve()
@@ -83,6 +95,9 @@ def look(config: DiffusionTraining) -> Iterator[Row]:
             config = config.model_copy(update={"cache": str(Path(folder) / "cache")})
         components = load_components(config)
         require_trainable(config, components)
+        require_buildable(config, components, accelerator)
+        try_prompts(config, components)
+        move_networks(components, accelerator.device)
         images = open_data(config, components, Path(folder))
         yield from look_at_pictures(config, images)
         if config.prior is not None:
@@ -99,7 +114,7 @@ def look(config: DiffusionTraining) -> Iterator[Row]:
         yield look_at_disk(config, state)
         network.to(accelerator.device)
         yield from look_at_errors(network, config, components, data, state, accelerator)
-        with fast_attention():
+        with fast_attention(accelerator.device):
             take_step = stepper(network, config, components, data, state, accelerator)
             flops = yield from look_at_steps(config, take_step, state, accelerator)
             used = network if small_enough(flops, config, accelerator) else None
@@ -125,7 +140,7 @@ def look_at_samples(config: DiffusionTraining, data: LatentSet, components: Enco
     yield Row("latent mean", short(mean), "pixels, -1 to 1" if in_pixels else "0", bool(in_pixels or near))
     yield Row("latent std", short(std), "above 0" if in_pixels else "1", bool(std.min() > 0 and (in_pixels or near)))
     dropped = torch.cat([dropped for _, dropped in drawn])[:SAMPLES].double()
-    rate, share = config.caption_dropout, float(dropped.mean())
+    rate, share = config.objective.caption_dropout, float(dropped.mean())
     spread = 3 * math.sqrt(rate * (1 - rate) / len(dropped))
     expected = f"caption_dropout {rate:.1%} +- {spread:.1%}"
     yield Row("null prompts", f"{share:.1%} of {len(dropped)} samples", expected, abs(share - rate) <= spread)
@@ -198,7 +213,7 @@ def overfit(
     samples, used = first_samples(data, config, OVERFIT), network
     torch.manual_seed(config.run.seed)  # of a new network, and of dropout
     if used is None:
-        reduced = config.model_copy(update={"start_from": None, "lora": None, "model": REDUCED})
+        reduced = config.model_copy(update={"start_from": None, "train": UNetTraining(), "model": REDUCED})
         unet = network_to_train(reduced, data, components.without_unet())
         used = JointNetwork(unet, components.text_encoder) if config.encodes_each_step else unet
         used.to(accelerator.device)
@@ -211,7 +226,7 @@ def overfit(
         timesteps = stratified_timesteps(OVERFIT, components.schedule.num_train_timesteps, generator).to(device)
         noise = sample_noise(config.run.seed, step, slice(None), OVERFIT, samples.latents.shape[1:]).to(device)
         with accelerator.autocast():
-            losses = diffusion_losses(used, components, config, samples, timesteps, noise)
+            losses = diffusion_losses(used, components, config.objective, samples, timesteps, noise)
         optimizer.zero_grad()
         losses.mean().backward()
         nn.utils.clip_grad_norm_(trained, config.optimizer.max_grad_norm)
@@ -225,4 +240,5 @@ def overfit(
 def first_samples(data: LatentSet, config: DiffusionTraining, count: int) -> Batch:
     """Return the first samples of the run, with their captions."""
     run = config.run.model_copy(update={"batch_size": count})
-    return draw_batch(data, config.model_copy(update={"run": run, "caption_dropout": 0.0}), 0)
+    objective = config.objective.model_copy(update={"caption_dropout": 0.0})
+    return draw_batch(data, config.model_copy(update={"run": run, "objective": objective}), 0)

@@ -23,6 +23,7 @@ from ..loop.checkpointing import checkpoint_folders, checkpoint_problem, config_
 from ..loop.distributed import start_accelerator
 from ..loop.optimizers import require_optimizer
 from ..loop.resources import estimate_disk, estimate_memory, readable
+from ..loop.run import EXPORTS, require_own_config, require_replaceable
 from ..loop.sharding import shards_weights
 from ..loop.state import RunState
 from ..monitor.instruments import matrix_product_rate
@@ -32,7 +33,7 @@ TIMED = 3  # steps, after one that is not
 OVERFIT = 8  # samples of the self-test
 OVERFIT_STEPS = 300
 OVERFIT_RATE = 1e-3
-OVERFIT_FLOPS = {"cpu": 1e13, "cuda": 1e15}  # up to which it trains the network itself, not a reduced one
+OVERFIT_FLOPS = {"cpu": 1e13, "mps": 1e14, "cuda": 1e15}  # up to which it trains the network itself, not a reduced one
 
 
 class Row(NamedTuple):
@@ -53,7 +54,7 @@ def start_check(config: TrainingConfig) -> Accelerator:
     accelerator = start_accelerator(config.run)
     if accelerator.num_processes > 1 or shards_weights(accelerator):
         raise InputError("--check is for one process; start it without accelerate launch")
-    require_optimizer(config.optimizer)
+    require_optimizer(config.optimizer, accelerator.device)
     require_trackers(config.run.trackers)
     return accelerator
 
@@ -61,6 +62,9 @@ def start_check(config: TrainingConfig) -> Accelerator:
 def look_at_folder(config: TrainingConfig, what: str) -> Iterator[Row]:
     """Say what is trained and whether the run folder has been used."""
     yield Row("config", f"{config.stage}: {what}", "no unknown key, no wrong value")
+    require_own_config(Path(config.run.out))
+    for export in EXPORTS:
+        require_replaceable(Path(config.run.out) / export)
     found, state = checkpoint_folders(Path(config.run.out)), "new"
     if found:
         state = f"{found[0].name}, {_problem(found[0], config) or 'whole and of this config'}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,6 +21,8 @@ class BatchOrder:
     places: np.ndarray
     groups: np.ndarray
     total: int
+    # The newest sequences, by (seed, epoch, group): of each group as many as a batch may need.
+    _sequences: dict[tuple[int, int, int], np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
     def of(count: int) -> BatchOrder:
@@ -46,8 +47,21 @@ class BatchOrder:
         positions = number * batch_size + np.arange(batch_size)
         epochs = positions // sizes[group]
         within = positions % sizes[group]
-        chosen = [_sequence(self, seed, int(epoch), group)[place] for epoch, place in zip(epochs, within)]
+        chosen = [self._sequence(seed, int(epoch), group)[place] for epoch, place in zip(epochs, within)]
         return np.array(chosen, dtype=np.int64), epochs
+
+    def _sequence(self, seed: int, epoch: int, group: int) -> np.ndarray:
+        """Return the samples of a group in their order in an epoch."""
+        key = (seed, epoch, group)
+        found = self._sequences.get(key)
+        if found is None:
+            sample = np.full(self.total, -1)
+            sample[self.places] = np.where(self.groups == group, np.arange(len(self.places)), -1)
+            drawn = sample[np.random.default_rng([seed, epoch]).permutation(self.total)]
+            self._sequences[key] = found = drawn[drawn >= 0]
+            for old in [*self._sequences][: -2 * (int(self.groups.max()) + 1)]:
+                self._sequences.pop(old, None)
+        return found
 
 
 def _place_of_batch(sizes: np.ndarray, step: int, batch_size: int, seed: int) -> tuple[int, int]:
@@ -67,12 +81,3 @@ def _place_of_batch(sizes: np.ndarray, step: int, batch_size: int, seed: int) ->
 def _ended(sizes: np.ndarray, epoch: int, batch_size: int) -> np.ndarray:
     """Return how many batches of each group end before `epoch` begins."""
     return sizes * epoch // batch_size
-
-
-@lru_cache(maxsize=64)
-def _sequence(order: BatchOrder, seed: int, epoch: int, group: int) -> np.ndarray:
-    """Return the samples of a group in their order in an epoch."""
-    sample = np.full(order.total, -1)
-    sample[order.places] = np.where(order.groups == group, np.arange(len(order.places)), -1)
-    drawn = sample[np.random.default_rng([seed, epoch]).permutation(order.total)]
-    return drawn[drawn >= 0]

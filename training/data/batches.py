@@ -101,7 +101,7 @@ def _drawn(data: LatentSet, config: DiffusionTraining, step: int, batch_size: in
         rng = np.random.default_rng([run.seed, data.samples[index].place, epoch])
         view = draw_view(config.data, rng)
         caption = int(rng.choice(data.choices[index][view]))
-        rows.append(0 if rng.random() < config.caption_dropout else caption)
+        rows.append(0 if rng.random() < config.objective.caption_dropout else caption)
         picked.append(index * len(data.choices[index]) + view)
         if data.drawer is not None:
             beside.append(data.drawer(picked[-1], rng))

@@ -18,7 +18,7 @@ from latentdiff.errors import InputError
 from latentdiff.images import from_tensor, to_tensor
 from latentdiff.models.unet import UNet2DConditionModel
 
-from ..config import DiffusionTraining
+from ..config import DiffusionTraining, InpaintTask, LoraConfig, UpscaleTask
 from .augment import rgb
 from .dataset import composite, load_images, open_held_out
 from .degradation import degrade
@@ -53,7 +53,7 @@ class ConcatConditioning:
         return ConcatConditioning(change(self.channels), kept, levels)
 
     @torch.no_grad()
-    def inputs(self, components: Components) -> Tensor:
+    def inputs(self, components: Encoders) -> Tensor:
         """Return the input channels (B, C', h, w)."""
         if self.kept is None:
             return self.channels
@@ -81,7 +81,10 @@ class Task:
     def of(config: DiffusionTraining, components: Encoders) -> Task:
         """Return the task of a config."""
         factor, low = components.autoencoder.config.downsample_factor, components.low_res_schedule
-        return Task(factor, low, config.full_mask, config.degradation, config.max_noise_level)
+        full_mask = config.task.full_mask if isinstance(config.task, InpaintTask) else 0.0
+        if not isinstance(config.task, UpscaleTask):
+            return Task(factor, low, full_mask, 0.0, 0)
+        return Task(factor, low, full_mask, config.task.degradation, config.task.max_noise_level)
 
     def draw(self, picture: np.ndarray, rng: np.random.Generator) -> ConcatConditioning:
         """Return what is seen beside the latents of a picture, RGB (H, W, 3) uint8; without a batch axis.
@@ -124,7 +127,7 @@ def examples(config: DiffusionTraining, components: Components) -> list[tuple[st
 
 def extra_channels(config: DiffusionTraining, latent_channels: int) -> int:
     """Return how many input channels the network has beside those of noisy latents."""
-    return {"text_to_image": 0, "inpaint": 1 + latent_channels, "upscale": 3}[config.task]
+    return {"text_to_image": 0, "inpaint": 1 + latent_channels, "upscale": 3}[config.task.kind]
 
 
 def task_of(components: Components) -> str:
@@ -139,22 +142,24 @@ def with_task(config: DiffusionTraining, components: Encoders) -> Encoders:
         InputError: the model to start from does another task, or was told of less noise.
     """
     if not isinstance(components, Components):
-        if config.task != "upscale":
+        if not isinstance(config.task, UpscaleTask):
             return components
-        low = NoiseSchedule.from_dict(config.low_res_schedule)
+        low = NoiseSchedule.from_dict(config.task.low_res_schedule)
         return replace(components, low_res_schedule=replace(low, class_name="DDPMScheduler"))  # as of SD's x4 upscaler
     does = task_of(components)
-    if config.task == "inpaint" and does == "text_to_image":
-        if config.lora is not None:
+    if config.task.kind == "inpaint" and does == "text_to_image":
+        if isinstance(config.train, LoraConfig):
             raise InputError("a lora has no new input channels; leave it out, or start_from a model that inpaints")
         return replace(
             components, unet=widened(components.unet, extra_channels(config, components.unet.config.in_channels))
         )
-    if config.task != does:
-        raise InputError(f"task: {config.task} must be what {config.start_from} does, {does}; start_from another model")
+    if config.task.kind != does:
+        raise InputError(
+            f"task {config.task.kind} must be what {config.start_from} does, {does}; start_from another model"
+        )
     known = components.unet.config.num_class_embeds
-    if does == "upscale" and known is not None and config.max_noise_level >= known:
-        raise InputError(f"max_noise_level must be at most {known - 1}, which the model was told of; lower it")
+    if isinstance(config.task, UpscaleTask) and known is not None and config.task.max_noise_level >= known:
+        raise InputError(f"task.max_noise_level must be at most {known - 1}, which the model was told of; lower it")
     return components
 
 

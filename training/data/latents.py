@@ -28,6 +28,7 @@ from .conditions import ConcatConditioning, Task
 from .dataset import CaptionedImages, Sample
 from .prefetch import prefetched
 
+PIXELS_AT_ONCE = 64 * 64**2  # through the autoencoder: pictures of 512 x 512 one by one, each of which takes gigabytes
 TOLD_TOGETHER = 256  # captions, since all of them get as many windows as the longest
 
 
@@ -202,9 +203,13 @@ def _encode_pictures(data: CaptionedImages, variants: list[Variant], components:
     autoencoder = components.autoencoder
     groups = [list(group) for _, group in groupby(variants, lambda variant: variant.index)]
     pictures = prefetched(lambda number: paint_all(data, groups[number]), range(len(groups)))
-    images = to_tensor(np.stack([picture for group in pictures for picture in group]))  # (B, 3, H, W)
-    latents = autoencoder.encode(images.to(next(autoencoder.parameters()).device)).mode()
-    return latents * autoencoder.config.scaling_factor
+    images = [picture for group in pictures for picture in group]  # (H, W, 3) uint8
+    few, device = max(1, PIXELS_AT_ONCE // images[0][..., 0].size), next(autoencoder.parameters()).device
+    latents = []
+    for first in range(0, len(images), few):
+        part = to_tensor(np.stack(images[first : first + few])).to(device)  # (b, 3, H, W)
+        latents.append(autoencoder.encode(part).mode() * autoencoder.config.scaling_factor)
+    return torch.cat(latents)
 
 
 def _variant_key(data: CaptionedImages, variant: Variant) -> bytes:

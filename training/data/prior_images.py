@@ -35,7 +35,8 @@ def draw_prior(config: DiffusionTraining, components: Components, folder: Path) 
     lacking = [number for number, name in enumerate(names) if not (place / name).exists()]
     pipe = Pipeline(components)
     for number in tqdm(lacking, f"{prompt!r:.40}", disable=not lacking):
-        pipe(prompt, seed=number, guidance_scale=config.guidance_scale).write(0, place / names[number])
+        drawn = pipe(prompt, seed=number, guidance_scale=config.samples.guidance_scale, prompt_weights=False)
+        drawn.write(0, place / names[number])
     rows = [json.dumps({"file_name": name, "text": prompt}) + "\n" for name in names]
     write_file(place / METADATA, "".join(rows).encode())
     return config.data.model_copy(update={"folder": str(place), "captions": [], "keep": {}, "drop": {}})

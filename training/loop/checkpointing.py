@@ -14,7 +14,8 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ _NAME = re.compile(r"step-(\d{8})$")
 # Keys of a config that a resumed run may change: where, how long, how often, and how a step is computed, not what.
 FREE_KEYS = {
     *("run.out", "run.steps", "run.log_every", "run.sample_every", "run.save_every", "run.keep_checkpoints"),
-    *("run.accumulation", "run.compile", "run.gradient_checkpointing", "run.trackers"),
+    *("run.accumulation", "run.compile", "run.gradient_checkpointing", "run.trackers", "samples.prompts"),
 }
 
 
@@ -119,8 +120,8 @@ def checkpoint_problem(folder: Path) -> str:
         manifest = _read_manifest(folder)
         if folder.name != f"step-{manifest['step']:08d}":
             return f"is the checkpoint of step {manifest['step']}"
-        for name, expected in manifest["files"].items():
-            if _fingerprint(folder / name) != expected:
+        for name, found in _fingerprints(folder, manifest["files"]).items():
+            if found != manifest["files"][name]:
                 return f"{name} is damaged"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"unreadable ({error})"
@@ -165,7 +166,7 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]],
             "torch": str(torch.__version__),
             "python": platform.python_version(),
         },
-        "files": {name: _fingerprint(folder / name) for name in names},
+        "files": _fingerprints(folder, names),
     }
     manifest["sha256"] = _sha256(_render(manifest).encode())
     (folder / "manifest.json").write_text(_render(manifest))
@@ -212,6 +213,13 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return leaves
+
+
+def _fingerprints(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return size and digest of files by name, all of them read at once: weights, moments and averages are large."""
+    names = list(names)
+    with ThreadPoolExecutor(min(8, max(1, len(names)))) as pool:
+        return dict(zip(names, pool.map(lambda name: _fingerprint(folder / name), names)))
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

@@ -14,38 +14,49 @@ from torch.nn import functional as F
 
 from latentdiff.models.layers import Upsample2D
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+# Settings of glibc's malloc (M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h): while training, and its own defaults.
+MALLOC = {-4: (0, 65536), -1: (2**31 - 1, 128 * 1024)}
 # Along one axis, which of three taps each of the four sums up.
 MEETING = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
 
 
 @contextmanager
 def tuned_for_cpu(network: nn.Module) -> Iterator[None]:
-    """Train a network faster on a CPU in a `with` block; no change on a GPU, or of what is compiled."""
-    if torch.cuda.is_available() or any(module._compiled_call_impl is not None for module in network.modules()):
+    """Train a network faster in a `with` block if it is on a CPU and not compiled; no change otherwise."""
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    if not on_cpu or any(module._compiled_call_impl is not None for module in network.modules()):
         yield
         return
-    keep_freed_memory()
     # A LoRA beside the convolution is a hook on it, and needs it to be called.
     upsamplers = [m for m in network.modules() if isinstance(m, Upsample2D) and not m.conv._forward_hooks]
     for upsampler in upsamplers:
         upsampler.forward = partial(upsample, upsampler)  # type: ignore[method-assign]
     try:
-        yield
+        with freed_memory_kept():
+            yield
     finally:
         for upsampler in upsamplers:
             del upsampler.forward
 
 
-def keep_freed_memory() -> None:
-    """Let memory that is freed stay with the process, 1.1x a whole step where the allocator is glibc's.
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Let memory that is freed stay with the process in a `with` block: 1.1x a whole step with glibc's allocator.
 
     It would give back what a step has used and get it again, page by page, in the next one.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if mallopt is None:
+        yield
+        return
+    try:
+        for setting, (kept, _) in MALLOC.items():
+            mallopt(setting, kept)
+        yield
+    finally:
+        for setting, (_, usual) in MALLOC.items():
+            mallopt(setting, usual)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def upsample(layer: Upsample2D, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:

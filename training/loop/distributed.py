@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs, PartialState
 from torch import Tensor, nn
 
+from latentdiff.devices import resolve_device
 from latentdiff.diffusion import draw_noise
 from latentdiff.errors import InputError
 
 from ..config import RunConfig
 from .run import mixed_precision, seeded
 from .sharding import shards_weights
+
+LONGEST_WAIT = timedelta(days=2)  # of processes for one another
 
 
 def start_accelerator(run: RunConfig) -> Accelerator:
@@ -27,7 +31,10 @@ def start_accelerator(run: RunConfig) -> Accelerator:
     Raises:
         InputError: the batch cannot be shared out evenly, or more than batch and weights are to be shared out.
     """
-    accelerator = Accelerator(mixed_precision=mixed_precision(run), cpu=not torch.cuda.is_available())
+    on_cpu = resolve_device(None).type == "cpu"
+    # One process encodes the pictures while the others wait for it, which may take hours; NCCL gives up after minutes.
+    state = PartialState(cpu=on_cpu, **InitProcessGroupKwargs(timeout=LONGEST_WAIT).to_kwargs())
+    accelerator = Accelerator(mixed_precision=mixed_precision(run, state.device), cpu=on_cpu)
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
         raise InputError(f"accelerate was told to use {kind.value}, and training knows MULTI_GPU and FSDP only")

@@ -36,8 +36,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     )
 
 
-def require_optimizer(config: OptimizerConfig) -> None:
-    """See that the chosen optimizer is there and works on this machine, by one step of it.
+def require_optimizer(config: OptimizerConfig, device: torch.device) -> None:
+    """See that the chosen optimizer is there and works on a device, by one step of it.
 
     Raises:
         MissingDependencyError: its package is not installed.
@@ -47,7 +47,6 @@ def require_optimizer(config: OptimizerConfig) -> None:
         raise InputError(f"optimizer.kind adafactor needs torch 2.5 or newer, got {torch.__version__}; choose adamw")
     if config.kind != "adamw_8bit":
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     probe = nn.Parameter(torch.ones(EIGHT_BIT_FROM, device=device))
     probe.grad = torch.ones_like(probe)
     optimizer = _adamw_8bit([probe], config)
@@ -55,7 +54,7 @@ def require_optimizer(config: OptimizerConfig) -> None:
         optimizer.step()
     except Exception as error:  # releases without kernels for a device fail in many ways
         raise InputError(
-            f"optimizer.kind adamw_8bit: the installed bitsandbytes cannot take a step on {device} "
+            f"optimizer.kind adamw_8bit: the installed bitsandbytes cannot take a step on {device.type} "
             f"({type(error).__name__}); upgrade it, or choose adamw"
         ) from error
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from latentdiff.devices import machine_memory
-from latentdiff.errors import InputError, StorageError
+from latentdiff.devices import memory_of
+from latentdiff.errors import InputError, ModelLoadError, StorageError
 
 from ..config import RunConfig
 from .checkpointing import checkpoint_folders
@@ -20,6 +20,8 @@ from .optimizers import state_bytes
 from .posthoc_ema import STORED
 from .sharding import own
 from .state import RunState
+
+LEAST_BYTES = 12  # of a weight, its gradient and its average, in float32
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,29 @@ class Disk:
         return f"{self.count} checkpoints of {readable(self.checkpoint)}{more}"
 
 
+def require_small_enough(build: Callable[[], nn.Module], device: torch.device, processes: int = 1) -> None:
+    """See that a network can be built and its training fits into memory, before anything else is done.
+
+    Args:
+        build: makes the network, here without weights.
+        processes: that share it out.
+
+    Raises:
+        InputError: its values do not fit together, or it is too large.
+    """
+    try:
+        with torch.device("meta"):
+            network = build()
+    except ModelLoadError as error:
+        raise InputError(f"model: {error}") from error
+    count, there = sum(parameter.numel() for parameter in network.parameters()), memory_of(device)
+    if LEAST_BYTES * count > processes * there:
+        raise InputError(
+            f"model has {count:,} weights, which take at least {readable(LEAST_BYTES * count)} to train, and there are "
+            f"{readable(there)}; make it smaller"
+        )
+
+
 def require_room(run: RunConfig, state: RunState, networks: Sequence[nn.Module], device: torch.device) -> None:
     """See that there is memory and disk for a run; see `estimate_memory` and `estimate_disk`."""
     estimate_memory(state, networks, device)
@@ -86,7 +111,7 @@ def estimate_memory(state: RunState, networks: Sequence[nn.Module], device: torc
     parameters = {id(one): one for network in networks for one in network.parameters()}.values()
     groups = [group for optimizer in state.optimizers.values() for group in optimizer.param_groups]
     learnt = [parameter for group in groups for parameter in group["params"]]
-    averages, on_gpu = state.averages().values(), device.type == "cuda"
+    averages = state.averages().values()
     memory = Memory(
         trained=sum(parameter.numel() for parameter in learnt),
         parameters=sum(parameter.numel() for parameter in parameters),
@@ -94,7 +119,7 @@ def estimate_memory(state: RunState, networks: Sequence[nn.Module], device: torc
         gradients=sum(own(parameter).nbytes for parameter in learnt),
         optimizer=sum(map(state_bytes, state.optimizers.values())),
         average=sum(own(weight).nbytes for average in averages for weight in average.weights.values()),
-        there=torch.cuda.get_device_properties(device).total_memory if on_gpu else machine_memory(),
+        there=memory_of(device),
     )
     if memory.needed > memory.there:
         raise InputError(

@@ -8,27 +8,31 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from latentdiff.checkpoints.folder import INDEX
+from latentdiff.devices import supports_bfloat16
 from latentdiff.errors import InputError, StorageError
-from latentdiff.images import from_tensor
+from latentdiff.images import from_tensor, write_file
 from latentdiff.models.attention import Transformer2DModel
 from latentdiff.models.layers import ResnetBlock2D
 
-from ..config import OptimizerConfig, RunConfig, TrainingConfig, completed
+from ..config import OptimizerConfig, RunConfig, TrainingConfig, completed, dump_yaml, read_yaml
 from .checkpointing import (
     Checkpoint,
     checkpoint_folders,
@@ -41,18 +45,96 @@ from .optimizers import require_optimizer
 from .posthoc_ema import remove_snapshots
 from .state import RunState
 
+CONFIG_FILE = "config.yaml"  # of a run folder
+# Folders of trained models in it, each with the file that it is known by.
+EXPORTS = {"model": INDEX, "vae": "config.json"}
 SHOWN_DIFFERENCES = 5  # of two configs, in a message
 
 
-def open_run(config: TrainingConfig, resume: bool, accelerator: Accelerator) -> Checkpoint | None:
-    """Make the run folder, write the resolved config into it and return the checkpoint to go on from.
+@contextmanager
+def open_run(
+    config: TrainingConfig, resume: bool, accelerator: Accelerator, export: str
+) -> Iterator[Checkpoint | None]:
+    """Make the run folder, write the resolved config into it and give the checkpoint to go on from.
+
+    No other process can open it while the `with` block runs.
+
+    Args:
+        export: name of the file or folder in it that the trained model goes to.
 
     Raises:
-        InputError: the folder has checkpoints and `resume` is not set, or they are of another config.
+        InputError: the folder has checkpoints and `resume` is not set, or they are of another config; or it holds
+            something that the run would write over; or another process trains in it.
         MissingDependencyError: the config asks for a package that is not installed.
         StorageError: the folder cannot be written.
     """
-    require_optimizer(config.optimizer)
+    require_optimizer(config.optimizer, accelerator.device)
+    folder = Path(config.run.out)
+    with locked(folder) if accelerator.is_main_process else nullcontext():
+        newest = _checkpoint_to_go_on_from(config, resume, accelerator)
+        if accelerator.is_main_process:
+            require_own_config(folder)
+            require_replaceable(folder / export)
+            text = dump_yaml(config.model_dump(mode="json"))
+            try:
+                (folder / "samples").mkdir(exist_ok=True)
+                write_file(folder / CONFIG_FILE, text.encode())
+            except OSError as error:
+                raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+            remove_leftovers(folder)
+            remove_snapshots(folder, newest.step if newest else 0)
+        yield newest
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder, which is made if it is not there, in a `with` block.
+
+    Raises:
+        InputError: another process trains in it.
+        StorageError: it cannot be made.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(
+            f"{folder} is being trained in by another process; wait for it, or choose another --out"
+        ) from error
+    except (OSError, ValueError) as error:  # a name with NUL, too long, not in the file system's encoding
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StorageError(f"cannot write to {folder}: {reason}; choose another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def require_own_config(folder: Path) -> None:
+    """Raise InputError where the run folder's config.yaml was written by hand, and would be lost."""
+    file = folder / CONFIG_FILE
+    if not file.exists() or file.stat().st_size == 0:
+        return
+    try:
+        written = dump_yaml(read_yaml(file)).encode() == file.read_bytes()
+    except InputError:
+        written = False
+    if not written:
+        raise InputError(
+            f"{file} was not written by a run, which would put its own there; rename it, or choose another --out"
+        )
+
+
+def require_replaceable(export: Path) -> None:
+    """Raise InputError where there is something else in the place of the model that a run writes at its end."""
+    if export.name not in EXPORTS or not export.exists() or (export / EXPORTS[export.name]).is_file():
+        return
+    if not export.is_dir() or any(export.iterdir()):
+        raise InputError(f"{export} holds something that is no saved model; move it, or choose another --out")
+
+
+def _checkpoint_to_go_on_from(config: TrainingConfig, resume: bool, accelerator: Accelerator) -> Checkpoint | None:
     folder, tree = Path(config.run.out), config.model_dump(mode="json")
     found = checkpoint_folders(folder)
     if found and not resume:
@@ -65,14 +147,6 @@ def open_run(config: TrainingConfig, resume: bool, accelerator: Accelerator) -> 
             f"{newest.folder} is of another config: {shown}{f' and {more} more' if more > 0 else ''}\n"
             "set these back to go on, or choose another --out"
         )
-    if accelerator.is_main_process:
-        try:
-            (folder / "samples").mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-        except OSError as error:
-            raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
-        remove_leftovers(folder)
-        remove_snapshots(folder, newest.step if newest else 0)
     return newest
 
 
@@ -88,28 +162,25 @@ def save_run(config: TrainingConfig, step: int, state: RunState, accelerator: Ac
         save_checkpoint(Path(config.run.out), step, tensors, counters, config.run.keep_checkpoints)
 
 
-def mixed_precision(run: RunConfig) -> str:
+def mixed_precision(run: RunConfig, device: torch.device) -> str:
     """Return accelerate's name of the precision: "bf16" where matrix products are native in it, else "no".
 
     Raises:
-        InputError: fp16 is asked for without a GPU.
+        InputError: fp16 is asked for on a device that is no CUDA GPU.
     """
-    if run.precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("run.precision fp16 needs a CUDA GPU, and there is none; choose bf16 or no")
+    if run.precision == "fp16" and device.type != "cuda":
+        raise InputError(f"run.precision fp16 needs a CUDA GPU, got {device.type}; choose bf16 or no")
     if run.precision != "auto":
         return run.precision
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "no"
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if native() else "no"
+    return "bf16" if supports_bfloat16(device) else "no"
 
 
-def fast_attention() -> AbstractContextManager[None]:
-    """Return a context in which attention is two matrix products on a CPU, 1.4x a whole step there; no change on a GPU.
+def fast_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which attention on a CPU is two matrix products, 1.4x a whole step; no change elsewhere.
 
     PyTorch's fused kernel saves memory but is slow backwards for the short sequences of small latents.
     """
-    if torch.cuda.is_available():
+    if device.type != "cpu":
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -126,28 +197,32 @@ def compile_checked(module: nn.Module, *inputs: Tensor, autocast: AbstractContex
         autocast: precision of the call.
 
     Raises:
-        InputError: the gradients differ by more than rounding.
+        InputError: the gradients differ from those in float32 by much more than rounding in that precision explains.
     """
-    probe, gradients = copy.deepcopy(module), []
+    probe = copy.deepcopy(module)
     for parameter in probe.parameters():
         if not parameter.any():  # layers that start at zero let no gradient through
             nn.init.normal_(parameter, std=0.02)
+    exact = _gradient(probe, probe(*inputs, **options))
     with autocast:
-        outputs = [probe(*inputs, **options)]
+        rounded = _gradient(probe, probe(*inputs, **options))
         probe.compile()
-        outputs.append(probe(*inputs, **options))
-    for output in outputs:
-        probe.zero_grad()
-        output.float().square().mean().backward()
-        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in probe.parameters()]
-        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
-    difference = float((gradients[1] - gradients[0]).norm() / gradients[0].norm())
-    if not difference < 0.1:
+        compiled = _gradient(probe, probe(*inputs, **options))
+    own, difference = (float((gradient - exact).norm() / exact.norm()) for gradient in (rounded, compiled))
+    if not difference < max(0.1, 2 * own):
         raise InputError(
-            f"torch.compile of torch {torch.__version__} changes this network's gradients by {difference:.0%} here; "
-            "set run.compile to false"
+            f"torch.compile of torch {torch.__version__} changes this network's gradients by {difference:.0%} here, "
+            f"rounding by {own:.0%}; set run.compile to false"
         )
     module.compile()
+
+
+def _gradient(network: nn.Module, output: Tensor) -> Tensor:
+    """Return the gradient of the mean square of an output by all weights of its network, as one vector."""
+    network.zero_grad()
+    output.float().square().mean().backward()
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in network.parameters()]
+    return torch.cat([gradient.flatten() for gradient in found])
 
 
 def checkpoint_gradients(network: nn.Module) -> None:
@@ -189,8 +264,15 @@ def short(values: Tensor, most: int = 6) -> str:
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list that the loop looks at after each step; the second one exits at once."""
+    """Collect SIGINT and SIGTERM in a list that the loop looks at after each step; the second one exits at once.
+
+    Only the main thread of a process receives signals; in another one the list stays empty.
+    """
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        print("training in a thread: SIGINT and SIGTERM end it without a checkpoint of its own", file=sys.stderr)
+        yield received
+        return
 
     def handle(number: int, frame: FrameType | None) -> None:
         if received:
@@ -215,4 +297,6 @@ def save_grid(images: Tensor | Sequence[Tensor], file: Path, columns: int, gap: 
     sheet = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
     for index, picture in enumerate(pictures):
         sheet.paste(picture, ((index % columns) * width, (index // columns) * height))
-    sheet.save(file)
+    content = BytesIO()
+    sheet.save(content, "PNG")
+    write_file(file, content.getvalue())

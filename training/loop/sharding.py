@@ -25,7 +25,7 @@ from latentdiff.models.attention import BasicTransformerBlock, Transformer2DMode
 from latentdiff.models.layers import ResnetBlock2D
 from latentdiff.models.unet import UNet2DConditionModel
 
-from ..config import DiffusionTraining, TrainingConfig
+from ..config import DiffusionTraining, TrainingConfig, UNetTraining
 from .ema import Ema
 
 
@@ -43,7 +43,7 @@ def require_shardable(config: TrainingConfig, accelerator: Accelerator) -> None:
         raise InputError("the launch file asks for FSDP version 1; set fsdp_version: 2 in its fsdp_config")
     if not isinstance(config, DiffusionTraining):
         raise InputError("FSDP is for the diffusion stage, the autoencoder is small; launch it with MULTI_GPU")
-    if config.lora is not None or config.encodes_each_step:
+    if not isinstance(config.train, UNetTraining):
         raise InputError("FSDP is for the U-Net, not for a LoRA, words or the text encoder; launch with MULTI_GPU")
     if config.optimizer.kind != "adamw":
         raise InputError(f"FSDP goes with optimizer.kind adamw, got {config.optimizer.kind}; launch with MULTI_GPU")

@@ -47,16 +47,20 @@ def loss_terms(
 
 
 def adversarial_term(
-    loss: Tensor, reconstruction: Tensor, model: AutoencoderKL, judge: PatchDiscriminator, accelerator: Accelerator
+    loss: Tensor,
+    reconstruction: Tensor,
+    model: AutoencoderKL,
+    discriminator: PatchDiscriminator,
+    accelerator: Accelerator,
 ) -> tuple[Tensor, Tensor]:
     """Return how little the discriminator believes a reconstruction (B, 3, H, W), and the weight that balances it.
 
     Args:
         loss: the other terms.
-        judge: is left without gradients.
+        discriminator: is left without gradients.
     """
-    frozen = {name: parameter.detach() for name, parameter in judge.named_parameters()}
-    term = -functional_call(judge, frozen, (reconstruction,)).mean()
+    frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+    term = -functional_call(discriminator, frozen, (reconstruction,)).mean()
 
     def average(gradient: Tensor) -> Tensor:
         return accelerator.reduce(gradient, "mean")
@@ -64,16 +68,16 @@ def adversarial_term(
     return term, adaptive_weight(loss, term, model.decoder.conv_out.weight, average)
 
 
-def critic_terms(
-    discriminator: nn.Module, judge: PatchDiscriminator, images: Tensor, fakes: Tensor, config: AutoencoderTraining
+def discriminator_terms(
+    adversary: nn.Module, discriminator: PatchDiscriminator, images: Tensor, fakes: Tensor, config: AutoencoderTraining
 ) -> dict[str, Tensor]:
     """Return the weighted terms of the discriminator's loss that are switched on, by name.
 
     Args:
-        discriminator: `judge` as the accelerator prepared it, through whose gradients the processes meet.
+        adversary: the discriminator as the accelerator prepared it, through whose gradients the processes meet.
         images, fakes: (B, 3, H, W), the latter without gradients.
     """
-    terms = {"discriminator": discriminator_loss(*discriminator(torch.cat([images, fakes])).chunk(2))}
+    terms = {"discriminator": discriminator_loss(*adversary(torch.cat([images, fakes])).chunk(2))}
     if config.loss.r1:
-        terms["r1"] = config.loss.r1 * r1_penalty(judge, images)
+        terms["r1"] = config.loss.r1 * r1_penalty(discriminator, images)
     return terms

@@ -15,7 +15,7 @@ from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
 from latentdiff.models.pixels import PixelSpace
 
-from ..config import DiffusionTraining
+from ..config import DiffusionTraining, ObjectiveConfig
 from ..data.batches import Batch
 from ..networks.encoders import require_one_encoder
 
@@ -24,54 +24,60 @@ def require_trainable(config: DiffusionTraining, components: Encoders) -> None:
     """Raise InputError where loss, variance and schedule do not fit together, or the U-Net asks for more than text."""
     schedule = components.schedule
     if config.encodes_each_step:
-        require_one_encoder(components, "train_text_encoder" if config.train_text_encoder else "textual_inversion")
+        require_one_encoder(components, f"train.kind {config.train.kind}")
     if isinstance(components, Components):
         shape = components.unet.config
         more = {
             "how beautiful a picture is (XL's refiner)": shape.addition_embed_type is not None
             and components.text_encoder_2 is None,
-            "a mask (task: inpaint)": components.inpaints and config.task != "inpaint",
-            "a small picture (task: upscale)": components.upscales and config.task != "upscale",
+            "a mask (task inpaint)": components.inpaints and config.task.kind != "inpaint",
+            "a small picture (task upscale)": components.upscales and config.task.kind != "upscale",
             "an embedded guidance scale": shape.time_cond_proj_dim is not None,
         }
         for what in (name for name, wanted in more.items() if wanted):
             raise InputError(f"start_from: its U-Net also expects {what}, which is not trained here; use another model")
-        if shape.self_conditioning != config.self_conditioning:
-            raise InputError(f"start_from: its U-Net has self_conditioning {shape.self_conditioning}; set it so")
-    learned = schedule.variance_type == "learned_range"
-    if config.loss == "hybrid" and not learned:
+        if shape.self_conditioning != config.objective.self_conditioning:
+            raise InputError(
+                f"start_from: its U-Net has objective.self_conditioning {shape.self_conditioning}; set it so"
+            )
+    require_objective(config.objective, schedule)
+
+
+def require_objective(objective: ObjectiveConfig, schedule: NoiseSchedule) -> None:
+    """Raise InputError where loss, variance and schedule do not fit together."""
+    learned, loss = schedule.variance_type == "learned_range", objective.loss
+    if loss == "hybrid" and not learned:
         raise InputError(
             "loss: hybrid trains the variance, which needs schedule.variance_type learned_range, got "
             f"{schedule.variance_type}; choose that, or loss: simple"
         )
-    if config.loss == "simple" and learned:
+    if loss == "simple" and learned:
         raise InputError("schedule.variance_type learned_range is not trained by loss: simple; choose loss: hybrid")
-    if config.loss != "simple" and (config.offset_noise or config.input_perturbation):
-        raise InputError(
-            f"loss: {config.loss} bounds the likelihood of plain noise; leave offset_noise and others at 0"
-        )
-    if config.loss != "simple" and schedule.ends_in_pure_noise:
-        raise InputError(f"loss: {config.loss} needs some signal at the last timestep; choose loss: simple")
+    if loss != "simple" and (objective.offset_noise or objective.input_perturbation):
+        raise InputError(f"loss: {loss} bounds the likelihood of plain noise; leave offset_noise and others at 0")
+    if loss != "simple" and schedule.ends_in_pure_noise:
+        raise InputError(f"loss: {loss} needs some signal at the last timestep; choose loss: simple")
 
 
 def model_inputs(
-    noisy: Tensor, config: DiffusionTraining, estimate: Tensor | None = None, beside: Tensor | None = None
+    noisy: Tensor, self_conditioning: bool, estimate: Tensor | None = None, beside: Tensor | None = None
 ) -> Tensor:
     """Return what the network is given of noisy latents (B, C, h, w).
 
     Args:
+        self_conditioning: whether the network takes its own estimate of the step before besides.
         estimate: (B, C, h, w), that of the step before, with self-conditioning.
         beside: (B, C', h, w), what a task has besides.
     """
     if beside is not None:
         return torch.cat([noisy, beside], dim=1)
-    if not config.self_conditioning:
+    if not self_conditioning:
         return noisy
     return torch.cat([noisy, torch.zeros_like(noisy) if estimate is None else estimate], dim=1)
 
 
-def told(batch: Batch) -> dict[str, Any]:
-    """Return what the network is called with besides noisy latents, timesteps and context."""
+def conditioning(batch: Batch) -> dict[str, Any]:
+    """Return the conditioning of the network besides context: pooled text, sizes and noise levels."""
     options: dict[str, Any] = {"added": batch.added} if batch.added else {}
     if batch.beside is not None and batch.beside.levels is not None:
         options["class_labels"] = batch.beside.levels
@@ -80,8 +86,8 @@ def told(batch: Batch) -> dict[str, Any]:
 
 def diffusion_losses(
     unet: Any,
-    components: Components,
-    config: DiffusionTraining,
+    components: Encoders,
+    objective: ObjectiveConfig,
     batch: Batch,
     timesteps: Tensor,
     noise: Tensor,
@@ -89,14 +95,14 @@ def diffusion_losses(
     shown: Tensor | None = None,
 ) -> Tensor:
     """Return the loss (B,) of each image of a batch, the sum of its terms; arguments are those of `loss_terms`."""
-    given = (unet, components, config, batch, timesteps, noise, estimated, shown)
+    given = (unet, components, objective, batch, timesteps, noise, estimated, shown)
     return torch.stack([*loss_terms(*given).values()]).sum(dim=0)
 
 
 def loss_terms(
     unet: Any,
-    components: Components,
-    config: DiffusionTraining,
+    components: Encoders,
+    objective: ObjectiveConfig,
     batch: Batch,
     timesteps: Tensor,
     noise: Tensor,
@@ -118,29 +124,33 @@ def loss_terms(
     """
     schedule, latents, channels = components.schedule, batch.latents, batch.latents.shape[1]
     noisy = schedule.add_noise(latents, noise if shown is None else shown, timesteps)
-    sigmas = schedule.sigmas.to(latents.device, torch.float32)[timesteps].reshape(-1, 1, 1, 1)
+    sigmas = schedule.sigma_at(timesteps, latents)  # (B, 1, 1, 1)
     estimate = None
-    if config.self_conditioning and estimated:
+    more, twice = conditioning(batch), objective.self_conditioning
+    if twice and estimated:
         with torch.no_grad():
-            output = unet(model_inputs(noisy, config), timesteps, batch.context, **told(batch)).float()[:, :channels]
+            output = unet(model_inputs(noisy, twice), timesteps, batch.context, **more).float()[:, :channels]
         estimate = x0_estimate(schedule.prediction_type, noisy, output, sigmas)
-    beside = None if batch.beside is None else batch.beside.inputs(components)
-    prediction = unet(model_inputs(noisy, config, estimate, beside), timesteps, batch.context, **told(batch)).float()
+    beside = None
+    if batch.beside is not None:
+        with torch.autocast(latents.device.type, enabled=False):  # as while sampling; fp16 may overflow
+            beside = batch.beside.inputs(components)
+    prediction = unet(model_inputs(noisy, twice, estimate, beside), timesteps, batch.context, **more).float()
     variance: str | Tensor = "fixed_small"
     if prediction.shape[1] > channels:
         prediction, variance = halves(prediction)
     errors = (prediction - schedule.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))  # (B,)
-    simple = errors * loss_weight(schedule, timesteps, config.weighting, config.min_snr_gamma)
-    if config.loss == "simple":
+    simple = errors * loss_weight(schedule, timesteps, objective.weighting, objective.min_snr_gamma)
+    if objective.loss == "simple":
         return {"simple": simple}
     # Hybrid: the bound trains the variance alone, so that its noisy gradient leaves the prediction in peace.
-    judged = prediction.detach() if config.loss == "hybrid" else prediction
-    x0 = x0_estimate(schedule.prediction_type, noisy, judged, sigmas)
+    learned_from = prediction.detach() if objective.loss == "hybrid" else prediction
+    x0 = x0_estimate(schedule.prediction_type, noisy, learned_from, sigmas)
     x_t = (latents + sigmas * noise) / (1 + sigmas**2).sqrt()  # in VP coordinates, whatever the network sees
     in_pixels = isinstance(components.autoencoder, PixelSpace)
     nats = bound_nats(schedule, latents, x_t, x0, timesteps, variance, eight_bit=in_pixels)
     bound = schedule.num_train_timesteps * nats.mean(dim=(1, 2, 3)) / math.log(2)  # (B,) bits per dimension
-    return {"vlb": bound} if config.loss == "vlb" else {"simple": simple, "vlb": config.vlb_weight * bound}
+    return {"vlb": bound} if objective.loss == "vlb" else {"simple": simple, "vlb": objective.vlb_weight * bound}
 
 
 def loss_weight(schedule: NoiseSchedule, timesteps: Tensor, weighting: str = "min_snr", gamma: float = 5.0) -> Tensor:
@@ -155,7 +165,7 @@ def loss_weight(schedule: NoiseSchedule, timesteps: Tensor, weighting: str = "mi
     k = gamma = 1; Yu et al. 2023, arXiv 2310.08442, section 4.
     """
     if weighting == "min_snr" and gamma == 0:
-        return torch.ones(len(timesteps), device=timesteps.device)
+        return timesteps.new_ones(len(timesteps), dtype=torch.float32)
     snr = schedule.snr(timesteps).to(timesteps.device, torch.float32)
     of_x0 = {"min_snr": snr.clamp_max(gamma), "p2": snr / (1 + snr), "debiased": snr.sqrt()}
     of_error = {

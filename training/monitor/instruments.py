@@ -108,7 +108,10 @@ class LatentStatistics:
     def scalars(self, accelerator: Accelerator) -> dict[str, float]:
         """Return what the log says of the latents of all processes, and begin anew."""
         assert self.sums is not None
-        count, total, squares = accelerator.reduce(self.sums.to(accelerator.device), "sum").cpu()
+        sums = self.sums
+        if accelerator.num_processes > 1:  # which is never so on "mps", that has no float64
+            sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
+        count, total, squares = sums
         self.sums, means = None, total / count
         return _by_channel(means, (squares / count - means.square()).clamp_min(0).sqrt())
 

@@ -1,4 +1,4 @@
-"""What a model of pixels has learnt, shown: its bits per dimension, and pictures of the process both ways."""
+"""Pictures of what a model of pixels has learnt: the diffusion process in both directions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
+from tqdm import tqdm
 
 from latentdiff.checkpoints import Components
 from latentdiff.diffusion import draw_noise, image_generator, make_plan, sample, start
-from latentdiff.evaluate import negative_log_likelihood
 from latentdiff.evaluate.likelihood import network_of
 from latentdiff.images import from_tensor, to_tensor
 
@@ -19,58 +19,54 @@ from ..config import DiffusionTraining
 from ..data.dataset import composite, load_images
 from ..loop.run import save_grid
 
-MEASURED = 128  # pictures whose bits are counted; `latentdiff evaluate` takes more
-COLUMNS = 9  # of the strip
-FRAMES = 60  # of the animation
+STEPS = 250  # of ancestral sampling, at most
+PROMPTS = 16  # that the animation shows
+ROWS, COLUMNS = 4, 9  # of the strip, in each direction
+FRAMES = 65  # of the animation; every eighth is a column of the strip
 SIDE = 128  # of a picture in it, in pixels
 
 
 def show_process(components: Components, config: DiffusionTraining, folder: Path) -> None:
-    """Print bits per dimension of unseen pictures, and write samples/process.png and samples/denoising.gif.
+    """Write samples/process.png and samples/denoising.gif.
 
     The upper half of process.png are pictures on their way to noise, the lower half noise on its way to pictures.
     """
     split = "test" if (Path(config.data.folder) / "test").is_dir() else "train"
-    data = load_images(config.data, split, Path(config.cache or folder / "cache"), MEASURED)
+    data = load_images(config.data, split, Path(config.cache or folder / "cache"), ROWS)
     images = to_tensor(composite(data.images, (255, 255, 255)))  # (N, 3, H, W)
-    captions = [row["captions"][0] for row in data.rows]
-    figures = negative_log_likelihood(components, images, captions)
-    if "bound" in figures:
-        terms = " + ".join(f"{figures['bound'][name]['mean']:.4f} ({name})" for name in ("L_T", "L_t", "L_0"))
-        print(f"variational bound of {len(images)} {split} pictures: {_of(figures['bound']['total'])} = {terms}")
-    print(f"probability-flow ODE: {_of(figures['ode'])}")
-    rows = forward_process(components, images[:4]) + reverse_process(components, config.prompts[:4], COLUMNS)
+    drawn = reverse_process(components, config.samples.prompts[:PROMPTS])
+    rows = forward_process(components, images) + [row[:: (FRAMES - 1) // (COLUMNS - 1)] for row in drawn[:ROWS]]
     save_grid([frame for row in rows for frame in enlarged(torch.stack(row))], folder / "samples/process.png", COLUMNS)
-    frames = [enlarged(torch.stack(frame)) for frame in zip(*reverse_process(components, config.prompts[:16], FRAMES))]
-    save_animation(frames, folder / "samples/denoising.gif")
+    save_animation([enlarged(torch.stack(frame)) for frame in zip(*drawn)], folder / "samples/denoising.gif")
 
 
 def forward_process(components: Components, images: Tensor) -> list[list[Tensor]]:
-    """Return each picture at `COLUMNS` timesteps, evenly apart, from itself to noise, each (3, H, W)."""
-    pixels = components.autoencoder.encode(images).mode()
-    noise = draw_noise([image_generator(seed) for seed in range(len(pixels))], pixels.shape[1:])
+    """Return each picture at `COLUMNS` timesteps, evenly apart, from itself to noise, each (3, H, W), on the CPU."""
+    device = components.unet.conv_in.weight.device
+    pixels = components.autoencoder.encode(images.to(device)).mode()
+    noise = draw_noise([image_generator(seed) for seed in range(len(pixels))], pixels.shape[1:]).to(device)
     last = components.schedule.num_train_timesteps - 1
     columns = [images]
     for timestep in torch.linspace(0, last, COLUMNS)[1:].round().long().tolist():
-        noisy = components.schedule.add_noise(pixels, noise, torch.full((len(pixels),), timestep))
-        columns.append(components.autoencoder.decode(noisy))
+        noisy = components.schedule.add_noise(pixels, noise, torch.full((len(pixels),), timestep, device=device))
+        columns.append(components.autoencoder.decode(noisy).cpu())
     return [list(row) for row in torch.stack(columns, dim=1)]
 
 
 @torch.no_grad()
-def reverse_process(components: Components, prompts: list[str], count: int) -> list[list[Tensor]]:
-    """Return one picture of each prompt at `count` of all steps of ancestral sampling, each (3, H, W)."""
-    plan = make_plan(components.schedule, "ddpm", components.schedule.num_train_timesteps)
+def reverse_process(components: Components, prompts: list[str]) -> list[list[Tensor]]:
+    """Return one picture of each prompt at `FRAMES` points of ancestral sampling, each (3, H, W), on the CPU."""
+    plan = make_plan(components.schedule, "ddpm", min(STEPS, components.schedule.num_train_timesteps))
     generators = [image_generator(seed) for seed in range(len(prompts))]
     shape = (components.autoencoder.config.latent_channels, *components.native_size)
-    x = start(plan, draw_noise(generators, shape))
-    shown = set(torch.linspace(0, len(plan), count).round().int().tolist())
-    columns = [x / (1 + plan.sigmas[0] ** 2).sqrt()]
-    for step in sample(network_of(components, prompts), plan, x, generators):
-        if step.index + 1 in shown:
-            following = plan.sigmas[step.index + 1] if step.index + 1 < len(plan) else torch.zeros(())
-            columns.append(step.x / (1 + following**2).sqrt())  # as the network sees it
-    pictures = [components.autoencoder.decode(column.float()) for column in columns]
+    x = start(plan, draw_noise(generators, shape).to(components.unet.conv_in.weight.device))
+    seen = [x / (1 + plan.sigmas[0] ** 2).sqrt()]  # at each step, as the network sees it
+    sampled = sample(network_of(components, prompts), plan, x, generators)
+    for step in tqdm(sampled, "denoising", total=len(plan)):
+        following = plan.sigmas[step.index + 1] if step.index + 1 < len(plan) else torch.zeros(())
+        seen.append(step.x / (1 + following**2).sqrt())
+    places = torch.linspace(0, len(plan), FRAMES).round().int().tolist()
+    pictures = [components.autoencoder.decode(seen[place].float()).cpu() for place in places]
     return [list(row) for row in torch.stack(pictures, dim=1)]
 
 
@@ -88,7 +84,3 @@ def save_animation(frames: list[Tensor], file: Path) -> None:
         sheets.append(from_tensor(torch.cat(rows, dim=-2)[None])[0].quantize(64, Image.Quantize.MEDIANCUT))
     durations = [60] * (len(sheets) - 1) + [2000]
     sheets[0].save(file, save_all=True, append_images=sheets[1:], duration=durations, loop=0)
-
-
-def _of(figure: dict[str, float]) -> str:
-    return f"{figure['mean']:.3f} +- {figure['standard_error']:.3f} bits/dim"

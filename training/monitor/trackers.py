@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from latentdiff.errors import InputError, MissingDependencyError
 from latentdiff.images import write_file
 
-from ..config import RunConfig
+from ..config import RunConfig, read_yaml
 from ..loop.checkpointing import config_digest
 
 PROJECT = "latentdiff"
@@ -152,7 +151,7 @@ def open_wandb(folder: Path, first_step: int) -> Service:
     """
     import wandb
 
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = read_yaml(folder / "config.yaml")
     remembered, project = Remembered(folder / "wandb.json", config), os.environ.get("WANDB_PROJECT", PROJECT)
     places = {"project": project, "name": folder.name, "dir": str(folder)}
     try:
@@ -169,7 +168,7 @@ def open_trackio(folder: Path, first_step: int) -> Service:
     """Start or go on with a run of Trackio, whose own settings (TRACKIO_DIR, TRACKIO_SPACE_ID, ...) hold."""
     import trackio
 
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = read_yaml(folder / "config.yaml")
     remembered = Remembered(folder / "trackio.json", config)
     with redirect_stdout(sys.stderr):
         run = trackio.init(PROJECT, name=f"{folder.name}-{remembered.id}", config=config, resume="allow")

@@ -21,7 +21,7 @@ from latentdiff.diffusion import draw_noise
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.images import to_tensor
 
-from ..config import DiffusionTraining
+from ..config import DiffusionTraining, ObjectiveConfig
 from ..data.augment import rgb
 from ..data.batches import Batch
 from ..data.conditions import ConcatConditioning, Task
@@ -55,7 +55,7 @@ def load_held_out(config: DiffusionTraining, components: Encoders) -> Batch | No
     if added:
         added["time_ids"] = torch.tensor([sample.condition for sample in data.samples], dtype=torch.float32)
     dropped, beside = torch.zeros(len(captions), dtype=torch.bool), None
-    if config.task != "text_to_image":
+    if config.task.kind != "text_to_image":
         task, pictures = Task.of(config, components), composite(data.images, rgb(config.data.background))
         beside = ConcatConditioning.stack(
             [task.draw(one, np.random.default_rng([0, n])) for n, one in enumerate(pictures)]
@@ -85,7 +85,7 @@ def held_out_errors(
     Args:
         network: in evaluation mode.
     """
-    plain = config.model_copy(update={"loss": "simple", "weighting": "min_snr", "min_snr_gamma": 0.0})
+    plain = ObjectiveConfig(min_snr_gamma=0.0, self_conditioning=config.objective.self_conditioning)
     size = config.run.batch_size // config.run.accumulation // accelerator.num_processes  # which fits into memory
     count, device = len(samples.latents), accelerator.device
     timesteps, errors = bucket_timesteps(count, components.schedule.num_train_timesteps), []
@@ -146,7 +146,7 @@ def held_out_scalars(
         gaussian_bounds(schedule, samples),
     )
     timesteps = bucket_timesteps(len(samples.latents), schedule.num_train_timesteps).flatten()
-    weights = loss_weight(schedule, timesteps, config.weighting, config.min_snr_gamma)
+    weights = loss_weight(schedule, timesteps, config.objective.weighting, config.objective.min_snr_gamma)
     scalars = {"held_out/loss": float((errors.flatten() * weights).mean())}
     for name, error, bound in zip(bucket_names(schedule.num_train_timesteps), errors, bounds):
         scalars |= {f"held_out/error_{name}": float(error.mean()), f"held_out/gaussian_{name}": float(bound.mean())}

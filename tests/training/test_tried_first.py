@@ -1,0 +1,154 @@
+"""What could only fail later is tried first, and what fails beside the training does not end it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from latentdiff.training.config import load_config
+from latentdiff.training.loop.checkpointing import checkpoint_folders
+from latentdiff.training.loop.run import locked
+from latentdiff.training.monitor import samples
+
+from latentdiff.commands.train import check as cli_check
+from latentdiff.commands.train import train as cli_train
+from latentdiff.errors import InputError, StorageError
+from latentdiff.training import train_diffusion as stage
+from tests.training.test_objective import recipe
+from tests.training.test_stages import pictures
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A recipe of four steps in pixels, with a class for each letter."""
+    monkeypatch.setattr(stage, "show_process", lambda *_: None)
+    pictures(tmp_path / "pictures", 6)
+    return recipe(tmp_path)
+
+
+def no_data(*_: Any, **__: Any) -> Any:
+    raise AssertionError("the data were opened")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["prompts=[z]"], "one of which must be the prompt, got 'z'"),
+        (["prompts=['']"], "must not be empty"),
+        (["model.norm_num_groups=7"], "model: "),
+        (["model.attention_head_dim=5"], "model: "),
+        (["model.cross_attention_dim=5"], "model.cross_attention_dim must be 6, that of the text encoder, got 5"),
+        (["model.block_out_channels=[16384, 16384]"], "take at least"),
+    ],
+)
+def test_a_run_that_would_fail_later_does_not_begin(
+    file: str, changes: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = yaml.safe_load(Path(file).read_text())
+    del tree["model"]["cross_attention_dim"]
+    Path(file).write_text(yaml.safe_dump(tree))
+    monkeypatch.setattr("latentdiff.training.setup.open_images", no_data)
+    monkeypatch.setattr("latentdiff.training.loop.resources.memory_of", lambda device: 2**30)
+    for attempt in (lambda: cli_train(file, changes, False, None), lambda: cli_check(file, changes, None)):
+        with pytest.raises(InputError) as caught:
+            attempt()
+        assert message in str(caught.value)
+
+
+def test_what_is_in_the_place_of_the_model_is_found_first(file: str, tmp_path: Path) -> None:
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="model holds something that is no saved model; move it"):
+        cli_train(file, [], False, None)
+    with pytest.raises(InputError, match="model holds something that is no saved model; move it"):
+        cli_check(file, [], None)
+    assert not (tmp_path / "run/config.yaml").exists()
+
+
+def test_a_recipe_in_the_run_folder_is_not_written_over(file: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine/config.yaml"
+    mine.parent.mkdir()
+    text = f"# My own.\n{Path(file).read_text()}"
+    mine.write_text(text)
+    with pytest.raises(InputError, match=r"config\.yaml was not written by a run"):
+        cli_train(str(mine), [], False, str(mine.parent))
+    assert mine.read_text() == text
+    cli_train(str(mine), ["run.steps=1"], False, str(tmp_path / "run"))
+    written = tmp_path / "run/config.yaml"
+    cli_train(str(written), ["run.steps=2"], True, str(tmp_path / "run"))  # a resolved one can be gone on with
+    assert load_config(written).run.steps == 2
+
+
+def test_grids_that_cannot_be_drawn_are_told_of_once_and_cost_no_step(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at: list[list[str]] = []
+
+    def fail(*_: Any) -> None:
+        at.append([folder.name for folder in checkpoint_folders(tmp_path / "run")])
+        raise StorageError("no space left")
+
+    monkeypatch.setattr(stage, "draw_samples", fail)
+    cli_train(file, ["run.sample_every=2"], False, None)
+    said = capsys.readouterr().err
+    assert said.count("samples could not be drawn (StorageError: no space left); training goes on without") == 1
+    assert [names[0] for names in at] == ["step-00000002", "step-00000004"]  # saved before
+    assert (tmp_path / "run/model/model_index.json").is_file()
+
+
+def test_sample_prompts_are_encoded_as_captions_are(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets, which a prompt on the command line has for weights, are part of the class's name."""
+    for metadata in (tmp_path / "pictures").glob("metadata.jsonl"):
+        metadata.write_text(metadata.read_text().replace('"a"', '"clock (10:30)"'))
+    drawn: list[torch.Tensor] = []
+    save = samples.save_grid
+
+    def keep(images: Any, *rest: Any, **more: Any) -> None:
+        drawn.append(images)
+        save(images, *rest, **more)
+
+    monkeypatch.setattr(samples, "save_grid", keep)
+    cli_train(file, ["prompts=['clock (10:30)', b]"], False, None)
+    assert drawn and all(images.isfinite().all() for images in drawn)
+
+
+def test_two_runs_in_one_folder_are_told_of_each_other(file: str, tmp_path: Path) -> None:
+    with locked(tmp_path / "run"), pytest.raises(InputError, match="is being trained in by another process"):
+        cli_train(file, [], False, None)
+    cli_train(file, ["run.steps=1"], False, None)
+    with locked(tmp_path / "run"), pytest.raises(InputError, match="is being trained in by another process"):
+        cli_train(file, [], True, None)
+
+
+def test_a_run_may_be_in_a_thread_and_leaves_the_process_as_it_was(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    thread = threading.Thread(target=cli_train, args=(file, [], False, None))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "run/model").is_dir()
+    assert "training in a thread" in capsys.readouterr().err
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_finished_run_is_not_shown_again(
+    file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    monkeypatch.setattr(stage, "show_process", lambda *_: shown.append(1))
+    cli_train(file, [], False, None)
+    cli_train(file, [], True, None)
+    assert shown == [1]
+    assert "latentdiff evaluate " in capsys.readouterr().out
+
+
+def test_prompts_may_change_when_a_run_goes_on(file: str, tmp_path: Path) -> None:
+    cli_train(file, ["run.steps=1"], False, None)
+    cli_train(file, ["run.steps=2", "prompts=[c]"], True, None)
+    assert (tmp_path / "run/samples/00000002.png").is_file()

@@ -1,0 +1,157 @@
+"""The two stages that a config can describe."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from .checks import check_autoencoder, check_schedule, check_texts, check_unet
+from .sections import (
+    AutoencoderLoss,
+    DataConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PriorConfig,
+    RunConfig,
+    SamplesConfig,
+    Section,
+    TaskConfig,
+    TextPath,
+    TextToImageTask,
+    TextualInversionConfig,
+    TrainConfig,
+    UNetAndTextTraining,
+    UNetTraining,
+)
+
+
+class AutoencoderTraining(Section):
+    """`stage: autoencoder`."""
+
+    stage: Literal["autoencoder"]
+    data: DataConfig
+    run: RunConfig
+    # Keys of `latentdiff.models.autoencoder.AutoencoderConfig`.
+    model: dict[str, Any]
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: AutoencoderLoss = AutoencoderLoss()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Refuse what does not go together."""
+        check_autoencoder(self.model, self.data.size)
+        if self.data.buckets:
+            raise ValueError("an autoencoder is trained on squares; data.buckets is for stage diffusion")
+        if self.run.ema_snapshots:
+            raise ValueError("run.ema_snapshots is for stage diffusion; set it to 0")
+        if self.loss.lpips and self.data.size < 16:
+            raise ValueError(f"loss.lpips needs pictures of 16 pixels or more, got data.size {self.data.size}")
+        return self
+
+
+class DiffusionTraining(Section):
+    """`stage: diffusion`: text-to-image in the latent space of a trained autoencoder, or classes, or in pixels."""
+
+    stage: Literal["diffusion"]
+    task: TaskConfig = TextToImageTask()
+    data: DataConfig
+    run: RunConfig
+    # Run or model folder whose autoencoder is used, or "embedded"; null for diffusion of the pixels themselves.
+    autoencoder: TextPath | None = None
+    # Of the pixels, where there is no autoencoder: 3 for colour, 1 for shades of grey.
+    channels: Literal[1, 3] = 3
+    # Folder with text_encoder/ and tokenizer/, or of OpenCLIP's layout; "embedded" takes those of the model that ships
+    # with the package, "labels" makes each different caption a class, "none" trains without any condition.
+    text_encoder: TextPath = "embedded"
+    # Keys of `latentdiff.models.unet.UNetConfig`, without those that follow from latents and objective.
+    model: dict[str, Any] = Field(default_factory=dict)
+    # Keys of `latentdiff.diffusion.schedule.NoiseSchedule`.
+    schedule: dict[str, Any] = Field(default_factory=dict)
+    # A model that is trained further, instead of the four keys above: a folder, a single file or "embedded".
+    start_from: TextPath | None = None
+    # kind: unet; lora, thin layers beside those of `start_from`; word, a new one; or unet_and_text.
+    train: TrainConfig = UNetTraining()
+    prior: PriorConfig | None = None
+    optimizer: OptimizerConfig = OptimizerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    samples: SamplesConfig = SamplesConfig()
+    cache: TextPath | None = None
+
+    @property
+    def encodes_each_step(self) -> bool:
+        """Whether text states change while training."""
+        return isinstance(self.train, UNetAndTextTraining | TextualInversionConfig)
+
+    @model_validator(mode="after")
+    def _values(self) -> Self:
+        """Refuse what cannot be used, whatever the rest is."""
+        check_texts(self.samples.prompts, "samples.prompts", allow_empty=self.text_encoder == "none")
+        if self.start_from is None:
+            check_unet(self.model)
+            check_schedule(self.schedule, "schedule")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_drawn(self) -> Self:
+        """Refuse what does not go together with a task."""
+        if isinstance(self.task, TextToImageTask):
+            return self
+        others = {
+            "prior": self.prior,
+            "train.kind word": isinstance(self.train, TextualInversionConfig),
+            "objective.self_conditioning": self.objective.self_conditioning,
+            "data.buckets": self.data.buckets,
+        }
+        other = next((name for name, given in others.items() if given), None)
+        if other is not None:
+            raise ValueError(f"task {self.task.kind} does not go with {other}; leave one out")
+        if self.start_from is None and self.autoencoder is None:
+            raise ValueError(f"task {self.task.kind} needs latents; name an autoencoder, or a model to start_from")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_trained(self) -> Self:
+        """Refuse what does not go together with what is trained."""
+        kind, whole = self.train.kind, {"run.compile": self.run.compile, "run.ema_snapshots": self.run.ema_snapshots}
+        other = next((name for name, given in whole.items() if given), None)
+        if not isinstance(self.train, UNetTraining) and other is not None:
+            raise ValueError(f"train.kind {kind} does not go with {other}, which is for a whole U-Net; leave one out")
+        if self.encodes_each_step and self.text_encoder in ("labels", "none"):
+            raise ValueError(f"text_encoder: {self.text_encoder} has no words to train; name one with a vocabulary")
+        if isinstance(self.train, TextualInversionConfig):
+            if self.prior is not None:
+                raise ValueError("train.kind word trains one word alone; leave prior out")
+            if not any(self.train.word in prompt for prompt in self.samples.prompts):
+                raise ValueError(f"samples.prompts: one at least has to use the word {self.train.word!r:.80}")
+        if self.prior is not None and (self.data.buckets or self.run.batch_size % 2):
+            wanted = "data.buckets false" if self.data.buckets else f"an even run.batch_size, got {self.run.batch_size}"
+            raise ValueError(f"prior needs {wanted}, for half of each batch is of it")
+        further = isinstance(self.train, LoraConfig | TextualInversionConfig)
+        if self.start_from is None and (further or self.prior is not None):
+            what = f"train.kind {kind}" if further else "prior"
+            raise ValueError(f"{what} is for a model that is there; name it as start_from")
+        return self
+
+    @model_validator(mode="after")
+    def _one_source_of_the_components(self) -> Self:
+        components: dict[str, Any] = {"autoencoder": None, "text_encoder": "embedded", "model": {}, "schedule": {}}
+        given = [name for name, default in components.items() if getattr(self, name) != default]
+        if getattr(self.task, "low_res_schedule", {}):
+            given.append("task.low_res_schedule")
+        if self.start_from is None:
+            missing = [name for name in ("model", "schedule") if name not in given]
+            if missing:
+                raise ValueError(f"{missing[0]} is missing; describe it, or name a model to start_from")
+        elif given:
+            raise ValueError(f"start_from brings its own {given[0]}; leave that out")
+        return self
+
+
+TrainingConfig = AutoencoderTraining | DiffusionTraining
+STAGES: dict[str, type[AutoencoderTraining] | type[DiffusionTraining]] = {
+    "autoencoder": AutoencoderTraining,
+    "diffusion": DiffusionTraining,
+}
