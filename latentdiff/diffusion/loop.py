@@ -5,7 +5,7 @@ next. With D_i = denoise(slot 0) at sigma_i, row i of its table is
 
     slots' = matrices[i] @ [slots, D_i] + noise[i] * fresh standard normal noise
 
-so a sampler is a function from falling sigmas to such rows (`solvers.py`), nothing is mutable, and images with
+so a sampler is a function from falling sigmas to such rows (`samplers.py`), nothing is mutable, and images with
 different samplers and step counts can share a batch. Tables are float64, applied in float32 (or float64 if x is).
 """
 

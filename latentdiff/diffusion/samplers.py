@@ -1,7 +1,7 @@
 """Every sampler as a short function from falling noise levels to a table of numbers.
 
 A solver is written as its paper writes it, but x, the x0 estimate and the memory are unit vectors (`Rows.state`), so
-that each result is the list of its coefficients: one row of the table (`table.py`) that `samplers.sample` applies.
+that each result is the list of its coefficients: one row of the table (`table.py`) that `loop.sample` applies.
 
 In sigma coordinates, x = x0 + sigma noise, the probability-flow ODE is dx/dsigma = (x - D) / sigma, with the estimate
 D = denoise(x, sigma). In the DPM-Solver papers lambda is -log(sigma), so a step to sigma' has exp(-h) = sigma' / sigma.

@@ -37,7 +37,7 @@ class Encoded(NamedTuple):
 
 
 class PromptEncoder(Protocol):
-    """TextCache to states; `checkpoints.Components.prompt_encoder` is that of a model."""
+    """Texts to states; `checkpoints.Components.prompt_encoder` is that of a model."""
 
     def __call__(self, texts: Sequence[str], *, clip_skip: int = 0, weighted: bool = False) -> list[Encoded]:
         """Return what each text is encoded as.
