@@ -34,7 +34,7 @@ from latentdiff.generation.decode import OUTPUT_TYPES
 from latentdiff.generation.inputs import prepare_image, prepare_small_image
 from latentdiff.generation.masks import MaskLike, open_picture
 from latentdiff.generation.options import check_integer, one_of
-from latentdiff.generation.request import Settings, check_inputs, check_names
+from latentdiff.generation.request import Settings, check_defaults, check_inputs, check_names
 from latentdiff.generation.result import GeneratedImage, Result
 from latentdiff.generation.run import Call, Callback, invert, run
 from latentdiff.generation.upscale import UpscalePlan, plan_upscale
@@ -59,6 +59,7 @@ class Pipeline:
     """
 
     def __init__(self, components: Components, *, offload: Offload | None = None, tile_size: int | None = None) -> None:
+        check_defaults(components.defaults)
         self.components = components
         self.offload = offload
         self.tile_size = None if tile_size is None else check_integer("tile_size", tile_size, 8, 4096, "try 32")

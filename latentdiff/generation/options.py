@@ -41,7 +41,7 @@ class Option:
         metavar: of the value on the command line; None for the type's.
         parse: the value from its text on the command line.
         tasks: of the models it is for.
-        since: version of the records that have it; pictures of before do without.
+        since: version of the records that have it: 1 for those every record must have, 2 for later ones.
         needs: another option without which it says nothing, and what it says with it.
         from_model: whether a model may have a default of its own.
     """
@@ -52,7 +52,7 @@ class Option:
     metavar: str | None = None
     parse: Callable[[str], Any] | None = None
     tasks: tuple[str, ...] = BOTH
-    since: int = 1
+    since: int = 2
     needs: tuple[str, str] | None = None
     from_model: bool = False
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
-from latentdiff.errors import InputError, shown, suggest
+from latentdiff.errors import InputError, ModelConfigError, shown, suggest
 from latentdiff.generation.options import (
     GENERATE,
     UPSCALE,
@@ -73,9 +73,17 @@ class Settings:
     """
 
     prompts: tuple[str, ...]
-    negative_prompt: str = option("", text, "text to steer away from; may be empty", flag="--negative", metavar="TEXT")
+    negative_prompt: str = option(
+        "", text, "text to steer away from; may be empty", flag="--negative", metavar="TEXT", since=1
+    )
     num_inference_steps: int = option(
-        25, integer(1, 1000, "try 25"), "calls of the network (1 to 1000)", flag="--steps", metavar="N", from_model=True
+        25,
+        integer(1, 1000, "try 25"),
+        "calls of the network (1 to 1000)",
+        flag="--steps",
+        metavar="N",
+        from_model=True,
+        since=1,
     )
     guidance_scale: float = option(
         7.5,
@@ -84,6 +92,7 @@ class Settings:
         flag="--guidance",
         metavar="X",
         from_model=True,
+        since=1,
     )
     guidance_rescale: float = option(
         0.0,
@@ -91,6 +100,7 @@ class Settings:
         "how far the contrast of the guided prediction is drawn back to the unguided one (0 to 1)",
         flag="--guidance-rescale",
         metavar="X",
+        since=1,
     )
     guidance_interval: tuple[float, float] | None = option(
         None,
@@ -99,6 +109,7 @@ class Settings:
         flag="--guidance-interval",
         metavar="LOW,HIGH",
         parse=parse_pair,
+        since=1,
     )
     guidance_schedule: str = option(
         "constant",
@@ -106,7 +117,6 @@ class Settings:
         "how guidance changes over the steps: constant, cosine, linear or power",
         flag="--guidance-schedule",
         metavar="NAME",
-        since=2,
     )
     guidance_parallel: float = option(
         1.0,
@@ -114,7 +124,6 @@ class Settings:
         "share of the guidance along the prediction itself (0 to 1); 0 is projected guidance, arXiv 2410.02416",
         flag="--guidance-parallel",
         metavar="X",
-        since=2,
     )
     guidance_limit: float | None = option(
         None,
@@ -122,15 +131,15 @@ class Settings:
         "largest length of the guidance in the latents of one image; unlimited by default",
         flag="--guidance-limit",
         metavar="X",
-        since=2,
     )
     sampler: str = option(
         "euler_a",
         _sampler,
-        "euler_a, dpmpp_2m, ddim, unipc, ...; a wrong name lists them all",
+        "euler_a, dpmpp_2m, ddim, unipc, ...; docs/samplers.md has them all",
         flag="--sampler",
         metavar="NAME",
         from_model=True,
+        since=1,
     )
     eta: float = option(
         0.0,
@@ -138,7 +147,6 @@ class Settings:
         "share of fresh noise of the sampler ddim (0 to 1)",
         flag="--eta",
         metavar="X",
-        since=2,
     )
     seed: int = option(
         0,
@@ -146,9 +154,10 @@ class Settings:
         "seed of the first image; image i has seed + i (default 0)",
         flag="--seed",
         metavar="N",
+        since=1,
     )
     num_images: int = option(
-        1, integer(1, MAX_IMAGES, "try 4"), "images of each prompt", flag="-n, --num-images", metavar="N", since=0
+        1, integer(1, MAX_IMAGES, "try 4"), "images of each prompt", flag="-n, --num-images", metavar="N"
     )
     strength: float = option(
         1.0,
@@ -158,6 +167,7 @@ class Settings:
         metavar="X",
         tasks=GENERATE,
         needs=("image", "says how much of {} is drawn anew"),
+        since=1,
     )
     resampling: int = option(
         1,
@@ -165,7 +175,6 @@ class Settings:
         "how often each step is repeated (RePaint), so that what is generated fits what is kept",
         flag="--resampling",
         metavar="N",
-        since=2,
     )
     outpaint: tuple[int, int, int, int] | None = option(
         None,
@@ -175,7 +184,6 @@ class Settings:
         metavar="left=N,top=N,...",
         parse=parse_sides,
         tasks=GENERATE,
-        since=2,
         needs=("image", "says which part of {} is drawn anew"),
     )
     feather: int = option(
@@ -185,7 +193,6 @@ class Settings:
         flag="--feather",
         metavar="N",
         tasks=GENERATE,
-        since=2,
         needs=("image", "says how softly what is drawn meets the rest of {}"),
     )
     variation_strength: float = option(
@@ -194,7 +201,6 @@ class Settings:
         "how far the initial noise is turned towards that of the variation seed (0 to 1)",
         flag="--variation-strength",
         metavar="X",
-        since=2,
     )
     variation_seed: int = option(
         0,
@@ -202,10 +208,9 @@ class Settings:
         "seed of the first variation; image i has this + i, and all are variations of the image of --seed",
         flag="--variation-seed",
         metavar="N",
-        since=2,
     )
     blend_prompt: str = option(
-        "", text, "second text, for something between the two", flag="--blend-prompt", metavar="TEXT", since=2
+        "", text, "second text, for something between the two", flag="--blend-prompt", metavar="TEXT"
     )
     blend: float = option(
         0.0,
@@ -213,7 +218,6 @@ class Settings:
         "how far towards the second text (0 to 1)",
         flag="--blend",
         metavar="X",
-        since=2,
     )
     clip_skip: int = option(
         0,
@@ -221,7 +225,6 @@ class Settings:
         "last layers of a CLIP text encoder to leave out (0 to 24)",
         flag="--clip-skip",
         metavar="N",
-        since=2,
     )
     noise_level: int = option(
         20,
@@ -230,7 +233,6 @@ class Settings:
         flag="--noise-level",
         metavar="N",
         tasks=UPSCALE,
-        since=2,
     )
     scale: int | None = option(
         None,
@@ -239,7 +241,6 @@ class Settings:
         flag="--scale",
         metavar="N",
         tasks=UPSCALE,
-        since=2,
     )
     correction: str = option(
         "none",
@@ -248,7 +249,6 @@ class Settings:
         flag="--correction",
         metavar="NAME",
         tasks=UPSCALE,
-        since=2,
         from_model=True,
     )
     hires: float = option(
@@ -258,7 +258,6 @@ class Settings:
         flag="--hires",
         metavar="X",
         tasks=GENERATE,
-        since=2,
     )
     hires_strength: float = option(
         0.5,
@@ -267,7 +266,6 @@ class Settings:
         flag="--hires-strength",
         metavar="X",
         tasks=GENERATE,
-        since=2,
         needs=("hires", "says how much is drawn anew in the second pass of {}"),
     )
     prompt_weights: bool = option(
@@ -275,10 +273,9 @@ class Settings:
         flag,
         "read (fox:1.3) in the texts as a fox of weight 1.3; without it brackets are plain text",
         flag="--prompt-weights",
-        since=2,
     )
-    height: int | None = option(None, optional(side), "pixels, a multiple of 8; the model's own by default")
-    width: int | None = option(None, optional(side), "pixels, a multiple of 8; the model's own by default")
+    height: int | None = option(None, optional(side), "pixels, a multiple of 8; the model's own by default", since=1)
+    width: int | None = option(None, optional(side), "pixels, a multiple of 8; the model's own by default", since=1)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", tuple(check_prompts(self.prompts, allow_empty=True)))
@@ -418,3 +415,17 @@ def check_names(given: Mapping[str, Any]) -> None:
     for name in given:
         if name not in known:
             raise TypeError(f"a pipeline has no option {shown(name)}{suggest(name, known)}")
+
+
+def check_defaults(defaults: Mapping[str, Any]) -> None:
+    """Raise ModelConfigError unless a model's defaults are options that it may set, with values that can be used."""
+    settable = [name for name, declared in options_of(Settings).items() if declared.from_model]
+    for name in defaults:
+        if name not in settable:
+            raise ModelConfigError(
+                f"generation_config.json: {shown(name)} is no option of a model{suggest(name, settable)}"
+            )
+    try:
+        Settings(prompts=("",), **defaults)
+    except InputError as error:
+        raise ModelConfigError(f"generation_config.json: {error}") from error

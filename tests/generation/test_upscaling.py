@@ -64,8 +64,8 @@ def test_a_model_has_defaults_of_its_own(upscaler: Pipeline, folder: Path, tmp_p
     upscaler.save_pretrained(tmp_path / "copy")
     assert Pipeline.from_pretrained(tmp_path / "copy").components.defaults == {}
     for text, message in (
-        ('{"steps": 3}', "is no option that a model may set"),
-        ('{"sampler": 3}', "sampler must be a str, got 3"),
+        ('{"steps": 3}', "is no option of a model"),
+        ('{"sampler": 3}', "sampler must be a name, got 3"),
     ):
         (tmp_path / "copy/generation_config.json").write_text(text)
         with pytest.raises(ModelConfigError, match=message):
