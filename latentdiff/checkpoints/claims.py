@@ -33,7 +33,7 @@ PREDICTION_WORDS = {
     **dict.fromkeys(("epsilon", "eps", "noise"), "epsilon"),
     **dict.fromkeys(("v", "v_prediction", "v-prediction", "velocity"), "v_prediction"),
 }
-# Ends of names of architectures, in ModelSpec's and in sd-scripts' words, that say what is predicted, and the size.
+# Parts of names of architectures, in ModelSpec's and in sd-scripts' words, that say what is predicted, and the size.
 ARCHITECTURES = {
     "v2-768-v": ("v_prediction", 768),
     "v2-512": ("epsilon", 512),
@@ -165,8 +165,8 @@ def _said(metadata: Mapping[str, str], notes: list[str]) -> tuple[str | None, in
     if size and size[1] == size[2] and 64 <= int(size[1]) <= 2048 and int(size[1]) % 8 == 0:
         side = int(size[1])
     for entry in ("modelspec.architecture", "ss_base_model_version"):
-        for end, (prediction, pixels) in ARCHITECTURES.items():
-            if metadata.get(entry, "").lower().endswith(end):
+        for part, (prediction, pixels) in ARCHITECTURES.items():
+            if part in metadata.get(entry, "").lower():
                 found.append(prediction)
                 side = side or pixels
     return (found[0] if found else None), side

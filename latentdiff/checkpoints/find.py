@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from latentdiff.checkpoints.folder import NETWORKS, read_layout, weight_files
+from latentdiff.checkpoints.folder import NETWORKS, VARIANTS, read_layout, weight_files
 from latentdiff.errors import InputError, ModelPathError, suggest
 from latentdiff.models.tokenizer import FILES
 
@@ -94,7 +94,7 @@ def find_model(model: str | os.PathLike[str] | None) -> tuple[Path, str]:
 def _fetch(model: str) -> Path:
     """Return the folder of a model in the cache, once all that is loaded of it is there.
 
-    Weights in half precision (`.fp16.`) are fetched only where there are no others.
+    Weights of a variant (such as `.fp16.`) are fetched only where there are no others.
 
     Raises:
         InputError: no such model, or it is not in the cache and cannot be fetched.
@@ -103,7 +103,9 @@ def _fetch(model: str) -> Path:
     name, _, revision = model.partition("@")
     folder = _snapshot(name, revision, SMALL, ())
     components = [component for component in NETWORKS if component in read_layout(folder).classes]
-    folder = _snapshot(name, revision, _weights(components), ("*.fp16.*", "*.fp16-*", "*non_ema*"))
+    folder = _snapshot(
+        name, revision, _weights(components), tuple(f"*{part}{end}*" for part in VARIANTS for end in ".-")
+    )
     lacking = [component for component in components if not _has_weights(folder, component)]
     return _snapshot(name, revision, _weights(lacking), ()) if lacking else folder
 

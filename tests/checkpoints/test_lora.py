@@ -417,10 +417,10 @@ def test_learned_words_beside_a_lora(tmp_path: Path) -> None:
     assert learned.embeddings[0]["word"] == "mytoy" and learned.tokenizer is not None
     assert learned.tokenizer(["a mytoy"]).counts == [5]
     load_lora(file, learned)  # which would warn
-    more = {name.replace("mytoy", "other"): torch.ones(1, 16) for name in word}
+    more = {name.replace("mytoy", "othertoy"): torch.ones(1, 16) for name in word}
     save_file(layer | word | more, file)
-    assert add_embedding(components, file, "other").tokenizer.knows("other")  # type: ignore[union-attr]
-    with pytest.raises(InputError, match="holds 2 words, mytoy, other; say which, got None"):
+    assert add_embedding(components, file, "othertoy").tokenizer.knows("othertoy")  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="holds 2 words, mytoy, othertoy; say which, got None"):
         add_embedding(components, file)
 
 
