@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from latentdiff import Pipeline
-from latentdiff.checkpoints import load_pipeline, save_pipeline
+from latentdiff.checkpoints import load_pipeline, load_text_encoder, save_pipeline
+from latentdiff.checkpoints.inspect import describe_folder
 from latentdiff.errors import ModelConfigError, ModelFormatError, ModelLoadError
 from latentdiff.models.tokenizer import Tokenizer
 from tests.models.tiny import write_bert_vocabulary
@@ -141,6 +142,24 @@ def test_weights_of_a_variant_alone(model_folder: Path, variant: str) -> None:
     for file in model_folder.rglob("*.safetensors"):
         file.rename(file.with_suffix(f".{variant}.safetensors"))
     assert load_pipeline(model_folder).unet is not None
+
+
+@pytest.mark.parametrize("call", ["exists", "read_bytes", "iterdir", "read_text", "open"])
+def test_what_may_not_be_read_is_said(model_folder: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """Whichever look at the folder comes first; a process with all rights cannot be shown a closed one."""
+    (model_folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()  # so that all are made
+    really: Any = getattr(Path, call)
+
+    def closed(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self.is_relative_to(model_folder / "unet") or call in ("read_bytes", "iterdir"):
+            raise PermissionError(13, "Permission denied", str(self))
+        return really(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, call, closed)
+    for load in (load_pipeline, load_text_encoder, describe_folder):
+        if load is not load_text_encoder or call == "read_bytes":
+            with pytest.raises(ModelLoadError, match=r"cannot be read|expected diffusion_pytorch_model"):
+                load(model_folder)
 
 
 def test_entries_that_mean_nothing(model_folder: Path) -> None:
