@@ -87,11 +87,12 @@ def _check_counts(path: Path, data: dict[str, Any], tensor_count: int) -> None:
     for key in COUNT_KEYS:
         layers *= max(numbers.get(key) or [1])
     per_level = data.get("layers_per_block", 1)
-    layers = max(layers, levels * per_level if isinstance(per_level, int) else sum(numbers["layers_per_block"]))
-    if layers > tensor_count:
-        raise ModelMismatchError(
-            f"{path}: implies {layers:.0f} layers or more, but the weights are {tensor_count} tensors"
-        )
+    counted = levels * per_level if isinstance(per_level, int) else sum(numbers["layers_per_block"])
+    for count in (layers, counted):
+        if count > tensor_count:
+            raise ModelMismatchError(
+                f"{path}: implies {count:.0f} layers or more, but the weights are {tensor_count} tensors"
+            )
 
 
 class _WithoutInitialisation(TorchFunctionMode):

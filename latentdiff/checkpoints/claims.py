@@ -24,7 +24,7 @@ from latentdiff.diffusion.betas import BETA_SCHEDULES
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import ModelConfigError, ModelMismatchError, ModelValueError
 
-__all__ = ["OWN_ENTRY", "VELOCITY", "ZERO_SNR", "Claims", "marks_of", "metadata_of", "read_claims"]
+__all__ = ["OWN_ENTRY", "VELOCITY", "ZERO_SNR", "Claims", "lora_metadata_of", "marks_of", "metadata_of", "read_claims"]
 
 VELOCITY, ZERO_SNR = "v_pred", "ztsnr"  # empty tensors
 OWN_ENTRY = "latentdiff"  # of the metadata: configurations by component, as far as they differ from the family's
@@ -33,7 +33,7 @@ PREDICTION_WORDS = {
     **dict.fromkeys(("epsilon", "eps", "noise"), "epsilon"),
     **dict.fromkeys(("v", "v_prediction", "v-prediction", "velocity"), "v_prediction"),
 }
-# Ends of names of architectures, in ModelSpec's and in sd-scripts' words, that say what is predicted, and the size.
+# Parts of names of architectures, in ModelSpec's and in sd-scripts' words, that say what is predicted, and the size.
 ARCHITECTURES = {
     "v2-768-v": ("v_prediction", 768),
     "v2-512": ("epsilon", 512),
@@ -43,6 +43,11 @@ MODELSPEC = {  # names of architectures there
     "Stable Diffusion 1.x": "stable-diffusion-v1",
     "Stable Diffusion XL": "stable-diffusion-xl-v1-base",
     "Stable Diffusion XL refiner": "stable-diffusion-xl-v1-refiner",
+}
+SD_SCRIPTS = {
+    "Stable Diffusion 1.x": "sd_v1",
+    "Stable Diffusion XL": "sdxl_base_v1-0",
+    "Stable Diffusion XL refiner": "sdxl_refiner_v1-0",
 }
 # Marks of models that a family's network computes otherwise than we do.
 EDM = re.compile(r"edm_(mean|std|vpred)(\.|$)")
@@ -160,8 +165,8 @@ def _said(metadata: Mapping[str, str], notes: list[str]) -> tuple[str | None, in
     if size and size[1] == size[2] and 64 <= int(size[1]) <= 2048 and int(size[1]) % 8 == 0:
         side = int(size[1])
     for entry in ("modelspec.architecture", "ss_base_model_version"):
-        for end, (prediction, pixels) in ARCHITECTURES.items():
-            if metadata.get(entry, "").lower().endswith(end):
+        for part, (prediction, pixels) in ARCHITECTURES.items():
+            if part in metadata.get(entry, "").lower():
                 found.append(prediction)
                 side = side or pixels
     return (found[0] if found else None), side
@@ -231,14 +236,31 @@ def metadata_of(
         channels: that the U-Net takes.
         configs: by component, as far as they differ from the family's.
     """
-    velocity = schedule.prediction_type == "v_prediction"
     spec = {"modelspec.sai_model_spec": "1.0.0", "modelspec.implementation": "sgm"}
     if schedule.prediction_type in ("epsilon", "v_prediction"):
+        velocity = schedule.prediction_type == "v_prediction"
         spec |= dict.fromkeys(PREDICTION_ENTRIES, "v" if velocity else "epsilon")
     if family != ENLARGING:
-        name = MODELSPEC.get(family, "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512")
-        spec["modelspec.architecture"] = name + ("-inpainting" if channels == 9 else "")
+        spec["modelspec.architecture"] = _architecture(family, schedule) + ("-inpainting" if channels == 9 else "")
     if side is not None:
         spec["modelspec.resolution"] = f"{side}x{side}"
     own = {OWN_ENTRY: json.dumps(configs, sort_keys=True)} if configs else {}
     return {"format": "pt", **spec, **own}
+
+
+def lora_metadata_of(family: str, schedule: NoiseSchedule) -> dict[str, str]:
+    """Return the metadata that say what models a LoRA in the dialect of sd-scripts is for, as those do."""
+    velocity = schedule.prediction_type == "v_prediction"
+    if family == ENLARGING:
+        return {"format": "pt"}
+    return {
+        "format": "pt",
+        "modelspec.architecture": f"{_architecture(family, schedule)}/lora",
+        "ss_base_model_version": SD_SCRIPTS.get(family, "sd_v2_v" if velocity else "sd_v2"),
+        "ss_v_parameterization": str(velocity),
+    }
+
+
+def _architecture(family: str, schedule: NoiseSchedule) -> str:
+    velocity = schedule.prediction_type == "v_prediction"
+    return MODELSPEC.get(family, "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512")

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from latentdiff.checkpoints.folder import NETWORKS, read_layout, weight_files
+from latentdiff.checkpoints.folder import NETWORKS, VARIANTS, read_layout, weight_files
 from latentdiff.errors import InputError, ModelPathError, suggest
 from latentdiff.models.tokenizer import FILES
 
@@ -95,7 +95,7 @@ def find_model(model: str | os.PathLike[str] | None, *, local: bool = False) -> 
 def _fetch(model: str, local: bool) -> Path:
     """Return the folder of a model in the cache, once all that is loaded of it is there.
 
-    Weights in half precision (`.fp16.`) are fetched only where there are no others.
+    Weights of a variant (such as `.fp16.`) are fetched only where there are no others.
 
     Raises:
         InputError: no such model, or it is not in the cache and cannot be fetched.
@@ -104,7 +104,8 @@ def _fetch(model: str, local: bool) -> Path:
     name, _, revision = model.partition("@")
     folder = _snapshot(name, revision, SMALL, (), local)
     components = [component for component in NETWORKS if component in read_layout(folder).classes]
-    folder = _snapshot(name, revision, _weights(components), ("*.fp16.*", "*.fp16-*", "*non_ema*"), local)
+    left_out = tuple(f"*{part}{end}*" for part in VARIANTS for end in ".-")
+    folder = _snapshot(name, revision, _weights(components), left_out, local)
     lacking = [component for component in components if not _has_weights(folder, component)]
     return _snapshot(name, revision, _weights(lacking), (), local) if lacking else folder
 

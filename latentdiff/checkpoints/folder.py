@@ -14,12 +14,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latentdiff.checkpoints.header import require_regular
 from latentdiff.errors import (
+    LatentDiffError,
     ModelConfigError,
     ModelFormatError,
     ModelPathError,
@@ -41,6 +43,7 @@ __all__ = [
     "parse_json",
     "read_json",
     "read_layout",
+    "reading",
     "tokenizer_files",
     "vae_folder",
     "weight_files",
@@ -106,6 +109,18 @@ class Layout:
     homes: dict[str, Path]
     base: Path | None
     difference: Path | None
+
+
+@contextmanager
+def reading(place: object) -> Iterator[None]:
+    """Raise ModelPathError for a file or folder that may not be read, wherever that comes out."""
+    try:
+        yield
+    except LatentDiffError:
+        raise
+    except OSError as error:
+        path = str(error.filename or place)[:200]
+        raise ModelPathError(f"{path}: cannot be read ({error.strerror or error}); check its rights") from error
 
 
 def child(root: Path, *names: str) -> Path:

@@ -18,6 +18,7 @@ from latentdiff.checkpoints.folder import (
     child,
     read_json,
     read_layout,
+    reading,
     tokenizer_files,
     weight_files,
 )
@@ -38,6 +39,11 @@ def describe_folder(root: Path) -> dict[str, Any]:
     Raises:
         ModelLoadError: it is none, or a file in it was refused.
     """
+    with reading(root):
+        return _describe_folder(root)
+
+
+def _describe_folder(root: Path) -> dict[str, Any]:
     layout = read_layout(root)
     classes, homes, base = layout.classes, layout.homes, layout.base
     components, tensors = {}, []

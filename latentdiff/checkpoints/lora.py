@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.checkpoints.claims import lora_metadata_of
 from latentdiff.checkpoints.components import Components
+from latentdiff.checkpoints.family import family_of
 from latentdiff.checkpoints.find import require_path
 from latentdiff.checkpoints.folder import read_json
 from latentdiff.checkpoints.hashes import model_hash
@@ -38,6 +40,7 @@ from latentdiff.checkpoints.storage import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, NUMBERS, read_weights, stored_weights
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, suggest
 from latentdiff.images import check_writable
+from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.lora import Factors, LoRA, WeightedLoRA, factors_fit, layers_of, merge, share_weights
 
 __all__ = ["apply_loras", "describe_lora", "load_lora", "save_lora"]
@@ -261,7 +264,7 @@ def save_lora(lora: LoRA, path: str | os.PathLike[str], components: Components, 
         ModelValueError: a factor is not finite.
         StorageError: the file cannot be written.
     """
-    target = Path(path)
+    target = require_path(path, "a LoRA")
     if dialect not in DIALECTS:
         raise InputError(f"dialect {dialect!r} is unknown{suggest(dialect, DIALECTS)}")
     if target.suffix != ".safetensors":
@@ -284,7 +287,10 @@ def save_lora(lora: LoRA, path: str | os.PathLike[str], components: Components, 
     settings: dict[str, Any] = {}
     for network, layers in lora.networks.items():
         settings |= {f"{network}.{key}": value for key, value in _peft_config(layers).items()}
-    save_tensors(tensors, target, {PEFT_METADATA: json.dumps(settings)} if peft else None)
+    metadata = {PEFT_METADATA: json.dumps(settings)} if peft else None
+    if not peft and isinstance(components.text_encoder, CLIPTextModel):
+        metadata = lora_metadata_of(family_of(components), components.schedule)
+    save_tensors(tensors, target, metadata)
 
 
 def _peft_config(layers: Mapping[str, Factors]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from latentdiff.checkpoints.components import Components, TextEncoder
 from latentdiff.checkpoints.find import find_model, require_path
-from latentdiff.checkpoints.folder import home
+from latentdiff.checkpoints.folder import home, reading
 from latentdiff.checkpoints.loader import load_folder, load_network, load_tokenizer
 from latentdiff.checkpoints.openclip import CONFIG, load_open_clip
 from latentdiff.checkpoints.single_file import load_single_file
@@ -57,11 +57,12 @@ def load_pipeline(
         return load_autoencoder_from(other, config, dtype, device)
 
     load_vae = None if other is None else from_other
-    if model is not None and _is_file(require_path(model, "a model")):
-        components = load_single_file(Path(model), dtype, device, prediction_type, load_vae)
-    else:
-        folder, name = find_model(model, local=local)
-        components = load_folder(folder, name, dtype, device, prediction_type, load_vae)
+    with reading(model):
+        if model is not None and _is_file(require_path(model, "a model")):
+            components = load_single_file(Path(model), dtype, device, prediction_type, load_vae)
+        else:
+            folder, name = find_model(model, local=local)
+            components = load_folder(folder, name, dtype, device, prediction_type, load_vae)
     if other is None or components.source is None:
         return components
     return replace(components, source=replace(components.source, vae=other))
@@ -78,7 +79,8 @@ def load_autoencoder(
     Raises:
         ModelLoadError: see `load_pipeline`.
     """
-    return load_autoencoder_from(require_path(path, "an autoencoder"), None, dtype, device)
+    with reading(path):
+        return load_autoencoder_from(require_path(path, "an autoencoder"), None, dtype, device)
 
 
 def load_text_encoder(
@@ -89,13 +91,14 @@ def load_text_encoder(
     Raises:
         ModelLoadError: see `load_pipeline`.
     """
-    folder, kinds = Path(path), ("BertModel", "CLIPTextModel", "T5EncoderModel")
-    if (folder / CONFIG).is_file():
-        return load_open_clip(folder, None, dtype, device)
-    places = [home(folder, component) for component in ("text_encoder", "tokenizer")]
-    encoder: TextEncoder = load_network(places[0], "text_encoder", kinds, dtype, device)
-    longest = None if isinstance(encoder, LabelEncoder) else encoder.config.max_position_embeddings
-    return encoder, load_tokenizer(places[1], longest=longest)
+    folder, kinds = require_path(path, "a text encoder"), ("BertModel", "CLIPTextModel", "T5EncoderModel")
+    with reading(folder):
+        if (folder / CONFIG).is_file():
+            return load_open_clip(folder, None, dtype, device)
+        places = [home(folder, component) for component in ("text_encoder", "tokenizer")]
+        encoder: TextEncoder = load_network(places[0], "text_encoder", kinds, dtype, device)
+        longest = None if isinstance(encoder, LabelEncoder) else encoder.config.max_position_embeddings
+        return encoder, load_tokenizer(places[1], longest=longest)
 
 
 def _is_file(path: Path) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from latentdiff.checkpoints.build import KINDS
 from latentdiff.checkpoints.components import Components
+from latentdiff.checkpoints.find import require_path
 from latentdiff.checkpoints.folder import COMPUTED_IN, INDEX
 from latentdiff.checkpoints.generation_config import FILE as DEFAULTS
 from latentdiff.checkpoints.storage import flush_to_disk, replace_folder, save_tensors, write_json
@@ -63,7 +64,8 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dt
         ModelValueError: a weight is not finite in that dtype.
         StorageError: the folder cannot be written.
     """
-    replace_folder(Path(folder), "config.json", lambda place: write_model(model, place, dtype))
+    target = require_path(folder, "a folder")
+    replace_folder(target, "config.json", lambda place: write_model(model, place, dtype))
 
 
 def save_pipeline(
@@ -83,6 +85,7 @@ def save_pipeline(
         ModelValueError: a weight is not finite in that dtype.
         StorageError: the folder cannot be written.
     """
+    target = require_path(folder, "a folder")
     index, networks, tokenizers, schedules = pipeline_index(components)
 
     def write(place: Path) -> None:
@@ -91,7 +94,7 @@ def save_pipeline(
             write_json(place / DEFAULTS, dict(components.defaults))
         write_json(place / INDEX, index)
 
-    replace_folder(Path(folder), INDEX, write)
+    replace_folder(target, INDEX, write)
 
 
 def write_components(

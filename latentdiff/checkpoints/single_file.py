@@ -39,6 +39,7 @@ from latentdiff.checkpoints.family import (
     family_of,
     text_layouts,
 )
+from latentdiff.checkpoints.find import require_path
 from latentdiff.checkpoints.header import Header, TensorInfo, read_header
 from latentdiff.checkpoints.storage import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights, stored_weights
@@ -154,7 +155,7 @@ def save_single_file(
         ModelValueError: a weight is not finite in that dtype.
         StorageError: the file cannot be written.
     """
-    target = Path(path)
+    target = require_path(path, "a single file")
     if target.suffix != ".safetensors":
         raise InputError(f"a single file must end in .safetensors, got {target.name!r}")
     check_writable(target)

@@ -47,10 +47,16 @@ def save_variant(
     if target.parent.resolve() != source.resolve().parent:
         raise InputError(f"a variant must be beside its base, {source}, got {target}; choose a folder there")
     index, networks, tokenizers, schedules = pipeline_index(components)
-    _, their_networks, _, their_schedules = pipeline_index(load_pipeline(source))
+    _, their_networks, their_tokenizers, their_schedules = pipeline_index(load_pipeline(source))
     changed = {name: network for name, network in networks.items() if not _equal(network, their_networks.get(name))}
     planned = {name: one for name, one in schedules.items() if _content(one) != _content(their_schedules.get(name))}
-    words = {name: words for name, words in tokenizers.items() if name.replace("tokenizer", "text_encoder") in changed}
+    words = {
+        name: one
+        for name, one in tokenizers.items()
+        if name.replace("tokenizer", "text_encoder") in changed
+        or name not in their_tokenizers
+        or one.digest != their_tokenizers[name].digest
+    }
 
     def write(place: Path) -> None:
         lowered = {"unet"} & changed.keys() if rank is not None else set()

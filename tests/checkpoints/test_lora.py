@@ -325,6 +325,17 @@ def test_a_file_of_several_dialects(components: Components, tmp_path: Path) -> N
     assert load_file(file).keys() == read_header(file).tensors.keys()
 
 
+@pytest.mark.parametrize("dialect", ["kohya", "webui"])
+def test_files_for_other_programs_say_what_model_they_are_for(tmp_path: Path, dialect: str) -> None:
+    for family, version in (("Stable Diffusion 1.x", "sd_v1"), ("Stable Diffusion 2.x", "sd_v2_v")):
+        components, file = components_of(tiny(family)), tmp_path / "a.safetensors"
+        factors = Factors(torch.ones(2, 16), torch.ones(16, 2), 1.0)
+        save_lora(LoRA({"text_encoder": {TEXT: factors}}), file, components, dialect)
+        header = read_header(file)
+        assert header.metadata["ss_base_model_version"] == version
+        assert (describe_lora(file, header) or {})["family"] == family
+
+
 TEXT = "text_model.encoder.layers.1.self_attn.q_proj"
 
 
@@ -406,10 +417,10 @@ def test_learned_words_beside_a_lora(tmp_path: Path) -> None:
     assert learned.embeddings[0]["word"] == "mytoy" and learned.tokenizer is not None
     assert learned.tokenizer(["a mytoy"]).counts == [5]
     load_lora(file, learned)  # which would warn
-    more = {name.replace("mytoy", "other"): torch.ones(1, 16) for name in word}
+    more = {name.replace("mytoy", "othertoy"): torch.ones(1, 16) for name in word}
     save_file(layer | word | more, file)
-    assert add_embedding(components, file, "other").tokenizer.knows("other")  # type: ignore[union-attr]
-    with pytest.raises(InputError, match="holds 2 words, mytoy, other; say which, got None"):
+    assert add_embedding(components, file, "othertoy").tokenizer.knows("othertoy")  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="holds 2 words, mytoy, othertoy; say which, got None"):
         add_embedding(components, file)
 
 

@@ -200,6 +200,12 @@ def test_names_that_no_system_takes(pipe: Pipeline, tmp_path: Path, name: str) -
         save_tensors({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
 
 
+def test_no_path_at_all(pipe: Pipeline) -> None:
+    for nothing in (None, 3, b"folder"):
+        with pytest.raises(InputError, match="must be given by its path"):
+            save_pipeline(pipe.components, nothing)  # type: ignore[arg-type]
+
+
 def test_a_long_name_is_no_hindrance(tmp_path: Path) -> None:
     save_tensors({"a": torch.zeros(1)}, tmp_path / f"{'a' * 243}.safetensors")
     replace_folder(tmp_path / ("b" * 255), INDEX, lambda place: write_json(place / INDEX, {}))
