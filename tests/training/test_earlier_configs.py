@@ -27,7 +27,7 @@ SAVED = """{"stage": "diffusion", "task": "upscale", "full_mask": 0.1, "degradat
 "seed": 0, "precision": "auto", "compile": false, "gradient_checkpointing": false, "ema_decay": 0.999,
 "ema_snapshots": 0, "log_every": 50, "sample_every": 1000, "save_every": 1000, "keep_checkpoints": 2,
 "trackers": ["tensorboard"]}, "autoencoder": "embedded", "channels": 3, "text_encoder": "embedded",
-"model": {"block_out_channels": [32, 64], "in_channels": 9}, "schedule": {"prediction_type": "v_prediction"},
+"model": {"layers_per_block": 1, "in_channels": 9}, "schedule": {"prediction_type": "v_prediction"},
 "start_from": null, "lora": null, "train_text_encoder": false, "prior": null, "textual_inversion": null,
 "optimizer": {"kind": "adamw", "learning_rate": 0.0001, "betas": [0.9, 0.99], "weight_decay": 0.0, "warmup_steps": 100,
 "decay_share": 0.5, "max_grad_norm": 1.0}, "caption_dropout": 0.2, "loss": "simple", "vlb_weight": 0.001,
@@ -48,7 +48,7 @@ def test_a_saved_config_of_an_earlier_release_is_the_recipe_of_today() -> None:
         "data": {"folder": "p", "size": 128},
         "run": {"out": "r", "steps": 3, "batch_size": 2},
         "autoencoder": "embedded",
-        "model": {"block_out_channels": [32, 64]},  # in_channels was passed over
+        "model": {"layers_per_block": 1},  # in_channels was passed over
         "schedule": {"prediction_type": "v_prediction"},
         "objective": {"caption_dropout": 0.2, "timesteps": "logit_normal", "weighting": "p2", "offset_noise": 0.1},
         "samples": {"prompts": ["a"], "guidance_scale": 2.0},

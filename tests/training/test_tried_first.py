@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from latentdiff.training.config import load_config
 from latentdiff.training.loop.checkpointing import checkpoint_folders
 from latentdiff.training.loop.run import locked
@@ -48,9 +47,6 @@ def no_data(*_: Any, **__: Any) -> Any:
 def test_a_run_that_would_fail_later_does_not_begin(
     file: str, changes: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tree = yaml.safe_load(Path(file).read_text())
-    del tree["model"]["cross_attention_dim"]
-    Path(file).write_text(yaml.safe_dump(tree))
     monkeypatch.setattr("latentdiff.training.setup.open_images", no_data)
     monkeypatch.setattr("latentdiff.training.loop.resources.memory_of", lambda device: 2**30)
     for attempt in (lambda: cli_train(file, changes, False, None), lambda: cli_check(file, changes, None)):
