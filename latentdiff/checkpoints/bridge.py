@@ -6,6 +6,7 @@ This needs diffusers and transformers, which are imported when a function here i
 from __future__ import annotations
 
 import importlib
+import inspect
 import tempfile
 import warnings
 from pathlib import Path
@@ -59,6 +60,8 @@ def to_diffusers(components: Components) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*scaling_factor", FutureWarning)
         pipe = getattr(diffusers, kind)(**theirs, **options)
+    for name, schedule in schedules.items():  # which some pipelines have given another offset
+        setattr(pipe, name, type(getattr(pipe, name)).from_config(schedule.to_dict()))
     if components.upscales:  # it is made to have the factor of Stable Diffusion's upscaler
         pipe.vae.register_to_config(scaling_factor=components.autoencoder.config.scaling_factor)
     return pipe
@@ -164,7 +167,13 @@ def _our_tokenizer(theirs: Any) -> Tokenizer:
 
 
 def _our_schedule(scheduler: Any) -> NoiseSchedule:
-    # What nobody chose is left to the sampler, as diffusers does when one scheduler is made from another.
-    unchosen = scheduler.config.get("_use_default_values", ())
+    # What nobody chose is left to the sampler, as diffusers does when one scheduler is made from another. But pipelines
+    # of Stable Diffusion put steps_offset 1 in place of a default, and do not list it as chosen.
+    defaults = inspect.signature(type(scheduler)).parameters
+    unchosen = {
+        name
+        for name in scheduler.config.get("_use_default_values", ())
+        if name in defaults and scheduler.config[name] == defaults[name].default
+    }
     chosen = {name: value for name, value in scheduler.config.items() if name not in unchosen}
     return NoiseSchedule.from_dict({**chosen, "_class_name": type(scheduler).__name__})

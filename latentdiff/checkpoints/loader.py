@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from latentdiff.checkpoints.components import Components, ModelSource, TextEncoder, check_fit
 from latentdiff.checkpoints.find import find_model
 from latentdiff.checkpoints.folder import (
+    INDEX,
     NETWORKS,
     Layout,
     child,
@@ -49,6 +50,8 @@ COUNT_KEYS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_la
 MAX_NUMBER = 2**24  # of any whole number in a configuration
 # Tables that older files carry and no network needs, and weights that stand there twice.
 IGNORED_TENSORS = ("embeddings.position_ids", "text_model.embeddings.position_ids", "encoder.embed_tokens.weight")
+# Pipelines of diffusers that set steps_offset to 1, whatever scheduler_config.json says; leading spacing alone has one.
+OFFSET_BY_ONE = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 TEXT_MODEL = "text_model."  # before the names of CLIP's weights, except where newer versions of transformers wrote them
 # Names of the attention layer in autoencoders published before 2023.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -286,6 +289,10 @@ def load_schedule(root: Path, component: str = "scheduler") -> NoiseSchedule:
     """
     path = child(home(root, component), component, "scheduler_config.json")
     try:
-        return NoiseSchedule.from_dict({"_class_name": "", **read_json(path)})
+        schedule = NoiseSchedule.from_dict({"_class_name": "", **read_json(path)})
     except ModelConfigError as error:
         raise ModelConfigError(f"{path}: {error}") from error
+    leading = component == "scheduler" and schedule.timestep_spacing in (None, "leading")
+    if leading and (root / INDEX).exists() and read_layout(root).classes["pipeline"] in OFFSET_BY_ONE:
+        return replace(schedule, steps_offset=min(1, schedule.num_train_timesteps - 1))
+    return schedule

@@ -353,7 +353,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_sde": Sampler(dpmpp_sde, rule="euler"),
     "unipc": Sampler(unipc, rule="dpm"),
     "deis": Sampler(deis, rule="deis"),
-    "plms": Sampler(plms, rule="ddim"),
+    "plms": Sampler(plms, rule="pndm"),
     "lcm": Sampler(lcm, rule="lcm", takes=("timesteps",)),
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.betas import BETA_SCHEDULES
 from latentdiff.diffusion.prediction import PREDICTIONS
+from latentdiff.diffusion.scheduler_classes import CLASS_DEFAULTS, ONLY_SUPPORTED, VP_SCHEDULERS
 from latentdiff.diffusion.spacing import SIGMA_SPACINGS
 from latentdiff.errors import InputError, ModelConfigError, suggest
 
@@ -38,8 +39,9 @@ class GridRule:
         spacing: timestep spacing when the checkpoint names none.
         whole_timesteps: round the timesteps of linspace and Karras spacing.
         one_more_point: space steps + 1 points and drop the cleanest; Karras spans the whole training range.
-        ends_at_first_alpha: stop at the first training noise level: False never, None where the checkpoint has
-            set_alpha_to_one false, True always.
+        end: where a run stops: at noise level "zero", at the "first" training level, or as this key of the config says:
+            "set_alpha_to_one" or "final_sigmas_type".
+        alpha_to_one: what set_alpha_to_one is where the checkpoint leaves it open.
         unit_variance_start: initial noise scaled so that x_vp has variance 1, instead of x having sigma^2.
         pure_noise_sigma: stands in for the infinite sigma of the last timestep at zero terminal SNR.
     """
@@ -47,47 +49,20 @@ class GridRule:
     spacing: str
     whole_timesteps: bool = True
     one_more_point: bool = False
-    ends_at_first_alpha: bool | None = False
+    end: str = "zero"
+    alpha_to_one: bool = True
     unit_variance_start: bool = True
     pure_noise_sigma: float = 2.0**30
 
 
 GRID_RULES: dict[str, GridRule] = {
     "ddpm": GridRule("leading"),
-    "ddim": GridRule("leading", ends_at_first_alpha=None),
+    "ddim": GridRule("leading", end="set_alpha_to_one"),
+    "pndm": GridRule("leading", end="set_alpha_to_one", alpha_to_one=False),
     "euler": GridRule("linspace", whole_timesteps=False, unit_variance_start=False, pure_noise_sigma=2.0**12),
     "dpm": GridRule("linspace", one_more_point=True, pure_noise_sigma=2.0**12),
-    "deis": GridRule("linspace", one_more_point=True, pure_noise_sigma=2.0**12, ends_at_first_alpha=True),
+    "deis": GridRule("linspace", one_more_point=True, pure_noise_sigma=2.0**12, end="first"),
     "lcm": GridRule("lcm"),
-}
-
-# diffusers' schedulers of the discrete-time VP process; the others (flow matching, EDM, ...) have another one.
-_VP_SCHEDULERS = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSDEScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LCMScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "TCDScheduler",
-    "UniPCMultistepScheduler",
-)
-
-# Keys that change the noise process or the meaning of the network's output, with the values that leave both alone.
-# All other foreign keys choose a sampler, which here the caller does by name.
-_ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "thresholding": (False, None),
-    "timestep_type": ("discrete", None),
-    "trained_betas": (None,),
-    "use_flow_sigmas": (False, None),
 }
 
 
@@ -112,7 +87,8 @@ class NoiseSchedule:
     Attributes:
         timestep_spacing: "leading", "linspace", "trailing", or None for the usual one of each sampler's family.
         steps_offset: added to the timesteps of leading spacing (less where it would pass the last one).
-        set_alpha_to_one: DDIM ends at noise level 0 (True) or at that of the first timestep (False).
+        set_alpha_to_one: DDIM ends at noise level 0 (True) or at that of the first timestep (False); None for the usual
+            end of each sampler.
         rescale_betas_zero_snr: shift the schedule so that the last timestep is pure noise.
         variance_type: of the steps of ddpm: "fixed_small", "fixed_large", or "learned_range" where the network's second
             half of channels says where between the two.
@@ -129,7 +105,7 @@ class NoiseSchedule:
     prediction_type: str = "epsilon"
     timestep_spacing: str | None = None
     steps_offset: int = 0
-    set_alpha_to_one: bool = True
+    set_alpha_to_one: bool | None = True
     rescale_betas_zero_snr: bool = False
     variance_type: str = "fixed_small"
     class_name: str = "DDIMScheduler"
@@ -144,7 +120,8 @@ class NoiseSchedule:
         _require_integer("num_train_timesteps", self.num_train_timesteps, 1, 1_000_000, "1000")
         _require_integer("steps_offset", self.steps_offset, 0, self.num_train_timesteps - 1, "0 or 1")
         for name in ("set_alpha_to_one", "rescale_betas_zero_snr"):
-            if not isinstance(getattr(self, name), bool):
+            unset = name == "set_alpha_to_one" and self.set_alpha_to_one is None
+            if not isinstance(getattr(self, name), bool) and not unset:
                 raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")
         ends = (self.beta_start, self.beta_end)
         if not all(isinstance(end, int | float) for end in ends) or not 0 < ends[0] <= ends[1] < 1:
@@ -164,6 +141,8 @@ class NoiseSchedule:
     def from_dict(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Read a diffusers `scheduler_config.json`, or a mapping of our own fields written by hand.
 
+        What a config leaves out is what its class takes by default; what only concerns sampling is left to the sampler.
+
         Raises:
             ModelConfigError: a diffusers config of another noise process, or with a value that cannot be honoured.
             InputError: a hand-written mapping (one without `_class_name`) with an unknown key or a bad value.
@@ -179,17 +158,19 @@ class NoiseSchedule:
                 raise InputError(f"schedule has no key {key!r}{suggest(str(key), ours)}")
             return cls(**known)
         name = str(config["_class_name"])
-        if name not in _VP_SCHEDULERS:
+        if name not in VP_SCHEDULERS:
             raise ModelConfigError(
-                f"scheduler must be of the discrete variance-preserving kind, got {name}{suggest(name, _VP_SCHEDULERS)}"
+                f"scheduler must be of the discrete variance-preserving kind, got {name}{suggest(name, VP_SCHEDULERS)}"
             )
-        for key, supported in _ONLY_SUPPORTED.items():
+        for key, supported in ONLY_SUPPORTED.items():
             if extra.get(key) not in supported:
                 raise ModelConfigError(
                     f"scheduler config has {key}={str(extra[key])[:80]}, supported: {supported[0]!r}"
                 )
         try:
-            return cls(**known, class_name=name, extra=extra)
+            return cls(
+                **{"set_alpha_to_one": None, **CLASS_DEFAULTS.get(name, {}), **known}, class_name=name, extra=extra
+            )
         except InputError as error:
             raise ModelConfigError(f"scheduler config: {error}") from error
 
@@ -198,8 +179,9 @@ class NoiseSchedule:
         ours = {
             item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("class_name", "extra")
         }
-        if self.timestep_spacing is None:
-            del ours["timestep_spacing"]
+        for name in ("timestep_spacing", "set_alpha_to_one"):
+            if ours[name] is None:
+                del ours[name]
         if self.variance_type == "fixed_small":  # which is what those that have one default to
             del ours["variance_type"]
         # Latents have no range to clip to, but diffusers' DDIM and DDPM clip unless told.
@@ -321,8 +303,7 @@ class NoiseSchedule:
             sigmas = SIGMA_SPACINGS[sigma_spacing](*ends, num_inference_steps)
             timesteps = np.interp(np.log(sigmas), np.log(table), indices)
             timesteps = timesteps.round() if habits.whole_timesteps else timesteps
-        stops = not self.set_alpha_to_one if habits.ends_at_first_alpha is None else habits.ends_at_first_alpha
-        last = table[0] if stops else 0.0
+        last = table[0] if self._stops_early(habits) else 0.0
         vp_start = habits.unit_variance_start or spacing == "leading"
         init_noise_sigma = math.hypot(1, sigmas[0]) if vp_start else float(sigmas[0])
         return Grid(torch.from_numpy(timesteps), torch.from_numpy(np.append(sigmas, last)), init_noise_sigma)
@@ -347,6 +328,12 @@ class NoiseSchedule:
         timesteps = self.timesteps_of(levels[:-1])
         unit = GRID_RULES[rule].unit_variance_start
         return Grid(timesteps, levels, math.hypot(1, float(levels[0])) if unit else float(levels[0]))
+
+    def _stops_early(self, habits: GridRule) -> bool:
+        """Return whether a run stops at the first training noise level, and not at 0."""
+        if habits.end == "set_alpha_to_one":
+            return not (habits.alpha_to_one if self.set_alpha_to_one is None else self.set_alpha_to_one)
+        return habits.end == "first"
 
     def _spaced(self, steps: int, spacing: str, habits: GridRule) -> np.ndarray:
         """Return the timesteps (N,), falling. Source: Lin et al. 2023, arXiv 2305.08891, table 2."""

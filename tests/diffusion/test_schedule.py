@@ -13,6 +13,7 @@ import torch
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.diffusion.betas import BETA_SCHEDULES
 from latentdiff.diffusion.schedule import GRID_RULES
+from latentdiff.diffusion.scheduler_classes import CLASS_DEFAULTS
 from latentdiff.diffusion.spacing import SIGMA_SPACINGS
 from latentdiff.errors import InputError, ModelConfigError
 
@@ -202,3 +203,24 @@ def test_config_comes_back_unchanged() -> None:
     assert STABLE_DIFFUSION.items() <= saved.items() and "timestep_spacing" not in saved
     assert NoiseSchedule.from_dict(saved) == schedule
     assert hash(schedule) == hash(copy.deepcopy(schedule))
+
+
+@pytest.mark.parametrize("name", sorted(CLASS_DEFAULTS))
+def test_what_a_config_leaves_out_is_what_its_class_takes(name: str) -> None:
+    schedule = NoiseSchedule.from_dict({"_class_name": name})
+    found = {key: getattr(schedule, key) for key in CLASS_DEFAULTS[name]}
+    assert found == CLASS_DEFAULTS[name]
+    assert CLASS_DEFAULTS[name].items() <= schedule.to_dict().items()
+    assert NoiseSchedule.from_dict({"_class_name": name, "beta_start": 0.001}).beta_start == 0.001
+
+
+def test_an_end_left_open_is_the_usual_one_of_the_sampler() -> None:
+    """In diffusers DDIM ends at noise level 0 and PNDM at the first training level, unless the config has a say."""
+    schedule = NoiseSchedule.from_dict({"_class_name": "PNDMScheduler"})
+    assert schedule.set_alpha_to_one is None and "set_alpha_to_one" not in schedule.to_dict()
+    assert schedule.sampling_grid(10, "ddim").sigmas[-1] == 0
+    assert schedule.sampling_grid(10, "pndm").sigmas[-1] == schedule.sigmas[0]
+    for chosen in (True, False):
+        schedule = NoiseSchedule.from_dict({"_class_name": "PNDMScheduler", "set_alpha_to_one": chosen})
+        for rule in ("ddim", "pndm"):
+            assert (schedule.sampling_grid(10, rule).sigmas[-1] == 0) == chosen
