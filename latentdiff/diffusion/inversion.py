@@ -30,7 +30,7 @@ def make_inversion_plan(schedule: NoiseSchedule, num_inference_steps: int, itera
     """
     if iterations < 1:
         raise InputError(f"iterations must be 1 or more, got {iterations}; try 3")
-    grid = schedule.sampling_grid(num_inference_steps, SAMPLERS["ddim"].rule)
+    grid = schedule.discretize(num_inference_steps, SAMPLERS["ddim"].rule)
     table = ddim_inversion(grid.sigmas, iterations)
     table.matrices[-1, 0] /= grid.init_noise_sigma
     timesteps = grid.timesteps.flip(0).repeat_interleave(iterations)

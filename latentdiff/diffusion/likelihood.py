@@ -203,7 +203,7 @@ def ode_likelihood(
         if value < 1:
             raise InputError(f"{name} must be 1 or more, got {value}; try 200 steps and 2 probes")
     require_one_each(generators, x0)
-    levels = schedule.sampling_grid(steps + 1, "dpm", "karras").sigmas[:-1].flip(0)
+    levels = schedule.discretize(steps + 1, "dpm", "karras").sigmas[:-1].flip(0)
     timesteps = schedule.timesteps_of(levels).tolist()
     signs = [
         torch.stack([torch.randint(0, 2, x0.shape[1:], generator=one) for one in generators]) for _ in range(probes)

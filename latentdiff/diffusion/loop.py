@@ -65,7 +65,7 @@ def slerp(first: Tensor, second: Tensor, amount: float) -> Tensor:
     """
     axes = tuple(range(1, first.ndim))
     norms = [x.double().square().sum(dim=axes, keepdim=True).sqrt() for x in (first, second)]
-    cosine = (first.double() * second.double()).sum(dim=axes, keepdim=True) / (norms[0] * norms[1])
+    cosine = (first.double() * second.double()).sum(dim=axes, keepdim=True) / (norms[0] * norms[1]).clamp(min=1e-12)
     angle = cosine.clamp(-1 + 1e-9, 1 - 1e-9).acos()
     turned = ((1 - amount) * angle).sin() * first + (amount * angle).sin() * second
     return (turned / angle.sin()).to(first.dtype)
@@ -192,7 +192,8 @@ def _run(
         part = batch.part(begin, end, images)
         sigmas, timesteps, *columns = (table.unbind() for table in (part.sigmas, part.timesteps, *part.columns()))
         numbers = torch.arange(begin, end, device=x.device)[:, None].expand(-1, len(running)).unbind()
-        latents, mask = (None, None) if known is None else (known.latents[images], known.mask[images])
+        latents, mask = (None, None) if known is None else (known.latents[images].to(x), known.mask[images].to(x))
+        ends = torch.tensor([len(plans[image]) == end for image in running], device=x.device)
         estimate = denoised[images] if denoiser.self_conditioning else None
         noisy = {row for row in range(begin, end) for image in running if draws[image][row]}
         for row, index in enumerate(range(begin, end)):
@@ -201,9 +202,8 @@ def _run(
             inputs = places[0]
             output = denoiser.network(inputs if estimate is None else torch.cat([inputs, estimate], dim=1), call)
             output, share = (output.to(x.dtype), None) if output.shape[1] == channels else halves(output.to(x.dtype))
-            if denoiser.limit is not None:
-                estimates = part.estimate(row, inputs, output).clamp(-denoiser.limit, denoiser.limit)
-                output = part.output(row, inputs, estimates)
+            if denoiser.bounds_estimates:
+                output = part.output(row, inputs, denoiser.bounded(part.estimate(row, inputs, output)))
             if latents is not None and mask is not None:
                 output = torch.lerp(part.output(row, inputs, latents), output, mask)
             slots = _advance([column[row] for column in columns], places, output)
@@ -213,6 +213,8 @@ def _run(
                 if share is not None:
                     noise = noise * (part.noise_range[row] * (share + 1) / 2).exp()
                 slots.addcmul_(part.noise[row], noise)
+            if latents is not None and mask is not None and index == end - 1:
+                slots[0] = _landed(slots[0], latents, mask, ends)
             step = Step(
                 index,
                 total,
@@ -227,6 +229,14 @@ def _run(
             staying = [place for place, image in enumerate(running) if len(plans[image]) > end]
             begin, running, slots = end, [running[place] for place in staying], slots[:, staying]
     require_finite(step.x)
+
+
+def _landed(x: Tensor, latents: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
+    """Return x (b, C, H, W) with the known latents where nothing is drawn, in the images whose plan has ended.
+
+    A plan that stops at the first training noise level would leave noise of that level on them.
+    """
+    return torch.where((mask == 0) & ends.reshape(-1, *[1] * (x.ndim - 1)), latents, x)
 
 
 def _next_x(x: Tensor, images: Tensor, part: _Batch, row: int, slots: Tensor) -> Tensor:

@@ -11,73 +11,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from latentdiff.diffusion.betas import BETA_SCHEDULES
-from latentdiff.diffusion.prediction import PREDICTIONS
+from latentdiff.diffusion.discretization import DISCRETIZATION_RULES, Discretization, DiscretizationRule
+from latentdiff.diffusion.prediction import PREDICTIONS, Thresholding
 from latentdiff.diffusion.scheduler_classes import CLASS_DEFAULTS, ONLY_SUPPORTED, VP_SCHEDULERS
 from latentdiff.diffusion.spacing import SIGMA_SPACINGS
 from latentdiff.errors import InputError, ModelConfigError, suggest
 
-__all__ = ["GRID_RULES", "TIMESTEP_SPACINGS", "VARIANCES", "Grid", "GridRule", "NoiseSchedule"]
+__all__ = ["TIMESTEP_SPACINGS", "VARIANCES", "NoiseSchedule"]
 
 
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 LCM_TIMESTEPS = 50  # at which consistency models are distilled, unless the checkpoint says otherwise
-
-
-@dataclass(frozen=True)
-class GridRule:
-    """The habits in which one family of diffusers' schedulers differs from the others.
-
-    Attributes:
-        spacing: timestep spacing when the checkpoint names none.
-        whole_timesteps: round the timesteps of linspace and Karras spacing.
-        one_more_point: space steps + 1 points and drop the cleanest; Karras spans the whole training range.
-        end: where a run stops: at noise level "zero", at the "first" training level, or as this key of the config says:
-            "set_alpha_to_one" or "final_sigmas_type".
-        alpha_to_one: what set_alpha_to_one is where the checkpoint leaves it open.
-        unit_variance_start: initial noise scaled so that x_vp has variance 1, instead of x having sigma^2.
-        pure_noise_sigma: stands in for the infinite sigma of the last timestep at zero terminal SNR.
-    """
-
-    spacing: str
-    whole_timesteps: bool = True
-    one_more_point: bool = False
-    end: str = "zero"
-    alpha_to_one: bool = True
-    unit_variance_start: bool = True
-    pure_noise_sigma: float = 2.0**30
-
-
-GRID_RULES: dict[str, GridRule] = {
-    "ddpm": GridRule("leading"),
-    "ddim": GridRule("leading", end="set_alpha_to_one"),
-    "pndm": GridRule("leading", end="set_alpha_to_one", alpha_to_one=False),
-    "euler": GridRule("linspace", whole_timesteps=False, unit_variance_start=False, pure_noise_sigma=2.0**12),
-    "dpm": GridRule("linspace", one_more_point=True, pure_noise_sigma=2.0**12),
-    "deis": GridRule("linspace", one_more_point=True, pure_noise_sigma=2.0**12, end="first"),
-    "lcm": GridRule("lcm"),
-}
-
-
-class Grid(NamedTuple):
-    """The noise levels of one sampling run.
-
-    Attributes:
-        timesteps: (N,) float64, falling, for the network; fractional under linspace or Karras spacing.
-        sigmas: (N + 1,) float64, falling, the last one usually 0.
-        init_noise_sigma: factor that makes standard normal noise the initial x.
-    """
-
-    timesteps: Tensor
-    sigmas: Tensor
-    init_noise_sigma: float
 
 
 @dataclass(frozen=True)
@@ -168,11 +120,12 @@ class NoiseSchedule:
                     f"scheduler config has {key}={str(extra[key])[:80]}, supported: {supported[0]!r}"
                 )
         try:
-            return cls(
-                **{"set_alpha_to_one": None, **CLASS_DEFAULTS.get(name, {}), **known}, class_name=name, extra=extra
-            )
+            known = {"set_alpha_to_one": None, **CLASS_DEFAULTS.get(name, {}), **known}
+            schedule = cls(**known, class_name=name, extra=extra)
+            _ = schedule.thresholding  # whose values are checked when it is made
         except InputError as error:
             raise ModelConfigError(f"scheduler config: {error}") from error
+        return schedule
 
     def to_dict(self) -> dict[str, Any]:
         """Return a `scheduler_config.json` that diffusers loads to the same process."""
@@ -196,6 +149,14 @@ class NoiseSchedule:
             return alphas_cumprod
         roots = alphas_cumprod.sqrt()  # Lin et al. 2023, arXiv 2305.08891, algorithm 1
         return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+
+    @property
+    def thresholding(self) -> Thresholding | None:
+        """What bounds x0 estimates, for the few models whose config asks for it."""
+        if not self.extra.get("thresholding"):
+            return None
+        keys = {"dynamic_thresholding_ratio": "ratio", "sample_max_value": "largest"}
+        return Thresholding(**{name: self.extra[key] for key, name in keys.items() if key in self.extra})
 
     @property
     def ends_in_pure_noise(self) -> bool:
@@ -277,12 +238,14 @@ class NoiseSchedule:
         of_x0, of_x_t = before.sqrt() * betas / (1 - after), (after / before).sqrt() * (1 - before) / (1 - after)
         return of_x0, of_x_t, small.log(), torch.cat([small[:1], betas[1:]]).log(), betas.log()
 
-    def sampling_grid(self, num_inference_steps: int, rule: str = "ddim", sigma_spacing: str | None = None) -> Grid:
+    def discretize(
+        self, num_inference_steps: int, rule: str = "ddim", sigma_spacing: str | None = None
+    ) -> Discretization:
         """Choose the noise levels that a sampling run visits.
 
         Args:
             num_inference_steps: 1 to num_train_timesteps.
-            rule: key of `GRID_RULES`, the family of schedulers whose habits to follow.
+            rule: key of `DISCRETIZATION_RULES`, the family of schedulers whose habits to follow.
             sigma_spacing: a key of `SIGMA_SPACINGS`, to space noise levels instead of timesteps.
 
         Raises:
@@ -291,29 +254,43 @@ class NoiseSchedule:
         Source: Lin et al. 2023, arXiv 2305.08891, table 2 (spacings); Karras et al. 2022, arXiv 2206.00364, Eq. 5.
         """
         _require_integer("num_inference_steps", num_inference_steps, 1, self.num_train_timesteps, "20")
-        habits = GRID_RULES[rule]
+        habits = DISCRETIZATION_RULES[rule]
         spacing = habits.spacing if habits.spacing == "lcm" else self.timestep_spacing or habits.spacing
-        indices, table = np.arange(self.num_train_timesteps), self.sigmas.numpy().copy()  # (T,)
-        if self.ends_in_pure_noise:
-            table[-1] = habits.pure_noise_sigma
         timesteps = self._spaced(num_inference_steps, spacing, habits)  # (N,)
+        indices, table = np.arange(self.num_train_timesteps), self._levels(habits)  # (T,)
         sigmas = np.interp(timesteps, indices, table)  # (N,)
         if sigma_spacing is not None:
             ends = (table[-1], table[0]) if habits.one_more_point else (sigmas[0], sigmas[-1])
             sigmas = SIGMA_SPACINGS[sigma_spacing](*ends, num_inference_steps)
             timesteps = np.interp(np.log(sigmas), np.log(table), indices)
             timesteps = timesteps.round() if habits.whole_timesteps else timesteps
-        last = table[0] if self._stops_early(habits) else 0.0
-        vp_start = habits.unit_variance_start or spacing == "leading"
-        init_noise_sigma = math.hypot(1, sigmas[0]) if vp_start else float(sigmas[0])
-        return Grid(torch.from_numpy(timesteps), torch.from_numpy(np.append(sigmas, last)), init_noise_sigma)
+        return self._stopped(timesteps, sigmas, habits)
 
-    def grid_of(self, sigmas: Sequence[float], rule: str = "ddim") -> Grid:
-        """Return the grid of noise levels that were chosen by hand.
+    def at_timesteps(self, timesteps: Sequence[float] | np.ndarray, rule: str = "ddim") -> Discretization:
+        """Return the noise levels of timesteps that were chosen by hand.
+
+        Args:
+            timesteps: falling, from at most num_train_timesteps - 1 to at least 0.
+            rule: as in `discretize`.
+
+        Raises:
+            InputError: the timesteps do not fall, or leave the range.
+        """
+        places, last = np.asarray(timesteps, dtype=np.float64), self.num_train_timesteps - 1
+        falling = places.ndim == 1 and len(places) and (np.diff(places) < 0).all()
+        if not falling or not 0 <= places[-1] <= places[0] <= last:
+            got = ", ".join(f"{place:g}" for place in places.ravel()[:6])
+            raise InputError(f"timesteps must fall from at most {last} to at least 0, got {got or 'none'}")
+        habits = DISCRETIZATION_RULES[rule]
+        sigmas = np.interp(places, np.arange(self.num_train_timesteps), self._levels(habits))
+        return self._stopped(places, sigmas, habits)
+
+    def at_sigmas(self, sigmas: Sequence[float], rule: str = "ddim") -> Discretization:
+        """Return the timesteps of noise levels that were chosen by hand.
 
         Args:
             sigmas: falling, within what the model was trained on; a last one of 0 is added where it is missing.
-            rule: as in `sampling_grid`.
+            rule: as in `discretize`.
 
         Raises:
             InputError: the levels do not fall, or leave the range.
@@ -325,17 +302,38 @@ class NoiseSchedule:
         if len(levels) < 2 or not (levels.diff() < 0).all() or not 0 <= levels[-1] < levels[0] <= highest:
             got = ", ".join(f"{level:.4g}" for level in levels[:6].tolist())
             raise InputError(f"sigmas must fall from at most {highest:.4g} to at least 0, got {got or 'none'}")
-        timesteps = self.timesteps_of(levels[:-1])
-        unit = GRID_RULES[rule].unit_variance_start
-        return Grid(timesteps, levels, math.hypot(1, float(levels[0])) if unit else float(levels[0]))
+        return Discretization(
+            self.timesteps_of(levels[:-1]), levels, self._initial_scale(float(levels[0]), DISCRETIZATION_RULES[rule])
+        )
 
-    def _stops_early(self, habits: GridRule) -> bool:
+    def _levels(self, habits: DiscretizationRule) -> np.ndarray:
+        """Return the training noise levels (T,), rising, all of them finite."""
+        levels: np.ndarray = self.sigmas.numpy().copy()
+        if self.ends_in_pure_noise:
+            levels[-1] = habits.pure_noise_sigma
+        return levels
+
+    def _stopped(self, timesteps: np.ndarray, sigmas: np.ndarray, habits: DiscretizationRule) -> Discretization:
+        """Return timesteps and sigmas, each (N,), with the level that a run stops at."""
+        # Spaced levels may end there already; solvers divide by the length of a step, which is then almost 0.
+        last = min(float(self.sigmas[0]), float(sigmas[-1]) * (1 - 1e-9)) if self._stops_early(habits) else 0.0
+        scale = self._initial_scale(float(sigmas[0]), habits)
+        return Discretization(torch.from_numpy(timesteps), torch.from_numpy(np.append(sigmas, last)), scale)
+
+    def _initial_scale(self, sigma: float, habits: DiscretizationRule) -> float:
+        """Return the factor that makes standard normal noise the initial x at a noise level."""
+        leading = (self.timestep_spacing or habits.spacing) == "leading"
+        return math.hypot(1, sigma) if habits.unit_variance_start or leading else sigma
+
+    def _stops_early(self, habits: DiscretizationRule) -> bool:
         """Return whether a run stops at the first training noise level, and not at 0."""
         if habits.end == "set_alpha_to_one":
             return not (habits.alpha_to_one if self.set_alpha_to_one is None else self.set_alpha_to_one)
+        if habits.end == "final_sigmas_type":
+            return self.extra.get("final_sigmas_type") == "sigma_min"
         return habits.end == "first"
 
-    def _spaced(self, steps: int, spacing: str, habits: GridRule) -> np.ndarray:
+    def _spaced(self, steps: int, spacing: str, habits: DiscretizationRule) -> np.ndarray:
         """Return the timesteps (N,), falling. Source: Lin et al. 2023, arXiv 2305.08891, table 2."""
         count = self.num_train_timesteps
         points = steps + 1 if habits.one_more_point and steps < count else steps

@@ -40,7 +40,7 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
 # Keys that change the noise process or the meaning of the network's output, with the values that leave both alone.
 # All other foreign keys choose a sampler, which here the caller does by name.
 ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "thresholding": (False, None),
+    "final_sigmas_type": ("zero", "sigma_min", None),
     "timestep_type": ("discrete", None),
     "trained_betas": (None,),
     "use_flow_sigmas": (False, None),
