@@ -11,15 +11,17 @@ import io
 import itertools
 import os
 import secrets
-import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
+from latentdiff.decoding import MAX_PIXELS, decode, parse, refusing, upright
 from latentdiff.errors import InputError, StorageError
+from latentdiff.files import is_folder, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +31,9 @@ __all__ = [
     "check_writable",
     "decode_rgba",
     "fit",
+    "from_array",
     "from_tensor",
+    "image_size",
     "numbered",
     "open_image",
     "open_rgba",
@@ -43,14 +47,7 @@ __all__ = [
     "write_png",
 ]
 
-MAX_PIXELS = 64 * 2**20
 MAX_FILE_BYTES = 256 * 2**20
-
-SIGNATURES: tuple[tuple[bytes, int, type], ...] = (  # bytes, where they stand, what decodes the file
-    (b"\x89PNG\r\n\x1a\n", 0, PngImagePlugin.PngImageFile),
-    (b"\xff\xd8\xff", 0, JpegImagePlugin.JpegImageFile),
-    (b"WEBP", 8, WebPImagePlugin.WebPImageFile),
-)
 
 
 def open_image(path: str | os.PathLike[str], *, opaque: bool = False) -> Image.Image:
@@ -66,7 +63,8 @@ def open_image(path: str | os.PathLike[str], *, opaque: bool = False) -> Image.I
     Raises:
         InputError: there is no such file, it is another format, animated, truncated, broken or too large.
     """
-    return to_rgb(_decode(_read(path), os.fspath(path)), opaque=opaque)
+    name = os.fspath(path)
+    return to_rgb(decode(_read(path), name), opaque=opaque, name=name)
 
 
 def decode_rgba(data: bytes, name: str) -> Image.Image:
@@ -82,7 +80,7 @@ def decode_rgba(data: bytes, name: str) -> Image.Image:
     Raises:
         InputError: it is another format, animated, truncated, broken or too large.
     """
-    return to_rgba(_decode(data, name))
+    return to_rgba(decode(data, name), name)
 
 
 def open_rgba(path: str | os.PathLike[str]) -> Image.Image:
@@ -94,6 +92,15 @@ def open_rgba(path: str | os.PathLike[str]) -> Image.Image:
     return decode_rgba(_read(path), os.fspath(path))
 
 
+def image_size(data: bytes, name: str) -> tuple[int, int]:
+    """Return width and height of the picture in the bytes of a file, as it is stored; no pixel is decoded.
+
+    Raises:
+        InputError: as `decode_rgba`, as far as the header tells.
+    """
+    return parse(data, name).size
+
+
 def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
     """Return the text chunks of a PNG file.
 
@@ -101,130 +108,72 @@ def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
         InputError: there is no such file, or it is no PNG that can be read.
     """
     name = os.fspath(path)
-    image = _parse(_read(path), name)
+    image = parse(_read(path), name)
     if not isinstance(image, PngImagePlugin.PngImageFile):
         raise InputError(f"{name} must be a PNG written by latentdiff, got {image.format}; pass the original file")
-    try:
+    with refusing(name, "pass the original file"):
         return {str(key): str(value) for key, value in image.text.items()}
-    except Exception as error:
-        raise InputError(f"{name} is truncated or broken ({error}); pass the original file") from error
+
+
+def from_array(pixels: np.ndarray | torch.Tensor, name: str = "image") -> Image.Image:
+    """Return a picture that is held as numbers.
+
+    Args:
+        pixels: (H, W, 3), RGB, or (H, W, 4) with opacity, or (H, W), grey; uint8, or floating point in [0, 1].
+        name: for messages.
+
+    Raises:
+        InputError: it has another shape, type or range.
+    """
+    with refusing(name, "pass an array in memory"):
+        if not isinstance(pixels, np.ndarray):
+            held = pixels.detach().cpu()
+            pixels = (held.float() if held.is_floating_point() else held).numpy()
+        values = np.asarray(pixels)
+    got = f"{values.dtype} {'x'.join(map(str, values.shape))}"
+    if values.ndim not in (2, 3) or values.shape[2:] not in ((), (3,), (4,)) or not values.size:
+        raise InputError(f"{name} must be height x width x 3 numbers, got {got}; pass one picture, colours last")
+    if np.issubdtype(values.dtype, np.floating):
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise InputError(f"{name} of floating point must be from 0 to 1, got other values; scale it first")
+        values = np.rint(values.astype(np.float32) * 255).astype(np.uint8)
+    if values.dtype != np.uint8:
+        raise InputError(f"{name} must be uint8, or floating point from 0 to 1, got {got}; convert it first")
+    return Image.fromarray(np.ascontiguousarray(values))
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:
-    name = os.fspath(path)
-    try:
-        status = os.stat(name)
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{name} must be an image file, got a folder or device; pass a PNG, JPEG or WebP file")
-        if status.st_size > MAX_FILE_BYTES:
-            limit = MAX_FILE_BYTES // 2**20
-            raise InputError(f"{name} must be at most {limit} MiB, got {status.st_size // 2**20} MiB; make it smaller")
-        return Path(name).read_bytes()
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read image {name!r}: {reason}; check the path") from error
+    return read_file(path, MAX_FILE_BYTES, "image")
 
 
-def _decode(data: bytes, name: str) -> Image.Image:
-    image = _parse(data, name)
-    try:
-        image.load()
-    except Exception as error:  # a decoder may fail in any way on a hostile file
-        raise InputError(f"{name} is truncated or broken ({error}); save it again from its source") from error
-    return image
-
-
-def _parse(data: bytes, name: str) -> Image.Image:
-    """Read the header of an image file and check its kind and size; no pixel is decoded."""
-    decoder = next((kind for mark, at, kind in SIGNATURES if data[at : at + len(mark)] == mark), None)
-    if decoder is None:
-        raise InputError(f"{name} is not a PNG, JPEG or WebP file by its content; convert it to PNG first")
-    try:
-        image: Image.Image = decoder(io.BytesIO(data))
-        frames = getattr(image, "n_frames", 1)
-    except Exception as error:  # a decoder may fail in any way on a hostile file
-        raise InputError(f"{name} is truncated or broken ({error}); save it again from its source") from error
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        limit = MAX_PIXELS // 2**20
-        raise InputError(f"{name} must have at most {limit} megapixels, got {width}x{height}; scale it down first")
-    if frames > 1:
-        raise InputError(f"{name} must be one still picture, got an animation of {frames} frames; save one frame of it")
-    return image
-
-
-def to_rgb(image: Image.Image, *, opaque: bool = False) -> Image.Image:
+def to_rgb(image: Image.Image, *, opaque: bool = False, name: str = "image") -> Image.Image:
     """Return any decoded picture as upright 8-bit sRGB (mode "RGB"), transparent parts over white unless `opaque`.
 
     Raises:
-        InputError: the mode has no defined range (32-bit floating point), or transparent parts are refused.
+        InputError: it is broken, empty or of a mode without a defined range (32-bit floating point), or transparent
+            parts are refused.
     """
-    color, alpha = _upright(image)
-    if alpha is None:
-        return color
-    if opaque and alpha.getextrema()[0] < 255:  # type: ignore[operator]  # one band
-        raise InputError("image must be opaque here, got transparent parts; lay it on a background first")
-    return Image.composite(color, Image.new("RGB", color.size, "white"), alpha)
+    with refusing(name):
+        color, alpha = upright(image, name)
+        if alpha is None:
+            return color.copy() if color is image else color  # which its owner may change
+        if opaque and alpha.getextrema()[0] < 255:  # type: ignore[operator]  # one band
+            raise InputError(f"{name} must be opaque here, got transparent parts; lay it on a background first")
+        return Image.composite(color, Image.new("RGB", color.size, "white"), alpha)
 
 
-def to_rgba(image: Image.Image) -> Image.Image:
+def to_rgba(image: Image.Image, name: str = "image") -> Image.Image:
     """Return any decoded picture as upright 8-bit sRGB with its opacity (mode "RGBA"), not premultiplied.
 
     Raises:
-        InputError: the mode has no defined range (32-bit floating point).
+        InputError: it is broken, empty or of a mode without a defined range (32-bit floating point).
     """
-    color, alpha = _upright(image)
-    rgba = color.convert("RGBA")
-    if alpha is not None:
-        rgba.putalpha(alpha)
-    return rgba
-
-
-def _upright(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Return a picture as upright 8-bit sRGB (mode "RGB") and its opacity (L), or None where it has none."""
-    profile = image.info.get("icc_profile")
-    image = ImageOps.exif_transpose(image)
-    color, alpha = _split_alpha(image)
-    color = _apply_profile(color, profile) if profile else color
-    return color if color.mode == "RGB" else color.convert("RGB"), alpha
-
-
-def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Return the colours, in the mode a colour profile would expect (L, RGB, CMYK), and the opacity (L) or None."""
-    if image.mode == "F":
-        raise InputError("image must hold 8 or 16 bits per channel, got floating point; convert it to RGB first")
-    if image.mode.startswith("I"):  # 16 bits per pixel; Pillow's own conversion clips instead of scaling
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        color = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
-        clear = image.info.get("transparency")
-        return color, None if clear is None else Image.fromarray(np.where(wide == clear, 0, 255).astype(np.uint8))
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    if image.mode in ("1", "L", "LA"):
-        return image.convert("L"), alpha
-    if image.mode == "CMYK":
-        return image, None
-    if image.mode == "RGB":
-        return image, alpha
-    return (image.convert("RGBA") if alpha is not None else image).convert("RGB"), alpha
-
-
-def _apply_profile(color: Image.Image, profile: bytes) -> Image.Image:
-    """Convert from an embedded ICC profile to sRGB; a broken or unfit profile counts as none, as in browsers."""
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        space = source.profile.xcolor_space.strip()
-        if "srgb" in ImageCms.getProfileDescription(source).lower():
-            return color
-        if space == "RGB" and color.mode == "L":
-            color = color.convert("RGB")
-        if space != {"L": "GRAY"}.get(color.mode, color.mode):
-            return color
-        converted = ImageCms.profileToProfile(color, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return color
-    return converted or color
+    with refusing(name):
+        color, alpha = upright(image, name)
+        rgba = color.convert("RGBA")
+        if alpha is not None:
+            rgba.putalpha(alpha)
+        return rgba
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -260,29 +209,33 @@ def from_tensor(images: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(one) for one in pixels.permute(0, 2, 3, 1).contiguous().numpy()]  # each (H, W, 3)
 
 
-def write_png(path: str | os.PathLike[str], image: Image.Image, texts: Mapping[str, str]) -> None:
-    """Write a PNG with text chunks, atomically: the whole file appears under its name, or nothing does.
+def write_png(
+    path: str | os.PathLike[str], image: Image.Image, texts: Mapping[str, str], *, overwrite: bool = True
+) -> None:
+    """Write a PNG with text chunks, atomically; see `write_file`.
 
     The bytes depend on nothing but the arguments and Pillow's version.
-
-    Raises:
-        StorageError: the file cannot be written.
     """
     chunks = PngImagePlugin.PngInfo()
     for key, text in texts.items():
+        text = text.encode("utf-8", "backslashreplace").decode()  # no lone surrogates, which no file can hold
         if text.isascii():
             chunks.add_text(key, text)
         else:
             chunks.add_itxt(key, text)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=chunks)
-    write_file(path, buffer.getvalue())
+    write_file(path, buffer.getvalue(), overwrite=overwrite)
 
 
-def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+def write_file(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = True) -> None:
     """Write a file atomically: beside its place, flushed to disk, then renamed; removed on failure or Ctrl-C.
 
+    Args:
+        overwrite: replace an existing file.
+
     Raises:
+        FileExistsError: there is such a file, and it is not to be replaced.
         StorageError: the file cannot be written.
     """
     target = Path(path)
@@ -292,12 +245,29 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        if overwrite:
+            os.replace(temporary, target)
+        else:
+            _link(temporary, target)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        with suppress(OSError, ValueError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, FileExistsError):
             raise _storage_error(target, error) from error
         raise
+
+
+def _link(temporary: Path, target: Path) -> None:
+    """Rename a file unless there is one of that name, which `os.replace` would lose."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        with open(target, "xb"):
+            os.replace(temporary, target)
+        return
+    temporary.unlink()
 
 
 def numbered(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -315,17 +285,24 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         StorageError: its folder is missing or closed, or the path names a folder.
     """
     target = Path(path)
-    if not target.parent.is_dir():
-        raise StorageError(f"cannot write {target}: there is no folder {str(target.parent)!r}; create it first")
-    if target.is_dir():
-        raise StorageError(f"cannot write {target}: it is a folder; name a file in it, as in {target / 'fox.png'}")
     probe = target.with_name(f".tmp-{secrets.token_hex(8)}")
     try:
+        if is_folder(target):
+            remedy = f"name a file in it, as in {target / 'fox.png'}"
+            raise StorageError(f"cannot write {target}: it is a folder; {remedy}")
         with open(probe, "xb"):
             probe.unlink()
-    except OSError as error:
+        with suppress(FileNotFoundError):
+            os.stat(target)  # fails where the name is too long
+    except (FileNotFoundError, NotADirectoryError) as error:
+        folder = str(target.parent)
+        raise StorageError(f"cannot write {target}: there is no folder {folder!r}; create it first") from error
+    except StorageError:
+        raise
+    except (OSError, ValueError) as error:
         raise _storage_error(target, error) from error
 
 
-def _storage_error(target: Path, error: OSError) -> StorageError:
-    return StorageError(f"cannot write {target}: {error.strerror or error}; free space or choose another place")
+def _storage_error(target: Path, error: Exception) -> StorageError:
+    reason = getattr(error, "strerror", None) or error
+    return StorageError(f"cannot write {target}: {reason}; free space or choose another place")

@@ -8,11 +8,14 @@ A pipeline keeps no state between calls, so threads may share one.
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,17 +25,23 @@ from latentdiff.checkpoints.lora import Weight, apply_loras
 from latentdiff.checkpoints.textual_inversion import add_embedding
 from latentdiff.diffusion.plan import EXTERNAL
 from latentdiff.engine.attention import find_attention, use_attention
+from latentdiff.engine.execution import Execution
 from latentdiff.engine.offload import Offload
 from latentdiff.engine.place import resolve_device, resolve_dtype
-from latentdiff.errors import InputError, suggest
+from latentdiff.errors import InputError, shown
+from latentdiff.generation.decode import OUTPUT_TYPES
+from latentdiff.generation.inputs import prepare_image, prepare_small_image
 from latentdiff.generation.masks import MaskLike, open_picture
-from latentdiff.generation.request import Settings, check_integer
-from latentdiff.generation.result import Result
-from latentdiff.generation.run import OUTPUT_TYPES, Callback, Drawing
+from latentdiff.generation.options import check_integer, one_of
+from latentdiff.generation.request import Settings, check_inputs, check_names
+from latentdiff.generation.result import GeneratedImage, Result
+from latentdiff.generation.run import Call, Callback, invert, run
 from latentdiff.generation.upscale import UpscalePlan, plan_upscale
 from latentdiff.models.unet import UNet2DConditionModel
 
 __all__ = ["OUTPUT_TYPES", "Callback", "Pipeline"]
+
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 
 DEFAULT_STRENGTH = 0.8
 BATCH_SIZE = 4
@@ -49,8 +58,6 @@ class Pipeline:
     """
 
     def __init__(self, components: Components, *, offload: Offload | None = None, tile_size: int | None = None) -> None:
-        if components.unet is None:
-            raise InputError("a pipeline needs a U-Net, got none; pass all components")
         self.components = components
         self.offload = offload
         self.tile_size = None if tile_size is None else check_integer("tile_size", tile_size, 8, 4096, "try 32")
@@ -69,6 +76,7 @@ class Pipeline:
         attention: str = "sdpa",
         offload: bool = False,
         tile_size: int | None = None,
+        local: bool = False,
     ) -> Pipeline:
         """Load a model.
 
@@ -81,6 +89,7 @@ class Pipeline:
             attention: "sdpa", torch's own, or "xformers", which must be installed and runs on CUDA only.
             offload: keep all networks in CPU memory and have each on the device only while it runs.
             tile_size: see `Pipeline`.
+            local: of models on a hub, take only what is in the cache already.
 
         Raises:
             InputError: there is no such folder, device, dtype, prediction type or attention, or no need to offload.
@@ -90,7 +99,8 @@ class Pipeline:
         place = resolve_device(device)
         attend = find_attention(attention, place)
         lender = Offload(place) if offload else None
-        components = load_pipeline(model, resolve_dtype(dtype), "cpu" if offload else place, prediction_type)
+        home = "cpu" if offload else place
+        components = load_pipeline(model, resolve_dtype(dtype), home, prediction_type, local=local)
         pipe = cls(components, offload=lender, tile_size=tile_size)
         use_attention(attend, pipe.unet, pipe.autoencoder)
         return pipe
@@ -133,6 +143,12 @@ class Pipeline:
         return self
 
     @property
+    def parts(self) -> Components:
+        """Deprecated name of `components`."""
+        warnings.warn("Pipeline.parts is called components now; parts goes in 0.3", DeprecationWarning, stacklevel=2)
+        return self.components
+
+    @property
     def device(self) -> torch.device:
         """Where the networks run."""
         return self.components.device if self.offload is None else self.offload.device
@@ -143,93 +159,96 @@ class Pipeline:
         return self.components.dtype
 
     @property
+    def execution(self) -> Execution:
+        """How the networks are run."""
+        return Execution(self.device, self.dtype, self.offload, self.tile_size)
+
+    @property
     def native_size(self) -> tuple[int, int]:
         """Height and width, in pixels, that the model was trained at."""
         return self.components.native_size
 
-    @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str] = "",
         *,
-        negative_prompt: str = Settings.negative_prompt,
-        image: str | os.PathLike[str] | Image.Image | None = None,
+        image: ImageLike | None = None,
         mask: MaskLike | None = None,
-        strength: float | None = None,
-        num_inference_steps: int = Settings.num_inference_steps,
-        guidance_scale: float = Settings.guidance_scale,
-        guidance_rescale: float = Settings.guidance_rescale,
-        guidance_interval: tuple[float, float] | None = Settings.guidance_interval,
-        guidance_schedule: str = Settings.guidance_schedule,
-        guidance_parallel: float = Settings.guidance_parallel,
-        guidance_limit: float | None = Settings.guidance_limit,
-        sampler: Any = Settings.sampler,
-        eta: float = Settings.eta,
-        seed: int = Settings.seed,
-        num_images: int = Settings.num_images,
-        resampling: int = Settings.resampling,
-        outpaint: Mapping[str, int] | Sequence[int] | None = Settings.outpaint,
-        feather: int = Settings.feather,
-        variation_strength: float = Settings.variation_strength,
-        variation_seed: int = Settings.variation_seed,
-        blend_prompt: str = Settings.blend_prompt,
-        blend: float = Settings.blend,
-        clip_skip: int = Settings.clip_skip,
-        noise_level: int = Settings.noise_level,
-        scale: int | None = Settings.scale,
-        correction: str = Settings.correction,
-        hires: float = Settings.hires,
-        hires_strength: float = Settings.hires_strength,
-        prompt_weights: bool = Settings.prompt_weights,
-        height: int | None = None,
-        width: int | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         callback: Callback | None = None,
         progress: bool = False,
         batch_size: int = BATCH_SIZE,
+        **options: Any,
     ) -> Result:
-        """Draw `num_images` pictures of each prompt; image i, counted over all prompts, has seed + i.
+        images = self.stream(
+            prompt,
+            image=image,
+            mask=mask,
+            latents=latents,
+            output_type=output_type,
+            callback=callback,
+            progress=progress,
+            batch_size=batch_size,
+            **options,
+        )
+        result = Result.of(list(images))
+        for note in result.notes:
+            warnings.warn(note, RuntimeWarning, stacklevel=2)
+        return result
 
-        Args, besides those of `Settings`:
-            prompt: one text or several; may be empty where there is an image.
-            image: a picture, or its path, to start from; it is scaled to cover the size and cut evenly. Without height
-                and width the result has its shape and the model's own area. `strength` is then 0.8 unless given. For a
-                model that enlarges, the small picture, of any size and shape; if it is transparent, so is the result.
-            mask: what of `image` is drawn anew (inpainting): what is white in a picture of its size, or a path of one;
-                "alpha" for what is transparent in it; or left, top, right and bottom of a box in it. All else keeps
-                its pixels, bit for bit, and without height and width the image its size, if its sides are multiples of
-                8 within the model's limit. `strength` is then 1 unless given, as it is with `outpaint`. A model trained
-                for it (9 input channels) sees what is kept; with any other it is put into every step.
-            sampler: a name, or any scheduler object of diffusers; pictures of those cannot be replayed.
-            latents: standard normal noise (B, C, h, w) to start from instead of that of the seeds.
-            output_type: "pil", "pt", "np" or "latent"; see `Result.images`.
-            callback: called after each step, see `Callback`; what it raises ends the call.
-            progress: show a bar on stderr.
-            batch_size: how many images are drawn at once at most.
+    def stream(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        image: ImageLike | None = None,
+        mask: MaskLike | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        callback: Callback | None = None,
+        progress: bool = False,
+        batch_size: int = BATCH_SIZE,
+        **options: Any,
+    ) -> Iterator[GeneratedImage]:
+        """Yield the images of a request, each as soon as it is decoded, so that any number fits into memory.
 
-        Raises:
-            InputError: something that cannot be used, with what can.
+        for number, one in enumerate(pipe.stream("a red fox", num_images=1000)):
+            one.save(f"foxes/{number}.png")
+
+        Arguments and errors are those of `__call__`; what cannot be used is refused before the first image.
         """
-        given = locals()
         check_integer("batch_size", batch_size, 1, 1024, f"try {BATCH_SIZE}")
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(f"output_type {output_type!r} is unknown{suggest(str(output_type), OUTPUT_TYPES)}")
-        chosen = {item.name: given[item.name] for item in fields(Settings) if item.name in given}
-        whole = self.components.upscales or mask is not None or outpaint is not None
-        chosen["strength"] = _strength(strength, image, whole)
-        scheduler = None if isinstance(sampler, str) else sampler
-        if scheduler is not None:
-            chosen["sampler"] = EXTERNAL + type(scheduler).__name__
+        one_of(tuple(OUTPUT_TYPES))("output_type", output_type)
+        if callback is not None and not callable(callback):
+            raise InputError(f"callback must be a function of three arguments, got {shown(callback)}; see Callback")
+        components, execution = self.components, self.execution
+        chosen, scheduler = self._chosen(options, image, mask)
         settings = Settings(prompts=prompt, **chosen)  # type: ignore[arg-type]  # checked and made a tuple there
-        components, lender, tile = self.components, self.offload, self.tile_size
-        drawing = Drawing(components, settings, image, mask, latents, scheduler, offload=lender, tile_size=tile)
-        return drawing.draw(output_type, batch_size, callback, progress)
+        factor = components.autoencoder.config.downsample_factor
+        settings.check_task(components.task, factor)
+        if components.upscales:
+            prepared = prepare_small_image(settings, image, mask, factor)
+        else:
+            prepared = prepare_image(settings, image, mask, components.native_size, factor)
+        call = Call(components, execution, settings, prepared, latents, scheduler)
+        return run(call, output_type, batch_size, callback, progress)
 
-    @torch.no_grad()
+    def _chosen(self, options: Mapping[str, Any], image: object, mask: object) -> tuple[dict[str, Any], Any]:
+        """Return the options with the defaults of the model, and the scheduler object among them."""
+        check_names(options)
+        given = {name: value for name, value in options.items() if value is not None or name == "seed"}
+        check_inputs(given, image=image is not None, mask=mask is not None)
+        chosen = {**self.components.defaults, **given}
+        whole = image is None or mask is not None or "outpaint" in given or self.components.upscales
+        chosen.setdefault("strength", 1.0 if whole else DEFAULT_STRENGTH)
+        sampler = chosen.get("sampler", "")
+        if isinstance(sampler, str):
+            return chosen, None
+        return chosen | {"sampler": EXTERNAL + type(sampler).__name__}, sampler
+
     def invert(
         self,
-        image: str | os.PathLike[str] | Image.Image,
+        image: ImageLike,
         prompt: str,
         *,
         num_inference_steps: int = 50,
@@ -265,9 +284,16 @@ class Pipeline:
             height=height,
             width=width,
         )
-        return Drawing(self.components, settings, image, opaque=True, offload=self.offload).invert(iterations)
+        check_integer("iterations", iterations, 1, 100, "try 3")
+        if self.components.upscales:
+            raise InputError(
+                "only pictures of text-to-image models are inverted, got a model that enlarges; use another"
+            )
+        factor = self.components.autoencoder.config.downsample_factor
+        prepared = prepare_image(settings, image, None, self.native_size, factor, opaque=True)
+        return invert(Call(self.components, self.execution, settings, prepared), iterations)
 
-    def upscale_plan(self, image: str | os.PathLike[str] | Image.Image) -> UpscalePlan:
+    def upscale_plan(self, image: ImageLike) -> UpscalePlan:
         """Return in how many windows a model that enlarges would draw a picture, and with how much memory.
 
         Raises:
@@ -313,10 +339,44 @@ class Pipeline:
         return Pipeline(components, offload=self.offload, tile_size=self.tile_size)
 
 
-def _strength(strength: float | None, image: object, whole: bool) -> float:
-    """Return how much of an image is drawn anew: what was asked for, else all of it without an image or if `whole`."""
-    if image is None and strength is not None:
-        raise InputError("strength says how much of an image is drawn anew, got no image; pass an image too")
-    if strength is not None:
-        return strength
-    return 1.0 if image is None or whole else DEFAULT_STRENGTH
+def _document(method: Any) -> None:
+    """Give `Pipeline.__call__` the signature and documentation of all options, from where they are declared."""
+    signature = inspect.signature(method)
+    *own, _ = signature.parameters.values()
+    declared = [item for item in fields(Settings) if "option" in item.metadata]
+    added = [
+        inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=item.type)
+        for item in declared
+    ]
+    method.__signature__ = signature.replace(parameters=[*own, *added])
+    lines = [f"    {item.name}: {item.metadata['option'].help}." for item in declared]
+    method.__doc__ = CALL_DOCUMENTATION.format(options="\n".join(lines))
+
+
+CALL_DOCUMENTATION = """Generate `num_images` images of each prompt; image i, counted over all prompts, has seed + i.
+
+Args:
+    prompt: one text or several; empty for images of no text in particular.
+    image: initial image, or its path: a picture, or uint8 array (H, W, 3). It is scaled to cover the size and cropped
+        evenly; without height and width the result has its shape and the model's own area. For a model that upscales,
+        the small picture, of any size and shape; where it is transparent, so is the result.
+    mask: part of the image to generate (inpainting): a picture of its size, or a path of one, white where something is
+        generated; "alpha" for where the image is transparent; or left, top, right and bottom of a box. All other pixels
+        are kept, bit for bit, and so is the size of the image, without height and width, where its sides are
+        multiples of 8 within the model's limit. A model trained for it (9 input channels) sees what is kept; with any
+        other it is put into every step.
+    sampler: its name, or any scheduler object of diffusers, whose images cannot be replayed.
+    latents: standard normal noise (B, C, h, w) to start from instead of that of the seeds.
+    output_type: "pil", "pt", "np" or "latent"; see `Result.images`.
+    callback: called after each step, see `Callback`; what it raises ends the call.
+    progress: show a bar on stderr.
+    batch_size: how many images are sampled at once at most.
+
+Options, each with a default of its own or of the model:
+{options}
+
+Raises:
+    InputError: something that cannot be used, with what can.
+"""
+
+_document(Pipeline.__call__)

@@ -138,6 +138,19 @@ def file_bytes(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def with_chunk(png: bytes, name: bytes, data: bytes) -> bytes:
+    """Return a PNG with one more chunk before its pixels."""
+    place = png.index(b"IDAT") - 4
+    return (
+        png[:place]
+        + struct.pack(">I", len(data))
+        + name
+        + data
+        + struct.pack(">I", zlib.crc32(name + data))
+        + png[place:]
+    )
+
+
 BAD = {
     "empty": (b"", "not a PNG, JPEG or WebP"),
     "text": (b"hello", "not a PNG, JPEG or WebP"),
@@ -151,6 +164,10 @@ BAD = {
     "jpeg mark alone": (b"\xff\xd8\xff", "truncated or broken"),
     "webp mark alone": (b"RIFF\0\0\0\0WEBP", "truncated or broken"),
     "flipped bit": (bytes(b ^ (i == 60) for i, b in enumerate(file_bytes(Image.fromarray(PIXELS), "PNG"))), "broken"),
+    "palette with 300 opacities": (
+        with_chunk(file_bytes(Image.fromarray(PIXELS).quantize(16), "PNG"), b"tRNS", bytes(300)),
+        "truncated or broken",
+    ),
     "animated png": (
         file_bytes(Image.new("RGB", (2, 2)), "PNG", save_all=True, append_images=[Image.new("RGB", (2, 2), "red")]),
         "animation of 2 frames",
@@ -175,13 +192,146 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, name: str) -> None:
 def test_missing_and_special_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
         images.open_image(tmp_path / "none.png")
-    with pytest.raises(InputError, match="folder or device"):
+    with pytest.raises(InputError, match="must be a regular file, got a folder; pass the image itself"):
         images.open_image(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="folder or device"):
+    with pytest.raises(InputError, match="got a pipe"):
         images.open_image(tmp_path / "pipe")
-    with pytest.raises(InputError, match="cannot read"):
-        images.open_image("a\0b.png")
+    for path in ("a\0b.png", "a" * 300 + ".png", "d/" * 3000 + "x.png", "\ud800.png"):
+        with pytest.raises(InputError, match="cannot read image") as caught:
+            images.open_image(path)
+        assert str(caught.value).isprintable()
+    with pytest.raises(InputError, match="got a device"):
+        images.open_image("/dev/zero")
+    with (tmp_path / "sparse.png").open("wb") as file:
+        file.truncate(20 * 2**30)
+    with pytest.raises(InputError, match="must be at most 256 MiB, got 20,480 MiB"):
+        images.open_image(tmp_path / "sparse.png")
+
+
+EXIFS = {
+    "garbage": b"garbage!!",
+    "bad magic": b"XX*\0\x08\0\0\0",
+    "cut header": b"II*\0",
+    "two bytes": b"II",
+    "BigTIFF": b"II+\0\x08\0\0\0",
+    "far offset": b"II*\0\xff\xff\xff\x7f",
+    "more entries than bytes": b"II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x03\0\x01\0\0\0\x01\0\0\0",
+    "odd type": b"II*\0\x08\0\0\0\x01\0" + b"\x12\x01\x02\0\x01\0\0\0a\0\0\0" + bytes(4),
+}
+
+
+@pytest.mark.parametrize("name", EXIFS)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_broken_exif_counts_as_none_and_says_nothing(
+    tmp_path: Path, name: str, kind: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    exif = b"Exif\0\0" + EXIFS[name]
+    path = write(tmp_path / "a", Image.fromarray(SMOOTH), format=kind, exif=exif, lossless=True, quality=95)
+    assert np.abs(opened(path) - SMOOTH).mean() < 3
+    assert images.open_rgba(path).size == (24, 16)
+    assert not [one for one in recwarn if "PIL" in one.filename]
+
+
+def test_a_rotation_beside_broken_entries_is_applied(tmp_path: Path) -> None:
+    entries = b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0" + b"\x0f\x01\x10\0\x01\0\0\0" + b"\xff" * 4
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + entries + bytes(4)
+    path = write(tmp_path / "a.png", Image.fromarray(PIXELS), exif=exif)
+    assert np.array_equal(opened(path), np.rot90(PIXELS, -1))
+
+
+def closed() -> Image.Image:
+    image = Image.new("RGB", (4, 4))
+    image.close()
+    return image
+
+
+def closed_file() -> Image.Image:
+    stream = io.BytesIO(file_bytes(Image.fromarray(PIXELS), "PNG"))
+    image = Image.open(stream)
+    stream.close()
+    return image
+
+
+def informed(mode: str, **info: Any) -> Image.Image:
+    image = Image.new(mode, (4, 4))
+    image.info.update(info)
+    return image
+
+
+ODD = {
+    "closed": closed,
+    "closed file": closed_file,
+    "no width": lambda: Image.new("RGB", (0, 4)),
+    "no height": lambda: Image.new("RGBA", (4, 0)),
+    "nothing": lambda: Image.new("L", (0, 0)),
+    "palette of too many": lambda: informed("P", transparency=bytes(300)),
+    "text for a colour": lambda: informed("RGB", transparency="red"),
+    "floating point": lambda: Image.new("F", (4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("change", [images.to_rgb, images.to_rgba])
+def test_odd_pictures_in_memory_are_refused(name: str, change: Any) -> None:
+    with pytest.raises(InputError, match=r"^image "):
+        change(ODD[name]())
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "LA", "La", "PA", "RGBa"]
+)
+def test_every_other_mode_is_opened(mode: str) -> None:
+    image = Image.new(mode, (4, 3))
+    assert (images.to_rgb(image).mode, images.to_rgb(image).size) == ("RGB", (4, 3))
+    assert (images.to_rgba(image).mode, images.to_rgba(image).size) == ("RGBA", (4, 3))
+
+
+@pytest.mark.parametrize("info", [{"exif": b"garbage"}, {"icc_profile": b"garbage"}, {"icc_profile": 7}, {"exif": 7}])
+def test_odd_information_of_pictures_in_memory_counts_as_none(info: dict[str, Any]) -> None:
+    assert images.to_rgb(informed("RGB", **info)).getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_a_picture_that_was_passed_in_is_never_changed() -> None:
+    given = Image.fromarray(PIXELS)
+    for change in (images.to_rgb, images.to_rgba):
+        change(given).paste((1, 2, 3), (0, 0, 7, 5))
+    assert np.array_equal(np.asarray(given), PIXELS)
+
+
+def test_whole_numbers_of_eight_bits_are_not_black() -> None:
+    narrow = Image.fromarray(np.array([[0, 128, 255]], dtype=np.int32))
+    assert narrow.mode == "I"
+    assert np.asarray(images.to_rgb(narrow))[0, :, 0].tolist() == [0, 128, 255]
+    wide = Image.fromarray(np.array([[0, 256, 65535, -4, 10**6]], dtype=np.int32))
+    assert np.asarray(images.to_rgb(wide))[0, :, 0].tolist() == [0, 1, 255, 0, 255]
+
+
+def test_arrays_and_tensors_are_pictures() -> None:
+    for pixels in (PIXELS, PIXELS.astype(np.float64) / 255, torch.from_numpy(PIXELS), torch.from_numpy(PIXELS) / 255.0):
+        assert np.array_equal(np.asarray(images.from_array(pixels)), PIXELS)
+    assert images.from_array(PIXELS[..., 0]).mode == "L"
+    assert images.from_array(np.zeros((2, 3, 4), np.uint8)).mode == "RGBA"
+    assert images.from_array(torch.zeros(2, 3, 3, dtype=torch.bfloat16, requires_grad=True)).size == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.zeros((3, 8, 8), np.uint8), "got uint8 3x8x8; pass one picture, colours last"),
+        (np.zeros((1, 8, 8, 3), np.uint8), "got uint8 1x8x8x3"),
+        (np.zeros((0, 8, 3), np.uint8), "got uint8 0x8x3"),
+        (np.zeros((), np.uint8), "must be height x width x 3"),
+        (np.full((8, 8, 3), 255.0), "must be from 0 to 1"),
+        (np.full((8, 8, 3), np.nan), "must be from 0 to 1"),
+        (np.zeros((8, 8, 3), np.int64), "must be uint8, or floating point from 0 to 1, got int64 8x8x3"),
+        (np.zeros((8, 8, 3), object), "must be uint8"),
+        (torch.zeros(8, 8, 3, device="meta"), "truncated or broken"),
+    ],
+)
+def test_other_arrays_are_refused(pixels: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        images.from_array(pixels)
 
 
 def test_tensors_and_pictures_convert_both_ways() -> None:
@@ -245,3 +395,14 @@ def test_unwritable_places_are_found_beforehand(tmp_path: Path) -> None:
         images.check_writable(tmp_path)
     with pytest.raises(StorageError, match="cannot write"):
         images.check_writable("/proc/a.png")
+    for path in (tmp_path / f"{'a' * 300}.png", tmp_path / "a\0.png", tmp_path / "\ud800.png"):
+        with pytest.raises(StorageError, match="cannot write"):
+            images.check_writable(path)
+        with pytest.raises(StorageError, match="cannot write"):
+            images.write_file(path, b"")
+    assert not list(tmp_path.iterdir())
+
+
+def test_texts_that_no_file_can_hold_are_escaped(tmp_path: Path) -> None:
+    images.write_png(tmp_path / "a.png", Image.fromarray(PIXELS), {"parameters": "m\udcff"})
+    assert images.read_texts(tmp_path / "a.png") == {"parameters": r"m\udcff"}

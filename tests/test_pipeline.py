@@ -209,7 +209,7 @@ def test_image_to_image_skips_as_many_steps_as_diffusers(pipe: Pipeline) -> None
     ("settings", "message"),
     [
         ({"strength": 0.5}, "got no image"),
-        ({"image": 3}, "image must be a PIL image or a path, got int"),
+        ({"image": 3}, "image must be a picture, an array or a path, got int"),
         ({"image": "none.png"}, "cannot read image"),
         ({"image": photo(), "strength": 0.0}, "strength must be"),
         ({"image": photo(), "strength": 0.01, "num_inference_steps": 10}, "try strength 0.1"),
@@ -217,9 +217,9 @@ def test_image_to_image_skips_as_many_steps_as_diffusers(pipe: Pipeline) -> None
         ({"sampler": "dimm"}, "did you mean 'ddim'"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be"),
         ({"num_inference_steps": 0}, "num_inference_steps must be"),
-        ({"guidance_interval": (5.0, 1.0)}, "0 <= low < high"),
+        ({"guidance_interval": (5.0, 1.0)}, "guidance_interval must rise"),
         ({"batch_size": 0}, "batch_size must be"),
-        ({"prompt": ""}, "prompt must not be empty"),
+        ({"prompt": []}, "prompt must not be empty"),
         ({"prompt": "x" * 10**6}, "at most 4000 characters"),
         ({"prompt": "a\0b"}, "NUL"),
     ],
@@ -315,9 +315,9 @@ def test_zero_terminal_snr(pipe: Pipeline) -> None:
     assert torch.isfinite(drawn).all()
 
 
-def test_a_pipeline_needs_all_parts(pipe: Pipeline) -> None:
-    with pytest.raises(InputError, match="needs a U-Net"):
-        Pipeline(replace(pipe.components, unet=None))
+def test_the_old_name_of_components_is_told_of(pipe: Pipeline) -> None:
+    with pytest.warns(DeprecationWarning, match="called components now"):
+        assert pipe.parts is pipe.components
     assert isinstance(pipe("cat", **STEPS), Result)
 
 
@@ -358,9 +358,7 @@ def test_inpainting_at_full_strength_forgets_what_was_there(pipe: Pipeline, half
             {"image": "photo", "mask": Image.new("L", (16, 32))},
             "the mask must have the size of the image, 32x32",
         ),
-        ({"image": "photo", "mask": Image.new("L", (32, 32))}, "the mask is black everywhere"),
-        ({"image": "photo", "mask": Image.new("L", (32, 32), 255)}, "the mask is white everywhere"),
-        ({"image": "photo", "mask": 3}, "mask must be a PIL image or a path, got int"),
+        ({"image": "photo", "mask": 3}, "mask must be a picture, an array or a path, got int"),
     ],
 )
 def test_bad_masks(pipe: Pipeline, options: dict[str, Any], message: str) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from latentdiff.checkpoints.build import KINDS, TEXT_MODEL, build
 from latentdiff.checkpoints.components import Components, check_fit
 from latentdiff.checkpoints.folder import CLASSES
-from latentdiff.checkpoints.loader import KINDS, TEXT_MODEL, build
 from latentdiff.checkpoints.saver import pipeline_index
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError, ModelMismatchError

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from latentdiff.checkpoints.folder import model_hash
+from latentdiff.checkpoints.hashes import model_hash, vae_hash
 from latentdiff.diffusion.prediction import Denoiser, Network, as_denoiser
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import ModelConfigError
@@ -26,6 +27,7 @@ from latentdiff.models.unet import UNet2DConditionModel
 
 __all__ = ["Autoencoder", "Components", "Encoders", "ModelSource", "Task", "TextEncoder", "check_fit"]
 
+LARGEST_SIDE = 2048  # of the pictures that a model draws unless told otherwise, in pixels
 Autoencoder = AutoencoderKL | PixelSpace
 Task = Literal["text_to_image", "inpaint", "upscale"]
 TextEncoder = BertModel | CLIPTextModel | LabelEncoder | T5EncoderModel
@@ -33,14 +35,20 @@ TextEncoder = BertModel | CLIPTextModel | LabelEncoder | T5EncoderModel
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The folder or file that a model was loaded from."""
+    """The folder or file that a model was loaded from.
+
+    Attributes:
+        vae: file or folder of the autoencoder that was loaded in place of the model's own; None for that.
+    """
 
     path: Path
+    vae: Path | None = None
 
     @cached_property
     def hash(self) -> str:
         """SHA-256 of the files, read when first asked for."""
-        return model_hash(self.path)
+        own = model_hash(self.path)
+        return own if self.vae is None else sha256((own + vae_hash(self.vae)).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +94,7 @@ class Encoders:
         return Encoders(**self._shared())
 
     def _shared(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(Encoders)}
+        return {item.name: getattr(self, item.name) for item in fields(Encoders)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +107,7 @@ class Components(Encoders):
         embeddings: learned words, with the files they are from; see `checkpoints.textual_inversion`.
         loras: LoRAs in the weights, in this order; see `checkpoints.lora.apply_loras`.
         base: the components with the networks as they are without LoRAs; None where there are none.
+        defaults: of generation options, where the model has its own; see `checkpoints.generation_config`.
     """
 
     unet: UNet2DConditionModel
@@ -107,6 +116,7 @@ class Components(Encoders):
     embeddings: tuple[Mapping[str, str], ...] = ()
     loras: tuple[WeightedLoRA, ...] = ()
     base: Components | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def expects_pooled_text(self) -> bool:
@@ -142,6 +152,11 @@ class Components(Encoders):
     def upscales(self) -> bool:
         """Whether the U-Net takes a small picture besides noisy latents."""
         return self.task == "upscale"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether prompts say what is generated; an unconditional model, trained without labels, knows none."""
+        return not isinstance(self.text_encoder, LabelEncoder) or bool(self.text_encoder.config.labels)
 
     @property
     def device(self) -> torch.device:
@@ -191,15 +206,23 @@ def check_fit(folder: Path, components: Components) -> None:
     for what, (ours, theirs) in pairs.items():
         if ours != theirs:
             raise ModelConfigError(f"{folder}: {what} must be equal for text-to-image, got {ours} and {theirs}")
+    sides = unet.sample_size if isinstance(unet.sample_size, tuple) else (unet.sample_size or 64,) * 2
+    factor = components.autoencoder.config.downsample_factor
+    if len(sides) != 2 or not all(1 <= side * factor <= LARGEST_SIDE for side in sides):
+        shown = str(unet.sample_size)[:40]
+        raise ModelConfigError(
+            f"{folder}: sample_size of unet must be one side or two, of {LARGEST_SIDE // factor} latents at most, "
+            f"got {shown}"
+        )
     pooled = encoders[-1].config
     if unet.addition_embed_type is not None and not (isinstance(pooled, CLIPTextConfig) and pooled.with_projection):
         raise ModelConfigError(f"{folder}: unet expects pooled text, so the last text encoder must have a projection")
     for encoder, tokenizer in zip(encoders, (components.tokenizer, components.tokenizer_2)):
         if tokenizer is None or isinstance(encoder.config, LabelConfig):
             continue
-        if len(tokenizer) > encoder.config.vocab_size:
+        if tokenizer.size > encoder.config.vocab_size:
             raise ModelConfigError(
-                f"{folder}: the tokenizer has {len(tokenizer)} tokens, its text encoder {encoder.config.vocab_size}"
+                f"{folder}: the tokenizer has {tokenizer.size} tokens, its text encoder {encoder.config.vocab_size}"
             )
         window, longest = tokenizer.model_max_length, encoder.config.max_position_embeddings
         if window > longest:

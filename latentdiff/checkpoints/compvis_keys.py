@@ -17,7 +17,16 @@ from torch import Tensor
 from latentdiff.models.autoencoder import AutoencoderConfig
 from latentdiff.models.unet import UP_BLOCKS, UNetConfig
 
-__all__ = ["SourceKey", "autoencoder_keys", "clip_keys", "join", "open_clip_keys", "unet_keys"]
+__all__ = [
+    "OLD_ATTENTION",
+    "SourceKey",
+    "autoencoder_keys",
+    "clip_keys",
+    "diffusers_keys",
+    "join",
+    "open_clip_keys",
+    "unet_keys",
+]
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -39,6 +48,8 @@ UNET_ENDS = {
 }
 AUTOENCODER_MIDDLE = {"resnets.0": "block_1", "attentions.0": "attn_1", "resnets.1": "block_2"}
 AUTOENCODER_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+# Names of the attention layer in autoencoders of diffusers that were published before 2023.
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OPEN_CLIP_ENDS = {
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -154,6 +165,19 @@ def autoencoder_keys(names: Iterable[str], config: AutoencoderConfig) -> dict[st
 def clip_keys(names: Iterable[str]) -> dict[str, SourceKey]:
     """Return where the weights of a CLIP text encoder lie, below its `transformer.`: under the names they have here."""
     return {name: SourceKey(name) for name in names}
+
+
+def diffusers_keys(names: Iterable[str], *, old: bool) -> dict[str, SourceKey]:
+    """Return where the weights of an autoencoder lie in a file of diffusers, `old` for one of before 2023."""
+
+    def place(name: str) -> str:
+        stem, leaf = name.rsplit(".", 1)
+        for theirs, ours in OLD_ATTENTION.items():
+            if old and ".attentions." in stem and stem.endswith(f".{ours}"):
+                return f"{stem.removesuffix(ours)}{theirs}.{leaf}"
+        return name
+
+    return {name: SourceKey(place(name)) for name in names}
 
 
 def open_clip_keys(names: Iterable[str]) -> dict[str, SourceKey]:

@@ -16,7 +16,7 @@ from latentdiff.checkpoints.folder import NETWORKS, read_layout, weight_files
 from latentdiff.errors import InputError, ModelPathError, suggest
 from latentdiff.models.tokenizer import FILES
 
-__all__ = ["EMBEDDED", "embedded_model", "find_model"]
+__all__ = ["EMBEDDED", "embedded_model", "find_model", "require_path"]
 
 EMBEDDED = "embedded"  # what the model that comes with the package is called in settings
 # All that come with it, and the folders that they are in.
@@ -45,28 +45,40 @@ def embedded_model(name: str = EMBEDDED) -> Path:
     )
 
 
-def find_model(model: str | os.PathLike[str] | None) -> tuple[Path, str]:
+def require_path(path: object, what: str) -> Path:
+    """Return a path that was given for something.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+        raise InputError(f"{what} must be given by its path, got {type(path).__name__}; pass a string")
+    return Path(path)
+
+
+def find_model(model: str | os.PathLike[str] | None, *, local: bool = False) -> tuple[Path, str]:
     """Return the folder of a model, and the name under which settings refer to it.
 
     Args:
         model: a folder; `owner/name` or `owner/name@revision` on a hub, where there is no such folder; one of `ASSETS`,
             None for "embedded".
+        local: of models on a hub, take only what is in the cache already.
 
     Raises:
         InputError: there is no such model.
         ModelPathError: it is one of `ASSETS`, which this copy of the package came without.
     """
-    if model is None or model in ASSETS:
+    if model is None or (isinstance(model, str) and model in ASSETS):
         name = EMBEDDED if model is None else os.fspath(model)
         return embedded_model(name), name
-    folder, name = Path(model), os.fspath(model)
+    folder, name = require_path(model, "a model"), os.fspath(model)
     try:
         if folder.is_dir():
             return folder, name
         if folder.exists():
             raise InputError(f"model must be a folder in diffusers' layout, got the file {name}; convert it first")
         if NAME.fullmatch(name) and not folder.parent.is_dir():
-            return _fetch(name), name
+            return _fetch(name, local), name
         siblings = [
             entry.name
             for entry in folder.parent.iterdir()
@@ -80,7 +92,7 @@ def find_model(model: str | os.PathLike[str] | None) -> tuple[Path, str]:
     raise InputError(f"model {name[:200]!r} is no folder here{remedy}")
 
 
-def _fetch(model: str) -> Path:
+def _fetch(model: str, local: bool) -> Path:
     """Return the folder of a model in the cache, once all that is loaded of it is there.
 
     Weights in half precision (`.fp16.`) are fetched only where there are no others.
@@ -90,11 +102,11 @@ def _fetch(model: str) -> Path:
         ModelLoadError: it is there, but no model that can be loaded.
     """
     name, _, revision = model.partition("@")
-    folder = _snapshot(name, revision, SMALL, ())
+    folder = _snapshot(name, revision, SMALL, (), local)
     components = [component for component in NETWORKS if component in read_layout(folder).classes]
-    folder = _snapshot(name, revision, _weights(components), ("*.fp16.*", "*.fp16-*", "*non_ema*"))
+    folder = _snapshot(name, revision, _weights(components), ("*.fp16.*", "*.fp16-*", "*non_ema*"), local)
     lacking = [component for component in components if not _has_weights(folder, component)]
-    return _snapshot(name, revision, _weights(lacking), ()) if lacking else folder
+    return _snapshot(name, revision, _weights(lacking), (), local) if lacking else folder
 
 
 def _weights(components: list[str]) -> tuple[str, ...]:
@@ -109,12 +121,14 @@ def _has_weights(folder: Path, component: str) -> bool:
         return False
 
 
-def _snapshot(name: str, revision: str, allowed: tuple[str, ...], ignored: tuple[str, ...]) -> Path:
+def _snapshot(name: str, revision: str, allowed: tuple[str, ...], ignored: tuple[str, ...], local: bool) -> Path:
     import huggingface_hub
 
     patterns: dict[str, Any] = {"allow_patterns": list(allowed), "ignore_patterns": list(ignored)}
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, **patterns))
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision or None, local_files_only=local, **patterns)
+        )
     except (OSError, ValueError) as error:  # what all of the library's errors are
         why = str(error).strip().partition("\n")[0][:160]
         raise InputError(f"model {name!r} is no folder here, and huggingface_hub says: {why}; pass a folder") from error

@@ -11,8 +11,8 @@ lead out. No configuration can name code to run.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ from latentdiff.checkpoints.header import require_regular
 from latentdiff.errors import (
     ModelConfigError,
     ModelFormatError,
-    ModelLoadError,
     ModelPathError,
     UnsafeModelError,
 )
@@ -31,17 +30,19 @@ from latentdiff.models.tokenizer import FILES
 __all__ = [
     "BASE",
     "CLASSES",
+    "COMPUTED_IN",
     "DIFFERENCE",
     "INDEX",
     "NETWORKS",
     "Layout",
+    "as_diffusers_reads",
     "child",
     "home",
-    "model_files",
-    "model_hash",
+    "parse_json",
     "read_json",
     "read_layout",
     "tokenizer_files",
+    "vae_folder",
     "weight_files",
 ]
 
@@ -49,7 +50,9 @@ MAX_JSON_BYTES = 16 * 2**20
 LONGEST_NAME = 255  # of a file, in bytes, as most systems have it
 MAX_DEPTH = 64  # of objects and lists within each other
 MAX_TOKENIZER_BYTES = 64 * 2**20
+VARIANTS = (".fp16", ".bf16", ".fp32", ".ema", ".non_ema")  # parts of file names, in the order of preference
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
+OLD_SIDE = 64  # latents, of every U-Net of diffusers before 0.9
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".gguf", ".onnx")
 CODE_KEYS = ("auto_map", "_target_", "custom_pipelines")
 
@@ -63,6 +66,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "StableDiffusionXLInpaintPipeline",
         "StableDiffusionXLImg2ImgPipeline",
         "StableDiffusionUpscalePipeline",
+        "LatentConsistencyModelPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
         "LatentdiffPipeline",
     ),
     "unet": ("UNet2DConditionModel",),
@@ -80,6 +85,7 @@ LOW_RES = "low_res_scheduler"  # of the x4 upscaler
 SECOND = ("text_encoder_2", "tokenizer_2")  # of Stable Diffusion XL, whose refiner has no first ones
 INDEX = "model_index.json"
 BASE = "_base"  # in the index of a variant
+COMPUTED_IN = "dtype"  # first in a text encoder's config.json that we write: what transformers is to compute in
 DIFFERENCE = "unet_difference.safetensors"  # in `unet`, in place of weights: what a variant's differ by from the base's
 
 
@@ -135,16 +141,29 @@ def read_json(path: Path) -> dict[str, Any]:
         limit = MAX_JSON_BYTES // 2**20
         raise ModelFormatError(f"{path}: expected at most {limit} MiB of JSON, got {size // 2**20} MiB")
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        code = next((key for key in _keys(tree) if key in CODE_KEYS), None)
-    except (ValueError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except ValueError as error:
         raise ModelFormatError(f"{path}: expected JSON, got something else ({str(error)[:80]})") from error
     except OSError as error:
         raise ModelPathError(f"{path}: cannot be read ({error.strerror})") from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, place: str) -> dict[str, Any]:
+    """Return a JSON object, given its text and what it is called in messages.
+
+    Raises:
+        ModelFormatError: it is no JSON object. ModelConfigError: it names code to run.
+    """
+    try:
+        tree = json.loads(text)
+        code = next((key for key in _keys(tree) if key in CODE_KEYS), None)
+    except (ValueError, RecursionError) as error:
+        raise ModelFormatError(f"{place}: expected JSON, got something else ({str(error)[:80]})") from error
     if not isinstance(tree, dict):
-        raise ModelFormatError(f"{path}: expected a JSON object, got {type(tree).__name__}")
+        raise ModelFormatError(f"{place}: expected a JSON object, got {type(tree).__name__}")
     if code is not None:
-        raise ModelConfigError(f"{path}: holds {code!r}, which names code to run; remove it if you trust the rest")
+        raise ModelConfigError(f"{place}: holds {code!r}, which names code to run; remove it if you trust the rest")
     return tree
 
 
@@ -251,16 +270,28 @@ def _classes(path: Path, index: dict[str, Any]) -> dict[str, str]:
     return found
 
 
+def as_diffusers_reads(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a U-Net's config.json with the size that diffusers draws at.
+
+    Those written before its release 0.9, of Stable Diffusion 1.x and fine-tunes of it, say 32 and were trained at 64.
+    """
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version", "")))
+    side = config.get("sample_size")
+    if version and (int(version[1]), int(version[2])) < (0, 9) and isinstance(side, int) and side < OLD_SIDE:
+        return {**config, "sample_size": OLD_SIDE}
+    return config
+
+
 def weight_files(root: Path, component: str) -> dict[Path, set[str] | None]:
     """Return the safetensors files of a component, each with the tensors its index places there (None without index).
 
-    Those of the fp16 variant are taken where there are no others.
+    Those of a variant are taken where there are no others.
 
     Raises:
         ModelPathError: there is none, a shard is missing, or an index leads out of the folder.
         UnsafeModelError: there are only files of formats that are never opened.
     """
-    for variant in ("", ".fp16"):
+    for variant in ("", *VARIANTS):
         for stem in WEIGHT_STEMS:
             single = child(root, component, f"{stem}{variant}.safetensors")
             if single.exists():
@@ -316,46 +347,10 @@ def tokenizer_files(root: Path, component: str = "tokenizer") -> list[Path]:
     return files
 
 
-def model_files(root: Path) -> dict[str, Path]:
-    """Return every file that decides what the model computes, by name, in a fixed order."""
-    layout, files = read_layout(root), dict[str, Path]()
-
-    def add(home: Path, *paths: Path) -> None:
-        before = "" if home == root else f"{BASE}/"
-        files.update({f"{before}{path.relative_to(home).as_posix()}": path for path in paths})
-
-    for place in (root, *([] if layout.base is None else [layout.base])):
-        add(place, child(place, INDEX))
-    for component in NETWORKS:
-        if component not in layout.classes:
-            continue
-        place = layout.homes[component]
-        if component == "unet" and layout.difference is not None and layout.base is not None:
-            add(place, child(place, component, "config.json"), layout.difference)
-            place = layout.base
-        add(place, child(place, component, "config.json"), *weight_files(place, component))
-    for component in ("tokenizer", "tokenizer_2"):
-        if component in layout.classes:
-            add(layout.homes[component], *tokenizer_files(layout.homes[component], component))
-    for component in ("scheduler", LOW_RES):
-        if component in layout.classes:
-            add(layout.homes[component], child(layout.homes[component], component, "scheduler_config.json"))
-    return files
-
-
-def model_hash(root: Path) -> str:
-    """Return the SHA-256 over names, sizes and contents of `model_files`, or of a single file.
+def vae_folder(path: Path) -> Path:
+    """Return the folder with an autoencoder's config.json, given it or the folder of a model.
 
     Raises:
-        ModelLoadError: a file is missing or cannot be read.
+        ModelLoadError: see `read_layout`.
     """
-    digest = hashlib.sha256()
-    for name, path in ({".": root} if root.is_file() else model_files(root)).items():
-        try:
-            digest.update(f"{name}\0{path.stat().st_size}\0".encode())
-            with path.open("rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
-        except OSError as error:
-            raise ModelLoadError(f"{path}: cannot be read ({error.strerror})") from error
-    return digest.hexdigest()
+    return path.absolute() if (path / "config.json").exists() else (home(path, "vae") / "vae").absolute()

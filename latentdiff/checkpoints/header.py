@@ -117,7 +117,8 @@ def read_header(path: Path) -> Header:
             raw = file.read(length)
     except OSError as error:
         raise ModelPathError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(raw) != length or raw.count(b'"') > MAX_QUOTES:
+    # Those inside of strings, such as training statistics that are JSON, begin and end none.
+    if len(raw) != length or raw.count(b'"') - raw.count(b'\\"') > MAX_QUOTES:
         raise _bad(path, "its header is cut off or holds too many strings")
     return _check(path, _parse(path, raw), 8 + length, size)
 
@@ -136,7 +137,10 @@ def _refuse(path: Path, start: bytes, length: int, size: int) -> None:
     if start[8:9] != b"{":
         raise _bad(path, "it does not start with a safetensors header")
     limit = f"{MAX_HEADER_BYTES // 2**20} MiB and the {size} bytes of the file"
-    raise _bad(path, f"its header claims {length} bytes, which must fit in {limit}")
+    reason = f"its header claims {length} bytes, which must fit in {limit}"
+    if length <= size - 8:
+        raise ModelFormatError(f"{path}: {reason}; if it is all metadata, save the tensors again without")
+    raise _bad(path, reason)
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:

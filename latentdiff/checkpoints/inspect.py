@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from latentdiff.checkpoints.claims import Claims
+from latentdiff.checkpoints.family import FAMILIES, UNET, VAE
 from latentdiff.checkpoints.folder import (
     NETWORKS,
+    as_diffusers_reads,
     child,
-    model_hash,
     read_json,
     read_layout,
     tokenizer_files,
     weight_files,
 )
-from latentdiff.checkpoints.header import DTYPE_BYTES, TensorInfo, read_header
+from latentdiff.checkpoints.hashes import model_hash
+from latentdiff.checkpoints.header import DTYPE_BYTES, Header, TensorInfo, read_header
 from latentdiff.checkpoints.lora import PEFT_METADATA, describe_lora
-from latentdiff.checkpoints.single_file import UNET, fit, recognise
+from latentdiff.checkpoints.single_file import fit, recognise
 from latentdiff.diffusion.schedule import NoiseSchedule
 
 __all__ = ["describe_file", "describe_folder"]
 
 NAMED_UNUSED = 20  # tensors
-FAMILIES = {  # by width of the context
-    768: "Stable Diffusion 1.x",
-    1024: "Stable Diffusion 2.x",
-    1280: "Stable Diffusion XL refiner",
-    2048: "Stable Diffusion XL",
-}
 
 
 def describe_folder(root: Path) -> dict[str, Any]:
@@ -54,7 +51,7 @@ def describe_folder(root: Path) -> dict[str, Any]:
         if base is not None and (changes or homes[component] == base):
             components[component]["difference from" if changes else "of"] = base.name
         tensors += found
-    unet = read_json(child(homes["unet"], "unet", "config.json"))
+    unet = as_diffusers_reads(read_json(child(homes["unet"], "unet", "config.json")))
     vae = read_json(child(homes["vae"], "vae", "config.json"))
     schedule = NoiseSchedule.from_dict(read_json(child(homes["scheduler"], "scheduler", "scheduler_config.json")))
     for component in ("tokenizer", "tokenizer_2"):
@@ -80,18 +77,22 @@ def describe_file(path: Path) -> dict[str, Any]:
     header = read_header(path)
     counted = {"tensors": len(header.tensors), **_count(header.tensors.values())}
     if any(name.startswith(UNET) for name in header.tensors):
-        return _describe_single_file(path, header.tensors, counted)
-    kind = describe_lora(path, header) or {"kind": "safetensors file"}
+        return _describe_single_file(path, header, counted)
+    alone = any(name.endswith("decoder.conv_in.weight") for name in header.tensors)
+    kind = describe_lora(path, header) or {"kind": "VAE" if alone else "safetensors file"}
     metadata = {name: text for name, text in header.metadata.items() if name != PEFT_METADATA}  # a name a layer
     return {**kind, **counted, "metadata": metadata}
 
 
-def _describe_single_file(path: Path, tensors: Mapping[str, TensorInfo], counted: dict[str, Any]) -> dict[str, Any]:
+def _describe_single_file(path: Path, header: Header, counted: dict[str, Any]) -> dict[str, Any]:
     """Return what a whole model in one file of the original layout is, and which tensors no part of it needs."""
-    family, schedule, sections = recognise(path, tensors)
+    tensors = header.tensors
+    family, schedule, sections, claims = recognise(path, header)
     used: set[str] = set()
     components, configs = {}, {section.component: section.config for section in sections}
     for section in sections:
+        if section.component == "vae" and not any(name.startswith(VAE) for name in tensors):
+            continue  # which is to be given besides
         _, places = fit(path, tensors, section, torch.float32)
         own = {place.name for place in places.values()}
         components[section.component] = {"class": section.class_name, **_count(tensors[name] for name in own)}
@@ -100,7 +101,8 @@ def _describe_single_file(path: Path, tensors: Mapping[str, TensorInfo], counted
     return {
         "kind": "single file of the original layout",
         "family": family + (" (inpainting)" if configs["unet"]["in_channels"] == 9 else ""),
-        "assumed": "configuration, schedule and prediction type are those of the family; the file does not say",
+        "assumed": f"{_assumed(claims)} are those of the family; the file does not say",
+        **({"notes": list(claims.told(schedule))} if claims.told(schedule) else {}),
         "prediction_type": schedule.prediction_type,
         "beta_schedule": schedule.beta_schedule,
         "image_size": _image_size(configs["unet"], configs["vae"]),
@@ -109,6 +111,12 @@ def _describe_single_file(path: Path, tensors: Mapping[str, TensorInfo], counted
         "components": components,
         "unused": {"tensors": len(unused), "first": unused[:NAMED_UNUSED]},
     }
+
+
+def _assumed(claims: Claims) -> str:
+    if not claims.say_prediction:
+        return "configuration, schedule and prediction type"
+    return "configuration and schedule"
 
 
 def _family(text_class: str, width: Any) -> str:

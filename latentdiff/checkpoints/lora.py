@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
+import reprlib
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,8 +19,11 @@ import torch
 from torch import Tensor
 
 from latentdiff.checkpoints.components import Components
-from latentdiff.checkpoints.folder import model_hash, read_json
+from latentdiff.checkpoints.find import require_path
+from latentdiff.checkpoints.folder import read_json
+from latentdiff.checkpoints.hashes import model_hash
 from latentdiff.checkpoints.header import Header, TensorInfo, read_header
+from latentdiff.checkpoints.lora_kinds import BUNDLE, bundled_words, family_of_lora, other_methods, remedy_for
 from latentdiff.checkpoints.lora_names import (
     DIALECTS,
     Layers,
@@ -30,8 +34,8 @@ from latentdiff.checkpoints.lora_names import (
     parse_key,
     written_names,
 )
-from latentdiff.checkpoints.saver import save_tensors
-from latentdiff.checkpoints.weights import FLOATS, read_weights, stored_weights
+from latentdiff.checkpoints.storage import save_tensors
+from latentdiff.checkpoints.weights import FLOATS, NUMBERS, read_weights, stored_weights
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, suggest
 from latentdiff.images import check_writable
 from latentdiff.models.lora import Factors, LoRA, WeightedLoRA, factors_fit, layers_of, merge, share_weights
@@ -41,17 +45,9 @@ __all__ = ["apply_loras", "describe_lora", "load_lora", "save_lora"]
 Weight = float | tuple[float, float]
 """How much of a LoRA: one number, or one for the U-Net and one for the text encoders."""
 
-# Other ways to change weights that are called LoRA too, each by what is in the names of its tensors.
-OTHER_METHODS = {
-    "DoRA": r"\.(dora_scale|lora_magnitude_vector)",
-    "LoHa": r"\.hada_",
-    "LoKr": r"\.lokr_",
-    "OFT": r"\.oft_",
-    "(IA)^3": r"\.on_input$",
-    "whole differences": r"\.diff(_b)?$",
-}
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 NAMED = 5  # layers in an error
+POSITIONS = "position_ids"  # the end of the name of a table of whole numbers, which some files carry along
 PEFT_METADATA = "lora_adapter_metadata"  # where diffusers puts PEFT's configuration of each network, as JSON
 PEFT_CONFIG = "adapter_config.json"  # where PEFT itself puts it, beside the file
 
@@ -67,12 +63,13 @@ def load_lora(path: str | os.PathLike[str], components: Components) -> LoRA:
         ModelMismatchError: it has a layer that the model has not, or of another shape, or half of one.
         ModelLoadError: the file was refused; the subclass says why.
     """
-    file = Path(path)
+    file = require_path(path, "a LoRA")
     header = read_header(file)
-    for method, name in _other_methods(header).items():
+    for method, name in other_methods(header).items():
         raise ModelConfigError(f"{file}: expected LoRA, got {method} ({name[:100]}); use a LoRA or LoCon file")
-    found = _layers_in(file, header.tensors, components)
-    tensors = read_weights(file, header.tensors)
+    found = _layers_in(file, header, components)
+    tensors = read_weights(file, {name: header.tensors[name] for halves in found.values() for name in halves.values()})
+    _tell_words(file, header, components)
     settings, files = _peft_settings(file, header)
     models = {network: layers_of(model) for network, model in networks_of(components).items()}
     networks: dict[str, dict[str, Factors]] = {}
@@ -96,29 +93,50 @@ def load_lora(path: str | os.PathLike[str], components: Components) -> LoRA:
     return LoRA(networks, os.fspath(path), digest if len(files) == 1 else sha256(digest.encode()).hexdigest())
 
 
-def _other_methods(header: Header) -> dict[str, str]:
-    """Return which other methods are in a file, each with the name of a tensor."""
-    found = {
-        method: [name for name in header.tensors if re.search(mark, name)] for method, mark in OTHER_METHODS.items()
-    }
-    return {method: names[0] for method, names in found.items() if names}
+def _tell_words(file: Path, header: Header, components: Components) -> None:
+    """Warn of learned words in a file that the model does not know yet."""
+    tokenizer = components.tokenizer
+    words = [word for word in bundled_words(header.tensors) if tokenizer is None or not tokenizer.knows(word)]
+    if words:
+        shown = ", ".join(word[:40] for word in words[:NAMED])
+        warnings.warn(
+            f"{file.name} holds learned words besides ({shown}), which prompts do not know yet; add them as embeddings "
+            f"of the same file, such as {file.name}:{words[0][:40]}",
+            stacklevel=5,
+        )
 
 
-def _layers_in(file: Path, tensors: Mapping[str, TensorInfo], components: Components) -> dict[Layers, dict[str, str]]:
+def _layers_in(file: Path, header: Header, components: Components) -> dict[Layers, dict[str, str]]:
     """Return the layers of the model that a file has, each with the names of its halves there.
 
     Raises:
         ModelMismatchError: something in the file does not fit the model.
     """
-    known, wrong = known_names(components), list[str]()
+    known, wrong, tensors = known_names(components), list[str](), header.tensors
     found: dict[Layers, dict[str, str]] = {}
     for name in tensors:
+        if BUNDLE.fullmatch(name) or name.endswith(POSITIONS):
+            continue
         key = parse_key(name)
         layers = None if key is None else known.get(key.layer)
         if key is None or layers is None:
             wrong.append(f"{name[:100]} is no layer of this model")
         elif found.setdefault(layers, {}).setdefault(key.half, name) != name:
             wrong.append(f"{name[:100]} is the same as {found[layers][key.half][:100]}")
+    wrong += _misfits(found, tensors, components)
+    if not found and not wrong:
+        wrong.append(f"there is no layer among its {len(tensors)} tensors")
+    if wrong:
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise ModelMismatchError(f"{file}: {'; '.join(wrong[:NAMED])}{more}; {remedy_for(header)}")
+    return found
+
+
+def _misfits(
+    found: Mapping[Layers, Mapping[str, str]], tensors: Mapping[str, TensorInfo], components: Components
+) -> list[str]:
+    """Return what is wrong with layers that a model has, and a file has changes for."""
+    wrong = list[str]()
     counts = Counter(layer for layers in found for layer in layers)
     wrong += [f"{layer} of {network} is there twice" for (network, layer), count in counts.items() if count > 1]
     models = {network: layers_of(model) for network, model in networks_of(components).items()}
@@ -135,26 +153,10 @@ def _layers_in(file: Path, tensors: Mapping[str, TensorInfo], components: Compon
             wrong.append(f"{halves['down']} is of {down.dtype} and {up.dtype}, not of {', '.join(FLOATS)}")
         elif not factors_fit(weight, down.shape, up.shape, None if mid is None else mid.shape):
             wrong.append(f"{halves['down']} {list(down.shape)} and {list(up.shape)} make no change of {list(weight)}")
-        alpha = tensors.get(halves.get("alpha", ""))
-        if alpha is not None and (prod(alpha.shape) != 1 or alpha.dtype not in FLOATS):
+        alpha = tensors[halves["alpha"]] if "alpha" in halves else None
+        if alpha is not None and (prod(alpha.shape) != 1 or alpha.dtype not in NUMBERS):
             wrong.append(f"{halves['alpha']} is {alpha.dtype} {list(alpha.shape)} instead of one number")
-    if wrong:
-        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-        family = _family(tensors)
-        remedy = f"by its shapes it is for {family}" if family else "use it with the model it was made for"
-        raise ModelMismatchError(f"{file}: {'; '.join(wrong[:NAMED])}{more}; {remedy}")
-    return found
-
-
-def _family(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Return the family of models whose context is as wide as that of a LoRA's layers, None where it is not seen."""
-    from latentdiff.checkpoints.inspect import FAMILIES  # which needs this module
-
-    for name, info in tensors.items():
-        key = parse_key(name)
-        if key and key.half == "down" and key.layer.endswith(("attn2_to_k", "attn2_to_v")) and len(info.shape) > 1:
-            return FAMILIES.get(info.shape[1])
-    return None
+    return wrong
 
 
 def _peft_settings(file: Path, header: Header) -> tuple[dict[str, Any], list[Path]]:
@@ -179,9 +181,20 @@ def _alpha(file: Path, settings: Mapping[str, Any], network: str, layer: str, ra
         if f".{layer}".endswith(f".{pattern.removeprefix('^')}"):
             alpha = value
             break
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise ModelConfigError(f"{file}: lora_alpha of {layer} must be a finite number, got {str(alpha)[:80]!r}")
-    return alpha * math.sqrt(rank) if settings.get(f"{network}.use_rslora") is True else float(alpha)
+    number = _finite(alpha)
+    if number is None:
+        raise ModelConfigError(f"{file}: lora_alpha of {layer} must be a finite number, got {reprlib.repr(alpha)}")
+    return number * math.sqrt(rank) if settings.get(f"{network}.use_rslora") is True else number
+
+
+def _finite(value: object) -> float | None:
+    """Return a number as a float; None for whatever is no finite number, or too large for one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def apply_loras(components: Components, loras: Mapping[Any, Weight]) -> Components:
@@ -197,6 +210,10 @@ def apply_loras(components: Components, loras: Mapping[Any, Weight]) -> Componen
         InputError: a weight is no finite number.
         ModelLoadError: a file was refused, or does not fit the model.
     """
+    if not isinstance(loras, Mapping):
+        raise InputError(
+            f'LoRAs must be files with their weights, got {reprlib.repr(loras)}; try {{"a.safetensors": 1}}'
+        )
     base = components if components.base is None else components.base
     applied = tuple(
         WeightedLoRA(given if isinstance(given, LoRA) else load_lora(given, base), *_weights(weight))
@@ -221,12 +238,13 @@ def _with_networks(components: Components, networks: Mapping[str, Any]) -> Compo
 
 def _weights(weight: Any) -> tuple[float, float]:
     pair = weight if isinstance(weight, (tuple, list)) else (weight, weight)
-    numbers = [one for one in pair if isinstance(one, (int, float)) and math.isfinite(one)]
+    numbers = [number for one in pair if (number := _finite(one)) is not None]
     if len(pair) != 2 or len(numbers) != 2:
         raise InputError(
-            f"the weight of a LoRA must be a finite number, or two (U-Net, text encoders), got {weight!r:.80}; try 0.8"
+            "the weight of a LoRA must be a finite number, or two (U-Net, text encoders), got "
+            f"{reprlib.repr(weight)}; try 0.8"
         )
-    return float(pair[0]), float(pair[1])
+    return numbers[0], numbers[1]
 
 
 def save_lora(lora: LoRA, path: str | os.PathLike[str], components: Components, dialect: str = "diffusers") -> None:
@@ -291,7 +309,7 @@ def describe_lora(path: Path, header: Header) -> dict[str, Any] | None:
         ModelLoadError: the file cannot be read.
     """
     keys = {name: key for name in header.tensors if (key := parse_key(name))}
-    others = _other_methods(header)
+    others = other_methods(header)
     halves = {key.half for key in keys.values()}
     if others and not halves & {"up", "down"}:
         return {"kind": f"{' and '.join(others)} (not supported)"}
@@ -300,16 +318,18 @@ def describe_lora(path: Path, header: Header) -> dict[str, Any] | None:
     downs = {key.layer: header.tensors[name] for name, key in keys.items() if key.half == "down"}
     ranks = {layer: info.shape[0] for layer, info in downs.items() if info.shape}
     settings, _ = _peft_settings(path, header)
-    alphas = {float(value) for key, value in settings.items() if key.endswith(".lora_alpha")}
+    named = {_finite(value) for key, value in settings.items() if key.endswith(".lora_alpha")}
+    alphas = {alpha for alpha in named if alpha is not None}
     scalars = {name: header.tensors[name] for name, key in keys.items() if key.half == "alpha"}
-    scalars = {name: info for name, info in scalars.items() if prod(info.shape) == 1 and info.dtype in FLOATS}
+    scalars = {name: info for name, info in scalars.items() if prod(info.shape) == 1 and info.dtype in NUMBERS}
     alphas |= {float(alpha) for alpha in read_weights(path, scalars).values()}
     return {
         "kind": f"LoRA with {' and '.join(others)} (not supported)" if others else "LoRA",
         "dialect": " and ".join(sorted({dialect_of(layer) for layer in downs})),
-        "family": _family(header.tensors) or "not known",
+        "family": family_of_lora(header) or "not known",
         "layers": dict(Counter(network_of(layer) for layer in downs)),
         "ranks": sorted(set(ranks.values())),
         "alphas": sorted(alphas) or "as the ranks",
+        **({"learned words": sorted(words)} if (words := bundled_words(header.tensors)) else {}),
         "convolutions": sum(info.shape[2:] > (1, 1) for info in downs.values()),
     }

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from latentdiff.checkpoints.components import Components
 from latentdiff.checkpoints.compvis_keys import UNET_ENDS, open_clip_keys, unet_keys
-from latentdiff.checkpoints.single_file import text_layouts
+from latentdiff.checkpoints.family import text_layouts
 from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.lora import layers_of
 
@@ -65,9 +65,9 @@ def dialect_of(layer: str) -> str:
 
 def network_of(layer: str) -> str:
     """Return in which network a layer is, by its name alone, given `Key.layer`."""
-    if re.match("lora_te2|text_encoder_2|1_|conditioner_embedders_1", layer):
+    if re.match("lora_te2|text_encoder_2|(text_encoders_)?clip_g|1_|conditioner_embedders_1", layer):
         return "text_encoder_2"
-    text = "lora_te|text_encoder|text_model|cond_stage_model|conditioner|0_|transformer_|model_transformer"
+    text = "lora_te|text_encoder|clip_[lh]_|text_model|cond_stage_model|conditioner|0_|transformer_|model_transformer"
     return "text_encoder" if re.match(text, layer) else "unet"
 
 
@@ -103,7 +103,8 @@ def known_names(components: Components) -> dict[str, Layers]:
             add(("lora_unet.",), network, own)
             add(("model.diffusion_model.", "diffusion_model.", "lora_unet."), network, _original(model))
         else:
-            add((f"{_kohya_text(components, network)}.",), network, own)
+            add(_kohya_texts(components, network), network, own)
+            add(_comfy_texts(components, network), network, own)
             # As transformers has called them since its release 5.
             add(plain, network, {name: name.removeprefix("text_model.") for name in own})
     for network, prefix, found in _texts(components):
@@ -128,6 +129,21 @@ def written_names(components: Components, dialect: str) -> dict[tuple[str, str],
             for name, theirs in _heads(found).items():
                 names[network, name] = f"{_short(prefix)}{theirs}".replace(".", "_")
     return names
+
+
+def _kohya_texts(components: Components, network: str) -> tuple[str, ...]:
+    """Return the starts of names of a text encoder's layers; some programs count even where there is one."""
+    usual = f"{_kohya_text(components, network)}."
+    return (usual, "lora_te1.") if usual == "lora_te." else (usual,)
+
+
+def _comfy_texts(components: Components, network: str) -> tuple[str, ...]:
+    """Return the same for files of ComfyUI."""
+    if network == "text_encoder_2":
+        name = "clip_g"
+    else:
+        name = "clip_h" if getattr(components.text_encoder.config, "hidden_act", "") == "gelu" else "clip_l"
+    return (f"text_encoders.{name}.transformer.", f"{name}.transformer.")
 
 
 def _kohya_text(components: Components, network: str) -> str:

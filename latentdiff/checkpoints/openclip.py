@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from latentdiff.checkpoints.family import clip_tokenizer
 from latentdiff.checkpoints.folder import child, read_json
 from latentdiff.checkpoints.header import read_header
-from latentdiff.checkpoints.single_file import Section, clip_tokenizer, load_section
+from latentdiff.checkpoints.single_file import Section, load_section
 from latentdiff.errors import InputError, MissingDependencyError, ModelConfigError, suggest
 from latentdiff.models.clip import WITH_PROJECTION, CLIPTextModel
 from latentdiff.models.tokenizer import PLAIN_WORD, Tokenizer

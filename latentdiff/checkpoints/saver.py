@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
+from latentdiff.checkpoints.build import KINDS
 from latentdiff.checkpoints.components import Components
-from latentdiff.checkpoints.folder import INDEX
-from latentdiff.checkpoints.loader import KINDS
+from latentdiff.checkpoints.folder import COMPUTED_IN, INDEX
+from latentdiff.checkpoints.generation_config import FILE as DEFAULTS
+from latentdiff.checkpoints.storage import flush_to_disk, replace_folder, save_tensors, write_json
 from latentdiff.checkpoints.weights import stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import InputError, StorageError
 from latentdiff.models.config import ModelConfig
 from latentdiff.models.pixels import LabelEncoder, PixelSpace
 from latentdiff.models.tokenizer import Tokenizer
 
 __all__ = [
+    "flush_to_disk",
     "pipeline_index",
     "replace_folder",
     "save_model",
@@ -55,7 +52,7 @@ DIFFUSERS_VERSION = "0.31.0"  # the oldest for which folders are written; some o
 
 
 def save_model(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-    """Write config.json and the weights of one network into `folder`, which takes its name only when it is whole.
+    """Write config.json and the weights of one network into `folder`, which has them only when they are whole.
 
     Args:
         model: one of the networks of `latentdiff.models`.
@@ -74,7 +71,7 @@ def save_pipeline(
 ) -> None:
     """Write a whole model; `diffusers.StableDiffusionPipeline.from_pretrained` loads it too, if it is of that kind.
 
-    Files at the top of an older model in the same folder that are not part of a model (its card) are kept.
+    Whatever else is in the folder stays, such as the card of an older model; the components of that one are replaced.
 
     Args:
         components: complete, with a U-Net.
@@ -90,6 +87,8 @@ def save_pipeline(
 
     def write(place: Path) -> None:
         write_components(place, networks, tokenizers, schedules, dtype)
+        if components.defaults or (Path(folder) / DEFAULTS).exists():  # which would be those of an older model
+            write_json(place / DEFAULTS, dict(components.defaults))
         write_json(place / INDEX, index)
 
     replace_folder(Path(folder), INDEX, write)
@@ -154,26 +153,6 @@ def pipeline_index(
     return {"_class_name": kind, **options, **index}, networks, tokenizers, schedules
 
 
-def save_tensors(tensors: Mapping[str, Tensor], target: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, which appears under its name only when it is whole.
-
-    Args:
-        metadata: at most one entry, for equal tensors to give equal files: safetensors writes several in any order.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
-    temporary = target.with_name(f".tmp-{secrets.token_hex(8)}")
-    try:
-        save_file(dict(tensors), temporary, metadata=dict(metadata or {"format": "pt"}))
-        temporary.chmod(0o644)  # safetensors makes it readable by its owner alone
-        flush_to_disk(temporary)
-        os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {target}: {error}; free space or choose another place") from error
-
-
 def _pipeline_class(components: Components, alone: bool) -> str:
     """Return the class of diffusers that runs a model, or the name under which only we do."""
     if isinstance(components.autoencoder, PixelSpace) or isinstance(components.text_encoder, LabelEncoder):
@@ -197,52 +176,10 @@ def write_model(model: nn.Module, place: Path, dtype: torch.dtype | None) -> Non
     kind = KINDS[type(model).__name__]
     weights = stored_weights(model.state_dict(), dtype)
     place.mkdir(parents=True, exist_ok=True)
-    file = place / f"{kind.stem}.safetensors"
-    save_file(weights, file, metadata={"format": "pt"})
-    file.chmod(0o644)  # safetensors makes it readable by its owner alone
+    save_tensors(weights, place / f"{kind.stem}.safetensors")
     config: Any = model.config
-    write_json(place / "config.json", config.to_dict())
-
-
-def write_json(path: Path, tree: dict[str, Any]) -> None:
-    """Write a JSON file."""
-    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-
-
-def replace_folder(folder: Path, mark: str, write: Callable[[Path], None]) -> None:
-    """Write a folder beside its place, flush it to disk, and exchange it for an older one that has the file `mark`."""
-    folder = folder.absolute()
-    if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} holds something that is no saved model; choose another folder")
-    new, old = (folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(4)}") for _ in range(2))
-    try:
-        new.mkdir(parents=True)
-        write(new)
-        if folder.is_dir():
-            for entry in folder.iterdir():
-                if entry.is_file() and not (new / entry.name).exists():
-                    shutil.copy2(entry, new / entry.name)
-        for path in [*new.rglob("*"), new]:
-            flush_to_disk(path)
-        if folder.is_dir():
-            os.replace(folder, old)
-        os.replace(new, folder)
-        flush_to_disk(folder.parent)
-    except BaseException as error:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(new, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, StorageError):
-            reason = error.strerror or error
-            raise StorageError(f"cannot write {folder}: {reason}; free space or choose another place") from error
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    told: dict[str, Any] = {}
+    if kind.config.ignored is None and any(tensor.dtype != torch.float32 for tensor in weights.values()):
+        # Of transformers, which would compute in the precision of the file, while diffusers computes in float32.
+        told[COMPUTED_IN] = "float32"
+    write_json(place / "config.json", {**told, **config.to_dict()})

@@ -6,64 +6,74 @@ come with the package (`families/`), so nothing is fetched.
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from latentdiff.checkpoints.build import KINDS, TEXT_MODEL, build
+from latentdiff.checkpoints.claims import VELOCITY, ZERO_SNR, Claims, marks_of, metadata_of, read_claims
 from latentdiff.checkpoints.components import Components, ModelSource, check_fit
 from latentdiff.checkpoints.compvis_keys import (
     SourceKey,
     autoencoder_keys,
     clip_keys,
+    diffusers_keys,
     join,
     open_clip_keys,
     unet_keys,
 )
-from latentdiff.checkpoints.header import TensorInfo, read_header
-from latentdiff.checkpoints.loader import KINDS, TEXT_MODEL, build
-from latentdiff.checkpoints.saver import save_tensors
+from latentdiff.checkpoints.family import (
+    ENLARGING,
+    ENLARGING_CHANNELS,
+    MARKS,
+    UNET,
+    VAE,
+    clip_tokenizer,
+    families,
+    family_of,
+    text_layouts,
+)
+from latentdiff.checkpoints.header import Header, TensorInfo, read_header
+from latentdiff.checkpoints.storage import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights, stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError
 from latentdiff.images import check_writable
-from latentdiff.models.autoencoder import AutoencoderKL
-from latentdiff.models.clip import CLIPTextModel
-from latentdiff.models.tokenizer import Tokenizer
+from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from latentdiff.models.clip import CLIPTextConfig
+from latentdiff.models.unet import UNetConfig
 
 __all__ = [
+    "VELOCITY",
     "Section",
-    "clip_tokenizer",
-    "families",
     "fit",
     "load_section",
     "load_single_file",
     "recognise",
     "save_single_file",
-    "text_layouts",
 ]
 
-FOLDER = Path(__file__).parent / "families"
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-VELOCITY, ZERO_SNR = "v_pred", "ztsnr"  # empty tensors with which some files say so of themselves
-# A tensor that only this family has, in the order in which they are looked for.
-MARKS = {
-    "Stable Diffusion XL": "conditioner.embedders.1.model.token_embedding.weight",
-    "Stable Diffusion XL refiner": "conditioner.embedders.0.model.token_embedding.weight",
-    "Stable Diffusion 2.x": "cond_stage_model.model.token_embedding.weight",
-    "Stable Diffusion 1.x": "cond_stage_model.transformer.",
-}
-ENLARGING = "Stable Diffusion x4 upscaler"  # which has the text encoder of 2.x, and this many input channels:
-ENLARGING_CHANNELS = 7
 NAMED = 5  # tensors in an error
+# Of a schedule, what every program that samples must know; the rest are habits of samplers.
+NOISE_KEYS = (
+    *("prediction_type", "rescale_betas_zero_snr", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps"),
+    "variance_type",
+)
+# Of configurations, what other programs have settings of their own for, or no use.
+INFORMATIVE = (
+    "sample_size",
+    "force_upcast",
+    "eos_token_id",
+    "projection_dim",
+    "use_attention_mask",
+    "upcast_attention",
+)
 
 
 def load_single_file(
@@ -71,6 +81,7 @@ def load_single_file(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     prediction_type: str | None = None,
+    load_vae: Callable[[dict[str, Any]], AutoencoderKL] | None = None,
 ) -> Components:
     """Load all components of a model from one file.
 
@@ -78,35 +89,46 @@ def load_single_file(
         path: of the safetensors file.
         dtype, device: of the weights in memory.
         prediction_type: what the U-Net predicts; None for that of the family.
+        load_vae: returns another autoencoder than that in the file, given the configuration of the latter.
 
     Raises:
         InputError: there is no such prediction type.
         ModelLoadError: the file was refused; the subclass says why.
     """
-    tensors = read_header(path).tensors
-    family, schedule, sections = recognise(path, tensors)
+    header = read_header(path)
+    family, schedule, sections, claims = recognise(path, header)
     shape = families()[family]
     if prediction_type is not None:
         schedule = replace(schedule, prediction_type=prediction_type)
-    elif schedule.prediction_type != "epsilon" and family != ENLARGING and VELOCITY not in tensors:
+    elif schedule.prediction_type != "epsilon" and family != ENLARGING and not claims.say_prediction:
         warnings.warn(
             f"{path.name} is taken for the {family} that predicts velocity (768-v); the file itself does not say. "
             'If its pictures are noise, it predicts noise: pass prediction_type="epsilon"',
             stacklevel=4,
         )
-    unet, autoencoder, *encoders = [load_section(path, tensors, section, dtype, device) for section in sections]
+    for note in claims.told(schedule):
+        warnings.warn(note, stacklevel=4)
+    if load_vae is None and not any(name.startswith(VAE) for name in header.tensors):
+        raise ModelMismatchError(f"{path}: has no autoencoder ({VAE}...); pass one besides, as vae or --vae")
+    networks: dict[str, Any] = {
+        one.component: load_vae(one.config)
+        if load_vae is not None and one.component == "vae"
+        else load_section(path, header.tensors, one, dtype, device)
+        for one in sections
+    }
+    encoders = [network for name, network in networks.items() if name.startswith("text_encoder")]
     tokenizers = [clip_tokenizer(text["pad"]) for text in shape["text"]]
     second = len(encoders) > 1
     components = Components(
-        unet=unet,
-        autoencoder=autoencoder,
+        unet=networks["unet"],
+        autoencoder=networks["vae"],
         text_encoder=encoders[0],
         tokenizer=tokenizers[0],
         schedule=schedule,
         text_encoder_2=encoders[1] if second else None,
         tokenizer_2=tokenizers[1] if second else None,
-        low_res_schedule=NoiseSchedule(**shape["low_res_schedule"]) if "low_res_schedule" in shape else None,
-        force_zeros=shape.get("force_zeros", False),
+        low_res_schedule=_low_res_schedule(shape, claims),
+        force_zeros=claims.configs.get("force_zeros", shape.get("force_zeros", False)) is True,
         name=str(path),
         source=ModelSource(path),
     )
@@ -119,7 +141,8 @@ def save_single_file(
 ) -> None:
     """Write a whole model as one file of the original layout, which appears under its name only when it is whole.
 
-    Schedule and configurations are not in such a file: whoever reads it takes those of the family.
+    What its readers take from the family of models, and is otherwise here, is in its marks and metadata. Of what only
+    this package reads there, a warning tells.
 
     Args:
         components: of a model with CLIP text encoders.
@@ -127,7 +150,7 @@ def save_single_file(
         dtype: of the weights in the file; None keeps each as it is.
 
     Raises:
-        InputError: the model has components that the layout has no place for, or the path another ending.
+        InputError: the model has components or words that the layout has no place for, or the path another ending.
         ModelValueError: a weight is not finite in that dtype.
         StorageError: the file cannot be written.
     """
@@ -137,48 +160,98 @@ def save_single_file(
     check_writable(target)
     if not isinstance(components.autoencoder, AutoencoderKL):
         raise InputError("a single file holds a U-Net and an autoencoder, got a model without; save it as a folder")
-    places: dict[str, tuple[Any, dict[str, SourceKey]]] = {}
-    places[UNET] = (components.unet, unet_keys(components.unet.state_dict(), components.unet.config))
-    places[VAE] = (
-        components.autoencoder,
-        autoencoder_keys(components.autoencoder.state_dict(), components.autoencoder.config),
-    )
-    for (layout, prefix), encoder in zip(
-        text_layouts(components), (components.text_encoder, components.text_encoder_2)
-    ):
-        assert encoder is not None
-        places[prefix] = (encoder, _places(encoder, layout))
-    tensors: dict[str, Tensor] = {}
-    for prefix, (network, found) in places.items():
-        joined = join(found, stored_weights(network.state_dict(), dtype))
+    metadata, marks = _identity(components)
+    networks: dict[str, tuple[Any, str]] = {UNET: (components.unet, "unet")}
+    networks[VAE] = (components.autoencoder, "autoencoder")
+    encoders = (components.text_encoder, components.text_encoder_2)
+    networks |= {prefix: (encoder, kind) for (kind, prefix), encoder in zip(text_layouts(components), encoders)}
+    tensors = dict(marks)
+    for prefix, (network, layout) in networks.items():
+        joined = join(_places(network, layout), stored_weights(network.state_dict(), dtype))
         tensors |= {prefix + name: tensor.contiguous() for name, tensor in joined.items()}
-    save_tensors(tensors, target)
+    save_tensors(tensors, target, metadata)
 
 
-def text_layouts(components: Components) -> list[tuple[str, str]]:
-    """Return layout and prefix, in a single file, of each text encoder of a model.
+def _identity(components: Components) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata and the marks of a file, with all that its readers would take from the family otherwise."""
+    family = family_of(components)
+    shape, channels = families()[family], components.unet.config.in_channels
+    usual = NoiseSchedule(**shape["schedule"])
+    if channels == 9:
+        usual = replace(usual, prediction_type="epsilon")
+    schedule = components.schedule
+    marks = marks_of(schedule, usual, torch.zeros(0))
+    if schedule.prediction_type in ("epsilon", "v_prediction"):
+        usual = replace(usual, prediction_type=schedule.prediction_type, rescale_betas_zero_snr=ZERO_SNR in marks)
+    configs, told = dict[str, Any](), list[str]()
+    if schedule.to_dict() != usual.to_dict():
+        configs["scheduler"] = schedule.to_dict()
+        told += [key for key in NOISE_KEYS if getattr(schedule, key) != getattr(usual, key)]
+    low_res, usual_one = components.low_res_schedule, _low_res_schedule(shape, None)
+    if low_res is not None and usual_one is not None and low_res.to_dict() != usual_one.to_dict():
+        configs["low_res_scheduler"] = low_res.to_dict()
+        told.append("low_res_scheduler")
+    if components.force_zeros != shape.get("force_zeros", False):
+        configs["force_zeros"] = components.force_zeros
+    side = _side(components)
+    for component, config, likely in _configs(components, shape, side):
+        differing = {key: value for key, value in config.items() if value != likely.get(key, value)}
+        configs |= {component: differing} if differing else {}
+        told += [f"{key} of {component}" for key in differing if key not in INFORMATIVE]
+    told += _other_vocabularies(components, shape)
+    if told:
+        warnings.warn(
+            f"a single file has no place for {', '.join(told)}: this package reads it from the metadata, but other "
+            f"programs take that of {family}; save a folder for them",
+            stacklevel=4,
+        )
+    return metadata_of(family, schedule, side, channels, configs), marks
+
+
+def _side(components: Components) -> int | None:
+    """Return the side of the pictures that a model was trained on, where metadata can say it."""
+    side = components.unet.config.sample_size
+    pixels = side * components.autoencoder.config.downsample_factor if isinstance(side, int) else 0
+    return pixels if 64 <= pixels <= 2048 and pixels % 8 == 0 else None
+
+
+def _configs(
+    components: Components, shape: Mapping[str, Any], side: int | None
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Yield the name of each component, its configuration, and that which a reader would take."""
+    unet = {**shape["unet"], "in_channels": components.unet.config.in_channels}
+    if side is not None:
+        unet["sample_size"] = components.unet.config.sample_size
+    yield "unet", components.unet.config.to_dict(), UNetConfig.from_dict(unet).to_dict()
+    yield "vae", components.autoencoder.config.to_dict(), AutoencoderConfig.from_dict(shape["vae"]).to_dict()
+    names, encoders = ("text_encoder", "text_encoder_2"), (components.text_encoder, components.text_encoder_2)
+    for name, encoder, text in zip(names, encoders, shape["text"]):
+        assert encoder is not None
+        yield name, encoder.config.to_dict(), CLIPTextConfig.from_dict(text["config"]).to_dict()
+
+
+def _other_vocabularies(components: Components, shape: Mapping[str, Any]) -> list[str]:
+    """Return what to tell of tokenizers that are not CLIP's; a reader refuses those with fewer words.
 
     Raises:
-        InputError: it has other text encoders than such files hold.
+        InputError: one has words that no reader would miss.
     """
-    return [(text["layout"], text["prefix"]) for text in families()[_family_of(components)]["text"]]
-
-
-def _family_of(components: Components) -> str:
-    if not isinstance(components.text_encoder, CLIPTextModel):
-        kind = type(components.text_encoder).__name__
-        raise InputError(f"a single file has a place for CLIP text encoders alone, got {kind}; save it as a folder")
-    if components.upscales:
-        return ENLARGING
-    if components.unet.config.addition_embed_type is not None:
-        return "Stable Diffusion XL" if components.text_encoder_2 is not None else "Stable Diffusion XL refiner"
-    return (
-        "Stable Diffusion 1.x" if components.text_encoder.config.hidden_act == "quick_gelu" else "Stable Diffusion 2.x"
-    )
+    told = []
+    for tokenizer, text in zip((components.tokenizer, components.tokenizer_2), shape["text"]):
+        usual = clip_tokenizer(text["pad"])
+        if tokenizer is None or tokenizer.same_as(usual):
+            continue
+        if len(tokenizer) >= len(usual):
+            raise InputError(
+                "a single file has no place for a vocabulary other than CLIP's, such as one with learned words; "
+                "save it as a folder"
+            )
+        told.append("the vocabulary")
+    return told
 
 
 class Section(NamedTuple):
-    """One network in a file: what a folder calls it, its class, its names there (see `original.py`) and its config."""
+    """One network in a file: what a folder calls it, its class, its names there (see `compvis_keys`) and its config."""
 
     component: str
     class_name: str
@@ -187,34 +260,55 @@ class Section(NamedTuple):
     config: dict[str, Any]
 
 
-def recognise(path: Path, tensors: Mapping[str, TensorInfo]) -> tuple[str, NoiseSchedule, list[Section]]:
-    """Return the name of the family that a file of the original layout belongs to, its schedule and its networks.
+def recognise(path: Path, header: Header) -> tuple[str, NoiseSchedule, list[Section], Claims]:
+    """Return the family that a file of the original layout belongs to, its schedule, networks, and its claims.
 
     Raises:
-        ModelConfigError: it is none that is known.
+        ModelLoadError: it is none that is known, or says something of itself that cannot be honoured.
     """
+    tensors = header.tensors
     family = _family(path, tensors)
+    claims = read_claims(path, header)
     shape = families()[family]
     channels = tensors[f"{UNET}input_blocks.0.0.weight"].shape[1]
     schedule = NoiseSchedule(**shape["schedule"])
     if channels == 9:
         schedule = replace(schedule, prediction_type="epsilon")  # as all inpainting models do
-    if VELOCITY in tensors:
-        schedule = replace(schedule, prediction_type="v_prediction", rescale_betas_zero_snr=ZERO_SNR in tensors)
+    try:
+        schedule = claims.schedule(schedule)
+    except (InputError, ModelConfigError) as error:
+        raise ModelConfigError(f"{path}: {error}") from error
+    vae = claims.config("vae", shape["vae"])
     config = {**shape["unet"], "in_channels": channels}
+    if claims.side is not None and isinstance(vae["block_out_channels"], list):
+        config["sample_size"] = claims.side // 2 ** (len(vae["block_out_channels"]) - 1)
     sections = [
-        Section("unet", "UNet2DConditionModel", "unet", UNET, config),
-        Section("vae", "AutoencoderKL", "autoencoder", VAE, shape["vae"]),
+        Section("unet", "UNet2DConditionModel", "unet", UNET, claims.config("unet", config)),
+        Section("vae", "AutoencoderKL", "autoencoder", VAE, vae),
     ]
     for component, text in zip(("text_encoder", "text_encoder_2"), shape["text"]):
         class_name = text["config"]["architectures"][0]
-        sections.append(Section(component, class_name, text["layout"], text["prefix"], text["config"]))
-    return family, schedule, sections
+        config = claims.config(component, text["config"])
+        sections.append(Section(component, class_name, text["layout"], text["prefix"], config))
+    return family, schedule, sections, claims
+
+
+def _low_res_schedule(shape: Mapping[str, Any], claims: Claims | None) -> NoiseSchedule | None:
+    own = None if claims is None else claims.configs.get("low_res_scheduler")
+    if isinstance(own, dict):
+        return NoiseSchedule.from_dict({"_class_name": "", **own})
+    return NoiseSchedule(**shape["low_res_schedule"]) if "low_res_schedule" in shape else None
 
 
 def _family(path: Path, tensors: Mapping[str, TensorInfo]) -> str:
     first = f"{UNET}input_blocks.0.0.weight"
     if first not in tensors:
+        prefixed = next((name for name in tensors if name.endswith(f".{first}")), None)
+        if prefixed is not None:
+            prefix = prefixed.removesuffix(first)
+            raise ModelConfigError(
+                f"{path}: names of its tensors begin with {prefix[:60]!r}, which is in the way; save it again without"
+            )
         raise ModelConfigError(
             f"{path}: expected a whole model in the original layout, with {first}, got {len(tensors)} tensors such as "
             f"{next(iter(tensors), 'none')}; pass a whole checkpoint, or a folder in diffusers' layout"
@@ -287,47 +381,8 @@ def _places(network: Any, layout: str) -> dict[str, SourceKey]:
     names = network.state_dict()
     if layout == "unet":
         return unet_keys(names, network.config)
+    if layout.startswith("diffusers"):
+        return diffusers_keys(names, old=layout != "diffusers")
     if layout == "autoencoder":
         return autoencoder_keys(names, network.config)
     return open_clip_keys(names) if layout == "open_clip" else clip_keys(names)
-
-
-@cache
-def families() -> dict[str, Any]:
-    """Return the configurations of all families, by name."""
-    shapes: dict[str, Any] = json.loads((FOLDER / "families.json").read_text(encoding="utf-8"))
-    return shapes
-
-
-def clip_tokenizer(pad: str | Mapping[str, Any], window: int = 77) -> Tokenizer:
-    """Return CLIP's tokenizer, whose windows of so many tokens are filled with the token `pad`.
-
-    The vocabulary is that of its merges, after all bytes alone and at the end of a word.
-    """
-    merges = gzip.decompress((FOLDER / "clip-merges.txt.gz").read_bytes())
-    pairs = merges.decode("utf-8").splitlines()[1:]
-    letters = _byte_letters()
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(pair.replace(" ", "") for pair in pairs)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    settings = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": window,
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": pad,
-    }
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    files = {
-        "vocab.json": json.dumps(vocabulary).encode(),
-        "merges.txt": merges,
-        "tokenizer_config.json": json.dumps(settings).encode(),
-    }
-    return Tokenizer(files, "the tokenizer that comes with the package")
-
-
-def _byte_letters() -> list[str]:
-    """Return the letter that stands for each byte, in the order of CLIP's vocabulary: printable ones for themselves."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(len(others))]

@@ -3,6 +3,7 @@
     diffusers     one tensor, named by its word: {"<fox-toy>": (D,) or (n, D)}
     webui         {"emb_params": (n, D)}, the word is the name of the file
     SD XL         {"clip_l": (n, 768), "clip_g": (n, 1280)}, likewise
+    in a LoRA     {"bundle_emb.fox-toy.emb_params": (n, D)}, or clip_l and clip_g; one file may hold several words
 
 A word of several vectors becomes as many tokens, `<fox-toy>`, `<fox-toy>_1`, ..., as diffusers has it.
 
@@ -21,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.checkpoints.components import Components
-from latentdiff.checkpoints.folder import model_hash
+from latentdiff.checkpoints.find import require_path
+from latentdiff.checkpoints.hashes import model_hash
 from latentdiff.checkpoints.header import TensorInfo, read_header
-from latentdiff.checkpoints.saver import save_tensors
+from latentdiff.checkpoints.lora_kinds import BUNDLE, bundled_words
+from latentdiff.checkpoints.storage import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights
 from latentdiff.errors import InputError, ModelMismatchError
 from latentdiff.models.lora import share_weights
@@ -48,13 +51,16 @@ def add_embedding(components: Components, path: str | os.PathLike[str], word: st
     Args:
         components: with text encoders, not classes.
         path: of a safetensors file.
-        word: what stands for the vectors in prompts; None for what the file calls it, or for the file's own name.
+        word: what stands for the vectors in prompts; None for what the file calls it, or for the file's own name. Of
+            several in a LoRA file, the one to take.
 
     Raises:
         InputError: the word is one of the vocabulary already, or holds blanks; or there is no vocabulary.
         ModelLoadError: the file was refused, or is for another model.
     """
-    file = Path(path)
+    file = require_path(path, "an embedding")
+    if word is not None and not isinstance(word, str):
+        raise InputError(f"the word for an embedding must be text, got {type(word).__name__}; pass another")
     header = read_header(file)
     encoders = {"text_encoder": (components.text_encoder, components.tokenizer)}
     if components.text_encoder_2 is not None:
@@ -63,11 +69,18 @@ def add_embedding(components: Components, path: str | os.PathLike[str], word: st
         if type(encoder).__name__ not in TABLES:
             raise InputError(f"embeddings are for text encoders, got {type(encoder).__name__}; use another model")
     widths = {component: encoder.config.hidden_size for component, (encoder, _) in encoders.items()}
-    names = _names(file, header.tensors, widths)
+    bundled = bundled_words(header.tensors)
+    if bundled:
+        word = _one_of(file, bundled, word)
+        inside = bundled[word] if word in bundled else next(iter(bundled.values()))
+        named = _names(file, {kind: header.tensors[name] for kind, name in inside.items()}, widths)
+        names = {component: inside[kind] for component, kind in named.items()}
+    else:
+        names = _names(file, header.tensors, widths)
     vectors = read_weights(file, {name: header.tensors[name] for name in names.values()})
-    named = next(iter(names.values()))
-    word = word or (file.stem if named in (WEBUI, *XL) else named)
-    if not word.strip() or word.split() != [word]:
+    held = next(iter(names.values()))
+    word = word or (file.stem if held in (WEBUI, *XL) else held)
+    if not word.isprintable() or word.split() != [word]:
         raise InputError(f"the word for an embedding must be text without blanks, got {word!r:.80}; pass another")
     record = {"path": os.fspath(path), "hash": model_hash(file), "word": word}
     changes: dict[str, Any] = {"embeddings": (*components.embeddings, record)}
@@ -78,6 +91,20 @@ def add_embedding(components: Components, path: str | os.PathLike[str], word: st
         changes[component.replace("text_encoder", "tokenizer")] = words
     base = None if components.base is None else add_embedding(components.base, path, word)
     return replace(components, **changes, base=base)
+
+
+def _one_of(file: Path, bundled: Mapping[str, Any], word: str | None) -> str:
+    """Return the word to add of those in a LoRA file; one alone may be called otherwise.
+
+    Raises:
+        InputError: there are several, and none or another was asked for.
+    """
+    if len(bundled) == 1:
+        return word or next(iter(bundled))
+    if word is None or word not in bundled:
+        shown = ", ".join(name[:40] for name in list(bundled)[:10])
+        raise InputError(f"{file.name} holds {len(bundled)} words, {shown}; say which, got {str(word)[:40]}")
+    return word
 
 
 def grown(encoder: Any, tokenizer: Tokenizer, word: str, rows: Tensor) -> tuple[Any, Tokenizer]:
@@ -107,8 +134,13 @@ def save_embedding(word: str, vectors: Tensor, file: Path) -> None:
     """Write the vectors (n, D) of a word as diffusers has them.
 
     Raises:
+        InputError: the word is what some files call the vectors of any word.
         StorageError: the file cannot be written.
     """
+    if word in (WEBUI, *XL) or BUNDLE.fullmatch(word):
+        raise InputError(
+            f"{word!r} is what other files call the vectors of any word, and would not be read; take another"
+        )
     save_tensors({word: vectors.contiguous()}, file)
 
 

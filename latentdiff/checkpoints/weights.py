@@ -1,11 +1,14 @@
 """Tensors of safetensors files: mapped into memory in the precision that is asked for, made ready to be written.
 
-What a file holds in that precision is not copied: its pages are the weights, shared with all processes that map them.
+What a large file holds in that precision is not copied: its pages are the weights, shared with all processes that map
+them. Such a file may be replaced by another or deleted while a model runs, but not written into or cut: the system then
+changes the weights, or ends the process (SIGBUS). Files of at most `PRIVATE_BYTES` are copied and may be anything.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -17,7 +20,7 @@ from latentdiff.checkpoints.header import TensorInfo
 from latentdiff.engine.place import DTYPES
 from latentdiff.errors import InputError, ModelLoadError, ModelValueError, suggest
 
-__all__ = ["FLOATS", "STORAGE_DTYPES", "read_weights", "storage_dtype", "stored_weights"]
+__all__ = ["FLOATS", "NUMBERS", "STORAGE_DTYPES", "read_weights", "storage_dtype", "stored_weights"]
 
 # The dtypes that weights may have in a file.
 FLOATS = {
@@ -28,6 +31,9 @@ FLOATS = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+PRIVATE_BYTES = 256 * 2**20
+# Those of numbers beside weights, such as the alpha of a LoRA.
+NUMBERS = {**FLOATS, "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
 # What weights can be written in, by name; the first three are also computed in.
 STORAGE_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 
@@ -42,7 +48,7 @@ def read_weights(
 
     Args:
         file: whose header was read before.
-        tensors: those wanted, of the dtypes in `FLOATS`.
+        tensors: those wanted, of the dtypes in `NUMBERS`.
         dtype, device: of the result; None keeps the dtype of each.
 
     Raises:
@@ -53,10 +59,12 @@ def read_weights(
     try:
         with file.open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            if os.fstat(stream.fileno()).st_size != len(mapped):
+                raise ValueError("it is being written")
         for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
             held = _view(mapped, info)
             aligned = info.start % held.itemsize == 0  # or else not every operation takes it
-            weights[name] = held.to(device, dtype, copy=not aligned)
+            weights[name] = held.to(device, dtype, copy=not aligned or len(mapped) <= PRIVATE_BYTES)
             _require_finite(file, name, weights[name])
             if weights[name] is not held:
                 _release(mapped, info.start, held.nbytes)
@@ -68,7 +76,7 @@ def read_weights(
 
 
 def _view(mapped: mmap.mmap, info: TensorInfo) -> Tensor:
-    count, dtype = prod(info.shape), FLOATS[info.dtype]
+    count, dtype = prod(info.shape), NUMBERS[info.dtype]
     if count == 0:
         return torch.empty(info.shape, dtype=dtype)
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=info.start).reshape(info.shape)

@@ -1,47 +1,143 @@
-"""What the commands share: models loaded, files named, options parsed, results reported."""
+"""Parts that several commands share: options from declarations, models loaded, pictures named and written, messages."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.errors import InputError
+from latentdiff.errors import InputError, printable, shown
+from latentdiff.files import is_file, is_folder
+from latentdiff.generation.options import options_of
+from latentdiff.generation.request import Settings
+from latentdiff.images import check_writable, numbered
+from latentdiff.prompts import slug
 
 if TYPE_CHECKING:
-    from latentdiff.generation.result import Result
+    from latentdiff.generation.result import GeneratedImage
     from latentdiff.pipeline import Pipeline
 
-__all__ = ["draw", "load", "output_paths", "parse_loras", "report", "warnings_as_lines"]
+TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
 
 
-def output_paths(out: str | None, prompts: list[str]) -> list[Path]:
-    """Return where each picture goes, all of them writable; names made from prompts never hit an existing file."""
-    from latentdiff.images import check_writable, numbered
-    from latentdiff.prompts import slug
+def add_settings(parser: argparse.ArgumentParser, *tasks: str, leave_out: Sequence[str] = ()) -> None:
+    """Add the generation options that are for models of these tasks; see `generation.request.Settings`."""
+    types = {item.name: str(item.type).partition(" ")[0] for item in fields(Settings)}
+    for name, declared in options_of(Settings).items():
+        if declared.flag is None or name in leave_out or not set(tasks) & set(declared.tasks):
+            continue
+        flags, text = declared.flag.split(", "), declared.help.replace("%", "%%")
+        if types[name] == "bool":
+            parser.add_argument(*flags, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            kind = str if declared.parse else TYPES[types[name]]
+            parser.add_argument(*flags, dest=name, type=kind, metavar=declared.metavar, help=text)
 
-    folder = Path(out or ".")
-    if out is not None and not folder.is_dir():
-        if folder.suffix.lower() != ".png":
-            raise InputError(f"-o must name a PNG file or a folder, got {out!r}; try {folder.stem or 'picture'}.png")
-        paths = list(islice(numbered(folder), len(prompts)))
-    else:
-        paths = []
-        for prompt in prompts:
-            names = numbered(folder / f"{slug(prompt)}.png")
-            paths.append(next(path for path in names if path not in paths and not path.exists()))
-    for path in paths:
-        check_writable(path)
-    return paths
+
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the generation options that were given."""
+    given = dict[str, Any]()
+    for name, declared in options_of(Settings).items():
+        value = getattr(options, name, None)
+        if value is not None:
+            given[name] = value if declared.parse is None else declared.parse(value)
+    return given
+
+
+def flags() -> dict[str, str]:
+    """Return what the command line calls options and inputs, for messages."""
+    named = {name: declared.flag for name, declared in options_of(Settings).items() if declared.flag}
+    return {name: flag.split(", ")[-1] for name, flag in named.items()} | {"image": "--image", "mask": "--mask"}
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model is used, with which words and LoRAs."""
+    parser.add_argument("--model", help="folder, safetensors file, or owner/name on a hub; the embedded one by default")
+    add_prediction_type(parser)
+    parser.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE[:WORD]",
+        help="textual-inversion file, and the word for it in prompts (its own by default); may be given several times",
+    )
+    add_lora(parser)
+
+
+def add_prediction_type(parser: argparse.ArgumentParser) -> None:
+    """Add the option that corrects what a model is taken to predict."""
+    parser.add_argument(
+        "--prediction-type", help="epsilon or v_prediction, where the model's files do not say what it predicts"
+    )
+
+
+def add_lora(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names LoRAs."""
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="LoRA file, and how much of it (default 1), or UNET,TEXT; may be given several times",
+    )
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where a model runs and how the result is reported."""
+    parser.add_argument("--device", help="cpu, cuda, mps; the fastest there is by default")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+
+
+def add_metadata(parser: argparse.ArgumentParser) -> None:
+    """Add the option that leaves the record out of pictures."""
+    parser.add_argument(
+        "--no-metadata", dest="metadata", action="store_false", help="write pixels alone: no prompt, no settings"
+    )
+
+
+def say(message: object) -> None:
+    """Print one line on stderr; where that is closed or full there is nobody to read it."""
+    try:
+        print(f"latentdiff: {printable(message)}", file=sys.stderr)
+    except (OSError, ValueError, AttributeError):
+        return
+
+
+def on_terminal() -> bool:
+    """Return whether somebody watches stderr."""
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+def load_torch() -> None:
+    """Import torch; Ctrl-C ends the process at once meanwhile, because numpy's import loses it."""
+    if threading.current_thread() is not threading.main_thread():
+        import torch
+
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL) if "torch" not in sys.modules else None
+    try:
+        import torch  # noqa: F401
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGINT, previous)
 
 
 def load(model: str | None, device: str | None, dtype: str | None, **how: Any) -> Pipeline:
+    """Load a model; what it warns of is a line each."""
+    load_torch()
     from latentdiff.pipeline import Pipeline
 
     with warnings_as_lines():
@@ -55,32 +151,7 @@ def warnings_as_lines() -> Iterator[None]:
         warnings.simplefilter("always")
         yield
     for warning in caught:
-        print(f"latentdiff: {warning.message}", file=sys.stderr)
-
-
-def draw(pipe: Pipeline, prompts: Sequence[str], **settings: Any) -> Result:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the result's notes say the same in one line
-        result = pipe(prompts, progress=sys.stderr.isatty(), **settings)
-    for note in result.notes:
-        print(f"latentdiff: {note}", file=sys.stderr)
-    return result
-
-
-def report(options: argparse.Namespace, drawn: Sequence[tuple[Path, Result, int]], **more: Any) -> None:
-    """Say which images, each by its result and number there, went where."""
-    if options.json:
-        pictures = {
-            "files": [str(path) for path, _, _ in drawn],
-            "prompts": [result.own[index]["prompt"] for _, result, index in drawn],
-            "seeds": [result.seeds[index] for _, result, index in drawn],
-            "token_counts": [result.token_counts[index] for _, result, index in drawn],
-            "window_counts": [result.window_counts[index] for _, result, index in drawn],
-        }
-        first = drawn[0][1]
-        print(json.dumps({**pictures, "settings": first.settings, "notes": first.notes, **more}))
-    else:
-        print("\n".join(str(path) for path, _, _ in drawn))
+        say(warning.message)
 
 
 def parse_loras(given: Sequence[str]) -> dict[str, Any]:
@@ -92,9 +163,9 @@ def parse_loras(given: Sequence[str]) -> dict[str, Any]:
             numbers = [float(number) for number in ("1" if weight is None else weight).split(",")]
         except ValueError:
             numbers = []
-        if not Path(file).is_file() or len(numbers) not in (1, 2) or file in loras:
+        if not is_file(file) or len(numbers) not in (1, 2) or file in loras:
             raise InputError(
-                f"--lora must be a file and maybe its weight, once, got {text!r}; try style.safetensors:0.8"
+                f"--lora must be a file and maybe its weight, once, got {shown(text)}; try style.safetensors:0.8"
             )
         loras[file] = tuple(numbers) if numbers[1:] else numbers[0]
     return loras
@@ -103,4 +174,90 @@ def parse_loras(given: Sequence[str]) -> dict[str, Any]:
 def file_and_rest(text: str) -> tuple[str, str | None]:
     """Split "FILE:REST"; there is no rest where all of it is the name of a file."""
     file, _, rest = text.rpartition(":")
-    return (text, None) if not file or Path(text).is_file() else (file, rest)
+    return (text, None) if not file or is_file(text) else (file, rest)
+
+
+class Output:
+    """Where pictures go, by number and prompt; names made from prompts never hit an existing file.
+
+    Args:
+        out: a PNG (several are fox.png, fox-2.png, ...), a folder, or None for this one.
+        prompts: of the pictures, in order.
+        metadata: whether they carry their records.
+
+    Raises:
+        InputError, StorageError: nothing can be written there.
+    """
+
+    def __init__(self, out: str | None, prompts: Sequence[str], metadata: bool = True) -> None:
+        self.metadata = metadata
+        self.folder = Path(out or ".")
+        self.fixed: list[Path] = []
+        if out is not None and not is_folder(self.folder):
+            if self.folder.suffix.lower() != ".png":
+                stem = self.folder.stem or "picture"
+                raise InputError(f"-o must name a PNG file or a folder, got {shown(out)}; try {stem[:80]}.png")
+            self.fixed = list(islice(numbered(self.folder), len(prompts)))
+        self.free: dict[str, Iterator[Path]] = {}  # names that may be free, by slug
+        for path in self.fixed or [self.folder / f"{slug(prompts[0])}.png"]:
+            check_writable(path)
+
+    def write(self, number: int, image: GeneratedImage) -> Path:
+        """Write the picture with a number and return its path."""
+        if self.fixed:
+            image.save(self.fixed[number], metadata=self.metadata)
+            return self.fixed[number]
+        name = slug(image.prompt)
+        for path in self.free.setdefault(name, numbered(self.folder / f"{name}.png")):
+            if path.exists():
+                continue
+            try:
+                image.save(path, metadata=self.metadata, overwrite=False)
+            except FileExistsError:  # of another process, since
+                continue
+            return path
+        raise AssertionError("there is always another number")
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C after some of the work was done, which the message tells."""
+
+
+def write_all(
+    images: Iterable[GeneratedImage], output: Output, count: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Write pictures as they come, print their paths, and return a report.
+
+    Raises:
+        Interrupted: Ctrl-C; those that were done are written.
+    """
+    files: list[str] = []
+    report: dict[str, Any] = {"files": files, "prompts": [], "seeds": [], "token_counts": [], "window_counts": []}
+    settings: Mapping[str, Any] = {}
+    notes = list[str]()
+    try:
+        for number, one in enumerate(images):
+            files.append(str(output.write(number, one)))
+            for key, value in (("prompts", one.prompt), ("seeds", one.seed)):
+                report[key].append(value)
+            report["token_counts"].append(one.token_count)
+            report["window_counts"].append(one.window_count)
+            settings = settings or one.record
+            for note in one.notes:
+                if note not in notes:
+                    say(note)
+                notes.append(note)
+            if not options.json:
+                print(files[-1], flush=True)
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted; {len(files)} of {count} pictures are written") from error
+    from latentdiff.generation.result import OWN
+
+    shared = {key: value for key, value in settings.items() if key not in OWN}
+    return {**report, "settings": shared, "notes": notes}
+
+
+def print_report(report: Mapping[str, Any], options: argparse.Namespace, **more: Any) -> None:
+    """Print a report as one JSON object, where that was asked for."""
+    if options.json:
+        print(json.dumps({**report, **more}))

@@ -1,11 +1,11 @@
-"""Samplers as tables of numbers, and the one loop that runs them.
+"""The sampling loop: it applies tables of numbers, which samplers are.
 
 An explicit solver is a linear recurrence. An image keeps a few slots, slot 0 being the x at which the network is called
 next. With D_i = denoise(slot 0) at sigma_i, row i of its table is
 
     slots' = matrices[i] @ [slots, D_i] + noise[i] * fresh standard normal noise
 
-so a sampler is a function from falling sigmas to such rows (`solvers.py`), nothing is mutable, and images with
+so a sampler is a function from falling sigmas to such rows (`samplers.py`), nothing is mutable, and images with
 different samplers and step counts can share a batch. Tables are float64, applied in float32 (or float64 if x is).
 """
 

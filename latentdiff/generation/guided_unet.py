@@ -27,9 +27,9 @@ __all__ = ["guided_network"]
 def guided_network(
     components: Components,
     settings: Settings,
-    told: BatchConditioning,
+    cond: BatchConditioning,
     plan: Plan | SchedulerPlan,
-    beside: Tensor | None = None,
+    concat: Tensor | None = None,
     windows: Windows | None = None,
 ) -> Network:
     """Return the guided network for a batch of b images, text and time computed once.
@@ -37,26 +37,26 @@ def guided_network(
     Args:
         components: of the model.
         settings: of the call.
-        told: what the U-Net is told of these images.
+        cond: conditioning of these images.
         plan: whose timesteps it is called at.
-        beside: what the U-Net sees besides x, (b or 1, C', h, w), or None.
+        concat: (b or 1, C', h, w) input channels besides x, or None.
         windows: in which it looks at the map; None for all of it at once.
     """
-    unet, context = components.unet, told.context
+    unet, context = components.unet, cond.context
     count, dtype = len(context) // 2, unet.conv_in.weight.dtype
     scales = guidance_scales(
         plan.sigmas, settings.guidance_scale, settings.guidance_interval, settings.guidance_schedule
     ).tolist()
-    if unet.config.time_cond_proj_dim is not None or _same_halves(told):  # the network itself knows the scale, or
+    if unet.config.time_cond_proj_dim is not None or _same_halves(cond):  # the network itself knows the scale, or
         scales = [1.0] * len(scales)  # there is nothing to steer away from
     timesteps = plan.timesteps.to(context.device, torch.float32)
-    prepared = unet.prepare(timesteps, context, added=told.added, class_labels=told.class_labels)
+    prepared = unet.prepare(timesteps, context, added=cond.added, class_labels=cond.class_labels)
     guided, unguided = (tiled(one, windows) for one in (prepared, prepared.rows(slice(count, 2 * count))))
 
     def network(model_input: Tensor, call: Call) -> Tensor:
         scale, inputs = scales[call.index], model_input
-        if beside is not None:
-            inputs = torch.cat([inputs, beside.expand(len(inputs), -1, -1, -1)], dim=1)
+        if concat is not None:
+            inputs = torch.cat([inputs, concat.expand(len(inputs), -1, -1, -1)], dim=1)
         inputs = inputs.to(dtype)
         if scale == 1:
             return unguided(inputs, call.rows).float()
@@ -67,9 +67,9 @@ def guided_network(
     return network
 
 
-def _same_halves(told: BatchConditioning) -> bool:
-    """Say whether the images are told the same as what guidance steers away from, as with two empty prompts."""
-    return all(torch.equal(*tensor.chunk(2)) for tensor in (told.context, *told.added.values()))
+def _same_halves(cond: BatchConditioning) -> bool:
+    """Say whether conditional and unconditional halves are equal, as with two empty prompts; nothing is guided then."""
+    return all(torch.equal(*tensor.chunk(2)) for tensor in (cond.context, *cond.added.values()))
 
 
 def _guide(

@@ -1,7 +1,7 @@
 """Which part of a picture is drawn anew, and how what is drawn meets what stays.
 
-A mask is a picture that is white where something is drawn, a box, or the transparency of the picture itself. It is
-black or white; soft edges come from `feather`, or from a picture that is transparent in part, over what is drawn then.
+A mask is a picture that is white where something is generated, a box, or the transparency of the picture itself. Shades
+of grey, `feather`, and parts of the picture that are partly transparent make soft edges.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentdiff.errors import InputError
-from latentdiff.generation.request import check_integer
-from latentdiff.images import fit, open_rgba, pixel_hash, to_rgb, to_rgba, to_tensor
+from latentdiff.generation.options import check_integer
+from latentdiff.generation.result import recorded_name
+from latentdiff.images import fit, from_array, open_rgba, pixel_hash, to_rgb, to_rgba, to_tensor
 
-__all__ = ["ALPHA", "Edit", "MaskLike", "Painted", "make_edit", "open_mask", "open_picture"]
+__all__ = ["ALPHA", "MaskImage", "MaskLike", "PreparedMask", "hard_mask", "open_mask", "open_picture", "prepare_mask"]
 
 ALPHA = "alpha"  # stands for the transparency of the picture
 HALF = 128  # of 255; what is at least as white is drawn
@@ -32,7 +33,7 @@ MaskLike = str | os.PathLike[str] | Image.Image | Sequence[int]
 
 
 @dataclass(frozen=True)
-class Painted:
+class MaskImage:
     """A mask as it was given.
 
     Attributes:
@@ -45,21 +46,21 @@ class Painted:
 
 
 @dataclass(frozen=True)
-class Edit:
-    """Which pixels of a canvas are drawn anew, on the CPU.
+class PreparedMask:
+    """An inpainting mask at the size of the result, and what the result is composed of, on the CPU.
 
     Attributes:
-        mask: (1, 1, H, W), 1 where something is drawn, 0 where the picture stays.
-        share: (1, 1, H, W) in [0, 1], how much of each pixel of the result is what was drawn: 0 outside the mask, but
-            where the picture is transparent in part.
-        kept: (1, 3, H, W) in [-1, 1], the rest of each pixel: the picture as it was given.
-        alpha: opacity of the result, mode "L"; None where all of it is opaque.
+        mask: (1, 1, H, W), 1 where something is generated, 0 where the picture stays.
+        alpha: (1, 1, H, W) in [0, 1], weight of the generated pixels in the result: 0 outside the mask, but where the
+            picture is partly transparent.
+        kept: (1, 3, H, W) in [-1, 1], the picture as it was given, which has the rest of the weight.
+        opacity: of the result, mode "L"; None where all of it is opaque.
     """
 
     mask: Tensor
-    share: Tensor
+    alpha: Tensor
     kept: Tensor
-    alpha: Image.Image | None
+    opacity: Image.Image | None
 
 
 def open_picture(given: object, name: str) -> Image.Image | None:
@@ -76,10 +77,12 @@ def open_picture(given: object, name: str) -> Image.Image | None:
         return to_rgba(given)
     if isinstance(given, (str, os.PathLike)):
         return open_rgba(given)
-    raise InputError(f"{name} must be a PIL image or a path, got {type(given).__name__}; convert it first")
+    if isinstance(given, (np.ndarray, Tensor)):
+        return to_rgba(from_array(given, name))
+    raise InputError(f"{name} must be a picture, an array or a path, got {type(given).__name__}; convert it first")
 
 
-def open_mask(given: Any, picture: Image.Image) -> Painted:
+def open_mask(given: Any, picture: Image.Image) -> MaskImage:
     """Return a mask that was passed in.
 
     Args:
@@ -87,26 +90,21 @@ def open_mask(given: Any, picture: Image.Image) -> Painted:
         picture: mode "RGBA", which it is for.
 
     Raises:
-        InputError: it has another size, colours or transparent parts, or leaves nothing to draw or nothing to keep.
+        InputError: it has another size, colours or transparent parts.
     """
     if isinstance(given, str) and given == ALPHA:
         white = ImageOps.invert(picture.getchannel("A"))
-        painted = Painted(white, {"alpha": True, "hash": pixel_hash(white)})
+        drawn_mask = MaskImage(white, {"alpha": True, "hash": pixel_hash(white)})
     elif isinstance(given, (tuple, list)):
-        painted = _box(given, picture.size)
+        drawn_mask = _box(given, picture.size)
     else:
-        painted = _painting(given, picture.size)
-    low, high = painted.white.getextrema()
-    if high < HALF:  # type: ignore[operator]  # one band
-        if "alpha" in painted.given:
-            raise InputError("the image is opaque everywhere, so mask alpha draws nothing; erase what is to be drawn")
-        raise InputError("the mask is black everywhere, so nothing would be drawn; paint white what is to be")
-    if low >= HALF:  # type: ignore[operator]
-        raise InputError("the mask is white everywhere, so nothing of the image is kept; leave image and mask out")
-    return painted
+        drawn_mask = _painting(given, picture.size)
+    if "alpha" in drawn_mask.given and drawn_mask.white.getextrema()[1] < HALF:  # type: ignore[operator]  # one band
+        raise InputError("the image is opaque everywhere, so mask alpha draws nothing; erase what is to be drawn")
+    return drawn_mask
 
 
-def _box(given: Sequence[int], size: tuple[int, int]) -> Painted:
+def _box(given: Sequence[int], size: tuple[int, int]) -> MaskImage:
     remedy = f"try (0, 0, {max(1, size[0] // 2)}, {size[1]})"
     if len(given) != 4:
         raise InputError(f"a mask's box must be left, top, right and bottom, got {given!s:.80}; {remedy}")
@@ -116,36 +114,46 @@ def _box(given: Sequence[int], size: tuple[int, int]) -> Painted:
         raise InputError(f"a mask's box must have left < right and top < bottom, got {given!s:.80}; {remedy}")
     white = Image.new("L", size)
     white.paste(255, (left, top, right, bottom))
-    return Painted(white, {"box": [left, top, right, bottom]})
+    return MaskImage(white, {"box": [left, top, right, bottom]})
 
 
-def _painting(given: Any, size: tuple[int, int]) -> Painted:
-    painted = open_picture(given, "mask")
-    assert painted is not None
-    if painted.size != size:
-        sizes = [f"{width}x{height}" for width, height in (size, painted.size)]
+def _painting(given: Any, size: tuple[int, int]) -> MaskImage:
+    drawn_mask = open_picture(given, "mask")
+    assert drawn_mask is not None
+    if drawn_mask.size != size:
+        sizes = [f"{width}x{height}" for width, height in (size, drawn_mask.size)]
         raise InputError(f"the mask must have the size of the image, {sizes[0]}, got {sizes[1]}; scale it first")
-    if painted.getchannel("A").getextrema()[0] < 255:  # type: ignore[operator]  # one band
+    if drawn_mask.getchannel("A").getextrema()[0] < 255:  # type: ignore[operator]  # one band
         raise InputError("the mask must be opaque, got transparent parts; lay it on black or white first")
-    red, green, blue = painted.convert("RGB").split()
+    red, green, blue = drawn_mask.convert("RGB").split()
     apart = [ImageChops.difference(one, green).getextrema()[1] for one in (red, blue)]
     if max(apart) > COLOURFUL:  # type: ignore[type-var, operator]
         raise InputError(
             "the mask must be black and white, got colours; paint white what is to be drawn, black the rest"
         )
-    white = painted.convert("L").point([0] * HALF + [255] * (256 - HALF))
-    path = None if isinstance(given, Image.Image) else os.fspath(given)
-    return Painted(white, {"path": path, "hash": pixel_hash(to_rgb(painted))})
+    path = recorded_name(given) if isinstance(given, (str, os.PathLike)) else None
+    record = {"path": path, "hash": pixel_hash(to_rgb(drawn_mask))}
+    white = drawn_mask.convert("L")
+    return MaskImage(white, {**record, "soft": True} if sum(white.histogram()[1:255]) else record)
 
 
-def make_edit(
-    picture: Image.Image, painted: Painted | None, size: tuple[int, int], sides: tuple[int, int, int, int], feather: int
-) -> Edit:
+def hard_mask(mask: Image.Image) -> Image.Image:
+    """Return a mask of mode "RGBA" without shades of grey, as masks were read once."""
+    return mask.convert("L").point([0] * HALF + [255] * (256 - HALF))
+
+
+def prepare_mask(
+    picture: Image.Image,
+    drawn_mask: MaskImage | None,
+    size: tuple[int, int],
+    sides: tuple[int, int, int, int],
+    feather: int,
+) -> PreparedMask:
     """Return what is drawn of a picture, scaled and cut to a size, and of what is around it.
 
     Args:
         picture: mode "RGBA".
-        painted: the mask; None where only what is around is drawn.
+        drawn_mask: the mask; None where only what is around is drawn.
         size: width and height in pixels.
         sides: pixels that are drawn left, above, right and below.
         feather: over how many pixels of what is drawn it passes into the picture.
@@ -155,28 +163,47 @@ def make_edit(
     """
     left, top, right, bottom = sides
     around = (left, right, top, bottom)
-    share, opacity = torch.zeros(1, 1, *reversed(size)), _shades(fit(picture.getchannel("A"), *size))
-    kept, erased = to_tensor([fit(picture.convert("RGB"), *size)]), painted is not None and "alpha" in painted.given
-    if painted is not None:
-        share = _shades(fit(painted.white, *size))
+    alpha, opacity = torch.zeros(1, 1, *reversed(size)), _shades(fit(picture.getchannel("A"), *size))
+    kept, erased = (
+        to_tensor([fit(picture.convert("RGB"), *size)]),
+        drawn_mask is not None and "alpha" in drawn_mask.given,
+    )
+    if drawn_mask is not None:
+        alpha = _shades(fit(drawn_mask.white, *size))
     if erased:
         _, nearest = _distances(opacity == 0)
         kept = kept[:, :, nearest[0], nearest[1]]  # what is transparent has no colour that anyone has seen
-    else:
-        share = (share >= HALF / 255).float()
-    if painted is not None and (share >= HALF / 255).float().mean() in (0, 1):
+    elif drawn_mask is None or "soft" not in drawn_mask.given:  # what is grey now is so from scaling
+        alpha = (alpha >= HALF / 255).float()
+    if drawn_mask is not None and _is_uniform(alpha) and drawn_mask.white.getextrema() not in ((0, 0), (255, 255)):
         what = f"something to draw and to keep at {size[0]}x{size[1]} pixels"
         raise InputError(f"the mask must have {what}, to which the image is scaled, got all of one; paint it larger")
-    share, kept = F.pad(share, around, value=1.0), F.pad(kept, around, mode="replicate")
-    mask = (share >= HALF / 255).float()
-    if feather:
+    alpha, kept = F.pad(alpha, around, value=1.0), F.pad(kept, around, mode="replicate")
+    mask = (alpha >= HALF / 255).float()
+    if feather and not _is_uniform(alpha):
         distances, _ = _distances(mask > 0)
-        share = share * torch.where(mask > 0, (distances / (feather + 1)).clamp(max=1), 1.0)
+        alpha = alpha * torch.where(mask > 0, (distances / (feather + 1)).clamp(max=1), 1.0)
     if erased:
-        return Edit(mask, share, kept, None)
-    opacity = torch.lerp(F.pad(opacity, around, value=1.0), torch.ones_like(share), share)
-    alpha = Image.fromarray(opacity[0, 0].mul(255).round().to(torch.uint8).numpy())
-    return Edit(mask, share, kept, None if alpha.getextrema()[0] == 255 else alpha)
+        return PreparedMask(mask, alpha, kept, None)
+    opacity = torch.lerp(F.pad(opacity, around, value=1.0), torch.ones_like(alpha), alpha)
+    band = Image.fromarray(opacity[0, 0].mul(255).round().to(torch.uint8).numpy())
+    return PreparedMask(mask, alpha, kept, None if band.getextrema()[0] == 255 else band)
+
+
+def with_filled_background(picture: Image.Image) -> Image.Image:
+    """Return a picture of mode "RGBA" without its opacity, its transparent parts in the nearest colour there is.
+
+    So nothing of a background comes into its edges when it is enlarged.
+    """
+    colours, seen = np.asarray(picture.convert("RGB")), np.asarray(picture.getchannel("A")) > 0
+    if not seen.any():
+        return picture.convert("RGB")
+    _, (rows, columns) = _distances(torch.from_numpy(~seen)[None, None])
+    return Image.fromarray(colours[rows.numpy(), columns.numpy()])
+
+
+def _is_uniform(alpha: Tensor) -> bool:
+    return bool((alpha >= HALF / 255).float().mean() in (0, 1))
 
 
 def _shades(image: Image.Image) -> Tensor:

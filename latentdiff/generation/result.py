@@ -1,40 +1,97 @@
-"""What a pipeline returns: pictures, and everything that makes each of them again."""
+"""The result of a request: images, and everything that makes each of them again."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from latentdiff import __version__
 from latentdiff.errors import InputError
-from latentdiff.generation.request import parameters_text
+from latentdiff.generation.infotext import infotext
 from latentdiff.images import numbered, read_texts, write_png
 
-__all__ = ["Result", "read_record", "record_of"]
+if TYPE_CHECKING:
+    from latentdiff.checkpoints import Components
+    from latentdiff.engine.execution import Execution
+    from latentdiff.generation.request import Settings
+
+__all__ = ["GeneratedImage", "Result", "call_record", "read_record", "record_of", "recorded_name"]
 
 METADATA_KEY = "latentdiff"  # of the PNG text chunk that holds an image's record as JSON, and of PIL's info
-MAX_CHAIN = 4  # pictures drawn of one another, the records of which are kept within each other
+MAX_CHAIN = 4  # pictures made of one another, the records of which are kept within each other
+OWN = ("prompt", "seed", "variation_seed", "batch_size", "batch_index")  # keys of a record that differ between images
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """One image of a request.
+
+    Attributes:
+        image: by output_type: a picture ("pil"), a tensor (3, H, W) or array (H, W, 3) in [0, 1] ("pt", "np"), or
+            scaled latents (C, h, w) float32 ("latent"). A picture is RGB, or RGBA where the input is transparent.
+        record: everything that makes it again, JSON-ready.
+        token_count: tokens of its prompt, begin and end included.
+        window_count: text windows in which the prompt was encoded; 1 unless it is long.
+        notes: messages to the caller that came up with this image.
+    """
+
+    image: Any
+    record: dict[str, Any]
+    token_count: int
+    window_count: int
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Let a picture carry its record, so that a picture made of it can be replayed too."""
+        if isinstance(self.image, Image.Image):
+            self.image.info[METADATA_KEY] = json.dumps(self.record)
+
+    @property
+    def prompt(self) -> str:
+        """The prompt it was generated from."""
+        return str(self.record["prompt"])
+
+    @property
+    def seed(self) -> int:
+        """The seed that makes it again, alone."""
+        return int(self.record["seed"])
+
+    def save(self, path: str | os.PathLike[str], *, metadata: bool = True, overwrite: bool = True) -> None:
+        """Write a PNG that says how to make the image again (`latentdiff replay`).
+
+        Args:
+            metadata: False for pixels alone.
+            overwrite: replace an existing file; with False that is a FileExistsError.
+
+        Raises:
+            InputError: the request had another output_type than "pil".
+            StorageError: the file cannot be written.
+        """
+        if not isinstance(self.image, Image.Image):
+            raise InputError('only pictures can be saved, got tensors; call with output_type="pil"')
+        texts = {METADATA_KEY: json.dumps(self.record), "parameters": infotext(self.record)} if metadata else {}
+        write_png(path, self.image, texts, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a call returns; image i belongs to seeds[i].
+    """All images of a request; image i belongs to seeds[i].
 
     Attributes:
         images: by output_type: a list of pictures ("pil"), a tensor (B, 3, H, W) or array (B, H, W, 3) in [0, 1]
-            ("pt", "np"), or scaled latents (B, C, h, w) float32 ("latent"). Pictures are RGB, or RGBA where what was
-            passed in is transparent; each knows what made it, so that what is drawn of it can be replayed too.
+            ("pt", "np"), or scaled latents (B, C, h, w) float32 ("latent").
         seeds: each alone makes its image again.
-        settings: what all images have in common.
-        own: what each image has besides, its place in its batch included; see `record`.
-        token_counts: tokens of each image's prompt, begin and end included.
-        window_counts: in how many windows of the text encoder that prompt was encoded; 1 unless it is long.
-        notes: what the caller should know, such as a picture that had to be decoded in float32.
+        settings: of all images.
+        own: of each image besides, its place in its batch included; see `record`.
+        token_counts, window_counts: see `GeneratedImage`.
+        notes: messages to the caller, such as a picture that had to be decoded in float32.
     """
 
     images: Any
@@ -45,40 +102,99 @@ class Result:
     window_counts: list[int]
     notes: list[str]
 
+    @classmethod
+    def of(cls, generated: Sequence[GeneratedImage]) -> Result:
+        """Return the result of a request from its images, of which there is one at least."""
+        images: Any = [one.image for one in generated]
+        if not isinstance(images[0], Image.Image):
+            images = _stacked(images)
+        return cls(
+            images=images,
+            seeds=[one.seed for one in generated],
+            settings={key: value for key, value in generated[0].record.items() if key not in OWN},
+            own=[{key: one.record[key] for key in OWN} for one in generated],
+            token_counts=[one.token_count for one in generated],
+            window_counts=[one.window_count for one in generated],
+            notes=[note for one in generated for note in one.notes],
+        )
+
     def record(self, index: int) -> dict[str, Any]:
         """Return everything that makes image `index` again, JSON-ready."""
         return {**self.own[index], **self.settings}
 
-    def __post_init__(self) -> None:
-        """Let every picture tell what made it, to a call that it is passed to."""
-        for index, picture in enumerate(self.images if isinstance(self.images, list) else []):
-            picture.info[METADATA_KEY] = json.dumps(self.record(index))
+    def write(self, index: int, path: str | os.PathLike[str], *, metadata: bool = True) -> None:
+        """Write image `index` as a PNG; see `GeneratedImage.save`."""
+        if not 0 <= index < len(self.seeds):
+            raise InputError(f"an image must be one of 0 to {len(self.seeds) - 1}, got {index}; choose one of these")
+        counts = self.token_counts[index], self.window_counts[index]
+        one = self.images[index] if isinstance(self.images, list) else None
+        GeneratedImage(one, self.record(index), *counts).save(path, metadata=metadata)
 
-    def write(self, index: int, path: str | os.PathLike[str]) -> None:
-        """Write image `index` as a PNG that says how to make it again (`latentdiff replay`).
-
-        Raises:
-            InputError: the call had another output_type than "pil".
-            StorageError: the file cannot be written.
-        """
-        if not isinstance(self.images, list):
-            raise InputError('only pictures can be saved, got tensors; call with output_type="pil"')
-        record = self.record(index)
-        texts = {METADATA_KEY: json.dumps(record), "parameters": parameters_text(record)}
-        write_png(path, self.images[index], texts)
-
-    def save(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Write all images, as fox.png, fox-2.png, fox-3.png, ..., and return their paths; see `write`."""
+    def save(self, path: str | os.PathLike[str], *, metadata: bool = True) -> list[Path]:
+        """Write all images, as fox.png, fox-2.png, ..., and return their paths; see `GeneratedImage.save`."""
         paths = list(islice(numbered(path), len(self.seeds)))
         for index, one in enumerate(paths):
-            self.write(index, one)
+            self.write(index, one, metadata=metadata)
         return paths
 
 
-def record_of(picture: Image.Image) -> dict[str, Any] | None:
-    """Return what made a picture that a call returned; None where that is not known.
+def _stacked(images: list[Any]) -> Any:
+    import numpy as np
+    import torch
 
-    Whether it was changed since shows when it is drawn again.
+    return np.stack(images) if isinstance(images[0], np.ndarray) else torch.stack(images)
+
+
+def call_record(
+    components: Components, execution: Execution, settings: Settings, inputs: Mapping[str, Any]
+) -> Callable[[int, int, int], dict[str, Any]]:
+    """Return a function from the number of an image, the size of its batch and its row there to its record.
+
+    Args:
+        inputs: records of image, mask and latents.
+    """
+    import torch
+
+    shared = {
+        **inputs,
+        "model": recorded_name(components.name),
+        "model_hash": components.model_hash,
+        "prediction_type": components.schedule.prediction_type,
+        "embeddings": [_with_name(dict(embedding)) for embedding in components.embeddings],
+        "loras": [_with_name(lora.record()) for lora in components.loras],
+        "device": execution.device.type,
+        "dtype": str(execution.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "version": __version__,
+    }
+
+    def record(index: int, batch_size: int, batch_index: int) -> dict[str, Any]:
+        values = settings.record(index) | shared | {"batch_size": batch_size, "batch_index": batch_index}
+        return {key: values[key] for key in OWN} | values  # those first, as `Result.record` has them
+
+    return record
+
+
+def recorded_name(path: str | os.PathLike[str]) -> str:
+    """Return how a record calls a file or model: by its path from here, by its name alone where that is elsewhere.
+
+    So nothing of a home folder gets into pictures. Names that are not UTF-8 are escaped.
+    """
+    given = Path(path)
+    name = given.name if given.is_absolute() or ".." in given.parts else os.fspath(path)
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _with_name(record: dict[str, Any]) -> dict[str, Any]:
+    path = record.get("path")
+    return {**record, "path": recorded_name(path)} if isinstance(path, str) else record
+
+
+def record_of(picture: Image.Image) -> dict[str, Any] | None:
+    """Return the record of a picture that a call returned; None where that is not known.
+
+    Whether it was changed since shows when it is generated again.
     """
     text = picture.info.get(METADATA_KEY)
     try:
@@ -89,7 +205,7 @@ def record_of(picture: Image.Image) -> dict[str, Any] | None:
 
 
 def _chain(record: Any) -> int:
-    """Return how many pictures a record tells of that were drawn of one another."""
+    """Return how many pictures made of one another a record tells of."""
     links = 0
     while isinstance(record, dict):
         links, image = links + 1, record.get("image")
@@ -98,7 +214,7 @@ def _chain(record: Any) -> int:
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what `Result.write` put into a PNG.
+    """Read the record that `GeneratedImage.save` put into a PNG.
 
     Raises:
         InputError: the file cannot be read, or holds no settings.

@@ -1,8 +1,8 @@
-"""What the U-Net is told of each image of a call, besides the noisy latents: texts, sizes, guidance, noise level."""
+"""Conditioning for the U-Net: text states, sizes, guidance scale, noise level."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +13,14 @@ from latentdiff.generation.request import Settings
 from latentdiff.models.encoding import Encoded
 from latentdiff.models.layers import sinusoidal_embedding
 
-__all__ = ["BatchConditioning", "Conditioning"]
+__all__ = ["BatchConditioning", "Conditioning", "encode_texts"]
 
 GUIDANCE_SCALING = 1000.0  # of guidance scales before they are embedded, as consistency models are distilled
 
 
 @dataclass(frozen=True)
 class BatchConditioning:
-    """What the U-Net is told of b images, the negative halves first; the arguments of `UNet2DConditionModel.prepare`.
+    """Conditioning of b images, the negative halves first; the arguments of `UNet2DConditionModel.prepare`.
 
     Attributes:
         context: (2b, n * L, D).
@@ -33,37 +33,50 @@ class BatchConditioning:
     class_labels: Tensor | None
 
 
+def encode_texts(components: Components, settings: Settings) -> dict[str, Encoded]:
+    """Encode every text of a request once: prompts, negative prompt, blend prompt and the empty text."""
+    texts = dict.fromkeys(["", settings.negative_prompt, settings.blend_prompt, *settings.prompts])
+    encode, clip_skip, weighted = components.prompt_encoder, settings.clip_skip, settings.prompt_weights
+    # One by one, so that no text has a say in the rounding of another.
+    return {text: encode([text], clip_skip=clip_skip, weighted=weighted)[0] for text in texts}
+
+
 class Conditioning:
-    """The texts of a call, each encoded once.
+    """Conditioning of the images of one pass.
 
     Args:
         components: of the model.
-        settings: of the call.
+        settings: of the request.
+        encoded: its texts, see `encode_texts`.
         size: height and width of the result in pixels.
         device: where the U-Net runs, and the text encoders are.
     """
 
-    def __init__(self, components: Components, settings: Settings, size: tuple[int, int], device: torch.device) -> None:
-        self.components, self.settings, self.size = components, settings, size
+    def __init__(
+        self,
+        components: Components,
+        settings: Settings,
+        encoded: Mapping[str, Encoded],
+        size: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        self.components, self.settings, self.encoded, self.size = components, settings, encoded, size
         self.config, self.device = components.unet.config, device
-        texts = dict.fromkeys(["", settings.negative_prompt, settings.blend_prompt, *settings.prompts])
-        encode, clip_skip, weighted = components.prompt_encoder, settings.clip_skip, settings.prompt_weights
-        # One by one, so that no text has a say in the rounding of another.
-        self.encoded = {text: encode([text], clip_skip=clip_skip, weighted=weighted)[0] for text in texts}
 
-    def prompt(self, index: int) -> str:
-        """Return the prompt of image `index`."""
-        return self.settings.prompts[index // self.settings.num_images]
+    def counts(self, index: int) -> tuple[int, int]:
+        """Return how many tokens the prompt of an image has, and in how many windows it was encoded."""
+        encoded = self.encoded[self.settings.prompt(index)]
+        return encoded.tokens, len(encoded.states)
 
     def window_count(self, index: int) -> int:
         """Return how many text windows an image needs: as many as the longest of its texts."""
-        texts = (self.prompt(index), self.settings.negative_prompt, self.settings.blend_prompt)
+        texts = (self.settings.prompt(index), self.settings.negative_prompt, self.settings.blend_prompt)
         return max(len(self.encoded[text].states) for text in texts)
 
     def of(self, images: Sequence[int]) -> BatchConditioning:
         """Return the conditions of some images, all of the same `window_count`."""
         wanted, settings = self.window_count(images[0]), self.settings
-        positive = [self._blended(self.prompt(index), wanted) for index in images]
+        positive = [self._blended(self.settings.prompt(index), wanted) for index in images]
         negative = self._encoded(settings.negative_prompt, wanted)
         if self.components.force_zeros and not settings.negative_prompt:
             negative = negative._replace(

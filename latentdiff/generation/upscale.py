@@ -16,7 +16,7 @@ from latentdiff.engine.place import memory_of
 from latentdiff.engine.tiled_denoising import Windows, make_windows
 from latentdiff.errors import InputError
 
-__all__ = ["UpscalePlan", "corrected", "plan_upscale", "reduced", "with_alpha"]
+__all__ = ["UpscalePlan", "corrected", "plan_upscale", "reduced"]
 
 # Pixels of the small picture. What differs from it in most of a square of this side is a colour, all else a detail or
 # noise; and the standard deviation of a blur that leaves no steps between squares.
@@ -114,18 +114,3 @@ def _colours(images: Tensor) -> Tensor:
 
     colours = median_filter(images.cpu().numpy(), COLOUR_SQUARE, axes=(2, 3), mode="nearest")
     return torch.from_numpy(gaussian_filter(colours, COLOUR_BLUR, axes=(2, 3), mode="nearest")).to(images.device)
-
-
-def with_alpha(picture: Image.Image, alpha: Image.Image) -> Image.Image:
-    """Return a picture with opacity that, laid over white, is the one that was given.
-
-    Args:
-        picture: mode "RGB", drawn from one that was laid over white.
-        alpha: mode "L", of the same size.
-    """
-    opacity = np.asarray(alpha, dtype=np.float32)[:, :, None] / 255
-    white = 255 - np.asarray(picture, dtype=np.float32)
-    colours = 255 - np.divide(white, opacity, out=white.copy(), where=opacity > 0)
-    result = Image.fromarray(colours.clip(0, 255).round().astype(np.uint8))
-    result.putalpha(alpha)
-    return result

@@ -35,7 +35,7 @@ class AutoencoderConfig(ModelConfig):
     class_name: ClassVar[str] = "AutoencoderKL"
     fixed: ClassVar[dict[str, tuple[Any, ...]]] = {
         "act_fn": ("silu", "swish"),
-        "shift_factor": (None,),
+        "shift_factor": (None, 0.0),
         "latents_mean": (None,),
         "latents_std": (None,),
     }

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 import torch
-from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken
 from torch import Tensor
 
 from latentdiff.errors import (
@@ -25,6 +26,7 @@ from latentdiff.errors import (
     ModelPathError,
     StorageError,
 )
+from latentdiff.models.tokenizer_rules import SPECIAL_TOKENS, bert_backend, check_rules, clip_backend, content_of
 
 FILES = (
     "tokenizer.json",
@@ -38,32 +40,13 @@ FILES = (
 TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 PLAIN_WORD = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": False}
 TOKEN_FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
-# Special tokens where the folder names none, by the model inside tokenizer.json: that of BERT, CLIP and T5.
-SPECIAL_TOKENS = {
-    "WordPiece": {
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "pad_token": "[PAD]",
-        "unk_token": "[UNK]",
-        "mask_token": "[MASK]",
-    },
-    "BPE": {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-    },
-    "Unigram": {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
-}
 BEGIN_END = {
     "WordPiece": ("cls_token", "sep_token"),
     "BPE": ("bos_token", "eos_token"),
     "Unigram": (None, "eos_token"),
 }
-# What CLIP takes for a word: endings after an apostrophe, runs of letters, single digits, runs of other signs.
-CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 LONGEST_WINDOW = 100_000
-
+PROBE = "a\U0001f98a\u4e2d\u0001 \u0378\ue000"  # letters that few vocabularies have
 Pieces = Sequence[tuple[str, float]]
 """A prompt in pieces, each with its weight."""
 
@@ -98,6 +81,7 @@ class Tokenizer:
     Args:
         files: contents of the files of a tokenizer folder, by name; see `FILES`.
         place: where they come from, for messages.
+        longest: window of the text encoder, for files that name none; None where it is not known.
 
     Attributes:
         model_max_length: tokens in a window, begin and end token included.
@@ -110,16 +94,13 @@ class Tokenizer:
         ModelConfigError: a special token is not in the vocabulary, or there is no usable model_max_length.
     """
 
-    def __init__(self, files: Mapping[str, bytes], place: str = "the tokenizer") -> None:
+    def __init__(self, files: Mapping[str, bytes], place: str = "the tokenizer", longest: int | None = None) -> None:
         self._files = dict(files)
         self._place = place
-        try:
+        self._longest = longest
+        with self._library("has no readable vocabulary"):
             self._build(self._settings())
-        except LatentDiffError:
-            raise
-        except Exception as error:  # the library raises bare Exception; odd JSON raises anything
-            reason = str(error).partition("\n")[0]
-            raise ModelFormatError(f"{place} has no readable vocabulary: {reason}; get its files again") from error
+            self._backend.encode(PROBE, add_special_tokens=False)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -135,6 +116,24 @@ class Tokenizer:
             raise ModelPathError(f"could not read the tokenizer in {folder}: {error}; check the folder") from error
         return cls(files, str(folder))
 
+    @contextmanager
+    def _library(self, what: str) -> Iterator[None]:
+        """Raise ModelFormatError for whatever the library or odd JSON raise; it panics in a class of its own."""
+        try:
+            yield
+        except LatentDiffError:
+            raise
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = str(error).partition("\n")[0][:200]
+            raise ModelFormatError(f"{self._place} {what}: {reason}; get its files again") from error
+
+    @property
+    def size(self) -> int:
+        """The largest number of a token, and one: how many rows its text encoder's table must have."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
     def __len__(self) -> int:
         """Return how many tokens there are, added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
@@ -147,7 +146,7 @@ class Tokenizer:
         """
         files, first = dict(self._files), len(self)
         for word in words:
-            if self._backend.token_to_id(word) is not None:
+            if self.knows(word):
                 raise InputError(f"{word!r} is a word of the vocabulary already; choose another for the embedding")
         settings = self._json("tokenizer_config.json")
         if "added_tokens_decoder" in settings:
@@ -157,7 +156,16 @@ class Tokenizer:
         else:
             numbers = {**self._json("added_tokens.json"), **{word: first + i for i, word in enumerate(words)}}
             files["added_tokens.json"] = json.dumps(numbers).encode()
-        return Tokenizer(files, self._place)
+        return Tokenizer(files, self._place, self._longest)
+
+    def knows(self, word: str) -> bool:
+        """Say whether a word is one token, or was added as several."""
+        return self._backend.token_to_id(word) is not None
+
+    def same_as(self, other: Tokenizer) -> bool:
+        """Say whether two tokenizers have the same words, special tokens and window, however they are stored."""
+        ours, theirs = ((*one._begin, *one._end, one.pad_token_id, one.model_max_length) for one in (self, other))
+        return ours == theirs and self._backend.get_vocab() == other._backend.get_vocab()
 
     @property
     def digest(self) -> str:
@@ -220,18 +228,16 @@ class Tokenizer:
         pieces = [(prompt, 1.0)] if isinstance(prompt, str) else prompt
         words: list[list[Token]] = []
         for text, weight in pieces:
-            encoded, last = self._backend.encode(text, add_special_tokens=False), None
+            with self._library("cannot take this prompt apart"):
+                encoded = self._backend.encode(text, add_special_tokens=False)
+            last = None  # the word that the token before belongs to, as the library counts; None for a learned one
             for number, place, (start, _) in zip(encoded.ids, encoded.word_ids, encoded.offsets):
-                continues = place is not None and last is not None and (place == last or _inside_number(text, start))
-                if number in self._runs:
-                    words.append([(one, weight) for one in self._runs[number]])
-                    last = None
-                    continue
-                if continues:
-                    words[-1].append((number, weight))
+                tokens = [(one, weight) for one in self._runs.get(number, (number,))]
+                if last is not None and (place == last or _inside_number(text, start)) and number not in self._runs:
+                    words[-1] += tokens
                 else:
-                    words.append([(number, weight)])
-                last = place
+                    words.append(tokens)
+                last = None if number in self._runs else place
         return words
 
     def _build(self, settings: Mapping[str, Any]) -> None:
@@ -271,11 +277,12 @@ class Tokenizer:
     def _read_backend(self, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
         files = self._files
         if "tokenizer.json" in files:
+            check_rules(self._json("tokenizer.json"), self._place)
             return tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
         if "vocab.json" in files and "merges.txt" in files:
-            return _clip_backend(json.loads(files["vocab.json"]), files["merges.txt"].decode("utf-8"), settings)
+            return clip_backend(json.loads(files["vocab.json"]), files["merges.txt"].decode("utf-8"), settings)
         if "vocab.txt" in files:
-            return _bert_backend(files["vocab.txt"].decode("utf-8"), settings)
+            return bert_backend(files["vocab.txt"].decode("utf-8"), settings)
         raise ModelPathError(
             f"{self._place} must have tokenizer.json, vocab.json with merges.txt, or vocab.txt; has none"
         )
@@ -305,6 +312,8 @@ class Tokenizer:
 
     def _window(self, settings: Mapping[str, Any]) -> int:
         length = settings.get("model_max_length")
+        if isinstance(length, (int, float)) and length > LONGEST_WINDOW and self._longest is not None:
+            length = self._longest  # transformers writes 1e30 for none
         if not isinstance(length, int) or not 3 <= length <= LONGEST_WINDOW:
             raise ModelConfigError(
                 f"{self._place}: tokenizer_config.json must have model_max_length, the text encoder's window in tokens "
@@ -348,52 +357,7 @@ def _runs(backend: tokenizers.Tokenizer) -> dict[int, list[int]]:
     return runs
 
 
-def _content(entry: Any) -> str:
-    return entry if isinstance(entry, str) else entry["content"]
-
-
 def _token(entry: Any, *, special: bool) -> AddedToken:
     """Return a token from a string, or from an object with its content and how blanks around it are treated."""
     flags = {} if isinstance(entry, str) else {name: entry[name] for name in TOKEN_FLAGS if name in entry}
-    return AddedToken(_content(entry), **{"normalized": not special, **flags}, special=special)
-
-
-def _lines(text: str) -> list[str]:
-    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-
-
-def _clip_backend(vocabulary: dict[str, int], merges: str, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    lines = [line for line in _lines(merges) if line and not line.startswith("#version")]
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab=vocabulary,
-            merges=[(first, second) for first, second in (line.split() for line in lines)],
-            continuing_subword_prefix="",
-            end_of_word_suffix="</w>",
-            unk_token=_content(settings.get("unk_token") or SPECIAL_TOKENS["BPE"]["unk_token"]),
-        )
-    )
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    return backend
-
-
-def _bert_backend(vocabulary: str, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    numbers = {token: number for number, token in enumerate(_lines(vocabulary))}
-    unknown = _content(settings.get("unk_token") or SPECIAL_TOKENS["WordPiece"]["unk_token"])
-    backend = tokenizers.Tokenizer(models.WordPiece(numbers, unk_token=unknown))
-    backend.normalizer = normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-        strip_accents=settings.get("strip_accents"),
-        lowercase=settings.get("do_lower_case", True),
-    )
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return backend
+    return AddedToken(content_of(entry), **{"normalized": not special, **flags}, special=special)

@@ -44,7 +44,7 @@ import latentdiff.training.train_autoencoder
 import latentdiff.training.train_diffusion
 from latentdiff.training.loop.checkpointing import checkpoint_folders, checkpoint_problem, load_latest
 
-from latentdiff.training import cli_train
+from latentdiff.commands.train import train as cli_train
 from tests.training.test_stages import pictures, recipe
 
 STEPS, INTERVAL = 40, 2

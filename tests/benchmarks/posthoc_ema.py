@@ -27,7 +27,7 @@ from latentdiff.training.loop.checkpointing import load_latest
 from latentdiff.training.loop.posthoc_ema import PowerEma, average_of, snapshots
 from latentdiff.training.loop.state import RunState
 
-from latentdiff.training import cli_train
+from latentdiff.commands.train import train as cli_train
 from tests.training.test_stages import pictures, recipe
 
 WIDTHS = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25)

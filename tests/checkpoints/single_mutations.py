@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from latentdiff.checkpoints import single_file
+from latentdiff.checkpoints.family import UNET
 from latentdiff.errors import ModelLoadError
 from tests.checkpoints.header_mutations import MUTATIONS, WORDS, join, recoded, split
 from tests.checkpoints.oracle import FLOATS, bitwise_equal, finite, rules, tensor
@@ -42,7 +42,7 @@ class SingleFile:
             flat = (name, MATRIX) in self.places.values()
             if found[name][1] != shape and not (flat and len(shape) == 4 and found[name][1] == shape[:2]):
                 return ModelLoadError
-        if any(name.startswith(single_file.UNET) for name in found.keys() - first.keys()):
+        if any(name.startswith(UNET) for name in found.keys() - first.keys()):
             return ModelLoadError
         result = {}
         for name, (file, view) in self.places.items():

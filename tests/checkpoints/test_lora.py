@@ -13,10 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentdiff.checkpoints import Components, read_header, single_file
+from latentdiff.checkpoints import Components, read_header
+from latentdiff.checkpoints.family import families
 from latentdiff.checkpoints.lora import apply_loras, describe_lora, load_lora, save_lora
 from latentdiff.checkpoints.lora_names import DIALECTS, known_names, networks_of
-from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, ModelValueError, UnsafeModelError
+from latentdiff.checkpoints.textual_inversion import add_embedding
+from latentdiff.errors import (
+    InputError,
+    ModelConfigError,
+    ModelFormatError,
+    ModelMismatchError,
+    ModelValueError,
+    UnsafeModelError,
+)
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.lora import Factors, LoRA, layers_of
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
@@ -83,7 +92,7 @@ def test_equal_loras_are_equal_files(components: Components, tmp_path: Path) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_two_layers_share_a_name(family: str) -> None:
     """Full size, on the meta device; only queries, keys and values of OpenCLIP are one tensor."""
-    shape = single_file.families()[family]
+    shape = families()[family]
     with torch.device("meta"):
         unet = UNet2DConditionModel(UNetConfig.from_dict(shape["unet"]))
         encoders: list[Any] = [CLIPTextModel(CLIPTextConfig.from_dict(text["config"])) for text in shape["text"]]
@@ -314,3 +323,127 @@ def test_a_file_of_several_dialects(components: Components, tmp_path: Path) -> N
     described = describe_lora(file, read_header(file))
     assert described is not None and described["dialect"] == "diffusers and kohya"
     assert load_file(file).keys() == read_header(file).tensors.keys()
+
+
+TEXT = "text_model.encoder.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8, torch.float64])
+def test_alphas_that_are_whole_numbers(components: Components, tmp_path: Path, kind: torch.dtype) -> None:
+    """As diffusers writes them in kohya's dialect."""
+    save_file(pair() | {f"{KOHYA}.alpha": torch.tensor(3, dtype=kind)}, tmp_path / "a.safetensors")
+    assert load_lora(tmp_path / "a.safetensors", components).networks["unet"][QUERY].alpha == 3
+    described = describe_lora(tmp_path / "a.safetensors", read_header(tmp_path / "a.safetensors"))
+    assert described is not None and described["alphas"] == [3]
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "network"),
+    [
+        ("Stable Diffusion 1.x", "text_encoders.clip_l.transformer", "text_encoder"),
+        ("Stable Diffusion 1.x", "clip_l.transformer", "text_encoder"),
+        ("Stable Diffusion 2.x", "text_encoders.clip_h.transformer", "text_encoder"),
+        ("Stable Diffusion XL", "text_encoders.clip_l.transformer", "text_encoder"),
+        ("Stable Diffusion XL", "text_encoders.clip_g.transformer", "text_encoder_2"),
+        ("Stable Diffusion 1.x", "lora_te1", "text_encoder"),
+        ("Stable Diffusion 2.x", "lora_te1", "text_encoder"),
+    ],
+)
+def test_names_of_text_encoders_in_other_programs(tmp_path: Path, family: str, prefix: str, network: str) -> None:
+    name = f"{prefix}.{TEXT}".replace(".", "_") if prefix.startswith("lora") else f"{prefix}.{TEXT}"
+    file = tmp_path / "a.safetensors"
+    save_file(pair(name) | {"text_model.embeddings.position_ids": torch.arange(77)}, file)
+    assert load_lora(file, components_of(tiny(family))).networks.keys() == {network}
+    described = describe_lora(file, read_header(file))
+    assert described is not None and described["layers"] == {network: 1}
+
+
+ADVICE: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
+    "embedding": ({"emb_params": torch.ones(2, 16)}, {}, "holds learned words; pass it as an embedding"),
+    "embedding of XL": ({"clip_l": torch.ones(2, 16), "clip_g": torch.ones(2, 16)}, {}, "pass it as an embedding"),
+    "embedding of diffusers": ({"<fox>": torch.ones(16)}, {}, "pass it as an embedding"),
+    "model": ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(1)}, {}, "pass it as the model"),
+    "VAE": ({"decoder.conv_in.weight": torch.ones(1)}, {}, "it is a VAE"),
+    "ControlNet": ({"control_model.a.weight": torch.ones(1)}, {}, "ControlNet, which is not supported"),
+    "Flux": (pair("lora_unet_double_blocks_0_img_attn_proj"), {}, "by its names it is for Flux"),
+    "SD 3": (pair("lora_unet_joint_blocks_0_x_block_attn_proj"), {}, "for Stable Diffusion 3"),
+    "XL": (pair("lora_te2_text_model_encoder_layers_31_mlp_fc1"), {}, "for Stable Diffusion XL"),
+    "metadata": (pair("lora_unet_x"), {"ss_base_model_version": "sdxl_base_v1-0"}, "say that it is for .* XL"),
+    "architecture": (pair("lora_unet_x"), {"modelspec.architecture": "stable-diffusion-v2-512/lora"}, "for .* 2.x"),
+    "nothing": ({"x.position_ids": torch.arange(3)}, {}, "there is no layer among its 1 tensors"),
+    "no name": ({"": torch.ones(2)} | pair(), {}, "is no layer of this model"),
+}
+UNSUPPORTED = {"GLoRA": "a1.weight", "LoRA with biases": "lora_B.bias", "LyCORIS with learned scales": "scalar"}
+
+
+@pytest.mark.parametrize("case", list(ADVICE))
+def test_advice_is_for_what_the_file_is(components: Components, tmp_path: Path, case: str) -> None:
+    tensors, metadata, message = ADVICE[case]
+    save_file(tensors, tmp_path / "a.safetensors", metadata=metadata)
+    with pytest.raises(ModelMismatchError, match=message):
+        load_lora(tmp_path / "a.safetensors", components)
+
+
+@pytest.mark.parametrize("method", list(UNSUPPORTED))
+def test_other_methods_are_named(components: Components, tmp_path: Path, method: str) -> None:
+    save_file(pair() | {f"{KOHYA}.{UNSUPPORTED[method]}": torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(ModelConfigError, match=f"expected LoRA, got {method}"):
+        load_lora(tmp_path / "a.safetensors", components)
+
+
+def test_learned_words_beside_a_lora(tmp_path: Path) -> None:
+    """The LoRA is loaded, its words are told of, and are added from the same file."""
+    components, file = components_of(tiny("Stable Diffusion XL")), tmp_path / "a.safetensors"
+    layer = pair(f"lora_te1_{TEXT.replace('.', '_')}")
+    word = {f"bundle_emb.mytoy.{kind}": torch.ones(2, 16) for kind in ("clip_l", "clip_g")}
+    save_file(layer | word, file)
+    with pytest.warns(UserWarning, match=r"holds learned words besides \(mytoy\)"):
+        lora = load_lora(file, components)
+    assert lora.networks.keys() == {"text_encoder"}
+    described = describe_lora(file, read_header(file))
+    assert described is not None and described["learned words"] == ["mytoy"]
+    learned = add_embedding(components, file)
+    assert learned.embeddings[0]["word"] == "mytoy" and learned.tokenizer is not None
+    assert learned.tokenizer(["a mytoy"]).counts == [5]
+    load_lora(file, learned)  # which would warn
+    more = {name.replace("mytoy", "other"): torch.ones(1, 16) for name in word}
+    save_file(layer | word | more, file)
+    assert add_embedding(components, file, "other").tokenizer.knows("other")  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="holds 2 words, mytoy, other; say which, got None"):
+        add_embedding(components, file)
+
+
+HUGE = 10**400
+
+
+def test_numbers_that_no_float_holds(components: Components, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    huge, pattern, null = f'{{"unet.lora_alpha": {HUGE}}}', '{"unet.alpha_pattern": {"to_q": [1]}}', "null"
+    for settings in (huge, pattern, f'{{"unet.lora_alpha": {null}}}'):
+        save_file(pair(), file, metadata={"lora_adapter_metadata": settings})
+        with pytest.raises(ModelConfigError, match="must be a finite number"):
+            load_lora(file, components)
+        assert describe_lora(file, read_header(file)) is not None
+    with pytest.raises(InputError, match="weight of a LoRA must be a finite number"):
+        apply_loras(components, {lora_of(components): HUGE})
+    for wrong in ([file], file, 3):
+        with pytest.raises(InputError, match="LoRAs must be files with their weights"):
+            apply_loras(components, wrong)  # type: ignore[arg-type]
+    for path in (3, b"a.safetensors", None):
+        with pytest.raises(InputError, match="must be given by its path"):
+            load_lora(path, components)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="must be given by its path"):
+            add_embedding(components, path)  # type: ignore[arg-type]
+    for word in (3, "a\ud800", "a\0"):
+        save_file({"emb_params": torch.ones(1, 16)}, file)
+        with pytest.raises(InputError, match="word for an embedding must be text"):
+            add_embedding(components, file, word)  # type: ignore[arg-type]
+
+
+def test_statistics_of_many_tags_are_no_hindrance(components: Components, tmp_path: Path) -> None:
+    tags = json.dumps({"folder": {f"tag {number}": 1 for number in range(530_000)}})
+    save_file(pair(), tmp_path / "a.safetensors", metadata={"ss_tag_frequency": tags})
+    assert load_lora(tmp_path / "a.safetensors", components).networks.keys() == {"unet"}
+    save_file(pair(), tmp_path / "a.safetensors", metadata={"ss_tag_frequency": tags * 2})
+    with pytest.raises(ModelFormatError, match="if it is all metadata, save the tensors again without"):
+        load_lora(tmp_path / "a.safetensors", components)

@@ -15,6 +15,7 @@ from torch import Tensor
 from latentdiff import Pipeline
 from latentdiff.checkpoints import Components, save_pipeline, single_file
 from latentdiff.checkpoints.compvis_keys import autoencoder_keys, clip_keys, join, open_clip_keys, unet_keys
+from latentdiff.checkpoints.family import ENLARGING, FOLDER, MARKS, UNET, VAE, clip_tokenizer, families
 from latentdiff.checkpoints.inspect import describe_file
 from latentdiff.cli import main
 from latentdiff.diffusion import NoiseSchedule
@@ -25,12 +26,12 @@ from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.conftest import AUTOENCODER
 from tests.models.tiny import noise_picture, randomize
 
-FAMILIES = [*single_file.MARKS, single_file.ENLARGING]
+FAMILIES = [*MARKS, ENLARGING]
 
 
 def tiny(family: str) -> dict[str, Any]:
     """The configuration of a family with few channels and layers; what tells families apart stays."""
-    shape: dict[str, Any] = json.loads((single_file.FOLDER / "families.json").read_text())[family]
+    shape: dict[str, Any] = json.loads((FOLDER / "families.json").read_text())[family]
     for text in shape["text"]:
         size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
         text["config"] |= {**size, "projection_dim": 8}
@@ -55,7 +56,7 @@ def components_of(shape: dict[str, Any], channels: int = 4) -> Components:
     for seed, network in enumerate([unet, autoencoder, *encoders]):
         randomize(network, seed)
         network.requires_grad_(False).eval()
-    tokenizers = [single_file.clip_tokenizer(text["pad"]) for text in shape["text"]]
+    tokenizers = [clip_tokenizer(text["pad"]) for text in shape["text"]]
     second = len(encoders) > 1
     schedule = dict(shape["schedule"])
     if channels == 9:
@@ -77,9 +78,9 @@ def tensors_of(components: Components, shape: dict[str, Any]) -> dict[str, Tenso
     """The weights of a model as a file of the original layout has them."""
     assert components.unet is not None and isinstance(components.autoencoder, AutoencoderKL)
     unet, vae = components.unet.state_dict(), components.autoencoder.state_dict()
-    tensors = {single_file.UNET + k: v for k, v in join(unet_keys(unet, components.unet.config), unet).items()}
+    tensors = {UNET + k: v for k, v in join(unet_keys(unet, components.unet.config), unet).items()}
     places = autoencoder_keys(vae, components.autoencoder.config)
-    tensors |= {single_file.VAE + k: v for k, v in join(places, vae).items()}
+    tensors |= {VAE + k: v for k, v in join(places, vae).items()}
     for text, encoder in zip(shape["text"], (components.text_encoder, components.text_encoder_2)):
         assert encoder is not None
         states = encoder.state_dict()
@@ -228,9 +229,9 @@ def test_odd_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_vocabulary_is_that_of_clip() -> None:
-    tokens = single_file.clip_tokenizer("!")(["a photo of a cat"])
+    tokens = clip_tokenizer("!")(["a photo of a cat"])
     assert tokens.input_ids[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0]
-    assert single_file.clip_tokenizer("<|endoftext|>")(["Crème brûlée 24!"]).input_ids.max() == 49407
+    assert clip_tokenizer("<|endoftext|>")(["Crème brûlée 24!"]).input_ids.max() == 49407
 
 
 def test_families_are_the_published_ones() -> None:
@@ -244,7 +245,7 @@ def test_families_are_the_published_ones() -> None:
     }
     for family, millions in expected.items():
         with torch.device("meta"):
-            unet = UNet2DConditionModel(UNetConfig.from_dict(single_file.families()[family]["unet"]))
+            unet = UNet2DConditionModel(UNetConfig.from_dict(families()[family]["unet"]))
         count = sum(tensor.numel() for tensor in unet.state_dict().values())
         assert count / 1e6 == pytest.approx(millions, rel=0.01), family
 

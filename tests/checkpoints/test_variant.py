@@ -23,10 +23,11 @@ from latentdiff.checkpoints import (
     load_text_encoder,
     save_pipeline,
 )
+from latentdiff.checkpoints.difference import DOWN, UP, apply_difference, difference
 from latentdiff.checkpoints.folder import DIFFERENCE
 from latentdiff.checkpoints.header import read_header
 from latentdiff.checkpoints.inspect import describe_folder
-from latentdiff.checkpoints.variant import DOWN, UP, apply_difference, difference, save_variant
+from latentdiff.checkpoints.variant import save_variant
 from latentdiff.cli import main
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.errors import InputError, ModelConfigError, ModelLoadError, ModelMismatchError, ModelPathError

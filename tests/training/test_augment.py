@@ -1,6 +1,8 @@
 """Augmentations change the caption with the picture, and are pure functions of their arguments."""
 
 import json
+import math
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,15 @@ from latentdiff.training.data.augment import (
     plan_variant,
     plan_variants,
     random_window,
+    rgb,
     side_by_side,
     turn_hue,
 )
 from latentdiff.training.data.dataset import CaptionedImages, Sample, open_images
 from PIL import Image
+
+from latentdiff.errors import InputError
+from latentdiff.images import fit, open_rgba
 
 
 def drawing(color: tuple[int, int, int]) -> np.ndarray:
@@ -143,3 +149,41 @@ def test_a_random_window_is_anywhere(tmp_path: Path) -> None:
     pictures = [random_window(data, 0, rng) for _ in range(300)]
     assert {picture.shape for picture in pictures} == {(16, 16, 4)}
     assert len({int(picture[8, 8, 0]) for picture in pictures}) == 33
+
+
+def test_windows_are_those_of_the_whole_picture_scaled(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for index, (width, height) in enumerate([(96, 32), (37, 61), (20, 90), (500, 333)]):
+        pixels = rng.integers(60, 200, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+    lines = [json.dumps({"file_name": f"{index}.png", "text": "x"}) for index in range(4)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    for zoom in (1.0, 2.5):
+        data = open_images(DataConfig(folder=str(tmp_path), size=32, crop="random", zoom=zoom), 2, tmp_path)
+        for index, sample in enumerate(data.samples):
+            whole = np.asarray(fit(open_rgba(tmp_path / f"{index}.png"), *sample.covering), dtype=int)
+            top, left = sample.leeway
+            corners = [(0, 0), (top, left), (top // 2, left // 3)]
+            for (row, column), found in zip(corners, data.images.windows(index, corners)):
+                expected = whole[row : row + 32, column : column + 32]
+                assert found.shape == (32, 32, 4)
+                assert np.abs(found - expected).max() <= 2  # Pillow may scale columns before rows, or after
+
+
+@pytest.mark.parametrize("size", [(1, 65_535), (65_535, 1), (2, 10_000)])
+def test_a_thin_picture_takes_no_more_memory_than_its_windows(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size, (200, 30, 40)).save(tmp_path / "0.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "x"}')
+    config = DataConfig(folder=str(tmp_path), size=256, crop="random", zoom=2.0, crops=2)
+    data = open_images(config, 1, tmp_path)
+    assert math.prod(data.samples[0].covering) * 4 > 2**30  # bytes of the whole picture
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pictures = paint_all(data, plan_variants(data, 0, config, 0))
+    assert [picture[100, 100].tolist() for picture in pictures] == [[200, 30, 40]] * 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # KiB
+
+
+@pytest.mark.parametrize("color", ["nocolour", "x" * 10_000, "", "#12"])
+def test_what_is_no_colour_is_refused(color: str) -> None:
+    with pytest.raises(InputError, match=r"data\.background must be a CSS colour"):
+        rgb(color)

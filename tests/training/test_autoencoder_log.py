@@ -12,7 +12,7 @@ from latentdiff.training.monitor.instruments import gradient_norms, latent_scala
 from torch import nn
 from torch._functorch import config as functorch
 
-from latentdiff.training import cli_train
+from latentdiff.commands.train import train as cli_train
 from tests.training.test_distributed import logged
 from tests.training.test_lpips import network, weights  # noqa: F401  (fixtures)
 from tests.training.test_stages import pictures, recipe

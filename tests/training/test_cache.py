@@ -11,8 +11,9 @@ import pytest
 import torch
 from latentdiff.training.data import cache
 from latentdiff.training.data.cache import CachedTensors, stored
+from safetensors.torch import load_file, save_file
 
-from latentdiff.errors import StorageError
+from latentdiff.errors import InputError, StorageError
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,7 +93,8 @@ def test_of_several_at_once_one_computes(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_shards")
 def test_after_kill_9_finished_shards_are_kept_and_who_waits_goes_on(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from training import cache; from tests.training.test_cache import *\n"
+        "import sys; from pathlib import Path; from latentdiff.training.data import cache\n"
+        "from tests.training.test_cache import *\n"
         "cache.SHARD_ENTRIES = 8; filled(Path(sys.argv[1]), 80, Encoder(delay=0.2))"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -120,3 +122,33 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="could not write the cache"):
         filled(tmp_path / "file" / "cache", 1, Encoder())
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("damage", ["values", "keys", "not a number", "no checksum"])
+def test_a_damaged_shard_is_found_by_its_checksum(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled(tmp_path, 16, Encoder())
+    file = sorted(tmp_path.glob("*.safetensors"))[1]
+    tensors, content = load_file(file), bytearray(file.read_bytes())
+    if damage == "no checksum":
+        save_file(tensors, file)
+    else:
+        part = tensors["keys" if damage == "keys" else "values"].numpy().tobytes()
+        place = content.rindex(part)
+        content[place : place + 2] = b"\x01\x7e" if damage == "not a number" else bytes([content[place] ^ 1, 9])
+        file.write_bytes(content)
+    again = Encoder()
+    assert filled(tmp_path, 16, again).take(range(16))[:, 0].tolist() == list(range(16))
+    assert len(again.asked) == 8
+    assert f"{file.name} is broken" in capsys.readouterr().err
+    assert filled(tmp_path, 16, again).take([3]).tolist() == [[3.0] * 3]
+    assert len(again.asked) == 8
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_what_is_no_float16_is_not_kept(tmp_path: Path, value: float) -> None:
+    with pytest.raises(InputError, match="values that are no float16"):
+        stored(tmp_path, [key(0)], lambda numbers: torch.full((1, 3), value), [()], batch_size=1)
+    assert not list(tmp_path.glob("*.safetensors"))

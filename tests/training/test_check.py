@@ -18,8 +18,8 @@ from latentdiff.training.data.batches import Batch
 from latentdiff.training.loop import resources
 
 from latentdiff.cli import main
+from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError, StorageError
-from latentdiff.training import cli_train
 from tests.training.test_diffusion import config_of
 from tests.training.test_diffusion import tree as shapes
 from tests.training.test_lora_stage import file as lora_recipe  # noqa: F401  (a fixture)

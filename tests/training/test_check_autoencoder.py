@@ -18,8 +18,8 @@ from latentdiff.training.loop import resources
 from latentdiff.training.losses.lpips import Lpips
 
 from latentdiff.cli import main
+from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError, StorageError
-from latentdiff.training import cli_train
 from tests.training.test_check import everything_in
 from tests.training.test_lpips import network, weights  # noqa: F401  (fixtures)
 from tests.training.test_stages import pictures, recipe

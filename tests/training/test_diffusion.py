@@ -18,9 +18,9 @@ from latentdiff.training.data.latents import TextCache
 from latentdiff.training.setup import load_components, prepare_data
 from PIL import Image
 
+from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
-from latentdiff.training import cli_train
 
 SIZES = [(30, 30), (34, 30), (60, 30), (64, 31), (30, 60), (31, 63), (33, 30)]
 

@@ -14,8 +14,8 @@ from latentdiff.training.config import RunConfig
 from latentdiff.training.loop.distributed import start_accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
-from latentdiff.training import cli_train
 from tests.training.test_stages import pictures, recipe, weights_of
 
 Run = tuple[str, list[str], bool, str]  # what `cli_train` takes

@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from latentdiff.training.datasets import emoji
 from latentdiff.training.datasets.emoji import Source, build, dominant_color
 
-from latentdiff.errors import InputError
+from latentdiff.errors import InputError, StorageError
 
 SVG = '<path fill="#e02020" d="M2 2h12v12H2z"/>'
 SKINS = [{"label": "hand: dark skin tone", "hexcode": "1F44B-1F3FF"}]
@@ -106,3 +108,58 @@ def test_dominant_color_needs_a_majority() -> None:
     assert dominant_color(rgba) == "blue"
     rgba[2:6] = (250, 250, 250, 255)
     assert dominant_color(rgba) in ("white", None)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"size": "16"}', "[" * 9999])
+def test_a_damaged_report_is_written_again(packages: Path, content: str) -> None:
+    report = build(packages, size=16, workers=1)
+    (packages / "report.json").write_text(content)
+    assert build(packages, size=16, workers=1) == report
+    assert json.loads((packages / "report.json").read_text()) == report
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_archive_is_fetched_again(
+    packages: Path, damage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = packages / ".packages/iconify-json-noto-1.tgz"
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+    damaged = {"cut": whole[:-20], "flipped": flipped, "empty": b""}[damage]
+    file.write_bytes(damaged)
+    done = subprocess.CompletedProcess([], 1, "", "npm error code ENOTFOUND\nnpm error errno ENOTFOUND\n")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: done)
+    with pytest.raises(StorageError, match=r"npm could not fetch @iconify-json/noto@1 \(no connection: ENOTFOUND\)"):
+        build(packages, size=16, workers=1)
+    assert file.read_bytes() == damaged
+    assert "is damaged and fetched again" in capsys.readouterr().err
+
+    def pack(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        assert command[:3] == ["/usr/bin/npm", "pack", "@iconify-json/noto@1"]
+        (Path(command[-1]) / file.name).write_bytes(whole)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pack)
+    assert sum(build(packages, size=16, workers=1)["drawings"].values()) == 2
+    assert file.read_bytes() == whole
+    assert sorted(entry.suffix for entry in file.parent.iterdir()) == [".tgz", ".tgz"]
+
+
+def test_an_archive_without_its_files_is_named(packages: Path) -> None:
+    archive(packages / ".packages/iconify-json-noto-1.tgz", {"other.json": "{}"})
+    with pytest.raises(StorageError, match=r"has no package/chars\.json that can be read; delete it"):
+        build(packages, size=16, workers=1)
+    archive(packages / ".packages/iconify-json-noto-1.tgz", {"chars.json": "{"})
+    with pytest.raises(StorageError, match=r"chars\.json is not JSON that can be read"):
+        build(packages, size=16, workers=1)
+
+
+def test_a_picture_that_was_cut_is_drawn_again(packages: Path) -> None:
+    build(packages, size=16, workers=1)
+    (file,) = packages.glob("*/noto--fox.png")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:60])
+    build(packages, size=16, workers=1)
+    assert file.read_bytes() == whole

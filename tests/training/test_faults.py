@@ -18,8 +18,8 @@ from latentdiff.training.monitor.log import Log
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from latentdiff.cli import main
+from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError, StorageError
-from latentdiff.training import cli_train
 from latentdiff.training import train_autoencoder as autoencoder
 from tests.training.test_stages import pictures, recipe, weights_of
 

@@ -23,8 +23,8 @@ from latentdiff.training.networks.lora import Adapted
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from latentdiff.commands.train import train as cli_train
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
-from latentdiff.training import cli_train
 from latentdiff.training import train_diffusion as diffusion
 from tests.conftest import UNET
 from tests.training.test_distributed import logged

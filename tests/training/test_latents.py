@@ -70,3 +70,12 @@ def test_samples_of_a_picture_keep_their_sizes(tmp_path: Path) -> None:
     data = cached_latents(load_images(config), config, 0, components(), tmp_path / "cache")
     assert [sample.condition for sample in data.samples] == [(8, 8, 0, 0, 8, 8)] * 2
     assert replace(data.samples[0], size=(32, 8)).condition == (8, 32, 0, 12, 8, 8)
+
+
+def test_pictures_without_captions_have_the_empty_one(tmp_path: Path) -> None:
+    for n in range(2):
+        Image.new("RGB", (8, 8), (n, 0, 0)).save(tmp_path / f"{n}.png")
+    config = DataConfig(folder=str(tmp_path), size=8)
+    data = cached_latents(load_images(config), config, 0, components(), tmp_path / "cache")
+    assert data.captions == [""]
+    assert data.choices == [[[0]], [[0]]]

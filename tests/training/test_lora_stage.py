@@ -16,9 +16,9 @@ from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
 from latentdiff.checkpoints.inspect import describe_file
 from latentdiff.checkpoints.saver import save_pipeline
+from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
-from latentdiff.training import cli_train
 from tests.training.test_stages import check_interrupted, pictures, recipe, weights_of
 
 

@@ -14,8 +14,8 @@ from latentdiff.training.losses.lpips import SHIFT, Lpips, convert, load_lpips, 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError, MissingDependencyError, ModelLoadError, UnsafeModelError
-from latentdiff.training import cli_train
 from tests.training.test_stages import pictures, recipe, weights_of
 
 

@@ -17,8 +17,8 @@ from latentdiff.training.loop.ema import Ema
 from latentdiff.training.loop.run import mixed_precision
 from torch.nn import functional as F
 
+from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
-from latentdiff.training import cli_train
 from latentdiff.training import train_diffusion as diffusion
 from tests.training.test_stages import check_interrupted, pictures, recipe, weights_of
 

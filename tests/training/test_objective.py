@@ -19,10 +19,10 @@ from torch import Tensor
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import Components
+from latentdiff.commands.train import train as cli_train
 from latentdiff.diffusion.likelihood import bound_term
 from latentdiff.diffusion.prediction import as_denoiser
 from latentdiff.errors import InputError
-from latentdiff.training import cli_train
 from tests.models.test_pixels import UNET, components
 from tests.training.test_stages import check_interrupted, pictures
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.cli import main
+from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError, MissingDependencyError
-from latentdiff.training import cli_train
 from tests.training.test_stages import pictures, recipe, weights_of
 
 KINDS = ("adamw", "adamw_8bit", "adafactor")

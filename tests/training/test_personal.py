@@ -19,9 +19,9 @@ from torch import Tensor
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline, save_pipeline
 from latentdiff.checkpoints.textual_inversion import save_embedding
+from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
 from latentdiff.images import read_texts
-from latentdiff.training import cli_train
 from tests.parity.test_pipeline_xl import components as xl_components
 from tests.training.test_lora_stage import base
 from tests.training.test_lora_stage import file as lora_file  # noqa: F401  (a fixture)

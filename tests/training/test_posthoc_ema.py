@@ -34,8 +34,8 @@ from torch import nn
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
+from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError, ModelLoadError
-from latentdiff.training import cli_train
 from tests.training.test_stages import pictures, recipe, weights_of
 
 UPDATES, EVERY, WIDTH = 2000, 25, 64

@@ -20,16 +20,16 @@ from latentdiff.training.data import dataset, remote, shards
 from latentdiff.training.data.dataset import CaptionedImages, LazyImages, load_images, open_held_out, open_images
 from latentdiff.training.data.latents import LatentSet, cached_latents
 from latentdiff.training.data.prefetch import AHEAD
-from latentdiff.training.data.remote import AT_ONCE, Forward, look_up, read_range, shown
+from latentdiff.training.data.remote import AT_ONCE, Forward, look_up, read_range, without_secrets
 from latentdiff.training.loop.checkpointing import load_latest
 from latentdiff.training.train_autoencoder import draw_views, image_batches
 from PIL import Image
 
 from latentdiff.checkpoints import Encoders
+from latentdiff.commands.train import train as cli_train
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.errors import InputError, LatentDiffError, MissingDependencyError, StorageError
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
-from latentdiff.training import cli_train
 from tests.training.test_sources import write_tar
 from tests.training.test_stages import recipe
 
@@ -376,7 +376,7 @@ def test_servers_of_whole_files_and_of_no_kind_are_refused(server: Server, monke
 
 
 def test_passwords_and_signatures_are_not_shown(tmp_path: Path, server: Server) -> None:
-    assert shown("https://me:secret@host:80/a/b.tar?signature=1") == "https://host:80/a/b.tar"
+    assert without_secrets("https://me:secret@host:80/a/b.tar?signature=1") == "https://host:80/a/b.tar"
     pattern = write_shards(server.folder)
     address = f"{server.address}/{pattern.name}"
     first = opened(f"{address}?signature=1", tmp_path / "run")

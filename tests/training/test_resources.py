@@ -13,7 +13,7 @@ from latentdiff.training.loop.checkpointing import checkpoint_folders
 from latentdiff.training.loop.resources import Disk, Memory
 
 from latentdiff.cli import main
-from latentdiff.training import cli_train
+from latentdiff.commands.train import train as cli_train
 from latentdiff.training import train_autoencoder as autoencoder
 from latentdiff.training import train_diffusion as diffusion
 from tests.training.test_stages import pictures, recipe

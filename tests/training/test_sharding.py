@@ -17,9 +17,9 @@ from latentdiff.training.loop.checkpointing import load_latest
 from latentdiff.training.loop.sharding import shard, whole
 
 from latentdiff.checkpoints import load_pipeline
+from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
-from latentdiff.training import cli_train
 from tests.conftest import UNET
 from tests.training.test_distributed import OVERRIDES, Run, assert_same_run, free_port, logged, train_as
 from tests.training.test_stages import PARTS, pictures, recipe, weights_of

@@ -19,10 +19,10 @@ from PIL import Image, ImageDraw
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_autoencoder, save_model
+from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.bert import BertConfig, BertModel
-from latentdiff.training import cli_train
 from tests.models.tiny import BERT, write_bert_vocabulary
 
 PARTS = ("autoencoder", "text_encoder", "model", "schedule")

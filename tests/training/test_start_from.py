@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline, save_pipeline, single_file
+from latentdiff.commands.train import train as cli_train
 from latentdiff.images import to_tensor
-from latentdiff.training import cli_train
 from tests.checkpoints.test_single_file import components_of, tensors_of, tiny
 from tests.training.test_stages import pictures, weights_of
 

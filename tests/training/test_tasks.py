@@ -18,9 +18,9 @@ from PIL import Image
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline, save_pipeline
+from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
-from latentdiff.training import cli_train
 from tests.training.test_lora_stage import file as lora_file  # noqa: F401  (a fixture)
 from tests.training.test_stages import SIZE, check_interrupted, pictures, recipe
 

@@ -21,8 +21,8 @@ from latentdiff.training.losses.lpips import Lpips
 from latentdiff.training.train_autoencoder import assemble
 from torch import Tensor, nn
 
+from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
-from latentdiff.training import cli_train
 from tests.training.test_distributed import logged
 from tests.training.test_lpips import network  # noqa: F401  (a fixture)
 from tests.training.test_stages import SIZE, pictures, recipe

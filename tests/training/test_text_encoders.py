@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
 from latentdiff.checkpoints.compvis_keys import join, open_clip_keys
+from latentdiff.commands.train import train as cli_train
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
-from latentdiff.training import cli_train
 from tests.models.tiny import randomize, write_bert_vocabulary, write_clip_vocabulary
 from tests.training.test_stages import SIZE, pictures, recipe, weights_of
 

@@ -12,8 +12,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from latentdiff.cli import main
+from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
-from latentdiff.training import cli_train
 from tests.training.test_stages import pictures, recipe
 
 STEPS = [1, 2, 3, 4]

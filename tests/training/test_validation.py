@@ -27,10 +27,10 @@ from latentdiff.training.setup import load_components, network_to_train, prepare
 from torch import Tensor
 
 from latentdiff.checkpoints import Encoders
+from latentdiff.commands.train import train as cli_train
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.diffusion.prediction import PREDICTIONS
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
-from latentdiff.training import cli_train
 from tests.training.test_distributed import logged
 from tests.training.test_objective import recipe
 from tests.training.test_stages import pictures, weights_of

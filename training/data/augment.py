@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from latentdiff.errors import InputError, shown
+
 from ..config import DataConfig
 from .captions import COLORS, STYLE_PHRASES, colored, may_mirror, swap_sides
 from .dataset import CaptionedImages, composite
@@ -101,19 +103,19 @@ def plan_variant(data: CaptionedImages, index: int, kind: str, seed: int, backgr
     plain = Variant(index, captions, rgb(background))
     if kind == "flip" and row.get("flip", may_mirror(captions)):
         return replace(plain, captions=[swap_sides(c) for c in captions], mirrored=True)
-    if kind == "hue" and row.get("color") in HUES and "thing" in row:
-        color = str(rng.choice([name for name in HUES if name != row["color"]]))
-        captions = _styled(colored(row["thing"], color), row)
-        return replace(plain, captions=captions, turn=HUES[color] - HUES[row["color"]])
+    thing, own = _text(row, "thing"), _text(row, "color")
+    if kind == "hue" and own in HUES and thing:
+        color = str(rng.choice([name for name in HUES if name != own]))
+        return replace(plain, captions=_styled(colored(thing, color), row), turn=HUES[color] - HUES[own])
     if kind == "background":
         color = str(rng.choice(list(BACKGROUNDS)))
         captions = [f"{c} on a {color} background" for c in captions]
         return replace(plain, captions=captions, ground=BACKGROUNDS[color])
-    if kind == "pair" and "thing" in row:
+    if kind == "pair" and thing:
         other = int(rng.integers(len(data)))
-        if "thing" in data.rows[other] and data.rows[other].get("style") == row.get("style"):
-            captions = _styled(f"{row['thing']} next to {data.rows[other]['thing']}", row)
-            return replace(plain, captions=captions, beside=other)
+        beside = _text(data.rows[other], "thing")
+        if beside and _text(data.rows[other], "style") == _text(row, "style"):
+            return replace(plain, captions=_styled(f"{thing} next to {beside}", row), beside=other)
     return plain
 
 
@@ -124,22 +126,29 @@ def paint(data: CaptionedImages, variant: Variant) -> np.ndarray:
 
 def paint_all(data: CaptionedImages, variants: Sequence[Variant]) -> list[np.ndarray]:
     """Return the pictures of variants of one drawing, each RGB (H, W, 3) uint8; the drawing is read once."""
-    index, windows = variants[0].index, [variant.corner is not None for variant in variants]
-    middle: Any = None if all(windows) else data.images[index]
-    whole: Any = data.images.covering(index) if any(windows) else None
+    index = variants[0].index
+    corners = [corner for corner in (_corner(data, variant) for variant in variants) if corner is not None]
+    middle: Any = None if len(corners) == len(variants) else data.images[index]
+    windows = iter(data.images.windows(index, corners) if corners else ())
     pictures = []
     for variant in variants:
-        rgba = middle if variant.corner is None else whole
+        rgba = middle if variant.corner is None else next(windows)
         if variant.mirrored:
             rgba = rgba[:, ::-1]
-        if variant.corner is not None:
-            rgba = _cut(rgba, variant.corner, data.samples[variant.index].frame)
         if variant.turn:
             rgba = turn_hue(rgba, variant.turn)
         if variant.beside is not None:
             rgba = side_by_side(rgba, data.images[variant.beside])
         pictures.append(composite(rgba, variant.ground))
     return pictures
+
+
+def _corner(data: CaptionedImages, variant: Variant) -> tuple[int, int] | None:
+    """Return what is left out above and at the left of a variant's window in the drawing before it is mirrored."""
+    if variant.corner is None or not variant.mirrored:
+        return variant.corner
+    top, left = variant.corner
+    return top, data.samples[variant.index].leeway[1] - left
 
 
 def turn_hue(rgba: np.ndarray, turn: float) -> np.ndarray:
@@ -180,22 +189,31 @@ def random_view(rgba: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def random_window(data: CaptionedImages, index: int, rng: np.random.Generator) -> np.ndarray:
     """Return what a frame shows of a drawing scaled to cover it, anywhere in it, RGBA (H, W, 4) uint8."""
     top, left = (int(rng.integers(free + 1)) for free in data.samples[index].leeway)
-    return _cut(data.images.covering(index), (top, left), data.samples[index].frame)
-
-
-def _cut(rgba: np.ndarray, corner: tuple[int, int], frame: tuple[int, int]) -> np.ndarray:
-    return rgba[corner[0] : corner[0] + frame[1], corner[1] : corner[1] + frame[0]]
+    return data.images.windows(index, [(top, left)])[0]
 
 
 def rgb(color: str) -> tuple[int, int, int]:
-    """Return the sRGB values of a CSS colour."""
+    """Return the sRGB values of a CSS colour.
+
+    Raises:
+        InputError: it is none.
+    """
     from PIL import ImageColor
 
-    return ImageColor.getrgb(color)[:3]
+    try:
+        return ImageColor.getrgb(color)[:3]
+    except ValueError as error:
+        raise InputError(f"data.background must be a CSS colour, got {shown(color)}; try white or #8090ff") from error
+
+
+def _text(row: dict[str, Any], column: str) -> str:
+    """Return what a column of a row says; nothing where that is no text."""
+    value = row.get(column)
+    return value if isinstance(value, str) else ""
 
 
 def _styled(thing: str, row: dict[str, Any]) -> list[str]:
-    style = STYLE_PHRASES.get(row.get("style", ""))
+    style = STYLE_PHRASES.get(_text(row, "style"))
     return [thing, f"{thing}, {style}"] if style else [thing]
 
 

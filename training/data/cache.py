@@ -1,8 +1,9 @@
 """Tensors computed once and kept on disk, each under a name made of everything it depends on.
 
 The cache folder has one folder for each encoder. In it are shards, safetensors files of up to `SHARD_ENTRIES` entries:
-"values" (n, ...) float16 and "keys" (n, 16) uint8. A shard appears whole or not at all, so what a killed run finished
-counts; one process fills a folder at a time while the others wait.
+"values" (n, ...) float16 and "keys" (n, 16) uint8, and a checksum of both. A shard appears whole or not at all, so what
+a killed run finished counts, and one that is damaged is computed again; one process fills a folder at a time while the
+others wait.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.errors import StorageError
+from latentdiff.errors import InputError, StorageError
 from latentdiff.images import write_file
+
+from .image_info import locked
 
 SHARD_ENTRIES = 1024
 KEY_BYTES = 16
+CHECKSUM = "sha256"  # in the metadata of a shard
 
 
 class CachedTensors:
@@ -68,10 +71,11 @@ def stored(
 
     Raises:
         StorageError: a shard cannot be written.
+        InputError: what was computed is not finite.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):
+        with locked(folder / "lock"):
             for left in folder.glob(".tmp-*"):  # by a run that was killed while it wrote
                 left.unlink()
             shards, places = _read_shards(folder)
@@ -85,7 +89,7 @@ def stored(
                     batches = [part[start : start + batch_size] for start in range(0, len(part), batch_size)]
                     values = []
                     for batch in batches:
-                        values.append(encode(batch).half().cpu())
+                        values.append(_finite(encode(batch).half().cpu(), folder))
                         progress.update(len(batch))
                     _write_shard(folder, [keys[n] for n in part], torch.cat(values))
             progress.close()
@@ -97,13 +101,15 @@ def stored(
 
 
 def _read_shards(folder: Path) -> tuple[list[Tensor], dict[bytes, tuple[int, int]]]:
-    """Map all shards of a folder; one that is broken is removed, to be computed again."""
+    """Map all shards of a folder after a look at their checksums; broken ones are removed, to be computed again."""
     shards: list[Tensor] = []
     places: dict[bytes, tuple[int, int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as content:
                 keys, values = content.get_tensor("keys"), content.get_tensor("values")
+                if (content.metadata() or {}).get(CHECKSUM) != _checksum(keys, values):
+                    raise SafetensorError("its checksum is another")
         except SafetensorError as error:
             print(f"{file} is broken ({error}) and computed again", file=sys.stderr)
             file.unlink()
@@ -117,4 +123,26 @@ def _read_shards(folder: Path) -> tuple[list[Tensor], dict[bytes, tuple[int, int
 def _write_shard(folder: Path, keys: Sequence[bytes], values: Tensor) -> None:
     names = torch.from_numpy(np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES).copy())
     name = hashlib.sha256(b"".join(keys)).hexdigest()[:16]
-    write_file(folder / f"{name}.safetensors", save({"keys": names, "values": values.contiguous()}))
+    content = {"keys": names, "values": values.contiguous()}
+    metadata = {CHECKSUM: _checksum(**content)}
+    write_file(folder / f"{name}.safetensors", save(content, metadata=metadata))
+
+
+def _checksum(keys: Tensor, values: Tensor) -> str:
+    """Return the SHA-256 of the keys and tensors of a shard, with their types and shapes."""
+    digest = hashlib.sha256()
+    for tensor in (keys, values):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
+
+
+def _finite(values: Tensor, folder: Path) -> Tensor:
+    """Return tensors that can be trained on.
+
+    Raises:
+        InputError: one is not finite, in half precision.
+    """
+    if not torch.isfinite(values).all():
+        raise InputError(f"{folder.name}: the encoder gives values that are no float16; train or pass another one")
+    return values

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentdiff.errors import InputError
+from latentdiff.errors import InputError, shown
 from latentdiff.images import fit, write_file
 from latentdiff.prompts import MAX_PROMPT_LENGTH
 
@@ -22,7 +24,9 @@ from .batch_order import BatchOrder
 from .buckets import bucket_sizes, covering_size, crop_corner, nearest
 from .examine import examine, examined, read_image, save_examined
 from .image_info import ImageInfo, info_of, make_folder
-from .sources import MissingSplitError, Source, open_source
+from .remarks import remarks
+from .source import MissingSplitError, Source
+from .sources import open_source
 
 # Above this share of unusable rows, and more than one, a data set is refused.
 MAX_BAD_SHARE = 0.01
@@ -121,23 +125,33 @@ class LazyImages:
         """Return one picture (H, W, 4), or those of a slice (B, H, W, 4), as RGBA uint8."""
         if isinstance(index, slice):
             return np.stack([self[number] for number in range(*index.indices(len(self)))])
-        return _framed(self._decoded(index), self.samples[index].frame)
+        with self._decoded(index) as image:
+            return _framed(image, self.samples[index].frame)
 
-    def covering(self, index: int) -> np.ndarray:
-        """Return the whole of one picture, scaled to cover its frame, as RGBA (H, W, 4) uint8."""
-        sample = self.samples[index]
-        return _framed(self._decoded(index), sample.covering)
+    def windows(self, index: int, corners: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """Return what the frame of one picture shows of it, scaled to cover that, at some places.
 
-    def _decoded(self, index: int) -> Image.Image:
+        Args:
+            corners: rows and columns of the scaled picture that are left out above and at the left of each.
+
+        Returns:
+            RGBA, each (H, W, 4) uint8.
+        """
+        with self._decoded(index) as image:
+            return [_window(image, self.samples[index], corner) for corner in corners]
+
+    @contextmanager
+    def _decoded(self, index: int) -> Iterator[Image.Image]:
         sample = self.samples[index]
-        try:
-            digest, image = read_image(self.source, sample.place)
-        except ValueError as error:
-            raise InputError(f"{self.source.place}: a picture has changed while it is in use: {error}") from error
-        if digest != sample.digest:
-            name = self.source.names[sample.place]
-            raise InputError(f"{self.source.place}: a picture has changed while it is in use: {name}; start again")
-        return image
+        with ExitStack() as stack:
+            try:
+                digest, image = stack.enter_context(read_image(self.source, sample.place))
+            except ValueError as error:
+                raise InputError(f"{self.source.place}: a picture has changed while it is in use: {error}") from error
+            if digest != sample.digest:
+                name = self.source.names[sample.place]
+                raise InputError(f"{self.source.place}: a picture has changed while it is in use: {name}; start again")
+            yield image
 
 
 def load_images(
@@ -164,7 +178,8 @@ def read_captions(config: DataConfig, cache: Path | None = None) -> list[list[st
     Args:
         cache: folder of what is kept of remote shards; None keeps nothing.
     """
-    found = map(captions_of, open_source(config, cache=cache).rows)
+    source = open_source(config, cache=cache)
+    found = (captions_of(row, source.uncaptioned) for row in source.rows)
     return [captions for captions in found if not isinstance(captions, str)]
 
 
@@ -238,10 +253,12 @@ def open_images(
         data = replace(data, samples=samples, images=LazyImages(source, samples))
     if config.held_out:
         data = _trained_on(data, config.held_out, source.place)
+    for line in remarks(source, data.samples, config.crop == "random"):
+        print(line, file=sys.stderr)
     if data.skipped:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in data.skipped]
         make_folder(folder)
-        write_file(folder / "skipped.jsonl", "".join(lines).encode())
+        write_file(folder / "skipped.jsonl", "".join(lines).encode("utf-8", "backslashreplace"))
         print(f"{len(data.skipped)} of {len(source)} pictures are skipped: {folder}/skipped.jsonl", file=sys.stderr)
     if len(data) < batch_size:
         print(f"{len(data)} pictures are fewer than a batch of {batch_size}: batches repeat some", file=sys.stderr)
@@ -292,9 +309,9 @@ def _in_memory(source: Source, frames: list[tuple[int, int]], cache: Path | None
     pictures: dict[int, np.ndarray] = {}
 
     def look(place: int) -> ImageInfo:
-        digest, image = read_image(source, place)
-        pictures[place] = _framed(image, nearest(*image.size, frames))
-        return info_of(digest, image)
+        with read_image(source, place) as (digest, image):
+            pictures[place] = _framed(image, nearest(*image.size, frames))
+            return info_of(digest, image)
 
     findings = examine(source, look)
     if cache is not None:
@@ -319,7 +336,7 @@ def _sift(
     """
     samples, rows, skipped = [], [], []
     for place, (row, found) in enumerate(zip(source.rows, findings)):
-        captions = captions_of(row)
+        captions = captions_of(row, source.uncaptioned)
         reason = captions if isinstance(captions, str) else found
         if isinstance(reason, str):
             skipped.append({"place": place, "name": source.names[place], "reason": reason})
@@ -330,21 +347,50 @@ def _sift(
     if not samples or len(skipped) > max(1, MAX_BAD_SHARE * len(source)):
         raise InputError(
             f"{source.place}: {len(skipped)} of {len(source)} rows are unusable (at most 1 % may be), first"
-            f" {skipped[0]['name']}: {skipped[0]['reason']}; mend or remove them"
+            f" {shown(skipped[0]['name'])[1:-1]}: {skipped[0]['reason'][:300]}; mend or remove them"
         )
     return samples, rows, skipped
 
 
-def captions_of(row: dict[str, Any]) -> list[str] | str:
-    """Return the captions of a row, or what is wrong with them."""
+def captions_of(row: dict[str, Any], uncaptioned: bool = False) -> list[str] | str:
+    """Return the captions of a row, or what is wrong with them.
+
+    Args:
+        uncaptioned: whether they are empty because nothing is known of any picture of the source.
+    """
+    if isinstance(row["captions"], dict) and "reason" in row["captions"]:
+        return f"no caption ({row['captions']['reason']})"
     captions = row["captions"] if isinstance(row["captions"], list) else [row["captions"]]
-    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+    if not captions or not all(isinstance(caption, str) and (uncaptioned or caption.strip()) for caption in captions):
         return "no caption"
     longest = max(map(len, captions))
     if longest > MAX_PROMPT_LENGTH:
         return f"a caption of {longest} characters (at most {MAX_PROMPT_LENGTH})"
-    return "a caption with a NUL character" if any("\0" in caption for caption in captions) else captions
+    if any("\0" in caption for caption in captions):
+        return "a caption with a NUL character"
+    broken = any("\ud800" <= sign <= "\udfff" for caption in captions for sign in caption)
+    return "a caption with half a character (a lone surrogate)" if broken else captions
 
 
 def _framed(image: Image.Image, frame: tuple[int, int]) -> np.ndarray:
     return np.asarray(fit(image, *frame))
+
+
+def _window(image: Image.Image, sample: Sample, corner: tuple[int, int]) -> np.ndarray:
+    """Cut a window out of a picture scaled to cover its frame: the same pixels, but no others are ever scaled.
+
+    Of a thin picture all the others may be a thousand times as many.
+    """
+    sides = []
+    for own, other, length, beside, first, frame in zip(
+        image.size, image.size[::-1], sample.covering, sample.covering[::-1], corner[::-1], sample.frame
+    ):
+        seen = min(own, other * length / beside)  # what is scaled of a side, as the scaled one is in whole pixels
+        scale, start = seen / length, (own - seen) / 2
+        low, high = start + first * scale, min(own, start + (first + frame) * scale)
+        reach = math.ceil(3 * max(scale, 1)) + 1  # of the filter
+        sides.append((low, high, max(0, math.floor(low) - reach), min(own, math.ceil(high) + reach)))
+    (left, right, first_column, end_column), (top, bottom, first_row, end_row) = sides
+    part = image.crop((first_column, first_row, end_column, end_row))
+    box = (left - first_column, top - first_row, right - first_column, bottom - first_row)
+    return np.asarray(part.resize(sample.frame, Image.Resampling.LANCZOS, box=box))

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
-from latentdiff.errors import StorageError
+from latentdiff.errors import InputError, StorageError
+from latentdiff.files import is_file, parse_json, read_file, stamp
 from latentdiff.images import write_file
 
-from .image_info import ImageInfo, decode_image, info_of, make_folder, try_info
+from .image_info import ImageInfo, decoded, info_of, is_finding, locked, make_folder, try_info
 from .prefetch import prefetched
-from .sources import Source
+from .source import Source
+
+MAX_FINDINGS_BYTES = 2**30
 
 
-def read_image(source: Source, place: int) -> tuple[str, Image.Image]:
-    """Read a picture of a source; see `decode_image`.
+@contextmanager
+def read_image(source: Source, place: int) -> Iterator[tuple[str, Image.Image]]:
+    """Open a picture of a source; see `decoded`.
 
     Raises:
         ValueError: it cannot be read or decoded; the message names it.
@@ -32,7 +37,10 @@ def read_image(source: Source, place: int) -> tuple[str, Image.Image]:
         raise
     except OSError as error:
         raise ValueError(f"{name} cannot be read ({error.strerror or error})") from error
-    return decode_image(data, name)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from error
+    with decoded(data, name) as found:
+        yield found
 
 
 def examine(source: Source, look: Callable[[int], ImageInfo]) -> list[ImageInfo | str]:
@@ -59,10 +67,32 @@ def examined(source: Source, cache: Path) -> Sequence[ImageInfo | str]:
     if source.findings is not None:
         return source.findings
     make_folder(cache)
-    with FileLock(cache / "pictures.lock"):  # one process looks, the others read what it found
-        if not _file(source, cache).exists():
-            save_examined(examine(source, lambda place: info_of(*read_image(source, place))), source, cache)
-    return json.loads(_file(source, cache).read_text())
+    with locked(cache / "pictures.lock"):  # one process looks, the others read what it found
+        if (kept := _kept(source, cache)) is not None:
+            return kept
+        findings = examine(source, lambda place: _look(source, place))
+        save_examined(findings, source, cache)
+    return findings
+
+
+def _look(source: Source, place: int) -> ImageInfo:
+    with read_image(source, place) as found:
+        return info_of(*found)
+
+
+def _kept(source: Source, cache: Path) -> Sequence[ImageInfo | str] | None:
+    """Return what was written down of a source; None where that is not there, or damaged."""
+    file = _file(source, cache)
+    if not is_file(file):
+        return None
+    try:
+        findings = parse_json(read_file(file, MAX_FINDINGS_BYTES), str(file))
+    except InputError:
+        findings = None
+    if isinstance(findings, list) and len(findings) == len(source) and all(map(is_finding, findings)):
+        return findings
+    print(f"{file} is damaged; the pictures are examined again", file=sys.stderr)
+    return None
 
 
 def save_examined(findings: Sequence[ImageInfo | str], source: Source, cache: Path) -> None:
@@ -79,6 +109,5 @@ def _file(source: Source, cache: Path) -> Path:
     """Return a name that changes when pictures may have: a hash of their names, and of sizes and times of files."""
     digest = hashlib.sha256(json.dumps(list(source.names)).encode())
     for file in source.files:
-        status = file.stat() if file.exists() else None
-        digest.update(f"{file}\0{status and (status.st_size, status.st_mtime_ns)}\n".encode())
+        digest.update(f"{file}\0{stamp(file)}\n".encode("utf-8", "backslashreplace"))
     return cache / f"pictures-{digest.hexdigest()[:16]}.json"

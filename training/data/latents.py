@@ -110,7 +110,7 @@ def cached_latents(
         StorageError: the cache cannot be written.
     """
     variants = [variant for n in range(len(data)) for variant in plan_variants(data, n, config, seed)]
-    captions = ["", *dict.fromkeys(caption for variant in variants for caption in variant.captions)]
+    captions = list(dict.fromkeys(["", *(caption for variant in variants for caption in variant.captions)]))
     row = {caption: number for number, caption in enumerate(captions)}
     rows = [[row[caption] for caption in variant.captions] for variant in variants]
     views = len(config.views)

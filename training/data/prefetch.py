@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from latentdiff.errors import LatentDiffError
+
+from .budget import Budget, share
 
 AHEAD = 4
 
@@ -67,6 +71,7 @@ def drawn_ahead(draw: Callable[[int], Drawn], numbers: range, processes: int) ->
         num_workers=processes,
         prefetch_factor=AHEAD,
         collate_fn=_as_it_is,
+        worker_init_fn=partial(_start, Budget(multiprocessing)),
         generator=torch.Generator(),  # else the global one is moved on
     )
     with warnings.catch_warnings():  # of a fork beside threads; the workers use nothing that one of those may hold
@@ -94,6 +99,11 @@ class _Draws(Dataset, Generic[Drawn]):
             return self.draw(self.numbers[index])
         except LatentDiffError as error:
             return error
+
+
+def _start(budget: Budget, worker: int) -> None:
+    """Begin a process that helps: its pictures count with those of the others."""
+    share(budget)
 
 
 def _as_it_is(result: Any) -> Any:

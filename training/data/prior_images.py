@@ -15,6 +15,7 @@ from latentdiff.images import write_file
 from latentdiff.pipeline import Pipeline
 
 from ..config import DataConfig, DiffusionTraining
+from .image_info import make_folder
 
 METADATA = "metadata.jsonl"
 
@@ -29,7 +30,7 @@ def draw_prior(config: DiffusionTraining, components: Components, folder: Path) 
     """
     assert config.prior is not None
     place, prompt = folder / "prior", config.prior.prompt
-    place.mkdir(parents=True, exist_ok=True)
+    make_folder(place)
     names = [f"{number:05d}.png" for number in range(config.prior.pictures)]
     lacking = [number for number, name in enumerate(names) if not (place / name).exists()]
     pipe = Pipeline(components)

@@ -53,7 +53,7 @@ def is_remote(place: str) -> bool:
     return "://" in place
 
 
-def shown(url: str) -> str:
+def without_secrets(url: str) -> str:
     """Return a URL for messages and names in a cache, without what may be a password or signature."""
     scheme, _, rest = url.partition("://")
     host, slash, path = rest.partition("?")[0].partition("/")
@@ -70,7 +70,7 @@ def look_up(url: str) -> RemoteFile:
     try:
         return _attempted(url, lambda: _look_up_http(url) if _is_http(url) else _look_up_elsewhere(url))
     except _GoneError as error:
-        raise InputError(f"{shown(url)} cannot be read ({error}); check the address") from error
+        raise InputError(f"{without_secrets(url)} cannot be read ({error}); check the address") from error
 
 
 def read_range(url: str, start: int, size: int) -> bytes:
@@ -82,7 +82,9 @@ def read_range(url: str, start: int, size: int) -> bytes:
     try:
         return _attempted(url, lambda: _read(url, start, size))
     except _GoneError as error:
-        raise StorageError(f"{shown(url)} cannot be read any more ({error}); --resume goes on later") from error
+        raise StorageError(
+            f"{without_secrets(url)} cannot be read any more ({error}); --resume goes on later"
+        ) from error
 
 
 class Forward:
@@ -154,7 +156,8 @@ def _attempted(url: str, act: Callable[[], Result]) -> Result:
             reason = error
     text = " ".join(str(reason).split())[:200] or type(reason).__name__
     raise StorageError(
-        f"{shown(url)} could not be read in {ATTEMPTS} attempts ({text}); check the network, then go on with --resume"
+        f"{without_secrets(url)} could not be read in {ATTEMPTS} attempts ({text}); check the network, then go on with "
+        "--resume"
     ) from reason
 
 
@@ -168,8 +171,8 @@ def _get(url: str, start: int, size: int) -> tuple[Any, bytes]:
     with urlopen(Request(url, headers=wanted), timeout=TIMEOUT) as answer:
         if answer.status != 206:
             raise InputError(
-                f"{shown(url)}: the server gives only whole files (it must answer requests for a range of bytes); "
-                "download the shards and name the files"
+                f"{without_secrets(url)}: the server gives only whole files (it must answer requests for a range of "
+                "bytes); download the shards and name the files"
             )
         return answer.headers, answer.read(size + 1)
 
@@ -209,6 +212,6 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise MissingDependencyError(f"{shown(url)} needs another package: {error}") from error
+        raise MissingDependencyError(f"{without_secrets(url)} needs another package: {error}") from error
     except ValueError as error:
-        raise InputError(f"{shown(url)} is of no kind that is known: {error}") from error
+        raise InputError(f"{without_secrets(url)} is of no kind that is known: {error}") from error

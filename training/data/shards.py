@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -14,19 +15,21 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from latentdiff.errors import InputError
+from latentdiff.files import is_file, open_file, parse_json, read_file
 from latentdiff.images import MAX_FILE_BYTES, write_file
 
-from .image_info import ImageInfo, decode_image, info_of, make_folder, try_info
+from .image_info import ImageInfo, decoded, info_of, is_finding, locked, make_folder, try_info
 from .prefetch import prefetched
-from .remote import Forward, RemoteFile, is_remote, look_up, read_range, shown
+from .remote import Forward, RemoteFile, is_remote, look_up, read_range, without_secrets
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
 MAX_METADATA_BYTES = 2**20
 MAX_SHARDS = 1_000_000
+TOO_LARGE = f"is larger than {MAX_FILE_BYTES // 2**20} MiB"
+MAX_KEPT_BYTES = 2**30
 HELD_BYTES = 2**26  # of pictures that wait to be decoded while a remote shard is read
 
 
@@ -53,7 +56,7 @@ class Member:
     @property
     def name(self) -> str:
         """What the picture is called in messages."""
-        place = shown(self.shard) if is_remote(self.shard) else self.shard
+        place = without_secrets(self.shard) if is_remote(self.shard) else self.shard
         return f"{place.rpartition('/')[2]}: {self.key}"
 
     def read(self) -> bytes:
@@ -65,9 +68,11 @@ class Member:
         """
         if self.offset is None:
             raise ValueError("no picture")
+        if self.size > MAX_FILE_BYTES:
+            raise ValueError(TOO_LARGE)
         if is_remote(self.shard):
             return read_range(self.shard, self.offset, self.size)
-        with open(self.shard, "rb") as stream:
+        with open_file(self.shard) as stream:
             stream.seek(self.offset)
             return stream.read(self.size)
 
@@ -104,7 +109,7 @@ def read_shards(files: Sequence[Path]) -> list[Member]:
     members = []
     for file in files:
         try:
-            with file.open("rb") as stream:
+            with open_file(file) as stream:
                 members += _read_shard(stream, str(file), str(file))
         except OSError as error:
             raise InputError(f"{file} cannot be read ({error.strerror}); check the path") from error
@@ -129,7 +134,7 @@ def read_remote_shards(urls: Sequence[str], cache: Path | None) -> list[Member]:
     files = list(prefetched(lambda number: look_up(urls[number]), range(len(urls)), threads=8))
     size, members = sum(file.size for file in files), []
     with (
-        FileLock(cache / "shards.lock") if cache else nullcontext(),  # one process reads, the others what it found
+        locked(cache / "shards.lock") if cache else nullcontext(),  # one process reads, the others what it found
         tqdm(desc="shards", total=size, unit="B", unit_scale=True, disable=size < HELD_BYTES) as progress,
     ):
         for file in files:
@@ -139,13 +144,13 @@ def read_remote_shards(urls: Sequence[str], cache: Path | None) -> list[Member]:
 
 
 def _read_remote_shard(file: RemoteFile, cache: Path | None) -> list[Member]:
-    stamp = hashlib.sha256(f"{shown(file.url)}\0{file.size}\0{file.tag}".encode()).hexdigest()[:16]
+    stamp = hashlib.sha256(f"{without_secrets(file.url)}\0{file.size}\0{file.tag}".encode()).hexdigest()[:16]
     kept = cache / f"shard-{stamp}.json" if cache else None
-    if kept is not None and kept.exists():
-        return [Member(shard=file.url, **one) for one in json.loads(kept.read_text())]
+    if kept is not None and (found := _kept(kept, file)) is not None:
+        return found
     stream, passing = Forward(file), _Passing()
     try:
-        members = _read_shard(stream, file.url, shown(file.url), passing.add)
+        members = _read_shard(stream, file.url, without_secrets(file.url), passing.add)
     finally:
         stream.close()
     passing.examine()
@@ -153,6 +158,29 @@ def _read_remote_shard(file: RemoteFile, cache: Path | None) -> list[Member]:
         rows = [{name: value for name, value in asdict(one).items() if name != "shard"} for one in members]
         write_file(kept, json.dumps(rows).encode())
     return members
+
+
+def _kept(kept: Path, file: RemoteFile) -> list[Member] | None:
+    """Return what was written down of a remote shard; None where that is not there, or damaged."""
+    if not is_file(kept):
+        return None
+    try:
+        rows = parse_json(read_file(kept, MAX_KEPT_BYTES), str(kept))
+        if isinstance(rows, list) and all(map(_is_member, rows)):
+            return [Member(shard=file.url, **one) for one in rows]
+    except InputError:
+        pass
+    print(f"{kept} is damaged; {file.name} is read again", file=sys.stderr)
+    return None
+
+
+def _is_member(one: Any) -> bool:
+    """Say whether a value that was read from a file is what is kept of a `Member`."""
+    if not isinstance(one, dict) or set(one) != {"key", "row", "offset", "size", "finding"}:
+        return False
+    placed = one["offset"] is None or type(one["offset"]) is int
+    told = one["finding"] is None or is_finding(one["finding"])
+    return isinstance(one["key"], str) and isinstance(one["row"], dict) and type(one["size"]) is int and placed and told
 
 
 class _Passing:
@@ -176,7 +204,12 @@ class _Passing:
 
     def _finding(self, number: int) -> ImageInfo | str:
         member, data = self.waiting[number]
-        return try_info(lambda: info_of(*decode_image(data, member.name)), member.name)
+
+        def look() -> ImageInfo:
+            with decoded(data, member.name) as found:
+                return info_of(*found)
+
+        return try_info(look, member.name)
 
 
 def _read_shard(
@@ -198,16 +231,16 @@ def _read_shard(
             for entry in archive:
                 if entry.size < 0:  # which would lead back to where it came from
                     raise tarfile.ReadError(f"a size of {entry.size}")
-                if not entry.isreg():
-                    continue
                 folder, slash, base = entry.name.rpartition("/")
+                if not entry.isreg() or base.startswith("._"):  # which macOS puts beside each file
+                    continue
                 stem, _, extension = base.partition(".")
                 member = members.setdefault(folder + slash + stem, Member(shard, folder + slash + stem, {}))
                 kind = extension.rpartition(".")[-1].lower()
                 if kind in PICTURES and member.offset is None:
                     member.offset, member.size = entry.offset_data, entry.size
                     if entry.size > MAX_FILE_BYTES:
-                        member.finding = f"is larger than {MAX_FILE_BYTES // 2**20} MiB"
+                        member.finding = TOO_LARGE
                     elif pass_by is not None:
                         pass_by(member, _content(archive, entry, entry.size))
                 elif kind in ("txt", "json"):

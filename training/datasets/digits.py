@@ -6,7 +6,9 @@ Try:
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +21,57 @@ TEST_SHARE = 5  # one of so many pictures is for testing
 
 
 def build(out: str) -> dict[str, Any]:
-    """Write the folder and return what is in it.
+    """Write the folder, whole or not at all, and return what is in it.
 
     Raises:
         MissingDependencyError: scikit-learn is not installed.
-        InputError: the folder holds something else.
+        InputError: the folder holds something already.
         StorageError: it cannot be written.
     """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise MissingDependencyError("the digits come with scikit-learn: pip install 'latentdiff[digits]'") from error
-    digits, folder = load_digits(), Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is not empty; choose another folder")
-    counts = {}
+    splits = _files(load_digits())
     try:
-        for split in ("train", "test"):
-            place, lines = folder / split, []
-            place.mkdir(parents=True)
-            for index, (shades, label) in enumerate(zip(digits.images, digits.target)):
-                if (index % TEST_SHARE == 0) != (split == "test"):
-                    continue
-                file = f"{index:04d}.png"
-                Image.fromarray(np.rint(shades * 255 / 16).astype(np.uint8)).save(place / file)
-                lines.append(json.dumps({"file_name": file, "text": str(label)}))
-            (place / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            counts[split] = len(lines)
-    except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error.strerror}; free space or choose another place") from error
-    return counts
+        folder = Path(out).resolve()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} is not empty; choose another folder")
+        _write(folder, splits)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"cannot write {out}: {reason}; free space or choose another place") from error
+    return {split: len(files) - 1 for split, files in splits.items()}
+
+
+def _files(digits: Any) -> dict[str, dict[str, bytes]]:
+    """Return the content of every file of each split, by its name."""
+    splits: dict[str, dict[str, bytes]] = {"train": {}, "test": {}}
+    rows: dict[str, list[str]] = {split: [] for split in splits}
+    for index, (shades, label) in enumerate(zip(digits.images, digits.target)):
+        split, name, stream = "train" if index % TEST_SHARE else "test", f"{index:04d}.png", io.BytesIO()
+        Image.fromarray(np.rint(shades * 255 / 16).astype(np.uint8)).save(stream, format="PNG")
+        splits[split][name] = stream.getvalue()
+        rows[split].append(json.dumps({"file_name": name, "text": str(label)}))
+    for split, lines in rows.items():
+        splits[split]["metadata.jsonl"] = ("\n".join(lines) + "\n").encode()
+    return splits
+
+
+def _write(folder: Path, splits: dict[str, dict[str, bytes]]) -> None:
+    """Write the set beside its place and move it there; what a run that was killed left beside is removed."""
+    beside = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        for split, files in splits.items():
+            (beside / split).mkdir(parents=True)
+            for name, content in files.items():
+                (beside / split / name).write_bytes(content)
+        if folder.exists():  # and is empty
+            folder.rmdir()
+        beside.rename(folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise

@@ -15,8 +15,6 @@ import io
 import json
 import os
 import re
-import shutil
-import subprocess
 import tarfile
 import unicodedata
 from collections import Counter
@@ -31,11 +29,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from latentdiff.errors import InputError, MissingDependencyError, StorageError
+from latentdiff.files import is_file, parse_json, read_file
 
 from ..data.captions import STYLE_PHRASES, phrase, with_article
+from .packages import fetch, read_object
 
 LABELS_PACKAGE = "emojibase-data@17.0.0"
 SPLITS = ("train", "validation", "test")
+MAX_REPORT_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def build(
         raise InputError(f"size must be 16 to 512 pixels, got {size}; try 64 or 128")
     folder, sources = Path(out), SOURCES if sources is None else sources
     report_file = folder / "report.json"
-    if report_file.exists() and (before := json.loads(report_file.read_text())["size"]) != size:
+    if (before := _size_before(report_file)) not in (None, size):
         raise InputError(f"{folder} holds pictures of {before} px, asked for {size}; choose another folder")
     try:
         for split in SPLITS:
@@ -134,9 +135,20 @@ def build(
             _write(folder / split / "metadata.jsonl", "\n".join(lines) + "\n")
         report = _report(size, rows, sources, left_out)
         _write(report_file, json.dumps(report, indent=2) + "\n")
+    except StorageError:  # of an archive
+        raise
     except OSError as error:
         raise StorageError(f"could not build {folder}: {error}; free space or choose another folder") from error
     return report
+
+
+def _size_before(report: Path) -> int | None:
+    """Return the size of the pictures that an earlier build made; None where none did, or its report is damaged."""
+    try:
+        size = parse_json(read_file(report, MAX_REPORT_BYTES), str(report))["size"] if is_file(report) else None
+    except (InputError, TypeError, KeyError):
+        return None
+    return size if isinstance(size, int) else None
 
 
 def split_of(drawing: Drawing) -> str:
@@ -179,13 +191,13 @@ def dominant_color(rgba: np.ndarray) -> str | None:
 
 def _drawings(packages: Path, sources: Sequence[Source], left_out: Counter[str]) -> Iterator[Drawing]:
     """Yield every drawing whose name or code point emojibase knows, counting the others in `left_out`."""
-    labels = _fetch(packages, LABELS_PACKAGE)
-    data = json.loads(_member(labels, "package/en/data.json"))
-    messages = json.loads(_member(labels, "package/en/messages.json"))
+    labels = fetch(packages, LABELS_PACKAGE)
+    data = read_object(labels, "package/en/data.json")
+    messages = read_object(labels, "package/en/messages.json")
     by_code, by_slug = _concepts(data, messages)
     run_together = {slug.replace("-", ""): found for slug, found in by_slug.items()}  # as fxemoji writes its names
     for source in sources:
-        archive = _fetch(packages, source.package)
+        archive = fetch(packages, source.package)
         pairs = _icons(archive) if source.package.startswith("@iconify") else _bitmaps(archive)
         codes = _codes(archive, source)
         for icon, content in pairs:
@@ -228,7 +240,7 @@ def _codes(archive: Path, source: Source) -> dict[str, str]:
     """Map icon names to normalised code point sequences, where the package tells them."""
     if not source.package.startswith("@iconify"):
         return {name: _code(name) for name, _ in _bitmaps(archive)}
-    return {name: _code(code) for code, name in json.loads(_member(archive, "package/chars.json")).items()}
+    return {name: _code(code) for code, name in read_object(archive, "package/chars.json").items()}
 
 
 def _split_variant(icon: str) -> tuple[str, str]:
@@ -237,7 +249,7 @@ def _split_variant(icon: str) -> tuple[str, str]:
 
 
 def _icons(archive: Path) -> Iterator[tuple[str, str]]:
-    icons = json.loads(_member(archive, "package/icons.json"))
+    icons = read_object(archive, "package/icons.json")
     width, height = icons.get("width", 16), icons.get("height", 16)
     for name, icon in icons["icons"].items():
         box = f"{icon.get('left', 0)} {icon.get('top', 0)} {icon.get('width', width)} {icon.get('height', height)}"
@@ -257,13 +269,14 @@ def _render(task: tuple[Drawing, int, str]) -> dict[str, Any] | str:
     """Render one drawing to its PNG file and return its metadata row, or the reason why it was left out."""
     drawing, size, file = task
     try:
-        image = _open_existing(file, size) or _draw(drawing.content, size)
-    except (ValueError, OSError) as error:
+        kept = _open_existing(file, size)
+        image = kept or _draw(drawing.content, size)
+    except (ValueError, OSError, SyntaxError) as error:
         return f"does not render ({type(error).__name__})"
     rgba = np.asarray(image)
     if (rgba[..., 3] > 127).mean() < 0.02:
         return "empty picture"
-    if not os.path.exists(file):
+    if kept is None:
         image.save(f"{file}.tmp", format="PNG")
         os.replace(f"{file}.tmp", file)
     concept, source = drawing.concept, drawing.source
@@ -312,36 +325,8 @@ def _open_existing(file: str, size: int) -> Image.Image | None:
         with Image.open(file) as image:
             image.load()
             return image.copy() if image.size == (size, size) and image.mode == "RGBA" else None
-    except OSError:
+    except (OSError, ValueError, SyntaxError):
         return None
-
-
-def _fetch(packages: Path, package: str) -> Path:
-    """Return the package's archive, fetched once by `npm pack`."""
-    packages.mkdir(parents=True, exist_ok=True)
-    file = packages / (re.sub(r"^@", "", package).replace("/", "-").replace("@", "-") + ".tgz")
-    if file.exists():
-        return file
-    npm = shutil.which("npm")
-    if npm is None:
-        raise MissingDependencyError(
-            f"{package} is fetched with npm, which is not installed; install Node.js or put the archive at {file}"
-        )
-    done = subprocess.run(
-        [npm, "pack", package, "--silent", "--pack-destination", str(packages)], capture_output=True, text=True
-    )
-    if done.returncode != 0 or not file.exists():
-        reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
-        raise StorageError(f"npm could not fetch {package}: {reason[0]}; check the network or put it at {file}")
-    return file
-
-
-def _member(archive: Path, name: str) -> str:
-    with tarfile.open(archive) as tar:
-        content = tar.extractfile(name)
-        if content is None:
-            raise StorageError(f"{archive} has no {name}; delete it to fetch it again")
-        return content.read().decode()
 
 
 def _report(

@@ -97,9 +97,9 @@ def test_both_passes_are_replayed(built_model: Path, tmp_path: Path) -> None:
     assert open_image(second).size == (48, 48)
     assert read_record(second)["hires"] == 1.5
     assert (
-        "Size: 48x48" in read_texts(second)["parameters"] and "Hires upscale: 1.5" in read_texts(second)["parameters"]
+        "Size: 32x32" in read_texts(second)["parameters"] and "Hires upscale: 1.5" in read_texts(second)["parameters"]
     )
-    assert main(["replay", str(second), "-o", str(again)]) == 0
+    assert main(["replay", str(second), "-o", str(again), "--model", str(built_model)]) == 0
     assert second.read_bytes() == again.read_bytes()
 
 

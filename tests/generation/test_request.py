@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from latentdiff.errors import InputError
-from latentdiff.generation.request import LATER, Settings, check_size, parameters_text
+from latentdiff.generation.infotext import infotext
+from latentdiff.generation.options import check_size, options_of
+from latentdiff.generation.request import Settings
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_odd_records_are_refused() -> None:
     for change in ({"prompt": 3}, {"seed": "1"}, {"height": [8]}, {"guidance_interval": "ab"}, {"sampler": {}}):
         with pytest.raises(InputError):
             Settings.from_record({**record, **change})
-    for key in record.keys() - set(LATER):
+    for key in record.keys() - {name for name, declared in options_of(Settings).items() if declared.since > 1}:
         with pytest.raises(InputError, match=key):
             Settings.from_record({name: value for name, value in record.items() if name != key})
 
@@ -100,7 +102,7 @@ def test_size_names_only_sizes_that_fit() -> None:
 
 def test_parameters_text_reads_like_other_tools() -> None:
     record = {**Settings(prompts=("a fox",), negative_prompt="a cat", height=64, width=64).record(0)}
-    text = parameters_text({**record, "model": "embedded", "model_hash": "0123456789abcdef", "version": "1"})
-    numbers = "Steps: 25, Sampler: euler_a, CFG scale: 7.5, Seed: 0, Size: 64x64"
-    model = "Model: embedded, Model hash: 0123456789, Version: 1"
+    text = infotext({**record, "model": "embedded", "model_hash": "0123456789abcdef", "version": "1"})
+    numbers = "Steps: 25, Sampler: Euler a, CFG scale: 7.5, Seed: 0, Size: 64x64"
+    model = "Model: embedded, Model hash: 0123456789, Version: latentdiff 1"
     assert text.splitlines() == ["a fox", "Negative prompt: a cat", f"{numbers}, {model}"]

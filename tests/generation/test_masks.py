@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from latentdiff.errors import InputError
-from latentdiff.generation.masks import Edit, make_edit, open_mask, open_picture
+from latentdiff.generation.masks import PreparedMask, hard_mask, open_mask, open_picture, prepare_mask
 
 SIDES = (0, 0, 0, 0)
 
@@ -29,18 +29,18 @@ def erased(box: tuple[int, int, int, int], alpha: int = 0) -> Image.Image:
     return image
 
 
-def edit(given: Any, image: Image.Image | None = None, feather: int = 0, sides: Any = SIDES) -> Edit:
+def edit(given: Any, image: Image.Image | None = None, feather: int = 0, sides: Any = SIDES) -> PreparedMask:
     image = picture() if image is None else image
     painted = None if given is None else open_mask(given, image)
-    return make_edit(image, painted, image.size, sides, feather)
+    return prepare_mask(image, painted, image.size, sides, feather)
 
 
 def test_a_box_in_pixels_of_the_image() -> None:
     found = edit((2, 3, 10, 16))
     expected = torch.zeros(1, 1, 16, 24)
     expected[:, :, 3:16, 2:10] = 1
-    assert torch.equal(found.mask, expected) and torch.equal(found.share, expected)
-    assert found.alpha is None
+    assert torch.equal(found.mask, expected) and torch.equal(found.alpha, expected)
+    assert found.opacity is None
     assert open_mask([2, 3, 10, 16], picture()).given == {"box": [2, 3, 10, 16]}
 
 
@@ -61,27 +61,33 @@ def test_a_painting_of_any_mode(mode: str, tmp_path: Path) -> None:
         assert torch.equal(edit(tmp_path / "mask.png").mask, found)
 
 
-def test_shades_of_a_painting_are_black_or_white() -> None:
+def test_shades_of_a_painting_are_weights_of_what_is_drawn() -> None:
     shades = Image.fromarray(np.tile(np.array([[0, 3, 127, 128, 250, 255]], dtype=np.uint8), (16, 4)))
-    assert edit(shades).share[0, 0, 0, :6].tolist() == [0, 0, 0, 1, 1, 1]
+    found = edit(shades)
+    assert found.alpha[0, 0, 0, :6].mul(255).round().tolist() == [0, 3, 127, 128, 250, 255]
+    assert found.mask[0, 0, 0, :6].tolist() == [0, 0, 0, 1, 1, 1]
+    assert open_mask(shades, picture()).given["soft"] is True
+    hard = hard_mask(shades.convert("RGBA"))
+    assert "soft" not in open_mask(hard, picture()).given
+    assert edit(hard).alpha[0, 0, 0, :6].tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_what_is_transparent_is_drawn_and_has_no_colour() -> None:
     image = erased((0, 0, 12, 16))
     found = edit("alpha", image)
-    assert found.mask[..., :12].all() and not found.share[..., 12:].any() and found.alpha is None
+    assert found.mask[..., :12].all() and not found.alpha[..., 12:].any() and found.opacity is None
     assert torch.equal(found.kept[..., :12], found.kept[..., 12:13].expand(-1, -1, -1, 12))  # the nearest that is seen
 
 
 def test_what_is_transparent_in_part_lies_over_what_is_drawn() -> None:
     found = edit("alpha", erased((0, 0, 12, 16), alpha=51))
     assert found.mask[..., :12].all()
-    assert torch.allclose(found.share[..., :12], torch.tensor(0.8)) and not found.share[..., 12:].any()
+    assert torch.allclose(found.alpha[..., :12], torch.tensor(0.8)) and not found.alpha[..., 12:].any()
     image = erased((0, 0, 4, 16))
     image.paste((9, 9, 9, 204), (4, 0, 8, 16))
     found = edit("alpha", image)
     assert found.mask[..., :4].all() and not found.mask[..., 4:].any()
-    assert torch.allclose(found.share[..., 4:8], torch.tensor(0.2)) and not found.share[..., 8:].any()
+    assert torch.allclose(found.alpha[..., 4:8], torch.tensor(0.2)) and not found.alpha[..., 8:].any()
 
 
 @pytest.mark.parametrize("given", [(8, 0, 16, 16), "mask", "alpha", None])
@@ -92,12 +98,12 @@ def test_feathering_is_on_the_drawn_side_alone(given: Any) -> None:
     image = erased((8, 0, 16, 16)) if given == "alpha" else picture()
     hard, soft = (edit(mask if given == "mask" else given, image, feather, sides) for feather in (0, 3))
     assert torch.equal(hard.mask, soft.mask)
-    assert not soft.share[soft.mask == 0].any()
-    assert bool((soft.share[soft.mask == 1] > 0).all())
-    row = soft.share[0, 0, 8].tolist()
+    assert not soft.alpha[soft.mask == 0].any()
+    assert bool((soft.alpha[soft.mask == 1] > 0).all())
+    row = soft.alpha[0, 0, 8].tolist()
     if given is None:
         assert row[:16] == [*[1.0] * 13, 0.75, 0.5, 0.25]
-        assert soft.share[0, 0, :, 30].tolist() == [*[0.0] * 16, 0.25, 0.5, 0.75, *[1.0] * 5]
+        assert soft.alpha[0, 0, :, 30].tolist() == [*[0.0] * 16, 0.25, 0.5, 0.75, *[1.0] * 5]
     else:
         assert row[8:16] == [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]
 
@@ -105,33 +111,28 @@ def test_feathering_is_on_the_drawn_side_alone(given: Any) -> None:
 def test_the_result_is_as_transparent_as_what_is_kept_of_the_picture() -> None:
     image = erased((0, 0, 6, 8), alpha=100)
     found = edit((0, 4, 24, 16), image)
-    assert found.alpha is not None
-    alpha = np.asarray(found.alpha)
+    assert found.opacity is not None
+    alpha = np.asarray(found.opacity)
     assert (alpha[:4] == np.asarray(image)[:4, :, 3]).all() and (alpha[4:] == 255).all()
-    assert edit((0, 0, 12, 8), image).alpha is None  # nothing transparent is left
+    assert edit((0, 0, 12, 8), image).opacity is None  # nothing transparent is left
 
 
 @pytest.mark.parametrize(
     ("given", "image", "message"),
     [
         (Image.new("L", (16, 24), 255), None, "the mask must have the size of the image, 24x16, got 16x24"),
-        (Image.new("L", (24, 16), 0), None, "the mask is black everywhere"),
-        (Image.new("L", (24, 16), 127), None, "the mask is black everywhere"),
-        (Image.new("L", (24, 16), 255), None, "the mask is white everywhere"),
         (Image.new("RGBA", (24, 16), (255, 255, 255, 9)), None, "the mask must be opaque, got transparent parts"),
         (Image.new("RGB", (24, 16), "red"), None, "the mask must be black and white, got colours"),
         (Image.new("F", (24, 16)), None, "got floating point"),
         ("alpha", None, "the image is opaque everywhere, so mask alpha draws nothing"),
-        ("alpha", Image.new("RGBA", (24, 16)), "the mask is white everywhere"),
         ("none.png", None, "cannot read image 'none.png'"),
-        (3, None, "mask must be a PIL image or a path, got int"),
+        (3, None, "mask must be a picture, an array or a path, got int"),
         ((1, 2, 3), None, "a mask's box must be left, top, right and bottom, got"),
         ((5, 5, 5, 9), None, "a mask's box must have left < right"),
         ((0, 9, 5, 5), None, "a mask's box must have left < right and top < bottom"),
         ((0, 0, 25, 16), None, "a mask's box must be a whole number from 0 to 24, got 25"),
         ((-1, 0, 5, 5), None, "a mask's box must be a whole number from 0 to 24, got -1"),
         ((0.5, 0, 5, 5), None, "a mask's box must be a whole number"),
-        ((0, 0, 24, 16), None, "the mask is white everywhere"),
     ],
 )
 def test_what_is_no_mask(given: Any, image: Image.Image | None, message: str) -> None:

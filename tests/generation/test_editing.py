@@ -116,11 +116,11 @@ def test_outpainting_and_variations_are_replayed(built_model: Path, picture: Ima
     call = ["generate", FOX, "--model", str(built_model), "--steps", "3", "-o", str(out)]
     assert main([*call, "--image", str(tmp_path / "in.png"), "--outpaint", "right=16, top=8"]) == 0
     assert open_image(out).size == (48, 40)
-    assert main(["replay", str(out), "-o", str(again)]) == 0
+    assert main(["replay", str(out), "-o", str(again), "--model", str(built_model)]) == 0
     assert out.read_bytes() == again.read_bytes()
     pipe = Pipeline.from_pretrained(built_model, device="cpu")
     pipe(FOX, seed=3, variation_strength=0.4, variation_seed=5, num_images=3, **STEPS).save(tmp_path / "v.png")
-    assert main(["replay", str(tmp_path / "v-3.png"), "-o", str(again)]) == 0
+    assert main(["replay", str(tmp_path / "v-3.png"), "-o", str(again), "--model", str(built_model)]) == 0
     assert (tmp_path / "v-3.png").read_bytes() == again.read_bytes()
     assert read_record(again)["variation_seed"] == 7
 

@@ -1,0 +1,37 @@
+"""`latentdiff data`: captioned data sets that recipes of this package train on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from latentdiff.errors import InputError
+
+HELP = "Build a captioned data set."
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument(
+        "name",
+        choices=["emoji", "fxemoji", "digits"],
+        metavar="NAME",
+        help="emoji: six openly licensed styles, fetched by npm; fxemoji: one more; digits: those of scikit-learn",
+    )
+    parser.add_argument("out", help="folder; a build that was broken off goes on where it stopped")
+    parser.add_argument("--size", type=int, help="side of the pictures in pixels (default 64; digits have 8)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Build a captioned data set."""
+    if options.name == "digits":
+        if options.size not in (None, 8):
+            raise InputError(f"--size of the digits is 8, got {options.size}; leave it out")
+        from latentdiff.training.datasets.digits import build as build_digits
+
+        print(json.dumps(build_digits(options.out)))
+        return
+    from latentdiff.training.datasets.emoji import FXEMOJI, build
+
+    sources = FXEMOJI if options.name == "fxemoji" else None
+    print(json.dumps(build(options.out, options.size or 64, sources=sources), indent=2))

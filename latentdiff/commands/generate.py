@@ -1,0 +1,133 @@
+"""`latentdiff generate`: pictures of prompts."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from latentdiff.commands.shared import (
+    Output,
+    add_machine,
+    add_metadata,
+    add_model,
+    add_settings,
+    file_and_rest,
+    flags,
+    given_settings,
+    load,
+    on_terminal,
+    parse_loras,
+    print_report,
+    write_all,
+)
+from latentdiff.commands.upscale import UPSCALER, load_upscaler, upscaled
+from latentdiff.errors import InputError, shown
+from latentdiff.files import is_file
+from latentdiff.generation.options import GENERATE
+from latentdiff.generation.request import Settings, check_inputs
+
+if TYPE_CHECKING:
+    from latentdiff.generation.result import GeneratedImage
+    from latentdiff.pipeline import Pipeline
+
+HELP = "Generate pictures of one or more prompts."
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text; none for a model that knows none")
+    parser.add_argument(
+        "-o",
+        "--out",
+        help="PNG to write (several are fox.png, fox-2.png, ...) or folder; named by the prompt otherwise",
+    )
+    add_model(parser)
+    parser.add_argument("--image", help="PNG, JPEG or WebP to start from")
+    parser.add_argument(
+        "--mask",
+        metavar="FILE|alpha|L,T,R,B",
+        help="part of --image to generate, while the rest stays: white in a picture of its size, transparent in it "
+        "(alpha), or a box of its pixels",
+    )
+    parser.add_argument("--size", metavar="WxH", help="in pixels, multiples of 8")
+    add_settings(parser, *GENERATE)
+    parser.add_argument("--upscale", action="store_true", help="enlarge each picture, with its prompt and seed")
+    parser.add_argument("--upscale-model", metavar="M", help=f"model that --upscale uses; {UPSCALER} by default")
+    parser.add_argument("--attention", default="sdpa", help="sdpa (torch's own, default) or xformers (CUDA only)")
+    parser.add_argument("--offload", action="store_true", help="keep networks in CPU memory while they do not run")
+    add_metadata(parser)
+    add_machine(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Generate pictures of prompts."""
+    chosen, prompts = given_settings(options), options.prompts or [""]
+    width, height = _size(options.size)
+    chosen |= {} if width is None else {"width": width, "height": height}
+    # Everything that can be refused without the model is, before it loads.
+    check_inputs(chosen, image=options.image is not None, mask=options.mask is not None, names=flags(), asked=True)
+    if options.upscale_model is not None and not options.upscale:
+        raise InputError("--upscale-model says what enlarges the pictures, got no --upscale; add it")
+    if not options.prompts and options.image is None and options.model is None:
+        raise InputError('PROMPT is missing; say what to draw, as in latentdiff generate "a red fox"')
+    settings = Settings(prompts=tuple(prompts), **chosen)
+    embeddings, loras = _embeddings(options.embedding), parse_loras(options.lora)
+    output = Output(options.out, [settings.prompt(index) for index in range(settings.count)], options.metadata)
+    started = time.perf_counter()
+    pipe = _load(options, embeddings, loras)
+    if not options.prompts and options.image is None and pipe.components.reads_text:
+        raise InputError('this model needs a PROMPT, got none; say what to draw, as in "a red fox"')
+    upscaler = load_upscaler(options.upscale_model, options.device, options.dtype) if options.upscale else None
+    images = pipe.stream(prompts, image=options.image, mask=_mask(options.mask), progress=on_terminal(), **chosen)
+    if upscaler is not None:
+        images = _each_upscaled(upscaler, images)
+    report = write_all(images, output, settings.count, options)
+    print_report(report, options, seconds=round(time.perf_counter() - started, 3))
+
+
+def _load(
+    options: argparse.Namespace, embeddings: Sequence[tuple[str, str | None]], loras: dict[str, object]
+) -> Pipeline:
+    how = {name: getattr(options, name) for name in ("prediction_type", "attention", "offload")}
+    pipe = load(options.model, options.device, options.dtype, **how)
+    for file, word in embeddings:
+        pipe = pipe.with_embedding(file, word)
+    return pipe.with_loras(loras) if loras else pipe  # type: ignore[arg-type]
+
+
+def _each_upscaled(upscaler: Pipeline, images: Iterator[GeneratedImage]) -> Iterator[GeneratedImage]:
+    for one in images:
+        yield from upscaled(upscaler, one.image, one.prompt, seed=one.seed)
+
+
+def _embeddings(given: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Return files with the words for them of "FILE" and "FILE:WORD"."""
+    found: list[tuple[str, str | None]] = []
+    for text in given:
+        file, word = file_and_rest(text)
+        if not is_file(file):
+            raise InputError(
+                f"--embedding must be a file and maybe a word for it, got {shown(text)}; try toy.safetensors:toy"
+            )
+        found.append((file, word))
+    return found
+
+
+def _mask(text: str | None) -> str | list[int] | None:
+    """Return the box of "10,20,40,50", or what else stands for a mask."""
+    numbers = [] if text is None or is_file(text) else text.split(",")
+    if len(numbers) > 1 and all(number.strip().isdecimal() and len(number) < 9 for number in numbers):
+        return [int(number) for number in numbers]
+    return text
+
+
+def _size(text: str | None) -> tuple[int | None, int | None]:
+    """Return (width, height) of "64x48", or (None, None)."""
+    if text is None:
+        return None, None
+    width, cross, height = text.lower().partition("x")
+    if not cross or not all(side.isdecimal() and len(side) < 9 for side in (width, height)):
+        raise InputError(f"--size must be WIDTHxHEIGHT in pixels, got {shown(text)}; try 64x64")
+    return int(width), int(height)

@@ -1,0 +1,285 @@
+"""`latentdiff replay`: a picture once more, from the record in its file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from latentdiff.commands.shared import (
+    Output,
+    add_machine,
+    add_metadata,
+    load,
+    on_terminal,
+    print_report,
+    say,
+    write_all,
+)
+from latentdiff.errors import InputError, shown
+from latentdiff.files import is_file
+from latentdiff.generation.options import check_integer
+from latentdiff.generation.request import Settings
+from latentdiff.generation.result import GeneratedImage, read_record
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from latentdiff.pipeline import Pipeline
+
+HELP = "Generate a picture again from the settings in its PNG file."
+MAX_WORK = 20_000  # calls of the network that a record may ask for without --force
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("image", help="PNG written by latentdiff")
+    parser.add_argument("-o", "--out", help="file to write; IMAGE-replay.png by default")
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        help="where the recorded model is now, or owner/name on a hub; several, for a picture made of another one",
+    )
+    for name, what in (
+        ("lora", "LoRA"),
+        ("embedding", "textual inversion"),
+        ("image", "initial image"),
+        ("mask", "mask"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            dest=f"new_{name}",
+            action="append",
+            default=[],
+            metavar="FILE",
+            help=f"where the recorded {what} is now; it is found by its hash",
+        )
+    parser.add_argument("--force", action="store_true", help="go on with another model, LoRA or image than recorded")
+    add_metadata(parser)
+    add_machine(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Generate a picture again from the settings in its file."""
+    from latentdiff.images import open_rgba, pixel_hash, to_rgba
+
+    record, source = read_record(options.image), Path(options.image)
+    request = _Request.of(record)
+    _check_work(request.settings, options.force)
+    output = Output(options.out or str(_beside(source)), [request.settings.prompt(0)], options.metadata)
+    started = time.perf_counter()
+    then = {key: shown(record.get(key))[:40] for key in ("device", "torch")}
+    one = _Replay(options, source, record.get("model_hash")).generate(record, request, str(source))
+    report = write_all([one], output, 1, options)
+    identical = pixel_hash(to_rgba(one.image)) == pixel_hash(open_rgba(source))
+    if not identical:
+        now = f"torch {one.record['torch']} on {one.record['device']}"
+        say(f"the pixels differ from {source}, which torch {then['torch']} on {then['device']} drew; this is {now}")
+    print_report(report, options, seconds=round(time.perf_counter() - started, 3), identical=identical)
+
+
+def _beside(source: Path) -> Path:
+    """Return IMAGE-replay.png, its name cut to what file systems take."""
+    return source.with_name(f"{source.stem[:200]}-replay.png")
+
+
+def _check_work(settings: Settings, force: bool) -> None:
+    calls = settings.num_inference_steps * settings.resampling * 2
+    if calls > MAX_WORK and not force:
+        raise InputError(f"the record asks for about {calls} calls of the network; add --force if that is meant")
+
+
+class _Request(NamedTuple):
+    """Request of a record: settings, the seeds of its batch, how many rows that had, and which of them it was."""
+
+    settings: Settings
+    seeds: dict[str, int]
+    size: int
+    row: int
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> _Request:
+        """Return the request of a record, checked."""
+        settings, remedy = Settings.from_record(record), "use the file as latentdiff wrote it"
+        size = check_integer("batch_size", record.get("batch_size"), 1, 1024, remedy)
+        counted = "variation_seed" if settings.variation_strength else "seed"  # what differs from image to image
+        seeds = {"seed": settings.seed, "variation_seed": settings.variation_seed}
+        row = check_integer("batch_index", record.get("batch_index"), 0, min(size, seeds[counted] + 1) - 1, remedy)
+        seeds[counted] -= row
+        return cls(settings, seeds, size, row)
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """A replay: options of the command, and the picture whose folder is searched for what it was made from."""
+
+    options: argparse.Namespace
+    source: Path
+    outermost: object  # hash of the model of the picture itself, not of one that it was made of
+
+    def generate(self, record: dict[str, Any], request: _Request, name: str) -> GeneratedImage:
+        """Generate the picture of a record with the model, device and dtype chosen, else those recorded."""
+        settings = request.settings
+        inputs = self._inputs(record)
+        pipe = self._model(record, name)
+        pipe = self._with_embeddings(pipe, record.get("embeddings") or [])
+        pipe = self._with_loras(pipe, record.get("loras") or [])
+        left_out = {"seed", "variation_seed", "num_images", *(() if "image" in inputs else ("strength",))}
+        chosen: dict[str, Any] = {
+            item.name: getattr(settings, item.name)
+            for item in fields(settings)
+            if item.name not in left_out and "option" in item.metadata
+        }
+        chosen |= {"num_images": request.size, **request.seeds}
+        # The batch it was in had this many rows; what was in the others does not matter, how many does.
+        with _threads(record.get("threads")):
+            images = pipe.stream(
+                settings.prompts,
+                batch_size=request.size,
+                progress=on_terminal(),
+                **inputs,
+                **chosen,
+            )
+            return list(images)[request.row]
+
+    def _model(self, record: Mapping[str, Any], name: str) -> Pipeline:
+        options, model = self.options, self._find_model(record)
+        device, dtype = (getattr(options, key) or record.get(key) for key in ("device", "dtype"))
+        device, dtype = (str(value)[:80] if value is not None else None for value in (device, dtype))
+        how = {"prediction_type": record.get("prediction_type"), "local": model not in options.model}
+        pipe = load(model, device, dtype, **how)
+        expected, got = str(record.get("model_hash"))[:10], pipe.components.model_hash
+        if got != record.get("model_hash") and not options.force:
+            raise InputError(
+                f"{name} was made by model {expected}, got {got[:10]}; pass that one as --model, or add --force"
+            )
+        return pipe
+
+    def _find_model(self, record: Mapping[str, Any]) -> str:
+        """Return where the model of a record is: one given anew with its hash, else by its name here or beside."""
+        from latentdiff.checkpoints import find_model
+        from latentdiff.checkpoints.hashes import model_hash
+
+        given, recorded = self.options.model, record.get("model")
+        for model in given:
+            place = Path(model) if is_file(model) else find_model(model)[0]
+            if model_hash(place) == record.get("model_hash"):
+                return str(model)
+        if given and (self.options.force or record.get("model_hash") == self.outermost):
+            return str(given[0])
+        if not isinstance(recorded, str):
+            raise InputError(f"the record must name its model, got {shown(recorded)}; pass --model")
+        beside = self.source.parent / recorded
+        elsewhere = not Path(recorded).exists() and beside.exists() and recorded not in ("", ".")
+        return str(beside) if elsewhere else recorded
+
+    def _with_embeddings(self, pipe: Pipeline, records: Any) -> Pipeline:
+        """Return a pipeline with the learned words of a record, if their files are still what they were."""
+        from latentdiff.checkpoints.hashes import model_hash
+
+        for record in records if isinstance(records, list) else [records]:
+            path, word = (record.get(key) if isinstance(record, dict) else None for key in ("path", "word"))
+            if not isinstance(path, str) or not isinstance(word, str):
+                raise InputError(
+                    "the record of an embedding must have path and word; use the file as latentdiff wrote it"
+                )
+            file = self._find(path, "embedding", record.get("hash"), lambda one: model_hash(Path(one)))
+            pipe = pipe.with_embedding(file, word)
+            self._require(pipe.components.embeddings[-1]["hash"] == record.get("hash"), file, "embedding", "made with")
+        return pipe
+
+    def _with_loras(self, pipe: Pipeline, records: Any) -> Pipeline:
+        """Return a pipeline with the LoRAs of a record, if their files are still what they were."""
+        from latentdiff.checkpoints.hashes import model_hash
+        from latentdiff.checkpoints.lora import load_lora
+
+        loras: dict[Any, Any] = {}
+        for record in records if isinstance(records, list) else [records]:
+            path = record.get("path") if isinstance(record, dict) else None
+            if not isinstance(path, str):
+                raise InputError("the picture was drawn with a LoRA in memory, which no file keeps; draw it in Python")
+            file = self._find(path, "lora", record.get("hash"), lambda one: model_hash(Path(one)))
+            lora = load_lora(file, pipe.components)
+            self._require(lora.hash == record.get("hash"), file, "LoRA", "made with")
+            loras[lora] = record.get("weight")
+        return pipe.with_loras(loras) if loras else pipe
+
+    def _inputs(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return image and mask of a record, if they are still what they were."""
+        from PIL import Image
+
+        from latentdiff.generation.masks import ALPHA, hard_mask, open_mask
+        from latentdiff.images import pixel_hash, to_rgb
+
+        if record.get("latents_given"):
+            raise InputError(
+                "the picture was drawn from latents that were passed in, which no file keeps; draw it in Python"
+            )
+        found: dict[str, Any] = {}
+        for name in (name for name in ("image", "mask") if record.get(name) is not None):
+            used = record[name] if isinstance(record[name], dict) else {}
+            if isinstance(used.get("box"), list):
+                found[name] = used["box"]
+                continue
+            alpha, given = used.get("alpha") is True, used.get("path")
+            if alpha:
+                given = found.get("image")
+            elif isinstance(given, str):
+                given = self._find(given, name, used.get("hash"), lambda one: pixel_hash(to_rgb(_open(one, "image"))))
+            elif isinstance(used.get("record"), dict):
+                given = self.generate(used["record"], _Request.of(used["record"]), "the picture it was made of").image
+            if not isinstance(given, (str, Image.Image)):
+                raise InputError(
+                    "the picture was drawn from an image in memory, which no file keeps; draw it in Python"
+                )
+            opened = _open(given, name)
+            now = open_mask(ALPHA, opened).given["hash"] if alpha else pixel_hash(to_rgb(opened))
+            what = given if isinstance(given, str) else "the picture it was drawn of, drawn again,"
+            self._require(now == used.get("hash"), what, name, "made from")
+            found[name] = ALPHA if alpha else given
+            if name == "mask" and not alpha and not used.get("soft") and open_mask(given, opened).given.get("soft"):
+                found[name] = hard_mask(opened)  # as masks with shades of grey were read once
+        return found
+
+    def _find(self, recorded: str, kind: str, wanted: object, hash_of: Callable[[str], str]) -> str:
+        """Return where a recorded file is: as given anew, else by its path from here, else beside the picture."""
+        given = getattr(self.options, f"new_{kind}")
+        for file in given:
+            if len(given) == 1 or hash_of(file) == wanted:
+                return str(file)
+        beside = self.source.parent / Path(recorded).name
+        return str(beside) if not is_file(recorded) and is_file(beside) else recorded
+
+    def _require(self, same: bool, what: str, kind: str, how: str) -> None:
+        if not same and not self.options.force:
+            this = "this picture was" if how == "made with" else "this one was"
+            raise InputError(f"{what} is no longer the {kind} {this} {how}; restore it, or add --force")
+
+
+def _open(given: Any, name: str) -> Image.Image:
+    from latentdiff.generation.masks import open_picture
+
+    opened = open_picture(given, name)
+    if opened is None:
+        raise InputError(f"{name} must be a picture, got none; pass it as --{name}")
+    return opened
+
+
+@contextmanager
+def _threads(count: object) -> Iterator[None]:
+    """Compute with as many threads as a picture was made with, where this machine has them: sums depend on it."""
+    import torch
+
+    before = torch.get_num_threads()
+    if isinstance(count, int) and not isinstance(count, bool) and 1 <= count <= (os.cpu_count() or 1):
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,85 @@
+"""`latentdiff train`: the stage that a YAML config describes."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+from pathlib import Path
+
+from latentdiff import training
+from latentdiff.commands.shared import load_torch
+from latentdiff.errors import StorageError
+from latentdiff.files import is_file
+
+HELP = "Train the stage that a YAML config describes."
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("config", help="YAML file, see configs/; a name alone finds one that came with the package")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=VALUE")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that is whole")
+    parser.add_argument("--out", help="run folder, instead of the config's run.out")
+    parser.add_argument("--check", action="store_true", help="look at everything a run needs, print it, train nothing")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train the stage that a config describes, or look at what it needs."""
+    recipe = find_recipe(options.config)
+    if options.check:
+        check(recipe, options.overrides, options.out)
+    else:
+        train(recipe, options.overrides, options.resume, options.out)
+
+
+def find_recipe(config: str) -> str:
+    """Return the path of a config; a plain name, or one in configs/, that is no file may be one of the package."""
+    named = Path(config)
+    packaged = Path(training.__file__).parent / "configs" / named.name
+    plain = named.parent in (Path(), Path("configs"))
+    return str(packaged) if plain and not named.exists() and is_file(packaged) else config
+
+
+def train(config: str, overrides: list[str], resume: bool, out: str | None) -> None:
+    """Run the stage that a YAML config describes.
+
+    Args:
+        config: path of the YAML file.
+        overrides: `section.key=value` strings.
+        resume: go on from the newest checkpoint that verifies.
+        out: run folder instead of the config's `run.out`.
+
+    Raises:
+        InputError, StorageError: see `training.config.load_config` and the stages.
+    """
+    load_torch()
+    from latentdiff.training.config import AutoencoderTraining, load_config
+
+    parsed = load_config(config, [*overrides, *([f"run.out={out}"] if out else [])])
+    try:
+        if isinstance(parsed, AutoencoderTraining):
+            from latentdiff.training.train_autoencoder import train_autoencoder
+
+            train_autoencoder(parsed, resume)
+        else:
+            from latentdiff.training.train_diffusion import train_diffusion
+
+            train_diffusion(parsed, resume)
+    except OSError as error:  # of a log line or a picture; checkpoints, caches and models have their own
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or parsed.run.out
+        raise StorageError(f"no space left for {place}; free some, then go on with --resume") from error
+
+
+def check(config: str, overrides: list[str], out: str | None) -> None:
+    """Look at everything a run needs, without training.
+
+    Raises:
+        InputError, ModelLoadError, StorageError: the run could not be started as it is.
+    """
+    load_torch()
+    from latentdiff.training.check.diffusion import check as check_run
+    from latentdiff.training.config import load_config
+
+    check_run(load_config(config, [*overrides, *([f"run.out={out}"] if out else [])]))

@@ -1,0 +1,122 @@
+"""Open files that others have named: regular ones alone, no larger than expected, each failure one line.
+
+A pipe or device is refused before it is opened, as some hang and some never end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from typing import Any, BinaryIO
+
+from latentdiff.errors import InputError, shown
+
+__all__ = ["is_file", "is_folder", "open_file", "parse_json", "read_file", "stamp"]
+
+KINDS = {
+    stat.S_ISDIR: "a folder",
+    stat.S_ISFIFO: "a pipe",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
+
+
+def open_file(path: str | os.PathLike[str], what: str = "file") -> BinaryIO:
+    """Open a regular file to read its bytes.
+
+    Args:
+        path: of the file; links are followed.
+        what: it is, for messages.
+
+    Raises:
+        InputError: there is none, it is no regular file, or it cannot be read.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    try:
+        _check_regular(os.stat(path).st_mode, path, what)
+        file = os.fdopen(os.open(path, flags), "rb")
+        _check_regular(os.fstat(file.fileno()).st_mode, path, what)  # it may be another by now
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _refusal(path, what, error) from error
+    return file
+
+
+def read_file(path: str | os.PathLike[str], most: int, what: str = "file") -> bytes:
+    """Return the content of a regular file.
+
+    Args:
+        path: of the file; links are followed.
+        most: bytes that it may have.
+        what: it is, for messages.
+
+    Raises:
+        InputError: as `open_file`, or it is larger.
+    """
+    with open_file(path, what) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            data = b"" if size > most else file.read(most + 1)
+        except OSError as error:
+            raise _refusal(path, what, error) from error
+    if max(size, len(data)) > most:
+        got = f"{max(size, len(data)) / 2**20:,.0f}"
+        raise InputError(f"{os.fspath(path)} must be at most {most / 2**20:,.0f} MiB, got {got} MiB; make it smaller")
+    return data
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Say whether a path can be looked at and is a regular file."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Say whether a path can be looked at and is a folder."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def stamp(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """Return the size of a file and when it was written, in nanoseconds; None where it cannot be looked at."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def parse_json(text: str | bytes, name: str) -> Any:
+    """Return what a JSON text says.
+
+    Args:
+        text: bytes are UTF-8, with its mark or without.
+        name: of its file, for messages.
+
+    Raises:
+        InputError: it is no JSON, nested too deep, or holds a number of too many digits.
+    """
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise InputError(f"{name} is not JSON that can be read ({reason}); write it again") from error
+
+
+def _mode(path: str | os.PathLike[str]) -> int:
+    try:
+        return os.stat(path).st_mode
+    except (OSError, ValueError):  # too long, closed, with a NUL
+        return 0
+
+
+def _check_regular(mode: int, path: str | os.PathLike[str], what: str) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in KINDS.items() if test(mode)), "something else")
+        raise InputError(f"{os.fspath(path)} must be a regular file, got {kind}; pass the {what} itself")
+
+
+def _refusal(path: str | os.PathLike[str], what: str, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or error
+    return InputError(f"cannot read {what} {shown(os.fspath(path), 200)}: {reason}; check the path")
