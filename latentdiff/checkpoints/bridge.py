@@ -29,7 +29,7 @@ def to_diffusers(components: Components) -> Any:
     """Return the pipeline of diffusers that draws what this model draws, sharing its weights.
 
     Args:
-        components: of a model that diffusers has a pipeline for.
+        components: a model that diffusers has a pipeline for.
 
     Raises:
         InputError: it has none: diffusion in pixels or of classes.
@@ -71,7 +71,7 @@ def from_diffusers(pipe: Any) -> Components:
     """Return the components of a pipeline of diffusers, sharing its weights.
 
     Args:
-        pipe: of one of the classes whose folders can be loaded, see `folder.CLASSES`.
+        pipe: a pipeline whose folder could be loaded, see `folder.CLASSES`.
 
     Raises:
         InputError: another class of pipeline.

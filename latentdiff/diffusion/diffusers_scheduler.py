@@ -27,8 +27,8 @@ class SchedulerPlan:
     """Sampling run by a diffusers scheduler: its timesteps and noise levels, and the loop.
 
     Args:
-        scheduler: of the discrete variance-preserving kind, as DDIMScheduler; it is copied.
-        schedule: of the model; the scheduler must have the same noise process and prediction type.
+        scheduler: one of the discrete variance-preserving kind, as DDIMScheduler; it is copied.
+        schedule: the model's, with the noise process and prediction type that the scheduler must have too.
         num_inference_steps: 1 to schedule.num_train_timesteps.
         strength: above 0, up to 1; image-to-image skips the first steps.
 

@@ -11,7 +11,7 @@ __all__ = ["DISCRETIZATION_RULES", "Discretization", "DiscretizationRule"]
 
 
 class Discretization(NamedTuple):
-    """The noise levels of one sampling run.
+    """Timesteps and noise levels of one sampling run.
 
     Attributes:
         timesteps: (N,) float64, falling, for the network; fractional under linspace or Karras spacing.
@@ -26,7 +26,7 @@ class Discretization(NamedTuple):
 
 @dataclass(frozen=True)
 class DiscretizationRule:
-    """The habits in which one family of diffusers' schedulers differs from the others.
+    """How one family of diffusers' schedulers chooses noise levels, where it differs from the others.
 
     Attributes:
         spacing: timestep spacing when the checkpoint names none.

@@ -1,4 +1,4 @@
-"""How likely a diffusion model finds data, in bits per dimension: the variational bound, and the probability-flow ODE.
+"""Likelihood of data under a diffusion model, in bits per dimension: variational bound and probability-flow ODE.
 
 Everything is about whatever the network denoises. For a latent model that is latents, and the result is no likelihood
 of pictures: it says nothing of what the autoencoder adds or loses.

@@ -46,8 +46,9 @@ def deis(sigmas: Tensor) -> Table:
         x, last, D = rows.state
         slope, step = (x - D) / sigma, following - sigma
         change = step * slope
-        steady = index == len(sigmas) - 2 < 14
-        if past and following and not steady:
+        number_of_steps = len(sigmas) - 1
+        last_of_few = number_of_steps < 15 and index == number_of_steps - 1
+        if past and following and not last_of_few:
             # the integral of log(s) - log(sigma) from sigma to sigma'
             area = following * math.log(following / sigma) - step
             change = change + area / math.log(sigma / past) * (slope - last)

@@ -1,4 +1,4 @@
-"""The sampling loop: it applies tables of numbers, which samplers are.
+"""The sampling loop: applies samplers, which are tables of numbers, to a batch.
 
 An explicit solver is a linear recurrence. An image keeps a few slots, slot 0 being the x at which the network is called
 next. With D_i = denoise(slot 0) at sigma_i, row i of its table is
@@ -120,10 +120,10 @@ class Step:
 
 
 class KnownRegion(NamedTuple):
-    """What is known of the result beforehand, for inpainting with any model.
+    """Known latents of a part of the result, for inpainting with any model.
 
     The x0 estimate is replaced there, so x stays exactly on the path from its noise to the known latents, whatever the
-    solver, and the rest is drawn to fit.
+    solver, and ends on them; the rest is sampled to fit.
 
     Attributes:
         mask: (B, 1, H, W) in [0, 1], 1 where the result is to be drawn, 0 where it is known.
@@ -274,7 +274,7 @@ def _fresh_noise(generators: Sequence[torch.Generator | None], x: Tensor) -> Ten
 
 
 class _Batch(NamedTuple):
-    """The tables of a batch for a network's own inputs and outputs: slot 0 is what the network is given.
+    """Tables of a batch, in terms of the network's own inputs and outputs: slot 0 is its next input.
 
     sigmas, timesteps: (R, B).
     c_in, c_next, of_input, of_output, noise_range: (R, B, 1, 1, 1); c_next is the c_in of the next row, and denoised =

@@ -28,7 +28,7 @@ class Plan:
     """All the numbers of one image's sampling run, float64 on the CPU, R rows with one network call each.
 
     Attributes:
-        timesteps: (R,), what the network is told.
+        timesteps: (R,), the network's timestep input.
         sigmas: (R,), noise level of x when the network is called.
         matrices: (R, S, S + 1).
         noise: (R, S).
@@ -95,7 +95,7 @@ def make_plan(
     """Make the table of a sampling run.
 
     Args:
-        schedule: of the model.
+        schedule: the model's.
         sampler: a key of `SAMPLERS`, optionally followed by `_` and a key of `SIGMA_SPACINGS`, as in dpmpp_2m_karras.
         num_inference_steps: 1 to schedule.num_train_timesteps; or else
         sigmas: the noise levels themselves, falling; a last one of 0 is added where it is missing; or else

@@ -1,4 +1,4 @@
-"""What a network predicts (noise, velocity, data or flow), and how its output becomes an x0 estimate, denoise(x).
+"""Prediction types (noise, velocity, data, flow): training target, and x0 estimate from the network's output.
 
 A network sees signal_rate * x0 + noise_rate * noise: in VP coordinates, where the squares of the rates add up to 1, or
 in those of flow matching, where the rates do. Sampling lives in sigma coordinates, x = x0 + sigma * noise, sigma being
@@ -35,7 +35,7 @@ __all__ = [
 
 @dataclass(eq=False)
 class Call:
-    """Where the images of one network call stand; the tensors are on the device of x, b images are still running.
+    """Position of a batch in its sampling runs; tensors are on the device of x, b images are still running.
 
     Attributes:
         index: how many rows were done before this one, the same for all images (an int: reading it costs no sync).
@@ -175,7 +175,7 @@ class Thresholding:
 
 @dataclass(frozen=True)
 class Denoiser:
-    """The one function that samplers call, made of a network; `as_denoiser` makes it.
+    """A network wrapped as the one function that samplers call; `as_denoiser` makes it.
 
     The sampling loop does not call it but folds its factors into the tables, and calls the network itself.
 

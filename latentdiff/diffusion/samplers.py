@@ -54,8 +54,8 @@ def ddpm(sigmas: Tensor, variance: str = "fixed_small") -> Table:
         x, D = rows.state
         down, up = _ancestral(sigma, following)
         # beta = 1 - (1 + following^2) / (1 + sigma^2), divided by the next signal rate
-        large = up and math.sqrt((sigma**2 - following**2) * (1 + following**2) / (1 + sigma**2))
-        span = math.log(large / up) if up and variance == "learned_range" else 0.0
+        large = math.sqrt((sigma**2 - following**2) * (1 + following**2) / (1 + sigma**2)) if up > 0 else 0.0
+        span = math.log(large / up) if up > 0 and variance == "learned_range" else 0.0
         mean = D + down / sigma * (x - D)
         rows.add(sigma, mean, noise=large if variance == "fixed_large" else up, noise_range=span)
     return rows.table()
@@ -132,7 +132,7 @@ def dpmpp_2s_a(sigmas: Tensor) -> Table:
 
 
 def dpmpp_2s(sigmas: Tensor, skipped: int = 0) -> Table:
-    """DPM-Solver++(2S), one call a step: of each two steps the second starts again where the first did.
+    """DPM-Solver++(2S) with one call a step: of each two steps the second starts again where the first did.
 
     The step into sigma 0 is of order 1.
 

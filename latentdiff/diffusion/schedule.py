@@ -1,4 +1,4 @@
-"""The noise schedule: how noisy each training timestep is, and which noise levels sampling visits.
+"""The noise schedule: noise levels of the training timesteps, and their choice for a sampling run.
 
 Everything a checkpoint's `scheduler_config.json` says about the noise process is here, and so is every habit of
 diffusers' schedulers that changes a number (spacing, offset, last noise level, scale of the initial noise). Samplers
@@ -152,7 +152,7 @@ class NoiseSchedule:
 
     @property
     def thresholding(self) -> Thresholding | None:
-        """What bounds x0 estimates, for the few models whose config asks for it."""
+        """Dynamic thresholding of x0 estimates, where the config asks for it."""
         if not self.extra.get("thresholding"):
             return None
         keys = {"dynamic_thresholding_ratio": "ratio", "sample_max_value": "largest"}

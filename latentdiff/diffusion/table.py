@@ -1,4 +1,4 @@
-"""The table of numbers that a sampler is, and the means to write one down."""
+"""Samplers as tables of numbers, and how to write one down."""
 
 from __future__ import annotations
 

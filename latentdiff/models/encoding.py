@@ -1,4 +1,4 @@
-"""Prompts to what the U-Net sees of them: one small protocol for every text encoder.
+"""Text encoding of prompts for the U-Net: one small protocol for every text encoder.
 
 CLIP (Stable Diffusion 1.x, 2.x), BERT and T5 are encoded by `TokenStates`, the two encoders of Stable Diffusion XL by
 `PenultimateStates`; `pixels.LabelEncoder` does the same for classes.
@@ -21,7 +21,7 @@ __all__ = ["Encoded", "PenultimateStates", "PromptEncoder", "TokenStates"]
 
 
 class Encoded(NamedTuple):
-    """What a model's text encoders make of one text.
+    """One text, encoded by a model's text encoders.
 
     Attributes:
         states: (n, L, D), n windows of L tokens: the context, once windows are put one behind the other.
@@ -44,7 +44,7 @@ class PromptEncoder(Protocol):
 
         Args:
             texts: any number.
-            clip_skip: how many of the last layers of CLIP encoders to leave out besides.
+            clip_skip: how many more of the last layers of CLIP encoders to leave out.
             weighted: read `(fox:1.3)` as a fox of weight 1.3, see `prompts.parse_weights`.
 
         Raises:
