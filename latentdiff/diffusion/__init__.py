@@ -15,7 +15,7 @@ from latentdiff.diffusion.discretization import Discretization
 from latentdiff.diffusion.guidance import adaptive_projected, classifier_free, guidance_scales, rescaled
 from latentdiff.diffusion.inversion import make_inversion_plan
 from latentdiff.diffusion.loop import KnownRegion, Step, draw_noise, image_generator, sample, slerp, start
-from latentdiff.diffusion.plan import Plan, make_plan, overshoot, parse_sampler
+from latentdiff.diffusion.plan import Plan, make_plan, overshoot, overshoot_note, parse_sampler
 from latentdiff.diffusion.prediction import Call, as_denoiser, preconditioning
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.diffusion.schedule import NoiseSchedule
@@ -38,6 +38,7 @@ __all__ = [
     "make_inversion_plan",
     "make_plan",
     "overshoot",
+    "overshoot_note",
     "parse_sampler",
     "preconditioning",
     "rescaled",

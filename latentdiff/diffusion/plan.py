@@ -18,8 +18,9 @@ from latentdiff.diffusion.spacing import SIGMA_SPACINGS
 from latentdiff.diffusion.table import Table
 from latentdiff.errors import InputError, suggest
 
-__all__ = ["EXTERNAL", "Plan", "make_plan", "overshoot", "parse_sampler", "skipped_steps"]
+__all__ = ["EXTERNAL", "Plan", "make_plan", "overshoot", "overshoot_note", "parse_sampler", "skipped_steps"]
 
+LARGEST_OVERSHOOT = 3.0  # second-order samplers reach it in 2 to 4 calls
 EXTERNAL = "diffusers:"  # in settings, before the class of a scheduler object that stood in for a sampler
 
 
@@ -199,6 +200,17 @@ def overshoot(plan: Plan) -> float:
         linear[:, 0] += matrix[:, -1] / (1 + sigma**2)  # the exact estimate of x
         covariance = linear @ covariance @ linear.T + np.outer(noise, noise)
     return float(abs(covariance[0, 0]))
+
+
+def overshoot_note(plan: Plan, sampler: str) -> str | None:
+    """Return a warning where a plan leaves noise or is unstable, None for a sound one; see `overshoot`."""
+    variance = overshoot(plan)
+    if variance <= LARGEST_OVERSHOOT:
+        return None
+    return (
+        f"{sampler} in {len(plan)} calls leaves noise or is unstable: Gaussian data would come out with {variance:.3g} "
+        "times its variance; take more steps, another spacing, or dpmpp_2m"
+    )
 
 
 def skipped_steps(num_inference_steps: int, strength: float) -> int:

@@ -22,7 +22,7 @@ from latentdiff.diffusion import (
     sample,
     start,
 )
-from latentdiff.diffusion.plan import overshoot
+from latentdiff.diffusion.plan import overshoot, overshoot_note
 from latentdiff.errors import InputError
 from tests.diffusion.test_samplers import (
     COSINE,
@@ -132,6 +132,9 @@ def test_overshoot_is_the_variance_that_standard_normal_data_gets() -> None:
     assert overshoot(make_plan(pure, "plms", 25)) > 1000 and overshoot(make_plan(pure, "pndm", 25)) > 100
     assert overshoot(make_plan(pure, "plms", 25, strength=0.5)) < 1.1
     assert overshoot(make_plan(pure, "ddim", 25)) < 1
+    told = overshoot_note(make_plan(pure, "plms", 25), "plms")
+    assert told is not None and told.startswith("plms in 26 calls leaves noise or is unstable") and len(told) < 200
+    assert overshoot_note(make_plan(pure, "ddim", 25), "ddim") is None
 
 
 def test_steps_and_sigmas_exclude_each_other() -> None:
