@@ -8,12 +8,24 @@ from collections.abc import Sequence
 
 from latentdiff.errors import InputError
 
-__all__ = ["MAX_PROMPT_LENGTH", "check_prompt", "check_prompts", "parse_weights", "slug"]
+__all__ = ["MAX_PROMPT_LENGTH", "check_prompt", "check_prompts", "literal_syntax", "parse_weights", "slug"]
 
 MAX_PROMPT_LENGTH = 4000  # characters
 MAX_WEIGHT = 10
 BRACKET_WEIGHT = 1.1
 CLOSING = {")": "(", "]": "["}
+# What web UIs read in a prompt and this package does not: pattern -> what it would mean there.
+LITERAL_SYNTAX = {
+    re.compile(r"\bBREAK\b"): "starting a new window",
+    re.compile(r"\bAND\b"): "drawing several prompts together",
+    re.compile(r"\[[^\[\]|]*:\s*\d*\.?\d+\s*\]"): "changing the prompt between steps",
+    re.compile(r"\[[^\[\]]*\|[^\[\]]*\]"): "alternating between words",
+    re.compile(r"\{[^{}]*\|[^{}]*\}"): "choosing one of several words",
+    re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>", re.IGNORECASE): "adding weights by the prompt",
+    re.compile(r"\bembedding:\S+"): "naming an embedding by its file",
+    re.compile(r"__[\w/*-]+__"): "a wildcard",
+    re.compile(r"^#.*|\s#\s.*", re.MULTILINE): "a comment",
+}
 # An escaped sign, a bracket, a weight with the bracket it closes, plain text.
 WEIGHT_SIGNS = re.compile(
     r"\\(?P<plain>[()\[\]\\])|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^()\[\]\\:]+|."
@@ -94,12 +106,29 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     for text, weight in pieces:
         if abs(weight) > MAX_WEIGHT:
             limits = f"from -{MAX_WEIGHT} to {MAX_WEIGHT}"
-            raise InputError(f"a weight in a prompt must be {limits}, got {weight:g} for {text[:40]!r}; try 1.3")
+            raise InputError(
+                f"a weight in a prompt must be {limits}, got {weight:g} for {text[:40]!r}; try 1.3, or \\( and \\) for "
+                "brackets that belong to the text"
+            )
         if joined and joined[-1][1] == weight:
             joined[-1] = (joined[-1][0] + text, weight)
         else:
             joined.append((text, weight))
     return joined or [("", 1.0)]
+
+
+def literal_syntax(prompt: str) -> list[str]:
+    """Return one note for each syntax of other tools in a prompt that is encoded as plain text here.
+
+    The notes are for prompts whose weights are read; a sign behind a backslash is text on purpose.
+    """
+    text = re.sub(r"\\.", "", prompt, flags=re.DOTALL)
+    found = [(pattern.search(text), meaning) for pattern, meaning in LITERAL_SYNTAX.items()]
+    return [
+        f"{match[0].strip()[:40]!r} in a prompt is encoded as text: {meaning} is not supported"
+        for match, meaning in found
+        if match is not None
+    ]
 
 
 def slug(prompt: str, max_length: int = 40) -> str:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentdiff.errors import InputError, suggest
-from latentdiff.prompts import MAX_PROMPT_LENGTH, check_prompt, check_prompts, parse_weights, slug
+from latentdiff.prompts import MAX_PROMPT_LENGTH, check_prompt, check_prompts, literal_syntax, parse_weights, slug
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,47 @@ def test_weights(prompt: str, pieces: list[tuple[str, float]]) -> None:
 def test_weights_beyond_reason_are_refused() -> None:
     with pytest.raises(InputError, match="must be from -10 to 10, got 11 for 'fox'"):
         parse_weights("a (fox:11)")
+    with pytest.raises(
+        InputError, match=r"got 64 for '1'; try 1\.3, or \\\( and \\\) for brackets that belong to the text"
+    ):
+        parse_weights("model car (1:64)")
+    assert parse_weights(r"model car \(1:64\)") == [("model car (1:64)", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sign", "meaning"),
+    [
+        ("a fox BREAK a car", "BREAK", "starting a new window"),
+        ("a cat AND a dog:0.8", "AND", "drawing several prompts together"),
+        ("a [fox:car:0.5]", "[fox:car:0.5]", "changing the prompt between steps"),
+        ("a [fox:car:10]", "[fox:car:10]", "changing the prompt between steps"),
+        ("a [fox::0.5]", "[fox::0.5]", "changing the prompt between steps"),
+        ("a [:car:.5 ]", "[:car:.5 ]", "changing the prompt between steps"),
+        ("a [fox|car]", "[fox|car]", "alternating between words"),
+        ("a {red|blue} fox", "{red|blue}", "choosing one of several words"),
+        ("a fox <lora:style:0.8>", "<lora:style:0.8>", "adding weights by the prompt"),
+        ("a fox, embedding:easynegative", "embedding:easynegative", "naming an embedding by its file"),
+        ("a __color__ fox", "__color__", "a wildcard"),
+        ("# my fox\na fox", "# my fox", "a comment"),
+        ("a fox # my fox", "# my fox", "a comment"),
+    ],
+)
+def test_syntax_of_other_tools_is_told(prompt: str, sign: str, meaning: str) -> None:
+    """Once for each syntax, however often it stands there; the prompt itself is read as before."""
+    assert literal_syntax(prompt) == [f"{sign!r} in a prompt is encoded as text: {meaning} is not supported"]
+    assert len(literal_syntax(f"{prompt}\n{prompt}")) == 1
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a (red:1.2) fox, [dim], 16:9, {x}, salt and pepper, breakfast, a_b__c, #1 dad, C# code",
+        r"a \[fox|car\], \{a|b\}, \<lora:x:1>",
+        "",
+    ],
+)
+def test_other_text_is_not_told(prompt: str) -> None:
+    assert literal_syntax(prompt) == []
 
 
 @given(st.text(alphabet="ab ()[]:\\.123"))

@@ -6,6 +6,7 @@ This needs diffusers and transformers, which are imported when a function here i
 from __future__ import annotations
 
 import importlib
+import inspect
 import tempfile
 import warnings
 from pathlib import Path
@@ -28,7 +29,7 @@ def to_diffusers(components: Components) -> Any:
     """Return the pipeline of diffusers that draws what this model draws, sharing its weights.
 
     Args:
-        components: of a model that diffusers has a pipeline for.
+        components: a model that diffusers has a pipeline for.
 
     Raises:
         InputError: it has none: diffusion in pixels or of classes.
@@ -59,6 +60,8 @@ def to_diffusers(components: Components) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*scaling_factor", FutureWarning)
         pipe = getattr(diffusers, kind)(**theirs, **options)
+    for name, schedule in schedules.items():  # which some pipelines have given another offset
+        setattr(pipe, name, type(getattr(pipe, name)).from_config(schedule.to_dict()))
     if components.upscales:  # it is made to have the factor of Stable Diffusion's upscaler
         pipe.vae.register_to_config(scaling_factor=components.autoencoder.config.scaling_factor)
     return pipe
@@ -68,7 +71,7 @@ def from_diffusers(pipe: Any) -> Components:
     """Return the components of a pipeline of diffusers, sharing its weights.
 
     Args:
-        pipe: of one of the classes whose folders can be loaded, see `folder.CLASSES`.
+        pipe: a pipeline whose folder could be loaded, see `folder.CLASSES`.
 
     Raises:
         InputError: another class of pipeline.
@@ -164,7 +167,13 @@ def _our_tokenizer(theirs: Any) -> Tokenizer:
 
 
 def _our_schedule(scheduler: Any) -> NoiseSchedule:
-    # What nobody chose is left to the sampler, as diffusers does when one scheduler is made from another.
-    unchosen = scheduler.config.get("_use_default_values", ())
+    # What nobody chose is left to the sampler, as diffusers does when one scheduler is made from another. But pipelines
+    # of Stable Diffusion put steps_offset 1 in place of a default, and do not list it as chosen.
+    defaults = inspect.signature(type(scheduler)).parameters
+    unchosen = {
+        name
+        for name in scheduler.config.get("_use_default_values", ())
+        if name in defaults and scheduler.config[name] == defaults[name].default
+    }
     chosen = {name: value for name, value in scheduler.config.items() if name not in unchosen}
     return NoiseSchedule.from_dict({**chosen, "_class_name": type(scheduler).__name__})

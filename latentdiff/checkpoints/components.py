@@ -189,7 +189,8 @@ class Components(Encoders):
     def denoiser(self, network: Network) -> Denoiser:
         """Return `network`, this model's U-Net guided or not, as the function from x to x0 that samplers call."""
         limit = 1.0 if isinstance(self.autoencoder, PixelSpace) else None
-        return as_denoiser(network, self.schedule.prediction_type, self.unet.config.self_conditioning, limit)
+        schedule, self_conditioning = self.schedule, self.unet.config.self_conditioning
+        return as_denoiser(network, schedule.prediction_type, self_conditioning, limit, schedule.thresholding)
 
     @property
     def model_hash(self) -> str:

@@ -19,6 +19,7 @@ from latentdiff.checkpoints.components import Components, ModelSource, check_fit
 from latentdiff.checkpoints.compvis_keys import OLD_ATTENTION
 from latentdiff.checkpoints.difference import apply_difference
 from latentdiff.checkpoints.folder import (
+    INDEX,
     NETWORKS,
     Layout,
     as_diffusers_reads,
@@ -41,6 +42,8 @@ __all__ = ["load_folder", "load_network", "load_schedule", "load_tokenizer"]
 
 # Tables that older files carry and no network needs, and weights that stand there twice.
 IGNORED_TENSORS = ("embeddings.position_ids", "text_model.embeddings.position_ids", "encoder.embed_tokens.weight")
+# Pipelines of diffusers that set steps_offset to 1, whatever scheduler_config.json says; leading spacing alone has one.
+OFFSET_BY_ONE = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 
 
 def load_folder(
@@ -201,6 +204,10 @@ def load_schedule(root: Path, component: str = "scheduler") -> NoiseSchedule:
     if config.get("trained_betas") == []:  # none, as some programs write it
         del config["trained_betas"]
     try:
-        return NoiseSchedule.from_dict({"_class_name": "", **config})
+        schedule = NoiseSchedule.from_dict({"_class_name": "", **config})
     except ModelConfigError as error:
         raise ModelConfigError(f"{path}: {error}") from error
+    leading = component == "scheduler" and schedule.timestep_spacing in (None, "leading")
+    if leading and (root / INDEX).exists() and read_layout(root).classes["pipeline"] in OFFSET_BY_ONE:
+        return replace(schedule, steps_offset=min(1, schedule.num_train_timesteps - 1))
+    return schedule

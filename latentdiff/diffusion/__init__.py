@@ -11,18 +11,19 @@ latents = step.x
 from __future__ import annotations
 
 from latentdiff.diffusion.diffusers_scheduler import SchedulerPlan
+from latentdiff.diffusion.discretization import Discretization
 from latentdiff.diffusion.guidance import adaptive_projected, classifier_free, guidance_scales, rescaled
 from latentdiff.diffusion.inversion import make_inversion_plan
 from latentdiff.diffusion.loop import KnownRegion, Step, draw_noise, image_generator, sample, slerp, start
-from latentdiff.diffusion.plan import Plan, make_plan, parse_sampler
+from latentdiff.diffusion.plan import Plan, make_plan, overshoot, overshoot_note, parse_sampler
 from latentdiff.diffusion.prediction import Call, as_denoiser, preconditioning
 from latentdiff.diffusion.samplers import SAMPLERS
-from latentdiff.diffusion.schedule import Grid, NoiseSchedule
+from latentdiff.diffusion.schedule import NoiseSchedule
 
 __all__ = [
     "SAMPLERS",
     "Call",
-    "Grid",
+    "Discretization",
     "KnownRegion",
     "NoiseSchedule",
     "Plan",
@@ -36,6 +37,8 @@ __all__ = [
     "image_generator",
     "make_inversion_plan",
     "make_plan",
+    "overshoot",
+    "overshoot_note",
     "parse_sampler",
     "preconditioning",
     "rescaled",

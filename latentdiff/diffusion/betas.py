@@ -1,4 +1,4 @@
-"""How fast noise is added: the variance schedules of the forward process, by the names diffusers gives those it has."""
+"""Variance schedules of the forward process, under diffusers' names where it has them."""
 
 from __future__ import annotations
 

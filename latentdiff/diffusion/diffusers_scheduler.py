@@ -1,10 +1,10 @@
-"""Sampling by a scheduler of diffusers, for those that are no table here; diffusers itself is not imported."""
+"""Sampling with a scheduler object of diffusers, for solvers without a table here; diffusers itself is not imported."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,45 +14,33 @@ from latentdiff.diffusion.loop import Step, require_finite
 from latentdiff.diffusion.plan import skipped_steps
 from latentdiff.diffusion.prediction import Call, Network, halves
 from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.diffusion.scheduler_classes import ONLY_SUPPORTED
 from latentdiff.errors import InputError
 
 __all__ = ["SchedulerPlan"]
 
+ATTRIBUTES = ("alphas_cumprod", "init_noise_sigma", "scale_model_input", "timesteps")
+PROCESS_KEYS = ("timestep_type", "use_flow_sigmas")  # of a config, for another noise process with the same attributes
+
 
 class SchedulerPlan:
-    """What a pipeline needs to know of a run by a diffusers scheduler, and the run itself.
+    """Sampling run by a diffusers scheduler: its timesteps and noise levels, and the loop.
 
     Args:
-        scheduler: any object with diffusers' `set_timesteps`, `step` and `scale_model_input`; it is copied.
-        schedule: of the model, with whose noise process and prediction the scheduler has to agree.
+        scheduler: one of the discrete variance-preserving kind, as DDIMScheduler; it is copied.
+        schedule: the model's, with the noise process and prediction type that the scheduler must have too.
         num_inference_steps: 1 to schedule.num_train_timesteps.
         strength: above 0, up to 1; image-to-image skips the first steps.
 
     Raises:
-        InputError: no scheduler, or one made for another model.
+        InputError: the object is no scheduler, has another noise process, or was made for another model.
     """
 
     def __init__(
         self, scheduler: Any, schedule: NoiseSchedule, num_inference_steps: int, strength: float = 1.0
     ) -> None:
-        name = type(scheduler).__name__
-        if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "step"):
-            raise InputError(f"sampler must be a name or a diffusers scheduler, got {name}; try 'dpmpp_2m'")
-        remedy = f"make it with {name}.from_config(pipe.components.schedule.to_dict())"
-        theirs = scheduler.config.get("prediction_type", "epsilon")
-        if theirs != schedule.prediction_type:
-            raise InputError(
-                f"{name} takes the network's output for {theirs}, the model predicts {schedule.prediction_type}; "
-                f"{remedy}"
-            )
-        found = getattr(scheduler, "alphas_cumprod", None)
-        if found is not None and (
-            len(found) != schedule.num_train_timesteps
-            or not torch.allclose(found.cpu().double(), schedule.alphas_cumprod, atol=1e-4)
-        ):
-            raise InputError(f"{name} has another noise schedule than the model; {remedy}")
-        self.scheduler = copy.deepcopy(scheduler)
-        self.scheduler.set_timesteps(num_inference_steps)
+        _require_same_process(scheduler, schedule)
+        self.scheduler = _prepared(scheduler, num_inference_steps)
         self.first = skipped_steps(num_inference_steps, strength) * getattr(self.scheduler, "order", 1)
         self.timesteps = self.scheduler.timesteps[self.first :].cpu().double()
         # Its own noise levels may differ where it interpolates; guidance intervals need no more than this.
@@ -85,7 +73,7 @@ class SchedulerPlan:
             x = noise * scheduler.init_noise_sigma
         else:
             x = scheduler.add_noise(image_latents, noise, timesteps[:1].repeat(len(noise)))
-        options = {"generator": list(generators)} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        options = {"generator": list(generators)} if "generator" in _step_parameters(scheduler) else {}
         # A config keeps keys that its class does not know.
         knows_variance = "variance_type" in inspect.signature(type(scheduler)).parameters
         learned = knows_variance and "learned" in str(scheduler.config["variance_type"])
@@ -102,6 +90,52 @@ class SchedulerPlan:
             denoised = getattr(result, "pred_original_sample", None)
             yield Step(index, len(timesteps), _given(x), _given(x if denoised is None else denoised))
         require_finite(x, "pass the name of one of our samplers, or use dtype float32 or a lower guidance_scale")
+
+
+def _require_same_process(scheduler: Any, schedule: NoiseSchedule) -> None:
+    """Raise InputError unless a scheduler denoises what the model was trained on."""
+    name = type(scheduler).__name__
+    if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "step"):
+        raise InputError(f"sampler must be a name or a diffusers scheduler, got {name}; try 'dpmpp_2m'")
+    config = getattr(scheduler, "config", {})
+    other = [key for key in PROCESS_KEYS if config.get(key) not in ONLY_SUPPORTED[key]]
+    lacking = [attribute for attribute in ATTRIBUTES if not hasattr(scheduler, attribute)]
+    if other or lacking:
+        cause = f"it has no {lacking[0]}" if lacking else f"{other[0]} is {config[other[0]]!r}"
+        ours = "euler" if schedule.beta_schedule == "flow" else "dpmpp_2m"
+        raise InputError(f"{name} is made for another noise process than the model ({cause}); try sampler {ours!r}")
+    needed = [key for key, value in _step_parameters(scheduler).items() if value.default is inspect.Parameter.empty]
+    more = [key for key in needed[3:] if key != "kwargs"]  # after model_output, timestep, sample
+    if more:
+        raise InputError(f"{name} needs {', '.join(more)} at each step, which the pipeline has not; try 'dpmpp_2m'")
+    remedy = f"make it with {name}.from_config(pipe.components.schedule.to_dict())"
+    theirs = config.get("prediction_type", "epsilon")
+    if theirs != schedule.prediction_type:
+        raise InputError(
+            f"{name} takes the network's output for {theirs}, the model predicts {schedule.prediction_type}; {remedy}"
+        )
+    found = scheduler.alphas_cumprod
+    if len(found) != schedule.num_train_timesteps or not torch.allclose(
+        found.double().cpu(), schedule.alphas_cumprod, atol=1e-4
+    ):
+        raise InputError(f"{name} has another noise schedule than the model; {remedy}")
+
+
+def _prepared(scheduler: Any, num_inference_steps: int) -> Any:
+    """Return a copy of a scheduler that is set to some steps, if those lead from noise to data."""
+    name, copied = type(scheduler).__name__, copy.deepcopy(scheduler)
+    for steps in (max(num_inference_steps, 2), num_inference_steps):  # one step has no direction
+        try:
+            copied.set_timesteps(steps)
+        except ValueError as error:
+            raise InputError(f"{name} cannot take {steps} steps: {str(error)[:200]}") from error
+        if (copied.timesteps.diff() > 0).any():
+            raise InputError(f"{name} leads from data to noise, its timesteps rise; use Pipeline.invert")
+    return copied
+
+
+def _step_parameters(scheduler: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(scheduler.step).parameters
 
 
 def _given(value: Tensor) -> Any:

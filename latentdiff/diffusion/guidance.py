@@ -13,6 +13,8 @@ from latentdiff.errors import InputError, suggest
 
 __all__ = ["GUIDANCE_SCHEDULES", "adaptive_projected", "classifier_free", "guidance_scales", "rescaled"]
 
+FLAT = 1e-6  # a standard deviation below this part of the largest value is rounding
+
 
 def classifier_free(
     conditional: Tensor, unconditional: Tensor, scale: float | Tensor, rescale: float | Tensor = 0.0
@@ -38,14 +40,16 @@ def classifier_free(
 
 
 def rescaled(guided: Tensor, conditional: Tensor, rescale: float | Tensor) -> Tensor:
-    """Draw the standard deviation of guided outputs (B, C, H, W) back to that of the conditional ones.
+    """Scale guided outputs (B, C, H, W) towards the standard deviation of the conditional ones; flat ones stay.
 
     Source: Lin et al. 2023, arXiv 2305.08891, Eq. 14 to 16.
     """
     if not isinstance(rescale, Tensor) and rescale == 0:
         return guided
     axes = tuple(range(1, guided.ndim))
-    ratio = conditional.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True)  # Eq. 14
+    spread, largest = guided.std(dim=axes, keepdim=True), guided.abs().amax(dim=axes, keepdim=True)
+    ratio = conditional.std(dim=axes, keepdim=True) / spread  # Eq. 14
+    ratio = torch.where(spread > FLAT * largest, ratio, 1.0)
     return torch.lerp(guided, guided * ratio, _per_image(rescale, guided))  # Eq. 15 and 16
 
 

@@ -21,8 +21,8 @@ def make_inversion_plan(schedule: NoiseSchedule, num_inference_steps: int, itera
     Run it with `sample(denoise, plan, latents)`; the last x is what `start` takes as `noise`.
 
     Args:
-        schedule: of the model.
-        num_inference_steps: of the run to invert.
+        schedule: the model's.
+        num_inference_steps: steps of the run to invert.
         iterations: 1 or more network calls a step; see `ddim_inversion`.
 
     Raises:
@@ -30,7 +30,7 @@ def make_inversion_plan(schedule: NoiseSchedule, num_inference_steps: int, itera
     """
     if iterations < 1:
         raise InputError(f"iterations must be 1 or more, got {iterations}; try 3")
-    grid = schedule.sampling_grid(num_inference_steps, SAMPLERS["ddim"].rule)
+    grid = schedule.discretize(num_inference_steps, SAMPLERS["ddim"].rule)
     table = ddim_inversion(grid.sigmas, iterations)
     table.matrices[-1, 0] /= grid.init_noise_sigma
     timesteps = grid.timesteps.flip(0).repeat_interleave(iterations)
@@ -38,7 +38,7 @@ def make_inversion_plan(schedule: NoiseSchedule, num_inference_steps: int, itera
 
 
 def ddim_inversion(sigmas: Tensor, iterations: int = 1) -> Table:
-    """The way back of `ddim` at eta 0, from data to noise: the levels are climbed in the opposite order.
+    """Invert `ddim` at eta 0, from data to noise: the levels are climbed in the opposite order.
 
     Each step solves the equation that the forward step is for the x it started from: a Newton iteration, in which the
     estimate is taken to change with x as that of standard normal data does. It begins where the last noise estimate

@@ -1,4 +1,4 @@
-"""How likely a diffusion model finds data, in bits per dimension: the variational bound, and the probability-flow ODE.
+"""Likelihood of data under a diffusion model, in bits per dimension: variational bound and probability-flow ODE.
 
 Everything is about whatever the network denoises. For a latent model that is latents, and the result is no likelihood
 of pictures: it says nothing of what the autoencoder adds or loses.
@@ -204,7 +204,7 @@ def ode_likelihood(
         if value < 1:
             raise InputError(f"{name} must be 1 or more, got {value}; try 200 steps and 2 probes")
     require_one_each(generators, x0)
-    levels = schedule.sampling_grid(steps + 1, "dpm", "karras").sigmas[:-1].flip(0)
+    levels = schedule.discretize(steps + 1, "dpm", "karras").sigmas[:-1].flip(0)
     timesteps = schedule.timesteps_of(levels).tolist()
     exact = widest_float(x0.device)
     signs = [

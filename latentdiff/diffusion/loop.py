@@ -1,4 +1,4 @@
-"""Samplers as tables of numbers, and the one loop that runs them.
+"""The sampling loop: applies samplers, which are tables of numbers, to a batch.
 
 An explicit solver is a linear recurrence. An image keeps a few slots, slot 0 being the x at which the network is called
 next. With D_i = denoise(slot 0) at sigma_i, row i of its table is
@@ -68,7 +68,7 @@ def slerp(first: Tensor, second: Tensor, amount: float) -> Tensor:
     exact = widest_float(first.device)
     wide = [x.to(exact) for x in (first, second)]
     norms = [x.square().sum(dim=axes, keepdim=True).sqrt() for x in wide]
-    cosine = (wide[0] * wide[1]).sum(dim=axes, keepdim=True) / (norms[0] * norms[1])
+    cosine = (wide[0] * wide[1]).sum(dim=axes, keepdim=True) / (norms[0] * norms[1]).clamp(min=1e-12)
     nearly = 1 - max(1e-9, torch.finfo(exact).eps)
     angle = cosine.clamp(-nearly, nearly).acos()
     turned = ((1 - amount) * angle).sin() * first + (amount * angle).sin() * second
@@ -124,10 +124,10 @@ class Step:
 
 
 class KnownRegion(NamedTuple):
-    """What is known of the result beforehand, for inpainting with any model.
+    """Known latents of a part of the result, for inpainting with any model.
 
     The x0 estimate is replaced there, so x stays exactly on the path from its noise to the known latents, whatever the
-    solver, and the rest is drawn to fit.
+    solver, and ends on them; the rest is sampled to fit.
 
     Attributes:
         mask: (B, 1, H, W) in [0, 1], 1 where the result is to be drawn, 0 where it is known.
@@ -196,7 +196,8 @@ def _run(
         part = batch.part(begin, end, images)
         sigmas, timesteps, *columns = (table.unbind() for table in (part.sigmas, part.timesteps, *part.columns()))
         numbers = torch.arange(begin, end, device=x.device)[:, None].expand(-1, len(running)).unbind()
-        latents, mask = (None, None) if known is None else (known.latents[images], known.mask[images])
+        latents, mask = (None, None) if known is None else (known.latents[images].to(x), known.mask[images].to(x))
+        ends = torch.tensor([len(plans[image]) == end for image in running], device=x.device)
         estimate = denoised[images] if denoiser.self_conditioning else None
         noisy = {row for row in range(begin, end) for image in running if draws[image][row]}
         for row, index in enumerate(range(begin, end)):
@@ -205,9 +206,8 @@ def _run(
             inputs = places[0]
             output = denoiser.network(inputs if estimate is None else torch.cat([inputs, estimate], dim=1), call)
             output, share = (output.to(x.dtype), None) if output.shape[1] == channels else halves(output.to(x.dtype))
-            if denoiser.limit is not None:
-                estimates = part.estimate(row, inputs, output).clamp(-denoiser.limit, denoiser.limit)
-                output = part.output(row, inputs, estimates)
+            if denoiser.bounds_estimates:
+                output = part.output(row, inputs, denoiser.bounded(part.estimate(row, inputs, output)))
             if latents is not None and mask is not None:
                 output = torch.lerp(part.output(row, inputs, latents), output, mask)
             slots = _advance([column[row] for column in columns], places, output)
@@ -217,6 +217,8 @@ def _run(
                 if share is not None:
                     noise = noise * (part.noise_range[row] * (share + 1) / 2).exp()
                 slots.addcmul_(part.noise[row], noise)
+            if latents is not None and mask is not None and index == end - 1:
+                slots[0] = _landed(slots[0], latents, mask, ends)
             step = Step(
                 index,
                 total,
@@ -231,6 +233,14 @@ def _run(
             staying = [place for place, image in enumerate(running) if len(plans[image]) > end]
             begin, running, slots = end, [running[place] for place in staying], slots[:, staying]
     require_finite(step.x)
+
+
+def _landed(x: Tensor, latents: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
+    """Return x (b, C, H, W) with the known latents where nothing is drawn, in the images whose plan has ended.
+
+    A plan that stops at the first training noise level would leave noise of that level on them.
+    """
+    return torch.where((mask == 0) & ends.reshape(-1, *[1] * (x.ndim - 1)), latents, x)
 
 
 def _next_x(x: Tensor, images: Tensor, part: _Batch, row: int, slots: Tensor) -> Tensor:
@@ -269,7 +279,7 @@ def _fresh_noise(generators: Sequence[torch.Generator | None], x: Tensor) -> Ten
 
 
 class _Batch(NamedTuple):
-    """The tables of a batch for a network's own inputs and outputs: slot 0 is what the network is given.
+    """Tables of a batch, in terms of the network's own inputs and outputs: slot 0 is its next input.
 
     sigmas, timesteps: (R, B).
     c_in, c_next, of_input, of_output, noise_range: (R, B, 1, 1, 1); c_next is the c_in of the next row, and denoised =

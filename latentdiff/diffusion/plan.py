@@ -6,24 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from latentdiff.diffusion.discretization import DISCRETIZATION_RULES
 from latentdiff.diffusion.samplers import SAMPLERS, Sampler
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.diffusion.spacing import SIGMA_SPACINGS
 from latentdiff.diffusion.table import Table
 from latentdiff.errors import InputError, suggest
 
-__all__ = [
-    "EXTERNAL",
-    "Plan",
-    "make_plan",
-    "parse_sampler",
-    "skipped_steps",
-]
+__all__ = ["EXTERNAL", "Plan", "make_plan", "overshoot", "overshoot_note", "parse_sampler", "skipped_steps"]
 
+LARGEST_OVERSHOOT = 3.0  # second-order samplers reach it in 2 to 4 calls
 EXTERNAL = "diffusers:"  # in settings, before the class of a scheduler object that stood in for a sampler
 
 
@@ -32,7 +29,7 @@ class Plan:
     """All the numbers of one image's sampling run, float64 on the CPU, R rows with one network call each.
 
     Attributes:
-        timesteps: (R,), what the network is told.
+        timesteps: (R,), the network's timestep input.
         sigmas: (R,), noise level of x when the network is called.
         matrices: (R, S, S + 1).
         noise: (R, S).
@@ -91,6 +88,7 @@ def make_plan(
     num_inference_steps: int | None = None,
     *,
     sigmas: Sequence[float] | None = None,
+    timesteps: Sequence[float] | None = None,
     eta: float = 0.0,
     strength: float = 1.0,
     resampling: int = 1,
@@ -98,10 +96,11 @@ def make_plan(
     """Make the table of a sampling run.
 
     Args:
-        schedule: of the model.
+        schedule: the model's.
         sampler: a key of `SAMPLERS`, optionally followed by `_` and a key of `SIGMA_SPACINGS`, as in dpmpp_2m_karras.
         num_inference_steps: 1 to schedule.num_train_timesteps; or else
-        sigmas: the noise levels themselves, falling; a last one of 0 is added where it is missing.
+        sigmas: the noise levels themselves, falling; a last one of 0 is added where it is missing; or else
+        timesteps: those of the network calls, falling, within those of training.
         eta: 0 to 1, for ddim only: 0 is deterministic, 1 as noisy as ddpm.
         strength: above 0, up to 1; image-to-image skips the first rows, keeping int(num_inference_steps * strength).
         resampling: how often each step is taken; before each repetition x is noised back to where the step began, which
@@ -113,38 +112,54 @@ def make_plan(
     Source: resampling: Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1 with jumps of one step.
     """
     solver, spacing = parse_sampler(sampler)
-    if (num_inference_steps is None) == (sigmas is None):
-        raise InputError("a plan needs either num_inference_steps or sigmas, got both or neither; try 20 steps")
-    if sigmas is None:
-        grid = schedule.sampling_grid(num_inference_steps, solver.rule, spacing)  # type: ignore[arg-type]  # not None
-    elif spacing is None:
-        grid = schedule.grid_of(sigmas, solver.rule)
+    if [num_inference_steps, sigmas, timesteps].count(None) != 2:
+        raise InputError("a plan needs either num_inference_steps or sigmas or timesteps; pass one, such as 20 steps")
+    if spacing is not None and num_inference_steps is None:
+        given = "timesteps" if sigmas is None else "sigmas"
+        raise InputError(f"{given} are given, so {sampler} cannot space them; leave _{spacing} out")
+    if sigmas is not None:
+        levels = schedule.at_sigmas(sigmas, solver.rule)
+    elif timesteps is not None:
+        levels = schedule.at_timesteps(timesteps, solver.rule)
     else:
-        raise InputError(f"sigmas are given, so {sampler} cannot space them; leave _{spacing} out")
-    steps = len(grid.timesteps)
+        levels = schedule.discretize(num_inference_steps, solver.rule, spacing)  # type: ignore[arg-type]  # not None
+    steps = len(levels.timesteps)
     if not 0 <= eta <= 1:
         raise InputError(f"eta must be a number from 0 to 1, got {eta}; try 0")
     if eta and "eta" not in solver.takes:
         raise InputError(f"eta is an option of ddim, got eta={eta} with {sampler}; leave it out or choose ddim")
     skipped = skipped_steps(steps, strength)
-    visited = grid.sigmas[skipped:]
-    offered = {"eta": eta, "timesteps": grid.timesteps[skipped:], "variance": schedule.variance_type}
+    visited = levels.sigmas[skipped:]
+    offered = {
+        "eta": eta,
+        "middles": _middles(schedule, levels.timesteps[skipped:]),
+        "skipped": skipped,
+        "timesteps": levels.timesteps[skipped:],
+        "variance": schedule.variance_type,
+    }
     table = solver.table(visited, **{name: offered[name] for name in solver.takes})
     if resampling != 1:
         table = _resampled(table, visited, resampling, sampler)
     # Land in VP coordinates, x / sqrt(1 + sigma^2): a change only where the schedule does not end at sigma 0.
     landing = torch.ones_like(table.noise)
-    landing[-1, 0] = 1 / math.hypot(1, float(visited[-1]))
-    nearest = (table.sigmas[:, None] - grid.sigmas[:-1]).abs().argmin(dim=1)  # on the grid, but for rounding
-    timesteps = torch.where(table.between, schedule.timesteps_of(table.sigmas), grid.timesteps[nearest])
+    if DISCRETIZATION_RULES[solver.rule].unit_variance_start:
+        landing[-1, 0] = 1 / math.hypot(1, float(visited[-1]))
+    nearest = (table.sigmas[:, None] - levels.sigmas[:-1]).abs().argmin(dim=1)  # equal, but for rounding
     return Plan(
-        timesteps=timesteps,
+        timesteps=torch.where(table.between, schedule.timesteps_of(table.sigmas), levels.timesteps[nearest]),
         sigmas=table.sigmas,
         matrices=table.matrices * landing[:, :, None],
         noise=table.noise * landing,
-        init_noise_sigma=grid.init_noise_sigma,
+        init_noise_sigma=levels.init_noise_sigma,
         noise_range=table.noise_range,
     )
+
+
+def _middles(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
+    """Return the noise levels (N,) halfway between timesteps (N,) and the next ones, which rounds as diffusers does."""
+    gaps = timesteps - pad(timesteps[1:], (0, 1))
+    places = (timesteps - (gaps // 2)).clamp(min=0)
+    return torch.from_numpy(np.interp(places.numpy(), np.arange(schedule.num_train_timesteps), schedule.sigmas.numpy()))
 
 
 def _resampled(table: Table, visited: Tensor, resampling: int, sampler: str) -> Table:
@@ -169,6 +184,32 @@ def _resampled(table: Table, visited: Tensor, resampling: int, sampler: str) -> 
         sigmas=table.sigmas[rows],
         between=table.between[rows],
         noise_range=table.noise_range[rows] * last,
+    )
+
+
+def overshoot(plan: Plan) -> float:
+    """Return the variance of what a plan makes of standard normal data; 1 if it solves its equation.
+
+    Few steps give less, which looks smooth. More is noise that is left, or a solver that has become unstable.
+    """
+    slots = plan.noise.shape[1]
+    covariance = np.zeros((slots, slots))
+    covariance[0, 0] = 1 + float(plan.sigmas[0]) ** 2
+    for sigma, matrix, noise in zip(plan.sigmas.tolist(), plan.matrices.numpy(), plan.noise.numpy()):
+        linear = matrix[:, :-1].copy()
+        linear[:, 0] += matrix[:, -1] / (1 + sigma**2)  # the exact estimate of x
+        covariance = linear @ covariance @ linear.T + np.outer(noise, noise)
+    return float(abs(covariance[0, 0]))
+
+
+def overshoot_note(plan: Plan, sampler: str) -> str | None:
+    """Return a warning where a plan leaves noise or is unstable, None for a sound one; see `overshoot`."""
+    variance = overshoot(plan)
+    if variance <= LARGEST_OVERSHOOT:
+        return None
+    return (
+        f"{sampler} in {len(plan)} calls leaves noise or is unstable: Gaussian data would come out with {variance:.3g} "
+        "times its variance; take more steps, another spacing, or dpmpp_2m"
     )
 
 

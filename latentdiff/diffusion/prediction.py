@@ -1,4 +1,4 @@
-"""What a network predicts (noise, velocity, data or flow), and how its output becomes an x0 estimate, denoise(x).
+"""Prediction types (noise, velocity, data, flow): training target, and x0 estimate from the network's output.
 
 A network sees signal_rate * x0 + noise_rate * noise: in VP coordinates, where the squares of the rates add up to 1, or
 in those of flow matching, where the rates do. Sampling lives in sigma coordinates, x = x0 + sigma * noise, sigma being
@@ -25,6 +25,7 @@ __all__ = [
     "Network",
     "Preconditioning",
     "Prediction",
+    "Thresholding",
     "as_denoiser",
     "halves",
     "preconditioning",
@@ -34,7 +35,7 @@ __all__ = [
 
 @dataclass(eq=False)
 class Call:
-    """Where the images of one network call stand; the tensors are on the device of x, b images are still running.
+    """Position of a batch in its sampling runs; tensors are on the device of x, b images are still running.
 
     Attributes:
         index: how many rows were done before this one, the same for all images (an int: reading it costs no sync).
@@ -143,8 +144,38 @@ def x0_estimate(prediction_type: str, model_input: Tensor, output: Tensor, sigma
 
 
 @dataclass(frozen=True)
+class Thresholding:
+    """Dynamic thresholding: x0 estimates of each image are clamped at a quantile of their size, and divided by it.
+
+    Attributes:
+        ratio: the quantile, 0 to 1.
+        largest: upper limit of the quantile, whose lower one is 1, the largest value that pixels have.
+
+    Raises:
+        InputError: a value out of range.
+
+    Source: Saharia et al. 2022, arXiv 2205.11487, section 2.3.
+    """
+
+    ratio: float = 0.995
+    largest: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 <= self.ratio <= 1:
+            raise InputError(f"dynamic_thresholding_ratio must be a number from 0 to 1, got {self.ratio!r}; try 0.995")
+        if not isinstance(self.largest, int | float) or not 0 < self.largest < float("inf"):
+            raise InputError(f"sample_max_value must be a number above 0, got {self.largest!r}; try 1.0")
+
+    def __call__(self, estimates: Tensor) -> Tensor:
+        """Return the thresholded estimates (B, C, H, W), within -1 and 1."""
+        size = torch.quantile(estimates.abs().flatten(1), self.ratio, dim=1).clamp(1, self.largest)  # (B,)
+        size = size.reshape(-1, *[1] * (estimates.ndim - 1))
+        return estimates.clamp(-size, size) / size
+
+
+@dataclass(frozen=True)
 class Denoiser:
-    """The one function that samplers call, made of a network; `as_denoiser` makes it.
+    """A network wrapped as the one function that samplers call; `as_denoiser` makes it.
 
     The sampling loop does not call it but folds its factors into the tables, and calls the network itself.
 
@@ -153,12 +184,25 @@ class Denoiser:
         prediction_type: what the network outputs; None for an x0 estimate from x itself, in sigma coordinates.
         self_conditioning: whether the network is also given the x0 estimate of the call before, zeros at first.
         limit: largest absolute value that data has, to which estimates are clamped: 1 for pixels; None for no limit.
+        thresholding: what bounds estimates instead, for models that were made for it.
     """
 
     network: Network
     prediction_type: str | None
     self_conditioning: bool = False
     limit: float | None = None
+    thresholding: Thresholding | None = None
+
+    @property
+    def bounds_estimates(self) -> bool:
+        """Whether x0 estimates are kept in a range."""
+        return self.limit is not None or self.thresholding is not None
+
+    def bounded(self, estimates: Tensor) -> Tensor:
+        """Return x0 estimates (B, C, H, W) in the range that data has."""
+        if self.thresholding is not None:
+            return self.thresholding(estimates)
+        return estimates if self.limit is None else estimates.clamp(-self.limit, self.limit)
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
         """Return the x0 estimate (b, C, H, W) of x (b, C, H, W), in the dtype of x, without an earlier estimate."""
@@ -173,9 +217,7 @@ class Denoiser:
         inputs = c_in * x
         output = self.network(torch.cat([inputs, torch.zeros_like(x)], 1) if self.self_conditioning else inputs, call)
         output, share = (output, None) if output.shape[1] == x.shape[1] else halves(output)
-        estimate = c_skip * x + c_out * output.to(x.dtype)
-        if self.limit is not None:
-            estimate = estimate.clamp(-self.limit, self.limit)
+        estimate = self.bounded(c_skip * x + c_out * output.to(x.dtype))
         return estimate, None if share is None else share.to(x.dtype)
 
     def factors(self, sigmas: Tensor) -> Preconditioning:
@@ -192,7 +234,11 @@ def halves(output: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def as_denoiser(
-    network: Network, prediction_type: str, self_conditioning: bool = False, limit: float | None = None
+    network: Network,
+    prediction_type: str,
+    self_conditioning: bool = False,
+    limit: float | None = None,
+    thresholding: Thresholding | None = None,
 ) -> Denoiser:
     """Wrap a network as the one function that samplers call.
 
@@ -202,10 +248,11 @@ def as_denoiser(
         prediction_type: what the network outputs.
         self_conditioning: whether the input has the x0 estimate of the call before in a second half of channels.
         limit: largest absolute value that data has, None where it has no range, as latents.
+        thresholding: bounds estimates instead of `limit`; `NoiseSchedule.thresholding` is that of a model.
 
     Returns:
         denoise(x (b, C, H, W), call) -> x0 estimate (b, C, H, W).
 
     Source: self-conditioning: Chen et al. 2022, arXiv 2208.04202, algorithm 2.
     """
-    return Denoiser(network, prediction_type, self_conditioning, limit)
+    return Denoiser(network, prediction_type, self_conditioning, limit, thresholding)

@@ -10,15 +10,14 @@ D = denoise(x, sigma). In the DPM-Solver papers lambda is -log(sigma), so a step
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
-from numpy.polynomial import Polynomial
 from torch import Tensor
 
-from latentdiff.diffusion.table import Rows, Table
+from latentdiff.diffusion.linear_multistep import deis, lms, plms, pndm
+from latentdiff.diffusion.table import Rows, Table, steps
 
 __all__ = ["SAMPLERS", "Sampler"]
 
@@ -33,7 +32,7 @@ def ddim(sigmas: Tensor, eta: float = 0.0) -> Table:
     Source: Song et al. 2021, arXiv 2010.02502, Eq. 12 divided by the next signal rate, and Eq. 16.
     """
     rows = Rows(1)
-    for sigma, following in _steps(sigmas):
+    for sigma, following in steps(sigmas):
         x, D = rows.state
         down, up = _ancestral(sigma, following, eta)
         rows.add(sigma, D + down / sigma * (x - D), noise=up)
@@ -51,12 +50,12 @@ def ddpm(sigmas: Tensor, variance: str = "fixed_small") -> Table:
     Eq. 15.
     """
     rows = Rows(1)
-    for sigma, following in _steps(sigmas):
+    for sigma, following in steps(sigmas):
         x, D = rows.state
         down, up = _ancestral(sigma, following)
         # beta = 1 - (1 + following^2) / (1 + sigma^2), divided by the next signal rate
-        large = up and math.sqrt((sigma**2 - following**2) * (1 + following**2) / (1 + sigma**2))
-        span = math.log(large / up) if up and variance == "learned_range" else 0.0
+        large = math.sqrt((sigma**2 - following**2) * (1 + following**2) / (1 + sigma**2)) if up > 0 else 0.0
+        span = math.log(large / up) if up > 0 and variance == "learned_range" else 0.0
         mean = D + down / sigma * (x - D)
         rows.add(sigma, mean, noise=large if variance == "fixed_large" else up, noise_range=span)
     return rows.table()
@@ -78,7 +77,7 @@ def heun(sigmas: Tensor) -> Table:
     Source: Karras et al. 2022, arXiv 2206.00364, algorithm 1.
     """
     rows = Rows(2)
-    for sigma, following in _steps(sigmas):
+    for sigma, following in steps(sigmas):
         x, _, D = rows.state
         slope, step = (x - D) / sigma, following - sigma
         rows.add(sigma, x + step * slope, x + step / 2 * slope)
@@ -99,7 +98,7 @@ def dpm2(sigmas: Tensor, eta: float = 0.0) -> Table:
     arXiv 2206.00364, Eq. 3.
     """
     rows = Rows(2)
-    for sigma, following in _steps(sigmas):
+    for sigma, following in steps(sigmas):
         x, _, D = rows.state
         down, up = _ancestral(sigma, following, eta)
         middle = math.sqrt(sigma * down)
@@ -115,28 +114,13 @@ def dpm2_a(sigmas: Tensor) -> Table:
     return dpm2(sigmas, eta=1.0)
 
 
-def lms(sigmas: Tensor) -> Table:
-    """Adams-Bashforth of order 4 on uneven steps: a polynomial through the last slopes, integrated over sigma.
-
-    Source: Zhang & Chen 2022, arXiv 2204.13902, Eq. 14 and 15 with rho = sigma (rhoAB-DEIS).
-    """
-    rows, past = Rows(4), list[float]()
-    for sigma, following in _steps(sigmas):
-        x, *earlier, D = rows.state
-        slopes = [(x - D) / sigma, *earlier]
-        past = [sigma, *past[:3]]
-        weights = [basis.integ()(following - sigma) for basis in _lagrange([place - sigma for place in past])]
-        rows.add(sigma, x + sum(w * slope for w, slope in zip(weights, slopes)), *slopes[:3])
-    return rows.table()
-
-
 def dpmpp_2s_a(sigmas: Tensor) -> Table:
     """DPM-Solver++(2S) to sigma_down, two calls a step, then fresh noise; Euler into sigma 0.
 
     Source: Lu et al. 2022, arXiv 2211.01095, algorithm 1 with r = 1/2.
     """
     rows = Rows(2)
-    for sigma, following in _steps(sigmas):
+    for sigma, following in steps(sigmas):
         x, _, D = rows.state
         down, up = _ancestral(sigma, following)
         middle = math.sqrt(sigma * down)
@@ -147,13 +131,37 @@ def dpmpp_2s_a(sigmas: Tensor) -> Table:
     return rows.table()
 
 
+def dpmpp_2s(sigmas: Tensor, skipped: int = 0) -> Table:
+    """DPM-Solver++(2S) with one call a step: of each two steps the second starts again where the first did.
+
+    The step into sigma 0 is of order 1.
+
+    Args:
+        sigmas: (N + 1,) float64, falling.
+        skipped: steps of the whole run that come before these; pairs are counted from its start.
+
+    Source: Lu et al. 2022, arXiv 2211.01095, algorithm 1 with the middle on a level of the run.
+    """
+    rows, past = Rows(3), 0.0
+    for index, (sigma, following) in enumerate(steps(sigmas), start=skipped):
+        x, start, first, D = rows.state
+        if index % 2 and past and following:
+            share = math.log(past / sigma) / math.log(past / following)  # r_1
+            estimate = first + (D - first) / (2 * share)
+            rows.add(sigma, estimate + following / past * (start - estimate))
+        else:
+            rows.add(sigma, D + following / sigma * (x - D), x, D)
+        past = sigma
+    return rows.table()
+
+
 def dpmpp_2m(sigmas: Tensor) -> Table:
     """DPM-Solver++(2M): extrapolates the x0 estimate from this row's and the last row's; first order at both ends.
 
     Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2.
     """
     rows, past = Rows(2), 0.0
-    for sigma, following in _steps(sigmas):
+    for sigma, following in steps(sigmas):
         x, last, D = rows.state
         estimate = D
         if past and following:
@@ -170,7 +178,7 @@ def dpmpp_2m_sde(sigmas: Tensor) -> Table:
     Source: Lu et al. 2022, arXiv 2211.01095, Eq. 19 in section 6, halved D_1 as in algorithm 2.
     """
     rows, past = Rows(2), 0.0
-    for sigma, following in _steps(sigmas):
+    for sigma, following in steps(sigmas):
         x, last, D = rows.state
         estimate, ratio = D, following / sigma  # exp(-h)
         if past and following:
@@ -188,7 +196,7 @@ def dpmpp_3m_sde(sigmas: Tensor) -> Table:
     Source: Lu et al. 2022, arXiv 2211.01095, section 6, with the third-order polynomial of Eq. 4.
     """
     rows, past = Rows(3), list[float]()
-    for sigma, following in _steps(sigmas):
+    for sigma, following in steps(sigmas):
         x, *earlier, D = rows.state
         ratio, step = following / sigma, 0.0
         change = np.zeros_like(D)
@@ -215,7 +223,7 @@ def dpmpp_sde(sigmas: Tensor) -> Table:
     Source: Lu et al. 2022, arXiv 2211.01095, section 6, stages as in its algorithm 1.
     """
     rows = Rows(3)
-    for sigma, following in _steps(sigmas):
+    for sigma, following in steps(sigmas):
         x, _, _, D = rows.state
         if following == 0:
             rows.add(sigma, D)
@@ -237,7 +245,7 @@ def unipc(sigmas: Tensor) -> Table:
     Source: Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2 for data prediction (appendix A), Eq. 12.
     """
     rows, past, order = Rows(4), list[float](), 0
-    for index, (sigma, following) in enumerate(_steps(sigmas)):
+    for index, (sigma, following) in enumerate(steps(sigmas)):
         predicted, x, last, before, D = rows.state
         if index == 0:
             x = predicted
@@ -262,49 +270,6 @@ def unipc(sigmas: Tensor) -> Table:
     return rows.table()
 
 
-def deis(sigmas: Tensor) -> Table:
-    """DEIS of order 2: a line through the last two slopes over log(sigma), integrated over sigma.
-
-    The last of fewer than 15 steps is of order 1, which is steadier.
-
-    Source: Zhang & Chen 2022, arXiv 2204.13902, Eq. 14 and 15 with polynomials in log(rho) (the logrho form).
-    """
-    rows, past = Rows(2), 0.0
-    for index, (sigma, following) in enumerate(_steps(sigmas)):
-        x, last, D = rows.state
-        slope, step = (x - D) / sigma, following - sigma
-        change = step * slope
-        steady = index == len(sigmas) - 2 < 14
-        if past and following and not steady:
-            # the integral of log(s) - log(sigma) from sigma to sigma'
-            area = following * math.log(following / sigma) - step
-            change = change + area / math.log(sigma / past) * (slope - last)
-        rows.add(sigma, x + change, slope)
-        past = sigma
-    return rows.table()
-
-
-def plms(sigmas: Tensor) -> Table:
-    """PLMS: the last four noise estimates in Adams-Bashforth weights; the first step is done again as Heun would.
-
-    Source: Liu et al. 2022, arXiv 2202.09778, Eq. 12 and algorithm 2 with Eq. 9 divided by the next signal rate; the
-    start is that of Stable Diffusion, without Runge-Kutta steps.
-    """
-    bashforth = {1: [1.0], 2: [3 / 2, -1 / 2], 3: [23 / 12, -16 / 12, 5 / 12], 4: [55 / 24, -59 / 24, 37 / 24, -9 / 24]}
-    rows = Rows(4)
-    for index, (sigma, following) in enumerate(_steps(sigmas)):
-        x, *earlier, D = rows.state
-        noises = [(x - D) / sigma, *earlier][: index + 1]
-        change = (following - sigma) * sum(w * one for w, one in zip(bashforth[len(noises)], noises))
-        rows.add(sigma, x + change, *noises[:3])
-        if index == 0 and len(sigmas) > 2:
-            # Slot 1 holds the first noise estimate, so x - step * slot 1 is where the step began.
-            x, first, *_, D = rows.state
-            step = following - sigma
-            rows.add(following, x - step * first + step * (first + (x - D) / following) / 2, first)
-    return rows.table()
-
-
 def lcm(sigmas: Tensor, timesteps: Tensor) -> Table:
     """Consistency sampling: jump to the x0 estimate, then noise it to the next level.
 
@@ -315,7 +280,7 @@ def lcm(sigmas: Tensor, timesteps: Tensor) -> Table:
     Source: Luo et al. 2023, arXiv 2310.04378, algorithm 3; Eq. 9 with sigma_data 0.5 and timesteps times 10.
     """
     rows = Rows(1)
-    for (sigma, following), timestep in zip(_steps(sigmas), timesteps.tolist()):
+    for (sigma, following), timestep in zip(steps(sigmas), timesteps.tolist()):
         x, D = rows.state
         scaled = 10 * timestep / 0.5
         c_skip, c_out = 1 / (scaled**2 + 1), scaled / math.sqrt(scaled**2 + 1)
@@ -325,11 +290,12 @@ def lcm(sigmas: Tensor, timesteps: Tensor) -> Table:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A solver and the family of grid rules (`GRID_RULES`) that users of its name expect.
+    """A solver, and the rule for its noise levels that users of its name expect.
 
     Attributes:
         table: sigmas (N + 1,) -> Table.
-        takes: what else the table is made of: "eta", "timesteps", "variance".
+        rule: key of `DISCRETIZATION_RULES`.
+        takes: other arguments of the table: "eta", "middles", "skipped", "timesteps", "variance".
     """
 
     table: Callable[..., Table]
@@ -341,26 +307,23 @@ SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(ddpm, rule="ddpm", takes=("variance",)),
     "ddim": Sampler(ddim, rule="ddim", takes=("eta",)),
     "euler": Sampler(euler, rule="euler"),
-    "euler_a": Sampler(euler_a, rule="euler"),
-    "heun": Sampler(heun, rule="euler"),
-    "dpm2": Sampler(dpm2, rule="euler"),
-    "dpm2_a": Sampler(dpm2_a, rule="euler"),
-    "lms": Sampler(lms, rule="euler"),
-    "dpmpp_2s_a": Sampler(dpmpp_2s_a, rule="euler"),
+    "euler_a": Sampler(euler_a, rule="heun"),
+    "heun": Sampler(heun, rule="heun"),
+    "dpm2": Sampler(dpm2, rule="heun"),
+    "dpm2_a": Sampler(dpm2_a, rule="heun"),
+    "lms": Sampler(lms, rule="heun"),
+    "dpmpp_2s_a": Sampler(dpmpp_2s_a, rule="heun"),
+    "dpmpp_2s": Sampler(dpmpp_2s, rule="dpm", takes=("skipped",)),
     "dpmpp_2m": Sampler(dpmpp_2m, rule="dpm"),
     "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, rule="dpm"),
     "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, rule="dpm"),
-    "dpmpp_sde": Sampler(dpmpp_sde, rule="euler"),
+    "dpmpp_sde": Sampler(dpmpp_sde, rule="heun"),
     "unipc": Sampler(unipc, rule="dpm"),
     "deis": Sampler(deis, rule="deis"),
-    "plms": Sampler(plms, rule="ddim"),
+    "plms": Sampler(plms, rule="pndm"),
+    "pndm": Sampler(pndm, rule="pndm", takes=("middles",)),
     "lcm": Sampler(lcm, rule="lcm", takes=("timesteps",)),
 }
-
-
-def _steps(sigmas: Tensor) -> Iterator[tuple[float, float]]:
-    """Yield each noise level with the one that follows."""
-    return pairwise(sigmas.tolist())
 
 
 def _ancestral(sigma: float, following: float, eta: float = 1.0) -> tuple[float, float]:
@@ -370,13 +333,3 @@ def _ancestral(sigma: float, following: float, eta: float = 1.0) -> tuple[float,
     """
     fresh = eta**2 * (1 - (following / sigma) ** 2)  # share of the variance
     return following * math.sqrt(1 - fresh), following * math.sqrt(fresh)
-
-
-def _lagrange(places: list[float]) -> list[Polynomial]:
-    """Return for each place the polynomial that is 1 there and 0 at the others."""
-    return [
-        math.prod(
-            (Polynomial([-other, 1]) / (place - other) for other in places if other != place), start=Polynomial([1])
-        )
-        for place in places
-    ]

@@ -1,4 +1,4 @@
-"""The noise schedule: how noisy each training timestep is, and which noise levels sampling visits.
+"""The noise schedule: noise levels of the training timesteps, and their choice for a sampling run.
 
 Everything a checkpoint's `scheduler_config.json` says about the noise process is here, and so is every habit of
 diffusers' schedulers that changes a number (spacing, offset, last noise level, scale of the initial noise). Samplers
@@ -11,99 +11,26 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from latentdiff.diffusion.betas import BETA_SCHEDULES
+from latentdiff.diffusion.discretization import DISCRETIZATION_RULES, Discretization, DiscretizationRule
 from latentdiff.diffusion.forward import posterior_tables, rate_tables
-from latentdiff.diffusion.prediction import PREDICTIONS
+from latentdiff.diffusion.prediction import PREDICTIONS, Thresholding
+from latentdiff.diffusion.scheduler_classes import CLASS_DEFAULTS, ONLY_SUPPORTED, VP_SCHEDULERS
 from latentdiff.diffusion.spacing import SIGMA_SPACINGS
 from latentdiff.errors import InputError, ModelConfigError, suggest
 
-__all__ = ["GRID_RULES", "TIMESTEP_SPACINGS", "VARIANCES", "Grid", "GridRule", "NoiseSchedule"]
+__all__ = ["TIMESTEP_SPACINGS", "VARIANCES", "NoiseSchedule"]
 
 
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 LCM_TIMESTEPS = 50  # at which consistency models are distilled, unless the checkpoint says otherwise
-
-
-@dataclass(frozen=True)
-class GridRule:
-    """The habits in which one family of diffusers' schedulers differs from the others.
-
-    Attributes:
-        spacing: timestep spacing when the checkpoint names none.
-        whole_timesteps: round the timesteps of linspace and Karras spacing.
-        one_more_point: space steps + 1 points and drop the cleanest; Karras spans the whole training range.
-        ends_at_first_alpha: stop at the first training noise level: False never, None where the checkpoint has
-            set_alpha_to_one false, True always.
-        unit_variance_start: initial noise scaled so that x_vp has variance 1, instead of x having sigma^2.
-        pure_noise_sigma: stands in for the infinite sigma of the last timestep at zero terminal SNR.
-    """
-
-    spacing: str
-    whole_timesteps: bool = True
-    one_more_point: bool = False
-    ends_at_first_alpha: bool | None = False
-    unit_variance_start: bool = True
-    pure_noise_sigma: float = 2.0**30
-
-
-GRID_RULES: dict[str, GridRule] = {
-    "ddpm": GridRule("leading"),
-    "ddim": GridRule("leading", ends_at_first_alpha=None),
-    "euler": GridRule("linspace", whole_timesteps=False, unit_variance_start=False, pure_noise_sigma=2.0**12),
-    "dpm": GridRule("linspace", one_more_point=True, pure_noise_sigma=2.0**12),
-    "deis": GridRule("linspace", one_more_point=True, pure_noise_sigma=2.0**12, ends_at_first_alpha=True),
-    "lcm": GridRule("lcm"),
-}
-
-# diffusers' schedulers of the discrete-time VP process; the others (flow matching, EDM, ...) have another one.
-_VP_SCHEDULERS = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSDEScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LCMScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "TCDScheduler",
-    "UniPCMultistepScheduler",
-)
-
-# Keys that change the noise process or the meaning of the network's output, with the values that leave both alone.
-# All other foreign keys choose a sampler, which here the caller does by name.
-_ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "thresholding": (False, None),
-    "timestep_type": ("discrete", None),
-    "trained_betas": (None,),
-    "use_flow_sigmas": (False, None),
-}
-
-
-class Grid(NamedTuple):
-    """The noise levels of one sampling run.
-
-    Attributes:
-        timesteps: (N,) float64, falling, for the network; fractional under linspace or Karras spacing.
-        sigmas: (N + 1,) float64, falling, the last one usually 0.
-        init_noise_sigma: factor that makes standard normal noise the initial x.
-    """
-
-    timesteps: Tensor
-    sigmas: Tensor
-    init_noise_sigma: float
 
 
 @dataclass(frozen=True)
@@ -113,7 +40,8 @@ class NoiseSchedule:
     Attributes:
         timestep_spacing: "leading", "linspace", "trailing", or None for the usual one of each sampler's family.
         steps_offset: added to the timesteps of leading spacing (less where it would pass the last one).
-        set_alpha_to_one: DDIM ends at noise level 0 (True) or at that of the first timestep (False).
+        set_alpha_to_one: DDIM ends at noise level 0 (True) or at that of the first timestep (False); None for the usual
+            end of each sampler.
         rescale_betas_zero_snr: shift the schedule so that the last timestep is pure noise.
         variance_type: of the steps of ddpm: "fixed_small", "fixed_large", or "learned_range" where the network's second
             half of channels says where between the two.
@@ -130,7 +58,7 @@ class NoiseSchedule:
     prediction_type: str = "epsilon"
     timestep_spacing: str | None = None
     steps_offset: int = 0
-    set_alpha_to_one: bool = True
+    set_alpha_to_one: bool | None = True
     rescale_betas_zero_snr: bool = False
     variance_type: str = "fixed_small"
     class_name: str = "DDIMScheduler"
@@ -145,7 +73,8 @@ class NoiseSchedule:
         _require_integer("num_train_timesteps", self.num_train_timesteps, 1, 1_000_000, "1000")
         _require_integer("steps_offset", self.steps_offset, 0, self.num_train_timesteps - 1, "0 or 1")
         for name in ("set_alpha_to_one", "rescale_betas_zero_snr"):
-            if not isinstance(getattr(self, name), bool):
+            unset = name == "set_alpha_to_one" and self.set_alpha_to_one is None
+            if not isinstance(getattr(self, name), bool) and not unset:
                 raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")
         ends = (self.beta_start, self.beta_end)
         if not all(isinstance(end, int | float) for end in ends) or not 0 < ends[0] <= ends[1] < 1:
@@ -165,6 +94,8 @@ class NoiseSchedule:
     def from_dict(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Read a diffusers `scheduler_config.json`, or a mapping of our own fields written by hand.
 
+        What a config leaves out is what its class takes by default; what only concerns sampling is left to the sampler.
+
         Raises:
             ModelConfigError: a diffusers config of another noise process, or with a value that cannot be honoured.
             InputError: a hand-written mapping (one without `_class_name`) with an unknown key or a bad value.
@@ -180,27 +111,31 @@ class NoiseSchedule:
                 raise InputError(f"schedule has no key {key!r}{suggest(str(key), ours)}")
             return cls(**known)
         name = str(config["_class_name"])
-        if name not in _VP_SCHEDULERS:
+        if name not in VP_SCHEDULERS:
             raise ModelConfigError(
-                f"scheduler must be of the discrete variance-preserving kind, got {name}{suggest(name, _VP_SCHEDULERS)}"
+                f"scheduler must be of the discrete variance-preserving kind, got {name}{suggest(name, VP_SCHEDULERS)}"
             )
-        for key, supported in _ONLY_SUPPORTED.items():
+        for key, supported in ONLY_SUPPORTED.items():
             if extra.get(key) not in supported:
                 raise ModelConfigError(
                     f"scheduler config has {key}={str(extra[key])[:80]}, supported: {supported[0]!r}"
                 )
         try:
-            return cls(**known, class_name=name, extra=extra)
+            known = {"set_alpha_to_one": None, **CLASS_DEFAULTS.get(name, {}), **known}
+            schedule = cls(**known, class_name=name, extra=extra)
+            _ = schedule.thresholding  # whose values are checked when it is made
         except InputError as error:
             raise ModelConfigError(f"scheduler config: {error}") from error
+        return schedule
 
     def to_dict(self) -> dict[str, Any]:
         """Return a `scheduler_config.json` that diffusers loads to the same process."""
         ours = {
             item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("class_name", "extra")
         }
-        if self.timestep_spacing is None:
-            del ours["timestep_spacing"]
+        for name in ("timestep_spacing", "set_alpha_to_one"):
+            if ours[name] is None:
+                del ours[name]
         if self.variance_type == "fixed_small":  # which is what those that have one default to
             del ours["variance_type"]
         # Latents have no range to clip to, but diffusers' DDIM and DDPM clip unless told.
@@ -215,6 +150,14 @@ class NoiseSchedule:
             return alphas_cumprod
         roots = alphas_cumprod.sqrt()  # Lin et al. 2023, arXiv 2305.08891, algorithm 1
         return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+
+    @property
+    def thresholding(self) -> Thresholding | None:
+        """Dynamic thresholding of x0 estimates, where the config asks for it."""
+        if not self.extra.get("thresholding"):
+            return None
+        keys = {"dynamic_thresholding_ratio": "ratio", "sample_max_value": "largest"}
+        return Thresholding(**{name: self.extra[key] for key, name in keys.items() if key in self.extra})
 
     @property
     def ends_in_pure_noise(self) -> bool:
@@ -314,12 +257,14 @@ class NoiseSchedule:
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         return {"alphas_cumprod": self.alphas_cumprod, "sigmas": self.sigmas, "snr": snr}[name][None]
 
-    def sampling_grid(self, num_inference_steps: int, rule: str = "ddim", sigma_spacing: str | None = None) -> Grid:
+    def discretize(
+        self, num_inference_steps: int, rule: str = "ddim", sigma_spacing: str | None = None
+    ) -> Discretization:
         """Choose the noise levels that a sampling run visits.
 
         Args:
             num_inference_steps: 1 to num_train_timesteps.
-            rule: key of `GRID_RULES`, the family of schedulers whose habits to follow.
+            rule: key of `DISCRETIZATION_RULES`, the family of schedulers whose habits to follow.
             sigma_spacing: a key of `SIGMA_SPACINGS`, to space noise levels instead of timesteps.
 
         Raises:
@@ -328,30 +273,43 @@ class NoiseSchedule:
         Source: Lin et al. 2023, arXiv 2305.08891, table 2 (spacings); Karras et al. 2022, arXiv 2206.00364, Eq. 5.
         """
         _require_integer("num_inference_steps", num_inference_steps, 1, self.num_train_timesteps, "20")
-        habits = GRID_RULES[rule]
+        habits = DISCRETIZATION_RULES[rule]
         spacing = habits.spacing if habits.spacing == "lcm" else self.timestep_spacing or habits.spacing
-        indices, table = np.arange(self.num_train_timesteps), self.sigmas.numpy().copy()  # (T,)
-        if self.ends_in_pure_noise:
-            table[-1] = habits.pure_noise_sigma
         timesteps = self._spaced(num_inference_steps, spacing, habits)  # (N,)
+        indices, table = np.arange(self.num_train_timesteps), self._levels(habits)  # (T,)
         sigmas = np.interp(timesteps, indices, table)  # (N,)
         if sigma_spacing is not None:
             ends = (table[-1], table[0]) if habits.one_more_point else (sigmas[0], sigmas[-1])
             sigmas = SIGMA_SPACINGS[sigma_spacing](*ends, num_inference_steps)
             timesteps = np.interp(np.log(sigmas), np.log(table), indices)
             timesteps = timesteps.round() if habits.whole_timesteps else timesteps
-        stops = not self.set_alpha_to_one if habits.ends_at_first_alpha is None else habits.ends_at_first_alpha
-        last = table[0] if stops else 0.0
-        vp_start = habits.unit_variance_start or spacing == "leading"
-        init_noise_sigma = math.hypot(1, sigmas[0]) if vp_start else float(sigmas[0])
-        return Grid(torch.from_numpy(timesteps), torch.from_numpy(np.append(sigmas, last)), init_noise_sigma)
+        return self._stopped(timesteps, sigmas, habits)
 
-    def grid_of(self, sigmas: Sequence[float], rule: str = "ddim") -> Grid:
-        """Return the grid of noise levels that were chosen by hand.
+    def at_timesteps(self, timesteps: Sequence[float] | np.ndarray, rule: str = "ddim") -> Discretization:
+        """Return the noise levels of timesteps that were chosen by hand.
+
+        Args:
+            timesteps: falling, from at most num_train_timesteps - 1 to at least 0.
+            rule: as in `discretize`.
+
+        Raises:
+            InputError: the timesteps do not fall, or leave the range.
+        """
+        places, last = np.asarray(timesteps, dtype=np.float64), self.num_train_timesteps - 1
+        falling = places.ndim == 1 and len(places) and (np.diff(places) < 0).all()
+        if not falling or not 0 <= places[-1] <= places[0] <= last:
+            got = ", ".join(f"{place:g}" for place in places.ravel()[:6])
+            raise InputError(f"timesteps must fall from at most {last} to at least 0, got {got or 'none'}")
+        habits = DISCRETIZATION_RULES[rule]
+        sigmas = np.interp(places, np.arange(self.num_train_timesteps), self._levels(habits))
+        return self._stopped(places, sigmas, habits)
+
+    def at_sigmas(self, sigmas: Sequence[float], rule: str = "ddim") -> Discretization:
+        """Return the timesteps of noise levels that were chosen by hand.
 
         Args:
             sigmas: falling, within what the model was trained on; a last one of 0 is added where it is missing.
-            rule: as in `sampling_grid`.
+            rule: as in `discretize`.
 
         Raises:
             InputError: the levels do not fall, or leave the range.
@@ -363,11 +321,38 @@ class NoiseSchedule:
         if len(levels) < 2 or not (levels.diff() < 0).all() or not 0 <= levels[-1] < levels[0] <= highest:
             got = ", ".join(f"{level:.4g}" for level in levels[:6].tolist())
             raise InputError(f"sigmas must fall from at most {highest:.4g} to at least 0, got {got or 'none'}")
-        timesteps = self.timesteps_of(levels[:-1])
-        unit = GRID_RULES[rule].unit_variance_start
-        return Grid(timesteps, levels, math.hypot(1, float(levels[0])) if unit else float(levels[0]))
+        return Discretization(
+            self.timesteps_of(levels[:-1]), levels, self._initial_scale(float(levels[0]), DISCRETIZATION_RULES[rule])
+        )
 
-    def _spaced(self, steps: int, spacing: str, habits: GridRule) -> np.ndarray:
+    def _levels(self, habits: DiscretizationRule) -> np.ndarray:
+        """Return the training noise levels (T,), rising, all of them finite."""
+        levels: np.ndarray = self.sigmas.numpy().copy()
+        if self.ends_in_pure_noise:
+            levels[-1] = habits.pure_noise_sigma
+        return levels
+
+    def _stopped(self, timesteps: np.ndarray, sigmas: np.ndarray, habits: DiscretizationRule) -> Discretization:
+        """Return timesteps and sigmas, each (N,), with the level that a run stops at."""
+        # Spaced levels may end there already; solvers divide by the length of a step, which is then almost 0.
+        last = min(float(self.sigmas[0]), float(sigmas[-1]) * (1 - 1e-9)) if self._stops_early(habits) else 0.0
+        scale = self._initial_scale(float(sigmas[0]), habits)
+        return Discretization(torch.from_numpy(timesteps), torch.from_numpy(np.append(sigmas, last)), scale)
+
+    def _initial_scale(self, sigma: float, habits: DiscretizationRule) -> float:
+        """Return the factor that makes standard normal noise the initial x at a noise level."""
+        leading = (self.timestep_spacing or habits.spacing) == "leading"
+        return math.hypot(1, sigma) if habits.unit_variance_start or leading else sigma
+
+    def _stops_early(self, habits: DiscretizationRule) -> bool:
+        """Return whether a run stops at the first training noise level, and not at 0."""
+        if habits.end == "set_alpha_to_one":
+            return not (habits.alpha_to_one if self.set_alpha_to_one is None else self.set_alpha_to_one)
+        if habits.end == "final_sigmas_type":
+            return self.extra.get("final_sigmas_type") == "sigma_min"
+        return habits.end == "first"
+
+    def _spaced(self, steps: int, spacing: str, habits: DiscretizationRule) -> np.ndarray:
         """Return the timesteps (N,), falling. Source: Lin et al. 2023, arXiv 2305.08891, table 2."""
         count = self.num_train_timesteps
         points = steps + 1 if habits.one_more_point and steps < count else steps

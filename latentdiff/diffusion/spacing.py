@@ -1,4 +1,4 @@
-"""Which noise levels a sampling run visits, when they are spaced by noise level and not by timestep."""
+"""Spacings of a sampling run's noise levels by sigma instead of by timestep."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ def karras(sigma_max: float, sigma_min: float, count: int, rho: float = 7.0) -> 
 
 
 def exponential(sigma_max: float, sigma_min: float, count: int) -> np.ndarray:
-    """Return `count` levels whose logarithms fall evenly. Source: Lu et al. 2022, arXiv 2206.00927, section 3.3."""
+    """Return `count` levels whose logarithms fall evenly, as diffusers' use_lu_lambdas does too.
+
+    Source: Lu et al. 2022, arXiv 2206.00927, section 3.3.
+    """
     return polyexponential(sigma_max, sigma_min, count, rho=1.0)
 
 

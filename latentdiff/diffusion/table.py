@@ -1,16 +1,23 @@
-"""The table of numbers that a sampler is, and the means to write one down."""
+"""Samplers as tables of numbers, and how to write one down."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Rows", "Table"]
+__all__ = ["Rows", "Table", "steps"]
 
 Vector = np.ndarray  # coefficients of the slots and of D, (S + 1,) float64
+
+
+def steps(sigmas: Tensor) -> Iterator[tuple[float, float]]:
+    """Yield each noise level with the one that follows."""
+    return pairwise(sigmas.tolist())
 
 
 class Table(NamedTuple):

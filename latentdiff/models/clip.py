@@ -93,7 +93,14 @@ class CLIPTextModel(nn.Module):
         if config.with_projection:
             self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, clip_skip: int = 0) -> TextStates:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        clip_skip: int = 0,
+        end_token_id: int | None = None,
+    ) -> TextStates:
         """Encode windows of text.
 
         Args:
@@ -102,6 +109,8 @@ class CLIPTextModel(nn.Module):
                 looks at everything before.
             clip_skip: how many of the last layers `last_hidden_state` leaves out; it is normalised all the same.
                 Stable Diffusion XL takes `hidden_states[-2]`, not normalised, instead.
+            end_token_id: the token that ends a window, at whose first place the pooled vector is taken; None for what
+                the config says, which in many published ones is only that it has the highest number.
 
         Returns:
             The states of the tokens (B, L, D), and the end token's (B, D), or (B, P) with a projection.
@@ -120,16 +129,18 @@ class CLIPTextModel(nn.Module):
         hidden_states = self.text_model(input_ids, attention_mask)
         last = self.text_model.final_layer_norm(hidden_states[-1])  # (B, L, D)
         rows = torch.arange(len(input_ids), device=input_ids.device)
-        pooled = last[rows, self._ends(input_ids)]  # (B, D)
+        pooled = last[rows, self._ends(input_ids, end_token_id)]  # (B, D)
         if config.with_projection:
             pooled = self.text_projection(pooled)  # (B, P)
         if clip_skip:
             last = self.text_model.final_layer_norm(hidden_states[-1 - clip_skip])
         return TextStates(last, pooled, hidden_states)
 
-    def _ends(self, input_ids: Tensor) -> Tensor:
-        end = self.config.eos_token_id
-        return (input_ids if end == LEGACY_EOS else (input_ids == end).int()).argmax(dim=1)  # (B,)
+    def _ends(self, input_ids: Tensor, end_token_id: int | None) -> Tensor:
+        """Return the place of each window's end (B,)."""
+        end = self.config.eos_token_id if end_token_id is None else end_token_id
+        legacy = end_token_id is None and end == LEGACY_EOS
+        return (input_ids if legacy else (input_ids == end).int()).argmax(dim=1)
 
 
 class CLIPTextTransformer(nn.Module):

@@ -1,4 +1,4 @@
-"""Prompts to what the U-Net sees of them: one small protocol for every text encoder.
+"""Text encoding of prompts for the U-Net: one small protocol for every text encoder.
 
 CLIP (Stable Diffusion 1.x, 2.x), BERT and T5 are encoded by `TokenStates`, the two encoders of Stable Diffusion XL by
 `PenultimateStates`; `pixels.LabelEncoder` does the same for classes.
@@ -21,7 +21,7 @@ __all__ = ["Encoded", "PenultimateStates", "PromptEncoder", "TokenStates"]
 
 
 class Encoded(NamedTuple):
-    """What a model's text encoders make of one text.
+    """One text, encoded by a model's text encoders.
 
     Attributes:
         states: (n, L, D), n windows of L tokens: the context, once windows are put one behind the other.
@@ -44,7 +44,7 @@ class PromptEncoder(Protocol):
 
         Args:
             texts: any number.
-            clip_skip: how many of the last layers of CLIP encoders to leave out besides.
+            clip_skip: how many more of the last layers of CLIP encoders to leave out.
             weighted: read `(fox:1.3)` as a fox of weight 1.3, see `prompts.parse_weights`.
 
         Raises:
@@ -69,7 +69,7 @@ class TokenStates:
             raise InputError(f"clip_skip is for CLIP text encoders, got {type(encoder).__name__}; leave it out")
         tokens = _tokens(self.tokenizer, texts, weighted)
         rows, mask = _rows(tokens, tokens.input_ids, encoder), _rows(tokens, tokens.attention_mask, encoder)
-        options = {"clip_skip": clip_skip} if clip else {}
+        options = {"clip_skip": clip_skip, "end_token_id": self.tokenizer.end_token_id} if clip else {}
         encoded = encoder(rows, mask if encoder.config.use_attention_mask else None, **options)
         states = _weigh(encoded.last_hidden_state, tokens, keep_mean=clip)
         return _split(states, mask, encoded.pooled, tokens)
@@ -92,7 +92,8 @@ class PenultimateStates:
         states = []
         for encoder, tokenizer in self.encoders:
             tokens = _tokens(tokenizer, texts, weighted)
-            encoded = encoder(_rows(tokens, tokens.input_ids, encoder))
+            # The tokenizer's own end: where the config only says "the highest number", learned words have higher ones.
+            encoded = encoder(_rows(tokens, tokens.input_ids, encoder), end_token_id=tokenizer.end_token_id)
             most = len(encoded.hidden_states) - 2
             if clip_skip > most:
                 raise InputError(f"clip_skip must be from 0 to {most} for this model, got {clip_skip}; try 0")
@@ -114,13 +115,24 @@ def _weigh(states: Tensor, tokens: TokenBatch, *, keep_mean: bool) -> Tensor:
     """Return states (B * n, L, D) times the weights of their tokens.
 
     CLIP's are then scaled to the mean they had, as other tools do; a state of BERT or T5 has a mean of about zero.
+    Where CLIP's is near zero too, so that the scale would turn them or blow them up, they keep their size instead.
     """
     if bool((tokens.weights == 1).all()):
         return states
-    weighted = states * tokens.weights.reshape(states.shape[:2])[..., None].to(states)
-    if keep_mean:
-        weighted *= states.mean(dim=(1, 2), keepdim=True) / weighted.mean(dim=(1, 2), keepdim=True)
-    return weighted
+    weights = tokens.weights.reshape(states.shape[:2])[..., None].to(states)  # (B * n, L, 1)
+    weighted = states * weights
+    if not keep_mean:
+        return weighted
+    by_mean = states.mean(dim=(1, 2), keepdim=True) / weighted.mean(dim=(1, 2), keepdim=True)
+    by_size = _size(states) / _size(weighted).clamp(min=torch.finfo(states.dtype).tiny)
+    most = 1 + (weights - 1).abs().amax(dim=(1, 2), keepdim=True)  # that a scale of the weights explains
+    usable = (by_mean >= by_size / most) & (by_mean <= by_size * most)
+    return weighted * torch.where(usable, by_mean, by_size)
+
+
+def _size(states: Tensor) -> Tensor:
+    """Return the root mean square of each window's states (B * n, L, D), as (B * n, 1, 1)."""
+    return states.float().square().mean(dim=(1, 2), keepdim=True).sqrt().to(states.dtype)
 
 
 def _split(states: Tensor, mask: Tensor, pooled: Tensor | None, tokens: TokenBatch) -> list[Encoded]:

@@ -1,6 +1,6 @@
 """Prompts to token numbers, on the `tokenizers` library alone: what transformers' tokenizers of BERT, CLIP and T5 give.
 
-A prompt longer than the text encoder's window becomes several windows; nothing is cut off.
+A prompt longer than the text encoder's window becomes several windows, between words; nothing is cut off.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ PROBE = "a\U0001f98a\u4e2d\u0001 \u0378\ue000"  # letters that few vocabularies 
 Pieces = Sequence[tuple[str, float]]
 """A prompt in pieces, each with its weight."""
 
+Token = tuple[int, float]
+"""A token with its weight."""
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -82,6 +85,7 @@ class Tokenizer:
 
     Attributes:
         model_max_length: tokens in a window, begin and end token included.
+        end_token_id: what ends a window.
         pad_token_id: what fills a window.
 
     Raises:
@@ -197,15 +201,12 @@ class Tokenizer:
         """
         if isinstance(prompts, str):
             raise InputError("prompts must be a list of strings, got one string; write [prompt]")
-        contents = [self._numbers(prompt) for prompt in prompts]
         marks = len(self._begin) + len(self._end)
-        room = self.model_max_length - marks
-        windows = [max(1, -(-len(content) // room)) for content in contents]
-        n_chunks = max([1, *windows])
+        contents = [_windows(self._words(prompt), self.model_max_length - marks) for prompt in prompts]
+        n_chunks = max([1, *map(len, contents)])
         ids, mask, weights = [], [], []
         for content in contents:
-            for start in range(0, n_chunks * room, room):
-                part = content[start : start + room]
+            for part in content + [[]] * (n_chunks - len(content)):
                 window = [*self._begin, *(number for number, _ in part), *self._end]
                 padding = self.model_max_length - len(window)
                 ids.append(window + [self.pad_token_id] * padding)
@@ -218,19 +219,26 @@ class Tokenizer:
             torch.tensor(mask, dtype=torch.int64).reshape(shape),
             torch.tensor(weights, dtype=torch.float32).reshape(shape),
             n_chunks,
-            [len(content) + marks for content in contents],
-            windows,
+            [sum(map(len, content)) + marks for content in contents],
+            [len(content) for content in contents],
         )
 
-    def _numbers(self, prompt: str | Pieces) -> list[tuple[int, float]]:
-        """Return the tokens of a prompt with their weights."""
+    def _words(self, prompt: str | Pieces) -> list[list[Token]]:
+        """Return the tokens of a prompt with their weights, word by word; a learned word has all of its tokens."""
         pieces = [(prompt, 1.0)] if isinstance(prompt, str) else prompt
-        found = []
+        words: list[list[Token]] = []
         for text, weight in pieces:
             with self._library("cannot take this prompt apart"):
-                numbers = self._backend.encode(text, add_special_tokens=False).ids
-            found += [(one, weight) for number in numbers for one in self._runs.get(number, (number,))]
-        return found
+                encoded = self._backend.encode(text, add_special_tokens=False)
+            last = None  # the word that the token before belongs to, as the library counts; None for a learned one
+            for number, place, (start, _) in zip(encoded.ids, encoded.word_ids, encoded.offsets):
+                tokens = [(one, weight) for one in self._runs.get(number, (number,))]
+                if last is not None and (place == last or _inside_number(text, start)) and number not in self._runs:
+                    words[-1] += tokens
+                else:
+                    words.append(tokens)
+                last = None if number in self._runs else place
+        return words
 
     def _build(self, settings: Mapping[str, Any]) -> None:
         self._backend = self._read_backend(settings)
@@ -245,7 +253,8 @@ class Tokenizer:
         self._add_tokens(special, settings.get("added_tokens_decoder") or {})
         begin, end = BEGIN_END[kind]
         self._begin = [] if begin is None else [self._number(special[begin])]
-        self._end = [self._number(special[end])]
+        self.end_token_id = self._number(special[end])
+        self._end = [self.end_token_id]
         self._runs = _runs(self._backend)
         self.pad_token_id = self._number(special["pad_token"])
         self.model_max_length = self._window(settings)
@@ -311,6 +320,28 @@ class Tokenizer:
                 f"(at least 3), got {length}; set it"
             )
         return length
+
+
+def _inside_number(text: str, place: int) -> bool:
+    """Say whether a place in a text is within a number or between its digits and letters, as in 1920s."""
+    beside = text[max(place - 1, 0) : place + 1]
+    return len(beside) == 2 and beside.isalnum() and any(sign.isdecimal() for sign in beside)
+
+
+def _windows(words: Sequence[list[Token]], room: int) -> list[list[Token]]:
+    """Return the tokens of each window, at most `room`: a word that does not fit goes to the next one.
+
+    A word that is longer than a window is cut, beginning in one of its own.
+    """
+    windows: list[list[Token]] = [[]]
+    for word in words:
+        if len(windows[-1]) + len(word) > room and windows[-1]:
+            windows.append([])
+        windows[-1] += word
+        while len(windows[-1]) > room:
+            windows.append(windows[-1][room:])
+            del windows[-2][room:]
+    return windows
 
 
 def _runs(backend: tokenizers.Tokenizer) -> dict[int, list[int]]:

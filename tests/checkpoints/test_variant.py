@@ -111,7 +111,7 @@ def test_a_variant_takes_what_it_lacks_from_the_model_beside_it(base: Path, vari
 
 def test_a_variant_may_have_a_schedule_of_its_own(base: Path) -> None:
     components, own = load_pipeline(base), base.with_name("own")
-    schedule = NoiseSchedule(beta_schedule="linear", class_name="DDPMScheduler")
+    schedule = NoiseSchedule(beta_schedule="linear", class_name="DDPMScheduler", timestep_spacing="trailing")
     save_variant(replace(components, schedule=schedule), own, base, dtype=None)
     assert names(own) == ["model_index.json", "scheduler/scheduler_config.json"]
     assert load_pipeline(own).schedule.to_dict() == schedule.to_dict()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion import classifier_free, guidance_scales, preconditioning
-from latentdiff.diffusion.guidance import GUIDANCE_SCHEDULES, adaptive_projected
+from latentdiff.diffusion.guidance import GUIDANCE_SCHEDULES, adaptive_projected, rescaled
 from latentdiff.errors import InputError
 
 
@@ -93,3 +93,12 @@ def test_schedules_rise_and_keep_the_mean() -> None:
     assert guidance_scales(sigmas, 5.0, guidance_schedule="linear")[0] == 1
     with pytest.raises(InputError, match="did you mean 'cosine'"):
         guidance_scales(sigmas, 5.0, guidance_schedule="cosin")
+
+
+def test_rescaling_leaves_flat_outputs_finite() -> None:
+    """A standard deviation of zero, or of rounding alone, is nothing to divide by."""
+    conditional = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    for flat in (torch.zeros(1, 2, 4, 4), torch.full((1, 2, 4, 4), 3.0), 3 + 1e-8 * conditional):
+        torch.testing.assert_close(rescaled(flat, conditional, 0.7), flat)
+        torch.testing.assert_close(rescaled(flat, flat, 0.7), flat)
+    assert torch.isfinite(rescaled(1e-20 * conditional, conditional, 1.0)).all()

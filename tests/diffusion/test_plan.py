@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from latentdiff.diffusion import (
     sample,
     start,
 )
+from latentdiff.diffusion.plan import overshoot, overshoot_note
 from latentdiff.errors import InputError
 from tests.diffusion.test_samplers import (
     COSINE,
@@ -40,7 +42,7 @@ def test_resampling_takes_every_step_several_times() -> None:
     assert torch.equal(thrice.matrices[2::3], once.matrices) and torch.equal(thrice.noise[2::3], once.noise)
     sigmas = [*once.sigmas.tolist(), 0.0]
     torch.testing.assert_close(thrice.noise[0::3, 0] ** 2, -torch.tensor(sigmas, dtype=torch.float64).square().diff())
-    for sampler in ("heun", "dpmpp_sde", "unipc", "dpm2_a"):
+    for sampler in ("heun", "dpmpp_sde", "unipc", "dpm2_a", "pndm"):
         with pytest.raises(InputError, match="resampling needs a sampler that calls the network once a step"):
             make_plan(COSINE, sampler, 5, resampling=2)
     with pytest.raises(InputError, match="resampling must be an integer from 1 to 100, got 0"):
@@ -58,7 +60,7 @@ def test_resampled_gaussian_keeps_its_variance() -> None:
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "ddim", "heun"])
 def test_sigmas_by_hand(sampler: str) -> None:
     chosen = make_plan(COSINE, sampler, 8)
-    levels = COSINE.sampling_grid(8, SAMPLERS[sampler].rule).sigmas.tolist()
+    levels = COSINE.discretize(8, SAMPLERS[sampler].rule).sigmas.tolist()
     by_hand = make_plan(COSINE, sampler, sigmas=levels[:-1] if sampler == "ddim" else levels)
     torch.testing.assert_close(by_hand.matrices, chosen.matrices)
     torch.testing.assert_close(by_hand.timesteps, chosen.timesteps, atol=1e-3, rtol=1e-6)
@@ -74,7 +76,7 @@ def test_sampling_with_another_schedule_than_that_of_training(sampler: str) -> N
         sigmas = np.exp(np.interp(call.timesteps.double().numpy(), np.arange(len(table)), table))
         return gaussian_denoise(x, torch.from_numpy(sigmas).reshape(-1, 1, 1, 1))
 
-    levels = other.sampling_grid(200).sigmas
+    levels = other.discretize(200).sigmas
     plan = make_plan(trained, sampler, sigmas=levels.tolist())
     x = start(plan, draw_noise([image_generator(0)], SHAPE).double())
     *_, final = sample(denoise, plan, x)
@@ -98,11 +100,52 @@ def test_sigmas_that_do_not_fall_are_refused(sigmas: list[float], got: str) -> N
         make_plan(NoiseSchedule(), "euler", sigmas=sigmas)
 
 
+@pytest.mark.parametrize(
+    ("timesteps", "got"),
+    [([1, 2], "1, 2"), ([5, 5], "5, 5"), ([1000, 3], "1000, 3"), ([3, -1], "3, -1"), ([], "none"), ([[1]], "1")],
+)
+def test_timesteps_that_do_not_fall_are_refused(timesteps: Any, got: str) -> None:
+    with pytest.raises(InputError, match=f"timesteps must fall from at most 999 to at least 0, got {got}"):
+        make_plan(NoiseSchedule(), "euler", timesteps=timesteps)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_timesteps_by_hand_are_those_of_a_number_of_steps(sampler: str) -> None:
+    chosen = make_plan(COSINE, sampler, 8)
+    timesteps = COSINE.discretize(8, SAMPLERS[sampler].rule).timesteps
+    by_hand = make_plan(COSINE, sampler, timesteps=timesteps.tolist())
+    for name in ("timesteps", "sigmas", "matrices", "noise"):
+        assert torch.equal(getattr(by_hand, name), getattr(chosen, name))
+    assert by_hand.init_noise_sigma == chosen.init_noise_sigma
+
+
+def test_overshoot_is_the_variance_that_standard_normal_data_gets() -> None:
+    """1 for many steps, less for few; much more where a solver leaves noise or cannot start from pure noise."""
+    schedule = NoiseSchedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    for sampler in [name for name in SAMPLERS if name != "lcm"]:  # which is for networks that solve the equation
+        assert overshoot(make_plan(schedule, sampler, 200)) == pytest.approx(1, abs=0.05), sampler
+        assert overshoot(make_plan(schedule, sampler, 20, strength=0.5)) < 1.2, sampler
+    assert 0.2 < overshoot(make_plan(schedule, "euler", 4)) < 0.9
+    assert overshoot(make_plan(schedule, "dpmpp_3m_sde_beta", 20)) > 3
+    assert overshoot(make_plan(schedule, "dpmpp_3m_sde_karras", 30)) == pytest.approx(1, abs=0.05)
+    pure = replace(schedule, rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+    assert overshoot(make_plan(pure, "plms", 25)) > 1000 and overshoot(make_plan(pure, "pndm", 25)) > 100
+    assert overshoot(make_plan(pure, "plms", 25, strength=0.5)) < 1.1
+    assert overshoot(make_plan(pure, "ddim", 25)) < 1
+    told = overshoot_note(make_plan(pure, "plms", 25), "plms")
+    assert told is not None and told.startswith("plms in 26 calls leaves noise or is unstable") and len(told) < 200
+    assert overshoot_note(make_plan(pure, "ddim", 25), "ddim") is None
+
+
 def test_steps_and_sigmas_exclude_each_other() -> None:
     with pytest.raises(InputError, match="either num_inference_steps or sigmas"):
         make_plan(COSINE, "euler")
     with pytest.raises(InputError, match="either num_inference_steps or sigmas"):
         make_plan(COSINE, "euler", 5, sigmas=[2.0, 1.0])
+    with pytest.raises(InputError, match="either num_inference_steps or sigmas or timesteps"):
+        make_plan(COSINE, "euler", 5, timesteps=[2, 1])
+    with pytest.raises(InputError, match="timesteps are given, so euler_karras cannot space them; leave _karras out"):
+        make_plan(COSINE, "euler_karras", timesteps=[2, 1])
     with pytest.raises(InputError, match="sigmas are given, so euler_karras cannot space them; leave _karras out"):
         make_plan(COSINE, "euler_karras", sigmas=[2.0, 1.0])
 

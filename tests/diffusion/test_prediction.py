@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion import Call, NoiseSchedule, as_denoiser, preconditioning
-from latentdiff.diffusion.prediction import PREDICTIONS
+from latentdiff.diffusion import Call, NoiseSchedule, as_denoiser, make_plan, preconditioning, sample
+from latentdiff.diffusion.prediction import PREDICTIONS, Thresholding
 from latentdiff.errors import InputError
 
 
@@ -62,3 +62,27 @@ def test_input_of_the_network_has_unit_variance() -> None:
 def test_unknown_prediction_type_is_refused() -> None:
     with pytest.raises(InputError, match="did you mean 'epsilon'"):
         preconditioning("epsilom", torch.ones(1))
+
+
+def test_thresholds_bound_each_image_by_its_own_quantile() -> None:
+    x = torch.stack([torch.linspace(-3, 3, 48), torch.linspace(-0.5, 0.5, 48)]).reshape(2, 3, 4, 4)
+    first, second = Thresholding(ratio=0.5, largest=10)(x)
+    assert first.abs().max() == 1 and first[first.abs() < 1].abs().max() < 1
+    torch.testing.assert_close(first, (x[0] / 1.5).clamp(-1, 1), atol=0.05, rtol=0)
+    assert torch.equal(second, x[1])  # which is within the range already
+    assert torch.equal(Thresholding(largest=1.0)(x), x.clamp(-1, 1))
+    for values in ({"ratio": 1.5}, {"ratio": True}, {"largest": 0}, {"largest": float("inf")}):
+        with pytest.raises(InputError, match="must be a number"):
+            Thresholding(**values)
+
+
+def test_a_denoiser_thresholds_alone_and_in_the_loop() -> None:
+    """In the loop it holds for what the estimate is used for, not only for what is shown."""
+    threshold = Thresholding(ratio=0.9, largest=2.0)
+    denoise = as_denoiser(lambda x, call: 3 * x, "sample", thresholding=threshold)
+    plan, x = make_plan(NoiseSchedule(prediction_type="sample"), "ddim", 3), torch.randn(1, 2, 4, 4) * 100
+    steps = list(sample(denoise, plan, x))
+    assert all(step.denoised.abs().max() <= 1 for step in steps) and steps[-1].x.abs().max() <= 1
+    sigma, zeros = plan.sigmas[:1].float(), torch.zeros(1, dtype=torch.int64)
+    alone = denoise(x, Call(0, zeros, zeros, sigma, plan.timesteps[:1].float()))
+    torch.testing.assert_close(alone, steps[0].denoised)

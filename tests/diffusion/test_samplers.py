@@ -33,6 +33,7 @@ from latentdiff.diffusion.samplers import (
     deis,
     dpm2,
     dpmpp_2m,
+    dpmpp_2s,
     dpmpp_3m_sde,
     dpmpp_sde,
     euler,
@@ -92,6 +93,7 @@ def run(
         (dpm2, 2, 40),
         (dpmpp_2m, 2, 40),
         (deis, 2, 40),
+        (dpmpp_2s, 2, 80),
         # Its steps are of order 3, only the first and the last one, of order 1, make it 2 when all others are exact.
         (unipc, 2, 800),
         # Until the first steps, of order 1 to 3, weigh more than the rest.
@@ -153,7 +155,7 @@ def test_drawn_samples_have_the_moments_of_the_table() -> None:
 
 
 def test_ddim_and_euler_are_one_table() -> None:
-    sigmas = COSINE.sampling_grid(10).sigmas
+    sigmas = COSINE.discretize(10).sigmas
     for first, second in (
         (ddim(sigmas), euler(sigmas)),
         (ddim(sigmas, 1.0), ddpm(sigmas)),

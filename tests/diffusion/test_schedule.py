@@ -12,7 +12,8 @@ import torch
 
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.diffusion.betas import BETA_SCHEDULES
-from latentdiff.diffusion.schedule import GRID_RULES
+from latentdiff.diffusion.discretization import DISCRETIZATION_RULES
+from latentdiff.diffusion.scheduler_classes import CLASS_DEFAULTS
 from latentdiff.diffusion.spacing import SIGMA_SPACINGS
 from latentdiff.errors import InputError, ModelConfigError
 
@@ -90,8 +91,8 @@ def test_zero_terminal_snr_keeps_the_first_timestep() -> None:
     rescaled = NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert rescaled.alphas_cumprod[-1] == 0 and rescaled.snr(torch.tensor([999])) == 0
     assert float(rescaled.alphas_cumprod[0]) == pytest.approx(float(plain.alphas_cumprod[0]), rel=1e-12)
-    for rule in GRID_RULES:
-        assert torch.isfinite(rescaled.sampling_grid(5, rule).sigmas).all()
+    for rule in DISCRETIZATION_RULES:
+        assert torch.isfinite(rescaled.discretize(5, rule).sigmas).all()
 
 
 def test_snr_is_signal_over_noise() -> None:
@@ -105,19 +106,19 @@ def test_snr_is_signal_over_noise() -> None:
 )
 def test_spacings(spacing: str, timesteps: list[int]) -> None:
     schedule = NoiseSchedule(timestep_spacing=spacing, steps_offset=1)
-    grid = schedule.sampling_grid(4, "ddim")
+    grid = schedule.discretize(4, "ddim")
     assert grid.timesteps.tolist() == timesteps
     torch.testing.assert_close(grid.sigmas[:-1], schedule.sigmas[timesteps])
     assert grid.sigmas[-1] == 0
 
 
-@pytest.mark.parametrize("rule", [rule for rule in GRID_RULES if rule != "lcm"])
+@pytest.mark.parametrize("rule", [rule for rule in DISCRETIZATION_RULES if rule != "lcm"])
 @pytest.mark.parametrize("spacing", [None, "leading", "linspace", "trailing"])
 @pytest.mark.parametrize("steps", [1, 2, 61, 499, 999, 1000])
 @pytest.mark.parametrize("levels", [None, *SIGMA_SPACINGS])
 def test_grids_fall_inside_the_training_range(rule: str, spacing: str | None, steps: int, levels: str | None) -> None:
     schedule = NoiseSchedule(beta_schedule="squaredcos_cap_v2", timestep_spacing=spacing, steps_offset=1)
-    timesteps, sigmas, init_noise_sigma = schedule.sampling_grid(steps, rule, levels)
+    timesteps, sigmas, init_noise_sigma = schedule.discretize(steps, rule, levels)
     assert timesteps.shape == (steps,) and sigmas.shape == (steps + 1,)
     assert timesteps.dtype == sigmas.dtype == torch.float64
     assert (sigmas[:-1].diff() < 0).all() and sigmas[-1] <= sigmas[-2] and (timesteps.diff() <= 0).all()
@@ -127,26 +128,26 @@ def test_grids_fall_inside_the_training_range(rule: str, spacing: str | None, st
 
 def test_sigma_spacings_are_even_in_their_own_measure() -> None:
     for name, measure in (("karras", lambda s: s ** (1 / 7)), ("exponential", torch.log)):
-        levels = measure(NoiseSchedule().sampling_grid(10, "euler", name).sigmas[:-1])
+        levels = measure(NoiseSchedule().discretize(10, "euler", name).sigmas[:-1])
         torch.testing.assert_close(levels.diff(), levels.diff()[:1].expand(9))
 
 
 def test_consistency_models_visit_the_timesteps_they_were_distilled_at() -> None:
-    assert NoiseSchedule().sampling_grid(4, "lcm").timesteps.tolist() == [999, 759, 499, 259]
+    assert NoiseSchedule().discretize(4, "lcm").timesteps.tolist() == [999, 759, 499, 259]
     with pytest.raises(InputError, match="num_inference_steps of lcm must be an integer from 1 to 50, got 51; try 4"):
-        NoiseSchedule().sampling_grid(51, "lcm")
+        NoiseSchedule().discretize(51, "lcm")
 
 
 def test_ddim_ends_where_the_checkpoint_says() -> None:
     schedule = NoiseSchedule.from_dict(STABLE_DIFFUSION)
-    assert schedule.sampling_grid(10, "ddim").sigmas[-1] == schedule.sigmas[0]
-    assert schedule.sampling_grid(10, "euler").sigmas[-1] == 0
+    assert schedule.discretize(10, "ddim").sigmas[-1] == schedule.sigmas[0]
+    assert schedule.discretize(10, "euler").sigmas[-1] == 0
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, float("nan"), True, "20", None])
 def test_bad_step_counts(steps: Any) -> None:
     with pytest.raises(InputError, match=r"num_inference_steps must be an integer from 1 to 1000, got .*; try"):
-        NoiseSchedule().sampling_grid(steps)
+        NoiseSchedule().discretize(steps)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,9 @@ def test_bad_values(values: dict[str, Any], message: str) -> None:
     [
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "did you mean 'EulerDiscreteScheduler'"),
         ({"_class_name": 3}, "variance-preserving"),
-        ({"thresholding": True}, "thresholding=True, supported: False"),
+        ({"thresholding": True, "dynamic_thresholding_ratio": 2}, "dynamic_thresholding_ratio must be .* from 0 to 1"),
+        ({"thresholding": True, "sample_max_value": "1"}, "sample_max_value must be a number above 0, got '1'"),
+        ({"final_sigmas_type": "sigma_max"}, "final_sigmas_type=sigma_max, supported: 'zero'"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ({"variance_type": "learned"}, "variance_type 'learned' is unknown; did you mean 'learned_range'"),
         ({"timestep_type": "continuous"}, "timestep_type"),
@@ -202,3 +205,24 @@ def test_config_comes_back_unchanged() -> None:
     assert STABLE_DIFFUSION.items() <= saved.items() and "timestep_spacing" not in saved
     assert NoiseSchedule.from_dict(saved) == schedule
     assert hash(schedule) == hash(copy.deepcopy(schedule))
+
+
+@pytest.mark.parametrize("name", sorted(CLASS_DEFAULTS))
+def test_what_a_config_leaves_out_is_what_its_class_takes(name: str) -> None:
+    schedule = NoiseSchedule.from_dict({"_class_name": name})
+    found = {key: getattr(schedule, key) for key in CLASS_DEFAULTS[name]}
+    assert found == CLASS_DEFAULTS[name]
+    assert CLASS_DEFAULTS[name].items() <= schedule.to_dict().items()
+    assert NoiseSchedule.from_dict({"_class_name": name, "beta_start": 0.001}).beta_start == 0.001
+
+
+def test_an_end_left_open_is_the_usual_one_of_the_sampler() -> None:
+    """In diffusers DDIM ends at noise level 0 and PNDM at the first training level, unless the config has a say."""
+    schedule = NoiseSchedule.from_dict({"_class_name": "PNDMScheduler"})
+    assert schedule.set_alpha_to_one is None and "set_alpha_to_one" not in schedule.to_dict()
+    assert schedule.discretize(10, "ddim").sigmas[-1] == 0
+    assert schedule.discretize(10, "pndm").sigmas[-1] == schedule.sigmas[0]
+    for chosen in (True, False):
+        schedule = NoiseSchedule.from_dict({"_class_name": "PNDMScheduler", "set_alpha_to_one": chosen})
+        for rule in ("ddim", "pndm"):
+            assert (schedule.discretize(10, rule).sigmas[-1] == 0) == chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from latentdiff.checkpoints import load_pipeline
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.encoding import PenultimateStates, PromptEncoder, TokenStates
 from latentdiff.models.tokenizer import Tokenizer
+from latentdiff.prompts import parse_weights
 from tests.models.tiny import CLIP, randomize, write_clip_vocabulary
 
 WORDS = {**CLIP, "vocab_size": 600, "bos_token_id": 522, "eos_token_id": 523}
@@ -68,3 +70,58 @@ def test_weighted_clip_states_keep_their_mean(tmp_path: Path) -> None:
     tokens = encoder(["red fox"])[0].tokens
     assert tokens == 4, "one token a word"
     torch.testing.assert_close(heavy, expected * plain.mean() / expected.mean())
+
+
+def with_words(encoder: CLIPTextModel, tokenizer: Tokenizer, words: list[str]) -> tuple[CLIPTextModel, Tokenizer]:
+    """Add learned words, whose numbers are higher than that of the end token."""
+    larger = CLIPTextModel(replace(encoder.config, vocab_size=len(tokenizer) + len(words)))
+    randomize(larger)
+    return larger.eval(), tokenizer.with_words(words)
+
+
+@pytest.mark.parametrize("eos", [2, 523])
+def test_pooled_text_is_that_of_the_first_end_token(tmp_path: Path, eos: int) -> None:
+    """Wherever words with higher numbers stand; most published configs name the end token 2, which it is not."""
+    projected = {"architectures": ["CLIPTextModelWithProjection"], "eos_token_id": eos}
+    pair = with_words(*clip(tmp_path, **projected), ["zzztoy", "zzztoy_1"])
+    for encoder in (PenultimateStates([pair]), TokenStates(*pair)):
+        texts = ["red zzztoy fox", "red zzztoy", "red zzztoy <|endoftext|> fox", "red zzztoy <|endoftext|>"]
+        pooled = [one.pooled for one in encoder(texts)]
+        assert not torch.allclose(pooled[0], pooled[1])  # type: ignore[arg-type]
+        torch.testing.assert_close(pooled[2], pooled[3])  # what comes after an end is not looked at
+        torch.testing.assert_close(pooled[1], pooled[3])
+
+
+def centred(encoder: CLIPTextModel) -> CLIPTextModel:
+    """Give the states of the last layer a mean of zero, as a last norm without weights does."""
+    norm = encoder.text_model.final_layer_norm
+    norm.weight.data.fill_(1)
+    norm.bias.data.fill_(0)
+    return encoder
+
+
+@pytest.mark.parametrize("prompt", ["(red fox:{})", "red (fox:{})", "(red:{}) fox", "((red:{}) fox)", "[red] (fox:{})"])
+@pytest.mark.parametrize("weight", [1.05, 1.1, 1.3, 1.5])
+def test_weights_keep_size_and_direction_where_the_mean_is_zero(tmp_path: Path, prompt: str, weight: float) -> None:
+    encoder, tokenizer = clip(tmp_path)
+    states = TokenStates(centred(encoder), tokenizer)
+    text = prompt.format(weight)
+    plain, weighted = states(["red fox"])[0].states, states([text], weighted=True)[0].states
+    most = max(abs(one) for _, one in parse_weights(text)) * (1.1 if "[" in text else 1)
+    assert torch.cosine_similarity(plain.flatten(), weighted.flatten(), dim=0) > 0.9
+    assert 1 / most - 1e-4 <= weighted.norm() / plain.norm() <= most + 1e-4
+
+
+@pytest.mark.parametrize("prompt", ["red (fox:0)", "(red fox:0)", "red (fox:-1)", "(red fox:-1.5)", "[[red]] fox"])
+@pytest.mark.parametrize("kind", ["centred", "plain", "xl"])
+def test_any_weight_leaves_finite_states_of_about_the_same_size(tmp_path: Path, prompt: str, kind: str) -> None:
+    encoder, tokenizer = clip(tmp_path, architectures=["CLIPTextModelWithProjection"])
+    if kind == "centred":
+        centred(encoder)
+    states: PromptEncoder = TokenStates(encoder, tokenizer)
+    if kind == "xl":
+        states = PenultimateStates([(encoder, tokenizer)])
+    plain, weighted = states(["red fox"])[0].states, states([prompt], weighted=True)[0].states
+    assert torch.isfinite(weighted).all()
+    assert 0.25 <= weighted.norm() / plain.norm() <= 4
+    torch.testing.assert_close(weighted[0, 0] / weighted[0, 0].norm(), plain[0, 0] / plain[0, 0].norm())

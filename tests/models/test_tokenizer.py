@@ -123,3 +123,43 @@ def test_another_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
     with pytest.raises(ModelLoadError, match=r"must be a BERT .* tokenizer, got WordLevel"):
         Tokenizer.from_folder(tmp_path)
+
+
+def parts(tokenizer: Tokenizer, prompt: str) -> list[list[str]]:
+    """The tokens of each window, without its marks and padding."""
+    batch = tokenizer([prompt])
+    windows = batch.input_ids.reshape(batch.n_chunks, -1).tolist()
+    mask = batch.attention_mask.reshape(batch.n_chunks, -1).sum(1).tolist()
+    backend = tokenizer._backend
+    return [[backend.id_to_token(number) for number in window[1 : count - 1]] for window, count in zip(windows, mask)]
+
+
+@pytest.mark.parametrize("before", range(8))
+def test_words_are_not_cut_at_the_end_of_a_window(tmp_path: Path, before: int) -> None:
+    """Words of the vocabulary, numbers with letters, and learned words of several vectors go to the next window."""
+    tokenizer = Tokenizer.from_folder(write_clip_vocabulary(tmp_path)).with_words(["toy", "toy_1", "toy_2"])  # room: 6
+    for word, tokens in (
+        ("zzz", ["z", "z", "z</w>"]),
+        ("toy", ["toy", "toy_1", "toy_2"]),
+        ("1920s", ["1</w>", "9</w>", "2</w>", "0</w>", "s</w>"]),
+        ("é", tokenizer._backend.encode("é").tokens),
+    ):
+        found = parts(tokenizer, "fox " * before + word + " cat")
+        flat = [token for window in found for token in window]
+        assert flat == ["fox</w>"] * before + tokens + ["cat</w>"]
+        assert all(len(window) <= 6 for window in found)
+        (home,) = [window for window in found if tokens[0] in window]
+        assert home[home.index(tokens[0]) :][: len(tokens)] == tokens
+        assert tokenizer(["fox " * before + word + " cat"]).counts == [before + len(tokens) + 3]
+
+
+def test_a_word_longer_than_a_window_is_cut_in_one_of_its_own(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(write_clip_vocabulary(tmp_path))  # room for 6
+    assert [len(part) for part in parts(tokenizer, "fox " + "z" * 14 + " cat")] == [1, 6, 6, 3]
+
+
+def test_weights_stay_with_the_words_that_are_moved(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(write_clip_vocabulary(tmp_path))
+    batch = tokenizer([[("fox fox fox fox ", 1.0), ("zzz", 1.5), (" cat", 1.0)]])
+    assert batch.windows == [2]
+    assert batch.weights.tolist() == [[1.0] * 8 + [1.0, 1.5, 1.5, 1.5, 1.0, 1.0, 1.0, 1.0]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -15,6 +16,7 @@ from diffusers import (
 )
 
 from latentdiff import Pipeline
+from latentdiff.diffusion import NoiseSchedule, SchedulerPlan
 from latentdiff.errors import InputError
 
 
@@ -53,6 +55,51 @@ def test_image_to_image_and_callbacks_work_too(pipe: Pipeline, tmp_path: Path) -
     assert seen == [(done, 4, (1, 4, 16, 16)) for done in (1, 2, 3, 4)]
     assert given.settings["sampler"] == "diffusers:EulerDiscreteScheduler"
     assert scheduler.num_inference_steps is None  # the user's own object is as it was
+
+
+OF_EMBEDDED = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+OTHER_PROCESSES = [
+    (diffusers.CMStochasticIterativeScheduler(), "it has no alphas_cumprod"),
+    (diffusers.IPNDMScheduler(), "it has no alphas_cumprod"),
+    (diffusers.EDMEulerScheduler(), "it has no alphas_cumprod"),
+    (diffusers.EDMDPMSolverMultistepScheduler(), "it has no alphas_cumprod"),
+    (diffusers.FlowMatchEulerDiscreteScheduler(), "it has no alphas_cumprod"),
+    (diffusers.FlowMatchHeunDiscreteScheduler(), "it has no alphas_cumprod"),
+    (diffusers.DPMSolverMultistepScheduler(**OF_EMBEDDED, use_flow_sigmas=True), "use_flow_sigmas is True"),
+    (diffusers.EulerDiscreteScheduler(**OF_EMBEDDED, timestep_type="continuous"), "timestep_type is 'continuous'"),
+    (diffusers.RePaintScheduler(beta_schedule="squaredcos_cap_v2"), "needs original_image, mask at each step"),
+    (diffusers.DDIMInverseScheduler(**OF_EMBEDDED), "leads from data to noise, its timesteps rise"),
+    (diffusers.DPMSolverMultistepInverseScheduler(**OF_EMBEDDED), "leads from data to noise, its timesteps rise"),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "cause"), OTHER_PROCESSES)
+def test_schedulers_of_another_noise_process_are_refused(scheduler: Any, cause: str) -> None:
+    """Before the first step, whatever the number of steps, in one line that names the class."""
+    schedule = NoiseSchedule(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    for steps in (1, 10):
+        with pytest.raises(InputError, match=cause) as caught:
+            SchedulerPlan(scheduler, schedule, steps)
+        assert type(scheduler).__name__ in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_flow_matching_objects_are_refused_with_a_sampler_that_does_the_same() -> None:
+    schedule = NoiseSchedule(beta_schedule="flow", prediction_type="flow_prediction")
+    with pytest.raises(InputError, match=r"another noise process than the model .*; try sampler 'euler'"):
+        SchedulerPlan(diffusers.FlowMatchEulerDiscreteScheduler(), schedule, 10)
+
+
+def test_steps_that_a_scheduler_cannot_take_are_refused(pipe: Pipeline) -> None:
+    scheduler = diffusers.LCMScheduler.from_config(pipe.components.schedule.to_dict())
+    with pytest.raises(InputError, match="LCMScheduler cannot take 60 steps"):
+        SchedulerPlan(scheduler, pipe.components.schedule, 60)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "PNDMScheduler", "KDPM2DiscreteScheduler", "SASolverScheduler"])
+def test_other_schedulers_of_the_same_process_are_taken(pipe: Pipeline, name: str) -> None:
+    scheduler = getattr(diffusers, name).from_config(pipe.components.schedule.to_dict())
+    for steps in (1, 10):
+        assert len(SchedulerPlan(scheduler, pipe.components.schedule, steps)) >= steps
 
 
 def test_schedulers_of_another_model_are_refused(pipe: Pipeline) -> None:

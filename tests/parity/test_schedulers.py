@@ -45,7 +45,7 @@ from latentdiff.diffusion import (
     sample,
     start,
 )
-from latentdiff.diffusion.schedule import GRID_RULES
+from latentdiff.diffusion.discretization import DISCRETIZATION_RULES
 
 PEERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
@@ -268,7 +268,7 @@ def cases() -> list[Any]:
                             continue  # test_quirk_ddim_previous_timestep, test_quirk_plms_of_velocities
                         if sampler == "lcm" and spacing != "trailing":
                             continue  # it has a spacing of its own
-                        rounds = GRID_RULES[SAMPLERS[sampler].rule].one_more_point
+                        rounds = DISCRETIZATION_RULES[SAMPLERS[sampler].rule].one_more_point
                         if spacing == "linspace" and (sampler == "ddim" or (steps == 1 and not rounds)):
                             continue  # test_quirk_ddim_previous_timestep, test_quirk_linspace_of_one_step
                         chosen.append((sampler, betas, prediction_type, spacing, steps))
@@ -314,7 +314,7 @@ def test_sigma_spacings(float64: None, sampler: str, spacing: str) -> None:
     values = config("scaled_linear", "v_prediction", timestep_spacing="leading", steps_offset=1)
     options: dict[str, Any] = {f"use_{spacing}_sigmas": True}
     # diffusers cuts the timesteps of DPM++ and UniPC to integers, Karras apart; we round them to the nearest.
-    rounds = GRID_RULES[SAMPLERS[sampler].rule].whole_timesteps
+    rounds = DISCRETIZATION_RULES[SAMPLERS[sampler].rule].whole_timesteps
     assert largest_difference(f"{sampler}_{spacing}", values, 12, **options) < (0.01 if rounds else TOLERANCE)
 
 
