@@ -34,8 +34,9 @@ from latentdiff.generation.decode import OUTPUT_TYPES
 from latentdiff.generation.inputs import prepare_image, prepare_small_image
 from latentdiff.generation.masks import MaskLike, open_picture
 from latentdiff.generation.options import check_integer, one_of
-from latentdiff.generation.request import Settings, check_defaults, check_inputs, check_names
+from latentdiff.generation.request import Settings
 from latentdiff.generation.result import GeneratedImage, Result
+from latentdiff.generation.rules import check_defaults, check_inputs, check_names
 from latentdiff.generation.run import Call, Callback, invert, run
 from latentdiff.generation.upscale import UpscalePlan, plan_upscale
 from latentdiff.models.unet import UNet2DConditionModel

@@ -126,9 +126,8 @@ def run_steps(
     speed = measure_speed(plain, *inputs, accelerator=accelerator, more=twice, **more)
     unet, optimizer = prepared(accelerator, network, state.optimizers["optimizer"])
     state.to(accelerator.device)
-    log, grids, stopping = Log(run, first, "diffusion", accelerator, speed), SampleGrids(), False
-    statistics = LatentStatistics()
-    batches = statistics.watching(latent_batches(data, config, first, own_shares(accelerator, run)))
+    log, statistics, grids = Log(run, first, "diffusion", accelerator, speed), LatentStatistics(), SampleGrids()
+    batches, stopping = statistics.watching(latent_batches(data, config, first, own_shares(accelerator, run))), False
     with stop_on_signal() as stopped, fast_attention(accelerator.device), tuned_for_cpu(network):
         for step in range(first, run.steps):
             start_step(config, step, optimizer)

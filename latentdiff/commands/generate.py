@@ -26,7 +26,8 @@ from latentdiff.commands.upscale import UPSCALER, load_upscaler, upscaled
 from latentdiff.errors import InputError, shown
 from latentdiff.files import is_file
 from latentdiff.generation.options import GENERATE
-from latentdiff.generation.request import Settings, check_inputs
+from latentdiff.generation.request import Settings
+from latentdiff.generation.rules import check_inputs
 
 if TYPE_CHECKING:
     from latentdiff.generation.result import GeneratedImage

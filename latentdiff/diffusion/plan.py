@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from latentdiff.diffusion.discretization import DISCRETIZATION_RULES
+from latentdiff.diffusion.discretization import DISCRETIZATION_RULES, Discretization
 from latentdiff.diffusion.samplers import SAMPLERS, Sampler
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.diffusion.spacing import SIGMA_SPACINGS
@@ -111,18 +111,8 @@ def make_plan(
 
     Source: resampling: Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1 with jumps of one step.
     """
-    solver, spacing = parse_sampler(sampler)
-    if [num_inference_steps, sigmas, timesteps].count(None) != 2:
-        raise InputError("a plan needs either num_inference_steps or sigmas or timesteps; pass one, such as 20 steps")
-    if spacing is not None and num_inference_steps is None:
-        given = "timesteps" if sigmas is None else "sigmas"
-        raise InputError(f"{given} are given, so {sampler} cannot space them; leave _{spacing} out")
-    if sigmas is not None:
-        levels = schedule.at_sigmas(sigmas, solver.rule)
-    elif timesteps is not None:
-        levels = schedule.at_timesteps(timesteps, solver.rule)
-    else:
-        levels = schedule.discretize(num_inference_steps, solver.rule, spacing)  # type: ignore[arg-type]  # not None
+    solver, _ = parse_sampler(sampler)
+    levels = _levels(schedule, sampler, num_inference_steps, sigmas, timesteps)
     steps = len(levels.timesteps)
     if not 0 <= eta <= 1:
         raise InputError(f"eta must be a number from 0 to 1, got {eta}; try 0")
@@ -153,6 +143,27 @@ def make_plan(
         init_noise_sigma=levels.init_noise_sigma,
         noise_range=table.noise_range,
     )
+
+
+def _levels(
+    schedule: NoiseSchedule,
+    sampler: str,
+    num_inference_steps: int | None,
+    sigmas: Sequence[float] | None,
+    timesteps: Sequence[float] | None,
+) -> Discretization:
+    """Return the noise levels that are visited: so many, or those given."""
+    solver, spacing = parse_sampler(sampler)
+    if [num_inference_steps, sigmas, timesteps].count(None) != 2:
+        raise InputError("a plan needs either num_inference_steps or sigmas or timesteps; pass one, such as 20 steps")
+    if spacing is not None and num_inference_steps is None:
+        given = "timesteps" if sigmas is None else "sigmas"
+        raise InputError(f"{given} are given, so {sampler} cannot space them; leave _{spacing} out")
+    if sigmas is not None:
+        return schedule.at_sigmas(sigmas, solver.rule)
+    if timesteps is not None:
+        return schedule.at_timesteps(timesteps, solver.rule)
+    return schedule.discretize(num_inference_steps, solver.rule, spacing)  # type: ignore[arg-type]  # not None
 
 
 def _middles(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from latentdiff.checkpoints import Components
 from latentdiff.diffusion import draw_noise, image_generator
-from latentdiff.diffusion.likelihood import LEVELS, discretised, ode_likelihood, variational_bound
+from latentdiff.diffusion.likelihood import LEVELS, Bound, discretised, ode_likelihood, variational_bound
 from latentdiff.diffusion.prediction import Call, Denoiser
 from latentdiff.errors import InputError
 from latentdiff.models.pixels import PixelSpace
@@ -67,8 +67,7 @@ def negative_log_likelihood(
         variance = components.schedule.variance_type
         if not components.schedule.ends_in_pure_noise:
             bound = variational_bound(denoise, components.schedule, latents, generators, variance, eight_bit=in_pixels)
-            terms = {"L_T": bound.prior, "L_t": bound.terms[1:].sum(dim=0), "L_0": bound.terms[0], "total": bound.total}
-            for name, values in terms.items():
+            for name, values in _terms(bound).items():
                 bounds.setdefault(name, []).append(values)
         if in_pixels:
             jitter = torch.stack([torch.rand(latents.shape[1:], generator=one) for one in generators])
@@ -77,8 +76,7 @@ def negative_log_likelihood(
         found = ode_likelihood(denoise, components.schedule, latents, generators, steps=steps, probes=probes)
         ode.append(found.bits_per_dim(2 / LEVELS if in_pixels else 1.0))
         errors.append(found.standard_error / found.dimensions / math.log(2))
-    kind = "pixels" if in_pixels else "latents"
-    figures: dict[str, Any] = {"images": len(images), "of": kind}
+    figures: dict[str, Any] = {"images": len(images), "of": "pixels" if in_pixels else "latents"}
     if bounds:
         figures["bound"] = {name: _mean(torch.cat(values)) for name, values in bounds.items()}
     hutchinson = float(torch.cat(errors).square().mean().sqrt() / math.sqrt(len(images)))
@@ -86,6 +84,10 @@ def negative_log_likelihood(
     if not in_pixels:
         figures["autoencoder"] = _autoencoder_terms(torch.cat([error for error, _ in shares]), images, shares)
     return figures
+
+
+def _terms(bound: Bound) -> dict[str, Tensor]:
+    return {"L_T": bound.prior, "L_t": bound.terms[1:].sum(dim=0), "L_0": bound.terms[0], "total": bound.total}
 
 
 def network_of(components: Components, texts: Sequence[str]) -> Denoiser:

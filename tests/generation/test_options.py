@@ -16,8 +16,8 @@ from latentdiff.cli import main
 from latentdiff.commands import generate, upscale
 from latentdiff.errors import InputError
 from latentdiff.generation.options import BOTH, options_of
-from latentdiff.generation.request import check_inputs
 from latentdiff.generation.result import read_record
+from latentdiff.generation.rules import check_inputs
 
 # Options that the command line has in another form: --size.
 NO_FLAG = {"height", "width"}

@@ -20,7 +20,8 @@ from latentdiff.training.data.augment import (
     side_by_side,
     turn_hue,
 )
-from latentdiff.training.data.dataset import CaptionedImages, Sample, open_images
+from latentdiff.training.data.dataset import CaptionedImages, open_images
+from latentdiff.training.data.sample import Sample
 from PIL import Image
 
 from latentdiff.errors import InputError

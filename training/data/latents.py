@@ -25,8 +25,9 @@ from .augment import Variant, paint, paint_all, plan_variants
 from .batch_order import BatchOrder
 from .cache import KEY_BYTES, CachedTensors, stored
 from .conditions import ConcatConditioning, Task
-from .dataset import CaptionedImages, Sample
+from .dataset import CaptionedImages
 from .prefetch import prefetched
+from .sample import Sample
 
 PIXELS_AT_ONCE = 64 * 64**2  # through the autoencoder: pictures of 512 x 512 one by one, each of which takes gigabytes
 TOLD_TOGETHER = 256  # captions, since all of them get as many windows as the longest

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from latentdiff.errors import shown
 
+from .sample import Sample
 from .source import Source, pictures_in
-
-if TYPE_CHECKING:
-    from .dataset import Sample
 
 ENLARGED = 4.0  # times, above which a picture is blurred
 LOST = 0.75  # share of a picture that its frame does not show
