@@ -113,12 +113,11 @@ def make_plan(
     """
     solver, _ = parse_sampler(sampler)
     levels = _levels(schedule, sampler, num_inference_steps, sigmas, timesteps)
-    steps = len(levels.timesteps)
     if not 0 <= eta <= 1:
         raise InputError(f"eta must be a number from 0 to 1, got {eta}; try 0")
     if eta and "eta" not in solver.takes:
         raise InputError(f"eta is an option of ddim, got eta={eta} with {sampler}; leave it out or choose ddim")
-    skipped = skipped_steps(steps, strength)
+    skipped = skipped_steps(len(levels.timesteps), strength)
     visited = levels.sigmas[skipped:]
     offered = {
         "eta": eta,

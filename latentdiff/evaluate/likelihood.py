@@ -58,13 +58,13 @@ def negative_log_likelihood(
     in_pixels = isinstance(components.autoencoder, PixelSpace)
     bounds: dict[str, list[Tensor]] = {}
     ode, errors, shares = [], [], []
+    steps = min(ode_steps, components.schedule.num_train_timesteps - 1)
     for start in tqdm(range(0, len(images), BATCH), disable=not progress, unit="batch"):
-        batch, texts = images[start : start + BATCH], captions[start : start + BATCH]
+        batch = images[start : start + BATCH]
         generators = [image_generator(seed + start + row) for row in range(len(batch))]
         latents, share = _latents(components, batch, generators)
         shares.append(share)
-        denoise = network_of(components, texts)
-        variance = components.schedule.variance_type
+        denoise, variance = network_of(components, captions[start : start + BATCH]), components.schedule.variance_type
         if not components.schedule.ends_in_pure_noise:
             bound = variational_bound(denoise, components.schedule, latents, generators, variance, eight_bit=in_pixels)
             for name, values in _terms(bound).items():
@@ -72,13 +72,11 @@ def negative_log_likelihood(
         if in_pixels:
             jitter = torch.stack([torch.rand(latents.shape[1:], generator=one) for one in generators])
             latents = latents + (jitter.to(latents) - 0.5) * 2 / LEVELS
-        steps = min(ode_steps, components.schedule.num_train_timesteps - 1)
         found = ode_likelihood(denoise, components.schedule, latents, generators, steps=steps, probes=probes)
         ode.append(found.bits_per_dim(2 / LEVELS if in_pixels else 1.0))
         errors.append(found.standard_error / found.dimensions / math.log(2))
-    figures: dict[str, Any] = {"images": len(images), "of": "pixels" if in_pixels else "latents"}
-    if bounds:
-        figures["bound"] = {name: _mean(torch.cat(values)) for name, values in bounds.items()}
+    whole = {"bound": {name: _mean(torch.cat(values)) for name, values in bounds.items()}} if bounds else {}
+    figures: dict[str, Any] = {"images": len(images), "of": "pixels" if in_pixels else "latents", **whole}
     hutchinson = float(torch.cat(errors).square().mean().sqrt() / math.sqrt(len(images)))
     figures["ode"] = {**_mean(torch.cat(ode)), "standard_error_of_probes": hutchinson}
     if not in_pixels:
