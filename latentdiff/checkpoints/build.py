@@ -104,7 +104,7 @@ class _WithoutInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _numbers(value: Any) -> list[float]:
+def _numbers(value: object) -> list[float]:
     if isinstance(value, list):
         return [number for item in value for number in _numbers(item)]
     return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []

@@ -182,7 +182,7 @@ def parse_json(text: str, place: str) -> dict[str, Any]:
     return tree
 
 
-def _keys(tree: Any, depth: int = 0) -> Iterator[str]:
+def _keys(tree: object, depth: int = 0) -> Iterator[str]:
     if depth > MAX_DEPTH:
         raise ValueError("nested too deeply")
     if isinstance(tree, dict):
@@ -246,7 +246,7 @@ def _base_folder(root: Path, name: Any) -> Path:
     return base
 
 
-def _is_plain(name: Any) -> bool:
+def _is_plain(name: object) -> bool:
     """Say whether this is the name of a file or folder, and no path."""
     if not isinstance(name, str) or len(name.encode(errors="replace")) > LONGEST_NAME:
         return False

@@ -204,7 +204,7 @@ def _check(path: Path, tree: dict[str, Any], data_start: int, size: int) -> Head
     return Header(tensors, metadata)
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
     """Return dtype, shape, and the first byte and that behind the last, counted from the end of the header."""
     label = f"tensor {_short(name)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -224,7 +224,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 
-def _whole_numbers(value: Any) -> bool:
+def _whole_numbers(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 

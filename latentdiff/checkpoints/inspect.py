@@ -125,7 +125,7 @@ def _assumed(claims: Claims) -> str:
     return "configuration and schedule"
 
 
-def _family(text_class: str, width: Any) -> str:
+def _family(text_class: str, width: object) -> str:
     if text_class in ("BertModel", "LabelEncoder"):
         return "latentdiff"
     return FAMILIES.get(width if isinstance(width, int) else 0, "Stable Diffusion layout")

@@ -239,7 +239,7 @@ def _with_networks(components: Components, networks: Mapping[str, Any]) -> Compo
     )
 
 
-def _weights(weight: Any) -> tuple[float, float]:
+def _weights(weight: object) -> tuple[float, float]:
     pair = weight if isinstance(weight, (tuple, list)) else (weight, weight)
     numbers = [number for one in pair if (number := _finite(one)) is not None]
     if len(pair) != 2 or len(numbers) != 2:

@@ -262,7 +262,7 @@ class _Replay:
             raise InputError(f"{what} is no longer the {kind} {this} {how}; restore it, or add --force")
 
 
-def _open(given: Any, name: str) -> Image.Image:
+def _open(given: object, name: str) -> Image.Image:
     from latentdiff.generation.masks import open_picture
 
     opened = open_picture(given, name)

@@ -86,7 +86,7 @@ def sampler_names(name: str) -> tuple[str, str | None]:
     return SAMPLERS.get(name, name), None
 
 
-def _quoted(value: Any) -> str:
+def _quoted(value: object) -> str:
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(sign in text for sign in ',:\n"') else text
 

@@ -48,7 +48,7 @@ class PreparedImage:
 
 
 def prepare_image(
-    settings: Settings, image: Any, mask: Any, native: tuple[int, int], factor: int, *, opaque: bool = False
+    settings: Settings, image: object, mask: object, native: tuple[int, int], factor: int, *, opaque: bool = False
 ) -> PreparedImage:
     """Open the initial image and its mask, and scale and crop them to the size of the result.
 
@@ -103,7 +103,7 @@ def _check_sides(sides: tuple[int, int], native: tuple[int, int], multiple: int,
         check_size(name + more, side, multiple, limit * MAX_SCALE)
 
 
-def prepare_small_image(settings: Settings, image: Any, mask: Any, factor: int) -> PreparedImage:
+def prepare_small_image(settings: Settings, image: object, mask: object, factor: int) -> PreparedImage:
     """Open the small picture of a model that upscales one: `pixels` are (1, 3, H / factor, W / factor).
 
     Args:
@@ -170,7 +170,7 @@ def _size(
     return settings.height or height, settings.width or width
 
 
-def _trace(given: Any, picture: Image.Image) -> dict[str, Any]:
+def _trace(given: object, picture: Image.Image) -> dict[str, Any]:
     """Return what a record keeps of a picture that was passed in: the hash of it, its path or else what made it."""
     if isinstance(given, (str, os.PathLike)):
         return {"path": recorded_name(given), "hash": pixel_hash(picture)}

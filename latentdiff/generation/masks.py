@@ -82,7 +82,7 @@ def open_picture(given: object, name: str) -> Image.Image | None:
     raise InputError(f"{name} must be a picture, an array or a path, got {type(given).__name__}; convert it first")
 
 
-def open_mask(given: Any, picture: Image.Image) -> MaskImage:
+def open_mask(given: object, picture: Image.Image) -> MaskImage:
     """Return a mask that was passed in.
 
     Args:
@@ -117,7 +117,7 @@ def _box(given: Sequence[int], size: tuple[int, int]) -> MaskImage:
     return MaskImage(white, {"box": [left, top, right, bottom]})
 
 
-def _painting(given: Any, size: tuple[int, int]) -> MaskImage:
+def _painting(given: object, size: tuple[int, int]) -> MaskImage:
     drawn_mask = open_picture(given, "mask")
     assert drawn_mask is not None
     if drawn_mask.size != size:

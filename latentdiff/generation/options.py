@@ -11,7 +11,7 @@ import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, SupportsIndex
 
 from latentdiff.errors import InputError, shown, suggest
 from latentdiff.prompts import check_prompt
@@ -57,7 +57,7 @@ class Option:
     from_model: bool = False
 
 
-def option(default: Any, check: Check, text: str, **more: Any) -> Any:
+def option(default: object, check: Check, text: str, **more: Any) -> Any:
     """Declare a field of `Settings`; see `Option`."""
     return field(default=default, metadata={"option": Option(check, text, **more)})
 
@@ -86,7 +86,7 @@ def one_of(choices: Sequence[Any], remedy: str = "") -> Check:
     """Return the check of a value among a few."""
     expected = " or ".join(map(str, choices))
 
-    def check(name: str, value: Any) -> Any:
+    def check(name: str, value: object) -> Any:
         known = isinstance(value, (str, int)) and not isinstance(value, bool) and value in choices
         if known:
             return value
@@ -97,24 +97,24 @@ def one_of(choices: Sequence[Any], remedy: str = "") -> Check:
     return check
 
 
-def text(name: str, value: Any) -> str:
+def text(name: str, value: object) -> str:
     """Check a text that may be empty."""
     return check_prompt(value, what=name, allow_empty=True)
 
 
-def flag(name: str, value: Any) -> bool:
+def flag(name: str, value: object) -> bool:
     """Check a yes or no."""
     if not isinstance(value, bool):
         raise InputError(f"{name} must be True or False, got {shown(value)}; leave it out")
     return value
 
 
-def side(name: str, value: Any) -> int:
+def side(name: str, value: object) -> int:
     """Check a height or width in pixels."""
     return check_size(name, value, SIZE_MULTIPLE, MAX_SIDE)
 
 
-def interval(name: str, value: Any) -> tuple[float, float]:
+def interval(name: str, value: object) -> tuple[float, float]:
     """Check two rising noise levels."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise InputError(f"{name} must be two noise levels, got {shown(value)}; try (0.3, 5.0)")
@@ -124,12 +124,11 @@ def interval(name: str, value: Any) -> tuple[float, float]:
     return low, high
 
 
-def check_number(name: str, value: Any, low: float, high: float, remedy: str) -> float:
+def check_number(name: str, value: object, low: float, high: float, remedy: str) -> float:
     """Return `value`; raise InputError unless it is a finite number within [low, high]."""
     span = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
     try:
-        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        converted = float(value) if real else math.nan
+        converted = math.nan if isinstance(value, bool) or not isinstance(value, numbers.Real) else float(value)
     except OverflowError:
         converted = math.inf
     if not math.isfinite(converted) or not low <= converted <= high:
@@ -137,10 +136,10 @@ def check_number(name: str, value: Any, low: float, high: float, remedy: str) ->
     return converted
 
 
-def check_integer(name: str, value: Any, low: int, high: int, remedy: str) -> int:
+def check_integer(name: str, value: object, low: int, high: int, remedy: str) -> int:
     """Return `value`; raise InputError unless it is a whole number within [low, high]."""
     try:
-        whole = None if isinstance(value, bool) else operator.index(value)
+        whole = operator.index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else None
     except (TypeError, ValueError, RuntimeError):  # of strings, arrays, tensors
         whole = None
     if whole is None or not low <= whole <= high:
@@ -148,7 +147,7 @@ def check_integer(name: str, value: Any, low: int, high: int, remedy: str) -> in
     return whole
 
 
-def check_size(name: str, value: Any, multiple: int, limit: int) -> int:
+def check_size(name: str, value: object, multiple: int, limit: int) -> int:
     """Return `value` pixels; raise InputError unless they are a multiple of `multiple` up to `limit`."""
     pixels = check_integer(name, value, multiple, limit, f"choose a multiple of {multiple} up to {limit}")
     if pixels % multiple:
@@ -158,7 +157,7 @@ def check_size(name: str, value: Any, multiple: int, limit: int) -> int:
     return pixels
 
 
-def sides(name: str, value: Any) -> tuple[int, int, int, int]:
+def sides(name: str, value: object) -> tuple[int, int, int, int]:
     """Return pixels to the left, above, to the right and below, from names with numbers or four numbers."""
     if isinstance(value, Mapping):
         for key in value:
@@ -173,7 +172,7 @@ def sides(name: str, value: Any) -> tuple[int, int, int, int]:
     return left, top, right, bottom
 
 
-def _pixels(name: str, value: Any) -> int:
+def _pixels(name: str, value: object) -> int:
     pixels = check_integer(name, value, 0, MAX_SIDE, "try 16")
     return check_size(name, pixels, SIZE_MULTIPLE, MAX_SIDE) if pixels else 0
 

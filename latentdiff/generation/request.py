@@ -39,7 +39,7 @@ MAX_SEED = 2**63 - 1
 MAX_IMAGES = 1000
 
 
-def _sampler(name: str, value: Any) -> str:
+def _sampler(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise InputError(f"{name} must be a name, got {shown(value)}; try euler_a")
     from latentdiff.diffusion.plan import EXTERNAL, parse_sampler  # which load torch
@@ -49,7 +49,7 @@ def _sampler(name: str, value: Any) -> str:
     return value
 
 
-def _guidance_schedule(name: str, value: Any) -> str:
+def _guidance_schedule(name: str, value: object) -> str:
     from latentdiff.diffusion.guidance import GUIDANCE_SCHEDULES  # which loads torch
 
     return one_of(tuple(GUIDANCE_SCHEDULES))(name, value)

@@ -204,7 +204,7 @@ def record_of(picture: Image.Image) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and _chain(record) < MAX_CHAIN else None
 
 
-def _chain(record: Any) -> int:
+def _chain(record: object) -> int:
     """Return how many pictures made of one another a record tells of."""
     links = 0
     while isinstance(record, dict):

@@ -112,9 +112,9 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _tuples(value: Any) -> Any:
+def _tuples(value: object) -> Any:
     return tuple(_tuples(member) for member in value) if isinstance(value, (list, tuple)) else value
 
 
-def _lists(value: Any) -> Any:
+def _lists(value: object) -> Any:
     return [_lists(member) for member in value] if isinstance(value, tuple) else value

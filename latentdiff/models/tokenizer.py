@@ -301,7 +301,7 @@ class Tokenizer:
             if self._backend.token_to_id(token.content) is not None:
                 self._backend.add_special_tokens([token])
 
-    def _number(self, entry: Any) -> int:
+    def _number(self, entry: object) -> int:
         token = _token(entry, special=True).content
         number = self._backend.token_to_id(token)
         if number is None:

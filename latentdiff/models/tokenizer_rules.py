@@ -63,7 +63,7 @@ def check_rules(content: Mapping[str, Any], place: str) -> None:
         raise ModelConfigError(f"{place}: has {reason}, as no tokenizer of BERT, CLIP or T5 has; use another")
 
 
-def _rules(tree: Any) -> Iterator[Mapping[str, Any]]:
+def _rules(tree: object) -> Iterator[Mapping[str, Any]]:
     """Yield the rules of a normalizer or pre-tokenizer, those within others too."""
     if not isinstance(tree, Mapping):
         return

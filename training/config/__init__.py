@@ -126,7 +126,7 @@ def _kinds(section: type[BaseModel], key: str) -> list[str]:
     return list(_sections(section.model_fields[key].annotation))
 
 
-def _sections(kind: Any) -> dict[str, type[BaseModel]]:
+def _sections(kind: object) -> dict[str, type[BaseModel]]:
     """Return the sections that a field may hold, by their `kind`, or by their name where they have none."""
     found = [one for one in (get_args(kind) or (kind,)) if isinstance(one, type) and issubclass(one, BaseModel)]
     return {str(one.model_fields["kind"].default) if "kind" in one.model_fields else one.__name__: one for one in found}

@@ -110,7 +110,7 @@ def _check_network(kind: type[Any], model: Mapping[str, Any]) -> Any:
     return config
 
 
-def _check_number(key: str, value: Any) -> None:
+def _check_number(key: str, value: object) -> None:
     numbers = _several(value)
     if len(numbers) > MAX_LEVELS:
         raise ValueError(f"model.{key} has {len(numbers)} levels, at most {MAX_LEVELS} can be trained")
@@ -120,5 +120,5 @@ def _check_number(key: str, value: Any) -> None:
             raise ValueError(f"model.{key} must be at most {largest}, got {short(number)}")
 
 
-def _several(value: Any) -> list[Any]:
+def _several(value: object) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]

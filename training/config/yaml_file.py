@@ -108,12 +108,12 @@ def parse_yaml(text: str, name: str) -> Any:
         raise InputError(f"{short(name)} is not YAML: {' '.join(str(error).split())[:160]}") from error
 
 
-def dump_yaml(tree: Any) -> str:
+def dump_yaml(tree: object) -> str:
     """Return a tree as YAML, keys in their order."""
     return yaml.dump(tree, Dumper=Dumper, sort_keys=False)
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """Return a value as messages show it: its beginning, however large it is."""
     return SHORT.repr(value)
 

@@ -106,5 +106,5 @@ def _start(budget: Budget, worker: int) -> None:
     share(budget)
 
 
-def _as_it_is(result: Any) -> Any:
+def _as_it_is(result: object) -> Any:
     return result

@@ -174,7 +174,7 @@ def _kept(kept: Path, file: RemoteFile) -> list[Member] | None:
     return None
 
 
-def _is_member(one: Any) -> bool:
+def _is_member(one: object) -> bool:
     """Say whether a value that was read from a file is what is kept of a `Member`."""
     if not isinstance(one, dict) or set(one) != {"key", "row", "offset", "size", "finding"}:
         return False

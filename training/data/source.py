@@ -130,7 +130,7 @@ def _is_inside(path: Path, base: Path) -> bool:
     return Path(os.path.abspath(base)) in Path(os.path.abspath(path)).parents
 
 
-def _as_here(path: Any, base: Path) -> Any:
+def _as_here(path: object, base: Path) -> Any:
     r"""Return a path of a table with slashes where it was written with backslashes, as in images\fox.png."""
     if os.sep == "/" and isinstance(path, str) and "\\" in path and not is_file(base / path):
         return path.replace("\\", "/")

@@ -85,7 +85,7 @@ def conditioning(batch: Batch) -> dict[str, Any]:
 
 
 def diffusion_losses(
-    unet: Any,
+    unet: object,
     components: Encoders,
     objective: ObjectiveConfig,
     batch: Batch,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +77,7 @@ def bucket_names(num_train_timesteps: int) -> list[str]:
 
 @torch.no_grad()
 def held_out_errors(
-    network: Any, components: Components, config: DiffusionTraining, samples: Batch, accelerator: Accelerator
+    network: object, components: Components, config: DiffusionTraining, samples: Batch, accelerator: Accelerator
 ) -> Tensor:
     """Return the squared error of the prediction, (BUCKETS, N), of each sample in each bucket of timesteps.
 
@@ -130,7 +129,7 @@ def gaussian_bounds(schedule: NoiseSchedule, samples: Batch) -> Tensor:
 
 
 def held_out_scalars(
-    network: Any, components: Components, config: DiffusionTraining, samples: Batch | None, accelerator: Accelerator
+    network: object, components: Components, config: DiffusionTraining, samples: Batch | None, accelerator: Accelerator
 ) -> dict[str, float]:
     """Return what the log says of held-out samples: the error of each bucket, its Gaussian bound, the weighted loss.
 
