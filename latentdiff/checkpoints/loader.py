@@ -71,7 +71,7 @@ def load_folder(
         networks["vae"] = load_vae(read_json(config) if config.exists() else {})
     encoders = [networks[name] for name in ("text_encoder", "text_encoder_2") if name in networks]
     named = [name for name in ("tokenizer", "tokenizer_2") if name in classes]
-    windows = [encoder.config.max_position_embeddings for encoder in encoders]
+    windows = [getattr(encoder.config, "max_position_embeddings", None) for encoder in encoders]  # none of labels
     tokenizers = [load_tokenizer(homes[name], name, longest) for name, longest in zip(named, windows)]
     schedule = load_schedule(folder)
     if prediction_type is not None:
