@@ -313,7 +313,8 @@ def try_set(work: Workplace, rng: random.Random) -> None:
                 archive.addfile(entry, io.BytesIO(data))
         (place / "0.tar").write_bytes(damaged(stream.getvalue(), rng))
     folder = f"hub:{odd_text(rng)}" if rng.random() < 0.3 else odd_text(rng)
-    load_images(DataConfig(folder=folder if kind == "place" else "set", size=8))
+    config = DataConfig(folder="set", size=8)  # which checks its folder when it is made
+    load_images(config.model_copy(update={"folder": folder}) if kind == "place" else config)
 
 
 DOORS: dict[str, Callable[[Workplace, random.Random], int | None]] = {

@@ -12,6 +12,7 @@ import pytest
 from latentdiff.training.config import DataConfig
 from latentdiff.training.data import dataset, shards
 from latentdiff.training.data.dataset import CaptionedImages, load_images, open_images
+from latentdiff.training.data.sources import open_source
 from PIL import Image
 
 from latentdiff.errors import InputError, StorageError
@@ -136,8 +137,9 @@ FOLDERS = [
 
 @pytest.mark.parametrize("place", FOLDERS, ids=lambda place: place[:10].encode("ascii", "backslashreplace").decode())
 def test_places_that_are_none_are_refused(place: str) -> None:
+    config = DataConfig(folder="set", size=8).model_copy(update={"folder": place})  # not checked by the config itself
     with pytest.raises(InputError) as caught:
-        opened(place)
+        open_source(config)
     assert len(str(caught.value)) < 600
 
 
