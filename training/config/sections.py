@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
+from latentdiff.prompts import check_prompt
+
 from .checks import check_colour, check_path, check_schedule, check_texts
 
 TextPath = Annotated[str, AfterValidator(check_path)]
@@ -197,7 +199,7 @@ class PriorConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         """Refuse what cannot be drawn."""
-        check_texts([self.prompt], "prior.prompt")
+        check_prompt(self.prompt, what="prior.prompt")
         return self
 
 

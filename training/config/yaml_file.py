@@ -58,7 +58,7 @@ class Dumper(yaml.SafeDumper):
 
 NUMBERS = {
     "int": r"[-+]?[0-9]{1,400}|0o[0-7]{1,400}|0x[0-9a-fA-F]{1,400}",
-    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "float": r"[-+]?(\.[0-9]{1,400}|[0-9]{1,400}(\.[0-9]{0,400})?)([eE][-+]?[0-9]{1,9})?|[-+]?\.(?i:inf)|\.(?i:nan)",
 }
 for name, pattern in NUMBERS.items():
     for kind in (Loader, Dumper):
