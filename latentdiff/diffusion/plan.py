@@ -180,7 +180,7 @@ def _resampled(table: Table, visited: Tensor, resampling: int, sampler: str) -> 
     if isinstance(resampling, bool) or not isinstance(resampling, int) or not 1 <= resampling <= 100:
         raise InputError(f"resampling must be an integer from 1 to 100, got {resampling!r}; try 5")
     slots = table.noise.shape[1]
-    if len(table.sigmas) != len(visited) - 1 or sampler.startswith("unipc"):
+    if len(table.sigmas) != len(visited) - 1 or sampler.startswith(("unipc", "dpmpp_2s")):
         raise InputError(f"resampling needs a sampler that calls the network once a step, got {sampler}; try dpmpp_2m")
     back = table.matrices.clone()
     back[:, 1:] = torch.eye(slots, slots + 1, dtype=back.dtype)[1:]

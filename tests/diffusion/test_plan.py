@@ -42,7 +42,7 @@ def test_resampling_takes_every_step_several_times() -> None:
     assert torch.equal(thrice.matrices[2::3], once.matrices) and torch.equal(thrice.noise[2::3], once.noise)
     sigmas = [*once.sigmas.tolist(), 0.0]
     torch.testing.assert_close(thrice.noise[0::3, 0] ** 2, -torch.tensor(sigmas, dtype=torch.float64).square().diff())
-    for sampler in ("heun", "dpmpp_sde", "unipc", "dpm2_a", "pndm"):
+    for sampler in ("heun", "dpmpp_sde", "unipc", "dpm2_a", "pndm", "dpmpp_2s"):
         with pytest.raises(InputError, match="resampling needs a sampler that calls the network once a step"):
             make_plan(COSINE, sampler, 5, resampling=2)
     with pytest.raises(InputError, match="resampling must be an integer from 1 to 100, got 0"):
