@@ -198,14 +198,14 @@ class Components(Encoders):
         return "" if self.source is None else self.source.hash
 
 
-def moved(components: Components, device: torch.device, dtype: torch.dtype) -> Components:
-    """Return the components of a model with its networks on a device and in a dtype; `components` stay as they are.
+def moved(components: Components, device: torch.device, dtype: torch.dtype | None = None) -> Components:
+    """Return the components of a model with its networks on a device, and in a dtype if one is given.
 
-    What has both already is shared, not copied.
+    `components` stay as they are. What has both already is shared, not copied.
     """
     names = ("unet", "autoencoder", "text_encoder", "text_encoder_2")
     networks = {name: network for name in names if (network := getattr(components, name)) is not None}
-    shared = {name: share_weights(network).to(device, dtype) for name, network in networks.items()}
+    shared = {name: share_weights(network).to(device=device, dtype=dtype) for name, network in networks.items()}
     return replace(components, **shared)
 
 

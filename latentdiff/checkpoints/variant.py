@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentdiff.checkpoints.components import Components
+from latentdiff.checkpoints.components import Components, moved
 from latentdiff.checkpoints.difference import difference
 from latentdiff.checkpoints.folder import BASE, DIFFERENCE, INDEX
 from latentdiff.checkpoints.read import load_pipeline
@@ -46,7 +46,7 @@ def save_variant(
     target, source = Path(folder).absolute(), Path(base).absolute()
     if target.parent.resolve() != source.resolve().parent:
         raise InputError(f"a variant must be beside its base, {source}, got {target}; choose a folder there")
-    index, networks, tokenizers, schedules = pipeline_index(components)
+    index, networks, tokenizers, schedules = pipeline_index(moved(components, torch.device("cpu")))  # where the base is
     _, their_networks, their_tokenizers, their_schedules = pipeline_index(load_pipeline(source))
     changed = {name: network for name, network in networks.items() if not _equal(network, their_networks.get(name))}
     planned = {name: one for name, one in schedules.items() if _content(one) != _content(their_schedules.get(name))}

@@ -12,11 +12,14 @@ import torch
 from PIL import Image
 
 from latentdiff import Pipeline
+from latentdiff.checkpoints import load_pipeline
+from latentdiff.checkpoints.variant import save_variant
 from latentdiff.cli import main
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.diffusion.guidance import adaptive_projected
 from latentdiff.diffusion.loop import slerp
 from latentdiff.engine.tiled_denoising import make_windows, tiled
+from tests.checkpoints.small_models import build_folders, weights_of
 from tests.fake_device import FakeDevice
 
 ROOT = Path(__file__).parents[2]
@@ -85,3 +88,16 @@ def test_a_picture_of_a_picture_is_replayed_elsewhere(
     finally:
         torch.set_num_threads(threads)
     assert np.array_equal(np.asarray(Image.open("b.png")), np.asarray(Image.open("c.png")))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_variants_are_saved_from_a_device_and_loaded_to_it(kind: str, tmp_path: Path) -> None:
+    build_folders(tmp_path)
+    expected = weights_of(load_pipeline(tmp_path / "difference"))
+    with FakeDevice(kind) as device:
+        moved = Pipeline.from_pretrained(tmp_path / "difference").components
+        save_variant(moved, tmp_path / "again", tmp_path / "bert", dtype=None, rank=1)
+        found = weights_of(Pipeline.from_pretrained(tmp_path / "again").components)
+        assert all(device.holds(weight) for weight in found.values())
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name].cpu(), weight, rtol=0, atol=1e-4, msg=name)
