@@ -1,4 +1,4 @@
-"""Where and in what precision networks run, by name."""
+"""Choose where and in what precision networks run; the one place that asks which devices there are."""
 
 from __future__ import annotations
 

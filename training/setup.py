@@ -1,4 +1,4 @@
-"""What a diffusion run is made of before its first step: model, pictures, and what of the model is trained."""
+"""Assemble a diffusion run: components, data, trainable modules, optimizer and EMA."""
 
 from __future__ import annotations
 

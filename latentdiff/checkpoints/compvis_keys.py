@@ -1,4 +1,4 @@
-"""What weights are called in single files of the original (CompVis, sgm) layout, and how they lie there.
+"""Map weight names between the original (CompVis, sgm) layout and diffusers'.
 
 A single file holds all networks of a model, each under a prefix. Our names are those of diffusers and transformers, so
 the tables below are the only place where a weight has another name. They say for each weight of ours where it comes

@@ -1,4 +1,4 @@
-"""Which folder a model's name means: a path, an embedded model, or `owner/name` in the cache of huggingface_hub.
+"""Resolve a model name to a folder: a path, an embedded model, or `owner/name` on a hub.
 
 A path opens no socket. Of a model on a hub only JSON, vocabularies and safetensors are fetched. A download that broke
 off goes on where it stopped, and HF_HUB_OFFLINE=1 takes what the cache has; both are the library's.

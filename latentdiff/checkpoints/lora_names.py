@@ -1,4 +1,4 @@
-"""What the layers of a model are called in LoRA files, which have several dialects and sometimes mix them.
+"""Translate layer names between LoRA dialects: diffusers and PEFT, kohya, web UI.
 
     diffusers, PEFT   unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight
     kohya             lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight

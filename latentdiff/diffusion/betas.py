@@ -1,4 +1,4 @@
-"""Variance schedules of the forward process, under diffusers' names where it has them."""
+"""Compute beta schedules of the forward process, under diffusers' names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spacings of a sampling run's noise levels by sigma instead of by timestep."""
+"""Space noise levels: Karras, exponential, polyexponential, beta."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory it takes to enlarge a picture, counted from the shapes of the maps that are held at once."""
+"""Estimate the memory of upscaling from the shapes held at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keep networks in CPU memory and lend each the device while it runs, so that the largest alone must fit there."""
+"""Offload networks to CPU memory and move each to the device only while it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Look at a large map through overlapping windows, all of which have a say in each step of one sampling run.
+"""Denoise large latents in overlapping windows that share every sampling step (MultiDiffusion).
 
 At every call of the network its output is computed window by window and joined with weights that rise smoothly from a
 window's edge and add up to one, so that no seam can arise: the sampler has one x, and noise of the whole. One window

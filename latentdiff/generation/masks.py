@@ -1,4 +1,4 @@
-"""Which part of a picture is drawn anew, and how what is drawn meets what stays.
+"""Read inpainting masks and blend generated pixels with kept ones.
 
 A mask is a picture that is white where something is generated, a box, or the transparency of the picture itself. Shades
 of grey, `feather`, and parts of the picture that are partly transparent make soft edges.

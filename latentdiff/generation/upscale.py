@@ -1,4 +1,4 @@
-"""Pictures that a model enlarges: in how many windows, with how much memory, and what becomes of their transparency."""
+"""Plan upscaling: windows, memory estimate, colour correction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text encoding of prompts for the U-Net: one small protocol for every text encoder.
+"""Encode prompts into the U-Net's context, through one protocol for every text encoder.
 
 CLIP (Stable Diffusion 1.x, 2.x), BERT and T5 are encoded by `TokenStates`, the two encoders of Stable Diffusion XL by
 `PenultimateStates`; `pixels.LabelEncoder` does the same for classes.

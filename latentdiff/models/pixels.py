@@ -1,4 +1,4 @@
-"""What stands in for autoencoder and text encoder where diffusion happens in pixels, or knows classes and no text.
+"""Replace autoencoder and text encoder for pixel-space, class-conditional and unconditional models.
 
 Both have the interface of what they replace, so that training and the pipeline need not know.
 """

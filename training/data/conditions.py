@@ -1,4 +1,4 @@
-"""Tasks whose network sees more than noisy latents: parts of a picture to keep, or a small picture to enlarge."""
+"""Build concat conditioning for inpainting (mask, masked image) and upscaling (small picture)."""
 
 from __future__ import annotations
 

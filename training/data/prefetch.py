@@ -1,4 +1,4 @@
-"""Work ahead of a loop: what is drawn is a pure function, so who draws it, and how many do, changes only the wait."""
+"""Prefetch batches. They are pure functions of (seed, step), so workers change speed, never results."""
 
 from __future__ import annotations
 

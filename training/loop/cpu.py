@@ -1,4 +1,4 @@
-"""What makes training on a CPU faster and leaves what is trained as it is, to rounding; applied from outside."""
+"""Speed up training on a CPU without changing results beyond rounding."""
 
 from __future__ import annotations
 

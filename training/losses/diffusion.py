@@ -1,4 +1,4 @@
-"""What diffusion training minimises: the loss of one batch, and what of a config has to fit together for it."""
+"""Compute the diffusion loss, and check that loss, variance and schedule fit together."""
 
 from __future__ import annotations
 

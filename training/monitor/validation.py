@@ -1,4 +1,4 @@
-"""What the log of a run says of its network beside the loss: held-out errors, what they are measured by, the average.
+"""Measure held-out errors per timestep range against the Gaussian bound, and the distance of the EMA.
 
 A held-out error is the squared error of what the network predicts, not weighted, on fixed pictures at fixed timesteps
 under fixed noise, so that it can be compared from step to step and from run to run. Next to it is what the best linear
