@@ -1,4 +1,4 @@
-"""What a single file says of itself besides its weights: found in files of other programs, and written into ours.
+"""Read and write the metadata and marks by which a single file says its prediction type, schedule and family.
 
 Empty tensors (`v_pred`, `ztsnr`), metadata of ModelSpec and of sd-scripts, and the tables of the noise schedule that
 the original code saves. What none of them can say, and the family does not imply, is in an entry of our own.

@@ -1,4 +1,4 @@
-"""What the weights of a network differ by from those of another: computed, and applied.
+"""Compute and apply the difference between the weights of two networks.
 
 A difference is a safetensors file. For the weight of a layer that both networks have in one shape it may hold LoRA
 factors, `LAYER.lora_down.weight` and `LAYER.lora_up.weight`, whose product is added to the base's weight; whatever else

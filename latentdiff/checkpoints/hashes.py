@@ -1,4 +1,4 @@
-"""Which files decide what a model computes, and the SHA-256 over them that settings refer to it by."""
+"""Hash the files that decide what a model computes, by which settings refer to it."""
 
 from __future__ import annotations
 

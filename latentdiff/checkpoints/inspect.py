@@ -1,4 +1,4 @@
-"""Say what a model folder or weight file is, from its JSON and headers alone; no weight is read."""
+"""Describe a model folder or weight file from its JSON and headers alone; no weight is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file that is given as a LoRA is: another way to change weights, of another family, or no LoRA at all."""
+"""Recognise files given as LoRAs that are something else: other parametrisations, other families, no LoRA at all."""
 
 from __future__ import annotations
 

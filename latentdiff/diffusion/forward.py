@@ -1,4 +1,4 @@
-"""What the forward process is at each timestep, in tables of numbers."""
+"""Tabulate the forward process: rates and posterior of every timestep."""
 
 from __future__ import annotations
 

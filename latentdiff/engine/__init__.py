@@ -1,1 +1,1 @@
-"""How a model is run: decoded in tiles, with another attention, from CPU memory. Applied from outside."""
+"""Execution of networks, applied from outside: offload, attention, tiled decoding, tiled denoising."""

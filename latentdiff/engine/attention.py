@@ -1,4 +1,4 @@
-"""Which function computes attention: torch's own, or that of xformers."""
+"""Choose the attention function: torch's own, or that of xformers."""
 
 from __future__ import annotations
 

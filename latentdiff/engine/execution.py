@@ -1,4 +1,4 @@
-"""How the networks of one model are run: on which device, from which memory, in what tiles."""
+"""Describe how the networks of one model are run: device, precision, offload, tiles."""
 
 from __future__ import annotations
 

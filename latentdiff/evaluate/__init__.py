@@ -1,4 +1,4 @@
-"""How good a model is, in figures."""
+"""Metrics of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the text encoders share: their result, multi-head attention, the activations that configs name."""
+"""Parts shared by the text encoders: result, multi-head attention, activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How tokenizers of BERT and CLIP take text apart, and which rules a tokenizer.json may have."""
+"""Rules of BERT's and CLIP's tokenizers, and the check that a tokenizer.json has no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `latentdiff train --check` looks at in every stage: folder, pictures, memory, disk, and what a step costs."""
+"""Rows of `latentdiff train --check` for every stage: folder, pictures, memory, disk, cost of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which samples each batch holds: a pure function of seed and step, whoever asks and in whatever order."""
+"""Order samples into batches: a pure function of seed and step, whoever asks and in whatever order."""
 
 from __future__ import annotations
 

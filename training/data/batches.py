@@ -1,4 +1,4 @@
-"""What the network is shown in one step: a pure function of seed and step, drawn ahead of the loop."""
+"""Batches of a training step: a pure function of seed and step, prepared ahead of the loop."""
 
 from __future__ import annotations
 

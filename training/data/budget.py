@@ -1,4 +1,4 @@
-"""How many bytes decoded pictures take at once, in all threads, or in all processes that help."""
+"""Limit the bytes of decoded pictures held at once by all threads or processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person should know of captioned pictures before training on them: what is left out, enlarged or cut off."""
+"""Remarks on a data set before training: pictures left out, enlarged or cut off."""
 
 from __future__ import annotations
 

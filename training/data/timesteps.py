@@ -1,4 +1,4 @@
-"""Which timesteps a batch is trained at: uniform, more often in the middle, or more often where the loss is large."""
+"""Draw training timesteps: uniform, more often in the middle, or more often where the loss is large."""
 
 from __future__ import annotations
 

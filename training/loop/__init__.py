@@ -1,1 +1,1 @@
-"""What every training loop shares: the run folder, state, checkpoints, optimizers, averages, processes."""
+"""Parts of every training loop: run folder, state, checkpoints, optimizers, averages, processes."""

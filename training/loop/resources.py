@@ -1,4 +1,4 @@
-"""What a run takes of memory and of the disk, estimated before its first step."""
+"""Estimate the memory and disk of a run before its first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every training loop shares: the run folder, precision, learning rate, stopping on a signal, logs and grids."""
+"""Parts of every training loop: run folder, precision, learning rate, stopping on a signal, grids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is made of and its checkpoints hold: networks, optimizers, average and counters."""
+"""State of a run, as its checkpoints hold it: networks, optimizers, average and counters."""
 
 from __future__ import annotations
 

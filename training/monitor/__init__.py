@@ -1,1 +1,1 @@
-"""What is said of a run while it trains: logs, trackers, validation, speed, pictures."""
+"""Monitoring of a run: logs, trackers, validation, speed, sample grids."""

@@ -1,4 +1,4 @@
-"""What the log of a run says of speed, latents and loss terms; none of it changes weights or random state."""
+"""Measure speed, latents and loss terms for the log, without changing weights or random state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the scalars and sample grids of a run are written: TensorBoard files, Weights & Biases, Trackio.
+"""Write scalars and sample grids of a run: TensorBoard files, Weights & Biases, Trackio.
 
 Lines that a killed run wrote after its last checkpoint come again when it is resumed. TensorBoard takes the old ones
 back; the services cannot, so the new ones are left out. What a service had not stored when a run was killed, it lacks.

@@ -1,1 +1,1 @@
-"""What is trained around or inside a network: LoRA adapters, text encoders and new words."""
+"""Networks as they are trained: LoRA adapters, text encoders and new words."""
