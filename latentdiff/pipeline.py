@@ -76,6 +76,7 @@ class Pipeline:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         prediction_type: str | None = None,
+        vae: str | os.PathLike[str] | None = None,
         attention: str = "sdpa",
         offload: bool = False,
         tile_size: int | None = None,
@@ -89,6 +90,7 @@ class Pipeline:
             device: "cpu", "cuda", "cuda:1", "mps"; None or "auto" for the fastest there is.
             dtype: "float32" (unless given), "float16" or "bfloat16".
             prediction_type: "epsilon" or "v_prediction", where the files do not say what the model predicts.
+            vae: autoencoder in place of the model's own: a safetensors file or a folder; see `load_pipeline`.
             attention: "sdpa", torch's own, or "xformers", which must be installed and runs on CUDA only.
             offload: keep all networks in CPU memory and have each on the device only while it runs.
             tile_size: see `Pipeline`.
@@ -103,7 +105,7 @@ class Pipeline:
         attend = find_attention(attention, place)
         lender = Offload(place) if offload else None
         home = "cpu" if offload else place
-        components = load_pipeline(model, resolve_dtype(dtype), home, prediction_type, local=local)
+        components = load_pipeline(model, resolve_dtype(dtype), home, prediction_type, vae, local=local)
         pipe = cls(components, offload=lender, tile_size=tile_size)
         use_attention(attend, pipe.unet, pipe.autoencoder)
         return pipe

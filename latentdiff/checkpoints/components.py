@@ -193,6 +193,11 @@ class Components(Encoders):
         return as_denoiser(network, schedule.prediction_type, self_conditioning, limit, schedule.thresholding)
 
     @property
+    def vae(self) -> Path | None:
+        """File or folder of the autoencoder that was loaded in place of the model's own; None for that."""
+        return None if self.source is None else self.source.vae
+
+    @property
     def model_hash(self) -> str:
         """SHA-256 of the files that the model was loaded from; "" where it was not."""
         return "" if self.source is None else self.source.hash

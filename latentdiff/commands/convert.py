@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from latentdiff.commands.shared import add_lora, add_prediction_type, load_torch, parse_loras, warnings_as_lines
+from latentdiff.commands.shared import (
+    add_lora,
+    add_prediction_type,
+    add_vae,
+    load_torch,
+    parse_loras,
+    warnings_as_lines,
+)
 from latentdiff.errors import InputError, shown
 
 HELP = "Write a model in another layout."
@@ -15,6 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="model folder or safetensors file of a whole model")
     parser.add_argument("target", help="NAME.safetensors for one file of the original layout, else a folder")
     add_prediction_type(parser)
+    add_vae(parser)
     add_lora(parser)
     parser.add_argument(
         "--dtype", help="of the weights: float16 (default), bfloat16, float32, float8_e4m3fn or float8_e5m2"
@@ -51,10 +59,10 @@ def run(options: argparse.Namespace) -> None:
     # What is added to weights, or is to be stored as float8, is rounded once.
     computed = DTYPES["float32"] if loras or dtype not in DTYPES.values() else dtype
     with warnings_as_lines():
-        components = load_pipeline(options.source, computed, prediction_type=options.prediction_type)
-    components = apply_loras(components, loras)
-    if options.variant_of is not None:
-        save_variant(components, options.target, options.variant_of, dtype, options.rank)
-    else:
-        (save_single_file if single else save_pipeline)(components, options.target, dtype)
+        components = load_pipeline(options.source, computed, "cpu", options.prediction_type, options.vae)
+        components = apply_loras(components, loras)
+        if options.variant_of is not None:
+            save_variant(components, options.target, options.variant_of, dtype, options.rank)
+        else:
+            (save_single_file if single else save_pipeline)(components, options.target, dtype)
     print(options.target)

@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
 def _load(
     options: argparse.Namespace, embeddings: Sequence[tuple[str, str | None]], loras: dict[str, object]
 ) -> Pipeline:
-    how = {name: getattr(options, name) for name in ("prediction_type", "attention", "offload")}
+    how = {name: getattr(options, name) for name in ("prediction_type", "vae", "attention", "offload")}
     pipe = load(options.model, options.device, options.dtype, **how)
     for file, word in embeddings:
         pipe = pipe.with_embedding(file, word)

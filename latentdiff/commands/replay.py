@@ -47,6 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="where the recorded model is now, or owner/name on a hub; several, for a picture made of another one",
     )
     for name, what in (
+        ("vae", "autoencoder"),
         ("lora", "LoRA"),
         ("embedding", "textual inversion"),
         ("image", "initial image"),
@@ -152,7 +153,9 @@ class _Replay:
         options, model = self.options, self._find_model(record)
         device, dtype = (getattr(options, key) or record.get(key) for key in ("device", "dtype"))
         device, dtype = (str(value)[:80] if value is not None else None for value in (device, dtype))
-        how = {"prediction_type": record.get("prediction_type"), "local": model not in options.model}
+        how: dict[str, Any] = {"prediction_type": record.get("prediction_type"), "local": model not in options.model}
+        if isinstance(record.get("vae"), str):
+            how["vae"] = self._find(record["vae"], "vae", None, str)
         pipe = load(model, device, dtype, **how)
         expected, got = str(record.get("model_hash"))[:10], pipe.components.model_hash
         if got != record.get("model_hash") and not options.force:

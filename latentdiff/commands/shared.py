@@ -63,6 +63,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which model is used, with which words and LoRAs."""
     parser.add_argument("--model", help="folder, safetensors file, or owner/name on a hub; the embedded one by default")
     add_prediction_type(parser)
+    add_vae(parser)
     parser.add_argument(
         "--embedding",
         action="append",
@@ -77,6 +78,13 @@ def add_prediction_type(parser: argparse.ArgumentParser) -> None:
     """Add the option that corrects what a model is taken to predict."""
     parser.add_argument(
         "--prediction-type", help="epsilon or v_prediction, where the model's files do not say what it predicts"
+    )
+
+
+def add_vae(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names an autoencoder."""
+    parser.add_argument(
+        "--vae", metavar="FILE|FOLDER", help="autoencoder in place of the model's own, such as a safetensors file"
     )
 
 

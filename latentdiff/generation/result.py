@@ -159,6 +159,7 @@ def call_record(
         **inputs,
         "model": recorded_name(components.name),
         "model_hash": components.model_hash,
+        **({} if components.vae is None else {"vae": recorded_name(components.vae)}),
         "prediction_type": components.schedule.prediction_type,
         "embeddings": [_with_name(dict(embedding)) for embedding in components.embeddings],
         "loras": [_with_name(lora.record()) for lora in components.loras],

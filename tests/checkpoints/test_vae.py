@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,7 +15,10 @@ from torch import Tensor
 from latentdiff.checkpoints import load_autoencoder, load_pipeline, save_model, single_file, vae
 from latentdiff.checkpoints.compvis_keys import autoencoder_keys, join
 from latentdiff.checkpoints.inspect import describe_file
+from latentdiff.cli import main
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError
+from latentdiff.generation.result import read_record
+from latentdiff.images import open_image
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from tests.checkpoints.test_single_file import components_of, tensors_of, tiny
 from tests.conftest import AUTOENCODER
@@ -129,3 +133,23 @@ def test_consistency_models_by_their_own_class(model_folder: Path) -> None:
     for name in ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"):
         (model_folder / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
         assert load_pipeline(model_folder).unet is not None
+
+
+def test_a_vae_of_ones_own_on_the_command_line_and_in_records(
+    built_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = load_pipeline(built_model).autoencoder
+    with torch.no_grad():
+        other.decoder.conv_out.bias.add_(0.2)  # type: ignore[union-attr]
+    save_model(other, tmp_path / "brighter")
+    call = ["generate", "fox", "--model", str(built_model), "--steps", "1"]
+    assert main([*call, "-o", "own.png"]) == main([*call, "--vae", "brighter", "-o", "other.png"]) == 0
+    own, drawn = (np.asarray(open_image(f"{name}.png"), int) for name in ("own", "other"))
+    assert drawn.mean() > own.mean() + 5
+    assert read_record("other.png")["vae"] == "brighter" and "vae" not in read_record("own.png")
+    assert main(["replay", "other.png", "--model", str(built_model)]) == 0
+    assert Path("other-replay.png").read_bytes() == Path("other.png").read_bytes()
+    (tmp_path / "brighter").rename(tmp_path / "elsewhere")
+    assert main(["replay", "other.png", "--model", str(built_model), "--vae", "elsewhere", "-o", "c.png"]) == 0
+    assert np.array_equal(np.asarray(open_image("c.png"), int), drawn)
