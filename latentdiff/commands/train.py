@@ -34,10 +34,12 @@ def run(options: argparse.Namespace) -> None:
 
 def find_recipe(config: str) -> str:
     """Return the path of a config; a plain name, or one in configs/, that is no file may be one of the package."""
-    named = Path(config)
-    packaged = Path(training.__file__).parent / "configs" / named.name
-    plain = named.parent in (Path(), Path("configs"))
-    return str(packaged) if plain and not named.exists() and is_file(packaged) else config
+    named, package = Path(config), Path(training.__file__).parent
+    if named.parent in (Path(), Path("configs")) and not named.exists():
+        for folder in (package / "configs", package.parent / "configs"):  # of an installed package, of a checkout
+            if is_file(folder / named.name):
+                return str(folder / named.name)
+    return config
 
 
 def train(config: str, overrides: list[str], resume: bool, out: str | None) -> None:
