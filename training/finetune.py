@@ -7,9 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from latentdiff.checkpoints import EMBEDDED, Components, load_pipeline
 from latentdiff.devices import memory_of, resolve_device
-from latentdiff.errors import InputError
+from latentdiff.errors import InputError, shown
 from latentdiff.prompts import check_prompt
 
 from .config import DataConfig, DiffusionTraining, UpscaleTask, dump_yaml, load_config, parse_config
@@ -59,7 +61,12 @@ def recipe(dataset: str, out: str, model: str, rank: int | None, task: str | Non
     height, width = components.native_size
     if height != width:
         raise InputError(f"only models of square pictures are fine-tuned, got {width}x{height}; use another model")
-    captions = [found[0] for found in read_captions(DataConfig(folder=dataset, size=height), Path(out) / "cache")]
+    try:
+        data = DataConfig(folder=dataset, size=height)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise InputError(f"the pictures must be a folder, table or archive, got {shown(dataset)}: {reason}") from error
+    captions = [found[0] for found in read_captions(data, Path(out) / "cache")]
     return choose(components, dataset, captions, out, model, rank, task)
 
 

@@ -11,7 +11,10 @@ HELP = "Fine-tune a model on captioned pictures, with settings chosen for both."
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("dataset", help="folder of pictures with a metadata.jsonl")
+    parser.add_argument(
+        "dataset",
+        help="folder of pictures (metadata.jsonl or .csv, .txt files beside them, or no captions), table or tar files",
+    )
     parser.add_argument("--model", help="folder, safetensors file, or owner/name on a hub; the embedded one by default")
     parser.add_argument(
         "--task",

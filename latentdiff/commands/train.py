@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 from pathlib import Path
 
 from latentdiff import training
@@ -57,7 +58,7 @@ def train(config: str, overrides: list[str], resume: bool, out: str | None) -> N
     load_torch()
     from latentdiff.training.config import AutoencoderTraining, load_config
 
-    parsed = load_config(config, [*overrides, *([f"run.out={out}"] if out else [])])
+    parsed = load_config(config, [*overrides, *([f"run.out={json.dumps(out)}"] if out else [])])
     try:
         if isinstance(parsed, AutoencoderTraining):
             from latentdiff.training.train_autoencoder import train_autoencoder
@@ -84,4 +85,4 @@ def check(config: str, overrides: list[str], out: str | None) -> None:
     from latentdiff.training.check.diffusion import check as check_run
     from latentdiff.training.config import load_config
 
-    check_run(load_config(config, [*overrides, *([f"run.out={out}"] if out else [])]))
+    check_run(load_config(config, [*overrides, *([f"run.out={json.dumps(out)}"] if out else [])]))

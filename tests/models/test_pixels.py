@@ -120,3 +120,12 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace("learned_range", "fixed_large"))
     with pytest.raises(ModelConfigError, match=r"output channels of unet and those of vae .* got 2 and 1"):
         load_pipeline(tmp_path / "model")
+
+
+def test_an_unconditional_model_draws_without_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_pipeline(components(3, labels=()), "model", dtype=None)
+    assert main(["generate", "--model", "model", "--steps", "2", "-n", "2", "--size", "8x8"]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["picture-2.png", "picture.png"]
+    assert main(["replay", "picture-2.png"]) == 0
+    assert Path("picture-2-replay.png").read_bytes() == Path("picture-2.png").read_bytes()
