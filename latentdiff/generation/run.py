@@ -42,6 +42,7 @@ from latentdiff.generation.request import Settings
 from latentdiff.generation.result import GeneratedImage, call_record
 from latentdiff.generation.text import Conditioning, encode_texts
 from latentdiff.generation.upscale import plan_upscale
+from latentdiff.prompts import literal_syntax
 
 __all__ = ["Call", "Callback", "Stage", "invert", "run"]
 
@@ -107,7 +108,7 @@ def run(
     Raises:
         InputError: the request does not fit the model, or an output of a network is not finite.
     """
-    notes = list(call.image.notes)
+    notes = [*call.image.notes, *_remarks(call)]
     stages = prepare(call, notes)
     batches = make_batches(call.settings.count, stages[0].conditioning, batch_size)
     if call.components.upscales:
@@ -247,6 +248,14 @@ def _check_noise(noise: object, expected: tuple[int, ...]) -> None:
         raise InputError(f"latents must have shape {expected}, got {tuple(noise.shape)}; one for each image")
     if not torch.isfinite(noise.float()).all():
         raise InputError("latents must be finite, got NaN or infinity; pass standard normal noise")
+
+
+def _remarks(call: Call) -> list[str]:
+    """Return a note for each notation of other tools in the texts, which is plain text here."""
+    settings = call.settings
+    texts = dict.fromkeys([*settings.prompts, settings.negative_prompt, settings.blend_prompt])
+    found = (note for text in texts for note in literal_syntax(text))
+    return list(dict.fromkeys(found)) if settings.prompt_weights else []
 
 
 def _given(call: Call, image: PreparedImage) -> dict[str, Any]:

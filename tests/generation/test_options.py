@@ -108,3 +108,14 @@ def test_settings_left_to_the_command_line_reach_the_picture(built_model: Path, 
     record = read_record(out)
     assert (record["guidance_interval"], record["guidance_schedule"], record["blend"]) == ([0.1, 5], "cosine", 0.25)
     assert (record["variation_strength"], record["prompt_weights"], record["guidance_limit"]) == (0.3, False, 9)
+
+
+def test_notations_of_other_tools_are_said_to_be_plain_text(
+    built_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["generate", "a fox BREAK <lora:style:0.8>", "--model", str(built_model), "--steps", "1"]
+    assert main([*call, "-n", "2", "-o", str(tmp_path / "a.png")]) == 0
+    said = capsys.readouterr().err
+    assert said.count("BREAK") == 1 and said.count("<lora:style:0.8>") == 1
+    assert main([*call, "--no-prompt-weights", "-o", str(tmp_path / "b.png")]) == 0
+    assert capsys.readouterr().err == ""
