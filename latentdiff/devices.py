@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from latentdiff.errors import InputError, suggest
+from latentdiff.errors import InputError, shown, suggest
 
 __all__ = [
     "DTYPES",
@@ -40,8 +40,10 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise InputError(f"device must be one that is here, got {str(device)[:80]!r}; try cpu") from error
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:  # of devices that torch has no module for
+        raise InputError(f"device must be one that is here, got {shown(device)}; try cpu") from error
+    if found.type == "meta":  # which holds no numbers
+        raise InputError("device must be one that computes, got 'meta'; try cpu")
     return found
 
 

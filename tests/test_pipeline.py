@@ -394,3 +394,32 @@ def test_bad_masks(pipe: Pipeline, options: dict[str, Any], message: str) -> Non
         options = {**options, "image": Image.new("RGB", (32, 32), "green")}
     with pytest.raises(InputError, match=message):
         pipe("the red fox", **options, **STEPS)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe: Pipeline.from_pretrained(device="hpu"), "device must be one that is here, got 'hpu'"),
+        (lambda pipe: Pipeline.from_pretrained(device="meta"), "device must be one that computes, got 'meta'"),
+        (lambda pipe: pipe("x", seed=torch.tensor([1, 2])), "seed must be a whole number"),
+        (lambda pipe: pipe("x", latents=[1], **STEPS), "latents must be a dense tensor of numbers"),
+        (
+            lambda pipe: pipe("x", latents=torch.zeros(1, 4, 8, 8).to_sparse(), **STEPS),
+            "latents must be a dense tensor",
+        ),
+        (lambda pipe: pipe("x", latents=torch.zeros(1, 4, 8, 8, device="meta"), **STEPS), "latents must be a dense"),
+        (lambda pipe: pipe("x", callback=3, **STEPS), "callback must be a function of three arguments, got 3"),
+        (lambda pipe: pipe("x", **STEPS).write(5, "x.png"), "an image must be one of 0 to 0, got 5"),
+        (lambda pipe: pipe("x", **STEPS).save("x.jpg"), r"pictures are written as PNG, got 'x.jpg'; name it \.png"),
+        (lambda pipe: pipe.invert(photo(), "x", iterations=10**9), "iterations must be a whole number from 1 to 100"),
+        (lambda pipe: pipe.to(dtype="x" * 10**5), "dtype 'x"),
+    ],
+)
+def test_odd_arguments_are_one_line(pipe: Pipeline, call: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        call(pipe)
+    assert len(str(caught.value)) <= 600 and "\n" not in str(caught.value)
+
+
+def test_none_is_the_default_of_an_option(pipe: Pipeline) -> None:
+    assert torch.equal(latents(pipe, negative_prompt=None, sampler=None, guidance_scale=None), latents(pipe))

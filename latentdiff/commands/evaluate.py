@@ -17,7 +17,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model folder, or `embedded`")
     parser.add_argument("--data", required=True, help="folder of captioned pictures, or of splits with such")
     parser.add_argument("--metrics", default="nll", help="nll: bits per dimension (the only one so far)")
-    parser.add_argument("--split", default="test", help="train, validation or test (default)")
+    parser.add_argument(
+        "--split",
+        default="test",
+        choices=["train", "validation", "test"],
+        metavar="SPLIT",
+        help="train, validation or test (default)",
+    )
     parser.add_argument("--images", type=int, default=32, help="how many pictures are measured (default 32)")
     add_machine(parser)
 

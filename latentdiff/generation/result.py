@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from latentdiff import __version__
-from latentdiff.errors import InputError
+from latentdiff.errors import InputError, shown
 from latentdiff.generation.infotext import infotext
 from latentdiff.images import numbered, read_texts, write_png
 
@@ -26,6 +26,7 @@ __all__ = ["GeneratedImage", "Result", "call_record", "read_record", "record_of"
 
 METADATA_KEY = "latentdiff"  # of the PNG text chunk that holds an image's record as JSON, and of PIL's info
 MAX_CHAIN = 4  # pictures made of one another, the records of which are kept within each other
+OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 OWN = ("prompt", "seed", "variation_seed", "batch_size", "batch_index")  # keys of a record that differ between images
 
 
@@ -76,6 +77,8 @@ class GeneratedImage:
         """
         if not isinstance(self.image, Image.Image):
             raise InputError('only pictures can be saved, got tensors; call with output_type="pil"')
+        if Path(path).suffix.lower() in OTHER_FORMATS:
+            raise InputError(f"pictures are written as PNG, got {shown(os.fspath(path))}; name it .png")
         texts = {METADATA_KEY: json.dumps(self.record), "parameters": infotext(self.record)} if metadata else {}
         write_png(path, self.image, texts, overwrite=overwrite)
 

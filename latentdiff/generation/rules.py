@@ -28,7 +28,7 @@ def check_inputs(
     """
     known = options_of(Settings)
     defaults = {item.name: item.default for item in fields(Settings)}
-    used = {name for name, value in given.items() if value is not None and (asked or value != defaults[name])}
+    used = {name for name, value in given.items() if value is not None and (asked or _differ(value, defaults[name]))}
     used |= {name for name, there in (("image", image), ("mask", mask)) if there}
 
     def called(name: str) -> str:
@@ -53,6 +53,13 @@ def check_inputs(
             f"{called('feather')} softens the edge of what is drawn anew, got {missing('mask')} and "
             f"{missing('outpaint')}; leave it out"
         )
+
+
+def _differ(value: object, default: object) -> bool:
+    try:
+        return bool(value != default)
+    except (RuntimeError, ValueError):  # of tensors and arrays, which are no option
+        return True
 
 
 def check_names(given: Mapping[str, Any]) -> None:
