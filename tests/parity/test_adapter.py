@@ -95,10 +95,11 @@ def test_steps_that_a_scheduler_cannot_take_are_refused(pipe: Pipeline) -> None:
         SchedulerPlan(scheduler, pipe.components.schedule, 60)
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # diffusers takes numpy's functions of tensors
 @pytest.mark.parametrize("name", ["DDPMScheduler", "PNDMScheduler", "KDPM2DiscreteScheduler", "SASolverScheduler"])
 def test_other_schedulers_of_the_same_process_are_taken(pipe: Pipeline, name: str) -> None:
     scheduler = getattr(diffusers, name).from_config(pipe.components.schedule.to_dict())
-    for steps in (1, 10):
+    for steps in (4, 10):  # PNDM starts with three steps of Runge-Kutta
         assert len(SchedulerPlan(scheduler, pipe.components.schedule, steps)) >= steps
 
 
