@@ -235,6 +235,7 @@ class Pipeline:
         settings = Settings(prompts=prompt, **chosen)  # type: ignore[arg-type]  # checked and made a tuple there
         factor = components.autoencoder.config.downsample_factor
         settings.check_task(components.task, factor)
+        check_inputs(_given(options), image=image is not None, mask=mask is not None)
         if components.upscales:
             prepared = prepare_small_image(settings, image, mask, factor)
         else:
@@ -245,8 +246,7 @@ class Pipeline:
     def _chosen(self, options: Mapping[str, Any], image: object, mask: object) -> tuple[dict[str, Any], Any]:
         """Return the options with the defaults of the model, and the scheduler object among them."""
         check_names(options)
-        given = {name: value for name, value in options.items() if value is not None or name == "seed"}
-        check_inputs(given, image=image is not None, mask=mask is not None)
+        given = _given(options)
         chosen = {**self.components.defaults, **given}
         whole = image is None or mask is not None or "outpaint" in given or self.components.upscales
         chosen.setdefault("strength", 1.0 if whole else DEFAULT_STRENGTH)
@@ -346,6 +346,11 @@ class Pipeline:
 
     def _with(self, components: Components) -> Pipeline:
         return Pipeline(components, offload=self.offload, tile_size=self.tile_size)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that are given: None is the default, but not of a seed, where it is random elsewhere."""
+    return {name: value for name, value in options.items() if value is not None or name == "seed"}
 
 
 def _document(method: Any) -> None:

@@ -31,6 +31,7 @@ from latentdiff.diffusion import (
     slerp,
     start,
 )
+from latentdiff.diffusion.plan import overshoot_note
 from latentdiff.engine.execution import Execution
 from latentdiff.engine.tiled_denoising import Windows
 from latentdiff.errors import InputError, shown
@@ -110,6 +111,8 @@ def run(
     """
     notes = [*call.image.notes, *_remarks(call)]
     stages = prepare(call, notes)
+    unstable = (overshoot_note(stage.plan, call.settings.sampler) for stage in stages if isinstance(stage.plan, Plan))
+    notes += dict.fromkeys(note for note in unstable if note is not None)
     batches = make_batches(call.settings.count, stages[0].conditioning, batch_size)
     if call.components.upscales:
         stages = [replace(stages[0], windows=_windows(call, max(map(len, batches))))]

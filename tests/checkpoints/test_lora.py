@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,7 +97,8 @@ def test_no_two_layers_share_a_name(family: str) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(UNetConfig.from_dict(shape["unet"]))
         encoders: list[Any] = [CLIPTextModel(CLIPTextConfig.from_dict(text["config"])) for text in shape["text"]]
-    rest: Any = {"autoencoder": None, "tokenizer": None, "schedule": None}
+    space = SimpleNamespace(config=SimpleNamespace(latent_channels=4))
+    rest: Any = {"autoencoder": space, "tokenizer": None, "schedule": None}
     components = Components(
         unet=unet, text_encoder=encoders[0], text_encoder_2=encoders[1] if encoders[1:] else None, **rest
     )

@@ -23,9 +23,10 @@ SETTINGS: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipe: Pipeline) -> Path:
-    """A folder with two LoRA files for the tiny model."""
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipe: Pipeline, built_model: Path) -> Path:
+    """A folder with the tiny model, by which records name it, and two LoRA files for it."""
     monkeypatch.chdir(tmp_path)
+    Path(built_model.name).symlink_to(built_model)
     for seed, name in enumerate(("style.safetensors", "fox.safetensors")):
         save_lora(lora_of(pipe.components, seed=seed), name, pipe.components, ("diffusers", "kohya")[seed])
     return tmp_path

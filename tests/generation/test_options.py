@@ -119,3 +119,9 @@ def test_notations_of_other_tools_are_said_to_be_plain_text(
     assert said.count("BREAK") == 1 and said.count("<lora:style:0.8>") == 1
     assert main([*call, "--no-prompt-weights", "-o", str(tmp_path / "b.png")]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_a_sampler_that_is_unstable_on_a_schedule_is_told_of(pipe: Pipeline) -> None:
+    (note,) = pipe("a fox", sampler="heun", num_inference_steps=8).notes
+    assert note.startswith("heun in 15 calls leaves noise or is unstable: Gaussian data would come out with ")
+    assert pipe("a fox", sampler="dpmpp_2m", num_inference_steps=8).notes == []

@@ -85,7 +85,7 @@ def test_picture_and_noise_level_have_a_say(model: Path, tmp_path: Path) -> None
     [
         ({"image": None}, "draws a picture 4 times as large, got no image"),
         ({"mask": Image.new("L", (8, 8), 255)}, "4 times as large, got a mask"),
-        ({"strength": 0.5}, "got strength below 1"),
+        ({"strength": 0.5}, "got strength"),
         ({"height": 64}, "got height other than 32"),
         ({"feather": 2}, "got feather"),
         ({"hires": 2}, "got hires"),
