@@ -98,7 +98,6 @@ def assert_near(drawn: Any, expected: np.ndarray, precision: str) -> None:
     scale = 255.0 if pixels else max(1.0, float(expected.std()))
     apart = np.abs(found.astype(np.float64) - expected) / scale
     most, mean = NEAR[precision]
-    if os.environ.get("SHOW"): print("NEAR", precision, apart.max(), apart.mean(), file=open("/work/tmp/gpu/near","a"))
     assert np.isfinite(apart).all() and apart.max() <= most and apart.mean() <= mean, (apart.max(), apart.mean())
 
 
