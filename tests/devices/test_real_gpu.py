@@ -45,12 +45,13 @@ from tests.devices.test_training import CASES, config_of, train
 DEVICE = os.environ.get("LATENTDIFF_TEST_DEVICE", "cuda")
 ON_GPU = DEVICE == "cuda"
 # The most that a value, and the mean of all, may be off the CPU's in float32; pictures go from 0 to 1, and latents
-# count in their own deviation. In half precision pictures of random weights differ in places, so only the mean tells.
+# count in their own deviation. In half precision pictures of random weights differ in places, so only the mean tells:
+# on a CPU it is up to half of what is allowed here.
 NEAR: dict[str, tuple[float, float]] = {
     "float32": (0.02, 0.002),
     "tf32": (0.2, 0.02),
-    "float16": (1.0, 0.02),
-    "bfloat16": (1.0, 0.08),
+    "float16": (1.0, 0.04),
+    "bfloat16": (1.0, 0.16),
 }
 
 pytestmark = pytest.mark.skipif(ON_GPU and not torch.cuda.is_available(), reason="there is no GPU")
