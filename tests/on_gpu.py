@@ -212,8 +212,7 @@ def run_recipe(options: argparse.Namespace, until: float) -> dict[str, Any]:
 
 def bring(run: Path, out: Path) -> str:
     """Put the newest pictures of a run, and its model or the average of its newest checkpoint, into a folder."""
-    import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.numpy import load_file, save_file
 
     for picture in sorted(run.glob("samples/*.png"))[-1:]:
         (out / "samples.png").write_bytes(picture.read_bytes())
@@ -222,7 +221,7 @@ def bring(run: Path, out: Path) -> str:
         averages = sorted(run.glob("checkpoints/step-*/ema.safetensors"))
         if not averages:
             return "there are none"
-        half = {name: value.to(torch.float16) for name, value in load_file(averages[-1]).items()}
+        half = {name: value.astype("float16") for name, value in load_file(averages[-1]).items()}
         save_file(half, run / "ema-half.safetensors")
         files = [run / "ema-half.safetensors", run / "config.yaml"]
     size = sum(path.stat().st_size for path in files)
