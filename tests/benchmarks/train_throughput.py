@@ -105,7 +105,8 @@ def take_turns(options: argparse.Namespace) -> None:
     Memory is that of the GPU, or of the process beyond what it has before.
     """
     torch.zeros(1, device=device())
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
+    if device() == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
     before, steps = high_water(), STEPS_OF[options.side](options)
     for line in sys.stdin:
         if line.startswith("end"):
@@ -196,7 +197,7 @@ def ours(options: argparse.Namespace) -> Iterator[None]:
     components: Any = SimpleNamespace(schedule=schedule)
     objective = ObjectiveConfig(min_snr_gamma=0.0)
     dropped = torch.zeros(options.batch_size, dtype=torch.bool)
-    with fast_attention(torch.device("cpu")), tuned_for_cpu(unet):
+    with fast_attention(torch.device(device())), tuned_for_cpu(unet):
         while True:
             optimizer.zero_grad()
             with autocast(options):
