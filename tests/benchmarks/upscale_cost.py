@@ -34,7 +34,7 @@ from tiled_decoding import resident
 import latentdiff.generation.upscale
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
-from latentdiff.commands.upscaling import DEFAULTS
+from latentdiff.commands.upscale import DEFAULTS
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.models.unet import UNet2DConditionModel
 

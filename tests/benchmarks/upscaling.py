@@ -37,7 +37,7 @@ from latentdiff.training.losses.image import psnr, ssim
 from tiled_decoding import resident
 
 from latentdiff import Pipeline
-from latentdiff.commands.upscaling import DEFAULTS
+from latentdiff.commands.upscale import DEFAULTS
 from latentdiff.images import to_tensor
 
 KINDS = ("clean", "degraded")
