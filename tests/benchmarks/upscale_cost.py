@@ -34,7 +34,6 @@ from tiled_decoding import resident
 import latentdiff.generation.upscale
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
-from latentdiff.commands.upscale import DEFAULTS
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.models.unet import UNet2DConditionModel
 
@@ -42,6 +41,9 @@ GALLERY = Path(__file__).parents[2] / "assets" / "gallery.png"
 CELL = 67  # of the gallery: a drawing and the line beside it
 SEAMS = 8  # pictures
 SIDE = 64  # of the small pictures that the model without --model is meant for
+
+# Those of the embedded upscaler.
+DEFAULTS = {"num_inference_steps": 5, "guidance_scale": 1.0, "correction": "colour"}
 
 
 def main() -> None:

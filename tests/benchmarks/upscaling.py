@@ -37,12 +37,14 @@ from latentdiff.training.losses.image import psnr, ssim
 from tiled_decoding import resident
 
 from latentdiff import Pipeline
-from latentdiff.commands.upscale import DEFAULTS
 from latentdiff.images import to_tensor
 
 KINDS = ("clean", "degraded")
 SHOWN = 3  # of each kind
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
+
+# Those of the embedded upscaler.
+DEFAULTS = {"num_inference_steps": 5, "guidance_scale": 1.0, "correction": "colour"}
 
 
 def main() -> None:
