@@ -210,7 +210,7 @@ def moved(components: Components, device: torch.device, dtype: torch.dtype | Non
     """
     names = ("unet", "autoencoder", "text_encoder", "text_encoder_2")
     networks = {name: network for name in names if (network := getattr(components, name)) is not None}
-    shared = {name: share_weights(network).to(device=device, dtype=dtype) for name, network in networks.items()}
+    shared = {name: share_weights(network).to(device, dtype) for name, network in networks.items()}
     return replace(components, **shared)
 
 
