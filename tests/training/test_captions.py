@@ -15,6 +15,7 @@ from latentdiff.training.data.captions import STYLE_PHRASES, colored, may_mirror
         ("cactus", "a cactus"),
         ("sun", "the sun"),
         ("bread", "bread"),
+        ("men wrestling", "men wrestling"),
         ("house with garden", "a house with garden"),
     ],
 )

@@ -13,7 +13,7 @@ from PIL import Image
 from latentdiff.errors import InputError, shown
 
 from ..config import DataConfig
-from .captions import COLORS, STYLE_PHRASES, colored, may_mirror, swap_sides
+from .captions import COLORS, STYLE_PHRASES, colored, may_mirror, swap_sides, with_article
 from .dataset import CaptionedImages, composite
 
 # Backgrounds that a caption can name, as sRGB.
@@ -109,7 +109,7 @@ def plan_variant(data: CaptionedImages, index: int, kind: str, seed: int, backgr
         return replace(plain, captions=_styled(colored(thing, color), row), turn=HUES[color] - HUES[own])
     if kind == "background":
         color = str(rng.choice(list(BACKGROUNDS)))
-        captions = [f"{c} on a {color} background" for c in captions]
+        captions = [f"{c} on {with_article(f'{color} background')}" for c in captions]
         return replace(plain, captions=captions, ground=BACKGROUNDS[color])
     if kind == "pair" and thing:
         other = int(rng.integers(len(data)))

@@ -23,6 +23,7 @@ _BARE = {
     *("bread", "rice", "popcorn", "butter", "salt", "cheese", "sushi", "spaghetti", "broccoli", "garlic", "honey"),
     *("bacon", "ice", "fire", "rain", "snow", "fog", "lightning", "hot springs", "cooked rice", "flatbread", "tea"),
     *("sake", "canned food", "fish and chips", "meat on bone", "money with wings", "people", "bubble tea"),
+    *("breast-feeding", "cooking", "custard", "dna", "ginger root", "nail polish", "soap", "skis"),
 }
 
 _WRITING = re.compile(
@@ -37,7 +38,8 @@ def with_article(name: str) -> str:
     if name in _UNIQUE:
         return f"the {name}"
     head = name.split(" with ")[0].split(" of ")[0]
-    if name in _BARE or re.search(r"[^siu]s$", head) or name[:1].isdigit():
+    several = re.search(r"[^siu]s$", head) or head.split(" ")[0] in ("men", "women", "people")
+    if name in _BARE or several or name[:1].isdigit():
         return name
     return ("an " if name[:1] in "aeiou" and not name.startswith(("uni", "eu", "one")) else "a ") + name
 

@@ -176,17 +176,23 @@ def dominant_color(rgba: np.ndarray) -> str | None:
         return None
     hsv = np.asarray(Image.fromarray(opaque[None]).convert("HSV"), dtype=np.int32)[0]
     hue, saturation, value = hsv[:, 0] * 360 // 255, hsv[:, 1], hsv[:, 2]
-    names = np.full(len(opaque), "", dtype=object)
-    for upper, name in ((12, "red"), (40, "orange"), (68, "yellow"), (165, "green"), (255, "blue"), (295, "purple")):
-        names[(names == "") & (hue < upper)] = name
-    names[(hue >= 295) & (hue < 345)] = "pink"
-    names[hue >= 345] = "red"
-    names[(hue < 45) & (value < 165) & (saturation > 60)] = "brown"
-    names[saturation < 40] = "gray"
-    names[(saturation < 40) & (value > 215)] = "white"
-    names[value < 70] = "black"
-    name, count = Counter(names.tolist()).most_common(1)[0]
-    return name if count >= 0.45 * len(names) else None
+    pale = saturation < 40
+    named = {  # the first that applies
+        "black": value < 70,
+        "white": pale & (value > 215),
+        "gray": pale,
+        "brown": (hue < 45) & (value < 165) & (saturation > 60),
+        "red": (hue < 12) | (hue >= 345),
+        "orange": hue < 40,
+        "yellow": hue < 68,
+        "green": hue < 165,
+        "blue": hue < 255,
+        "purple": hue < 295,
+        "pink": hue < 345,
+    }
+    counts = np.bincount(np.select(list(named.values()), range(len(named))), minlength=len(named))
+    most = int(counts.argmax())
+    return list(named)[most] if counts[most] >= 0.45 * len(opaque) else None
 
 
 def _drawings(packages: Path, sources: Sequence[Source], left_out: Counter[str]) -> Iterator[Drawing]:
