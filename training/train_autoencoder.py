@@ -50,12 +50,14 @@ from .loop.run import (
     open_run,
     save_grid,
     save_run,
+    seeded,
     start_step,
     stop_on_signal,
 )
 from .loop.sharding import require_shardable
 from .loop.state import RunState
 from .losses.autoencoder import adversarial_term, discriminator_terms, loss_terms
+from .losses.equivariance import equivariance
 from .losses.image import PatchDiscriminator, psnr
 from .losses.lpips import Lpips, load_lpips
 from .monitor.instruments import gradient_norms, latent_scalars
@@ -105,8 +107,7 @@ def _train(
         compile_autoencoder(model.to(accelerator.device), config, data, accelerator)
     if run_steps(config, data, held_out, perceptual, state, first, accelerator) and accelerator.is_main_process:
         with state.ema.swapped_into(model):
-            measured = data.images[: max(HELD_OUT, MEASURED_PIXELS // config.data.size**2)]
-            export(model, to_tensor(composite(measured, rgb(config.data.background))), held_out, folder)
+            export(model, load_measured(config, data), held_out, folder)
     return folder / "vae"
 
 
@@ -213,6 +214,10 @@ def accumulate_gradients(
             reconstruction, posterior = model(images, noise)
         reconstruction = reconstruction.float()
         terms = loss_terms(reconstruction, images, posterior, config, perceptual)
+        if config.loss.equivariance:
+            with accelerator.autocast():
+                error = equivariance(plain, posterior.sample(noise), images, seeded(run.seed, step, 6))
+            terms["equivariance"] = config.loss.equivariance * error
         loss = torch.stack(list(terms.values())).sum()
         weighted, against = dict(terms), {}
         if adversarial:
@@ -368,6 +373,13 @@ def draw_views(data: CaptionedImages, config: AutoencoderTraining, shares: Seque
 
 def _batch(data: CaptionedImages, config: AutoencoderTraining, step: int, share: slice = WHOLE) -> Tensor:
     return to_tensor(draw_views(data, config, (share,), step))
+
+
+def load_measured(config: AutoencoderTraining, data: CaptionedImages) -> Tensor:
+    """Return pictures (N, 3, H, W) from all over the set, for scenes follow drawings in it, to measure latents by."""
+    most = max(HELD_OUT, MEASURED_PIXELS // config.data.size**2)
+    images = data.images[:: 1 + (len(data) - 1) // most]
+    return to_tensor(composite(images, rgb(config.data.background)))
 
 
 def load_held_out(config: AutoencoderTraining, data: CaptionedImages) -> Tensor:

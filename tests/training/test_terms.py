@@ -16,6 +16,7 @@ from latentdiff.training.config import AutoencoderTraining, load_config
 from latentdiff.training.loop.checkpointing import load_latest
 from latentdiff.training.losses import autoencoder as terms
 from latentdiff.training.losses.autoencoder import adversarial_term, discriminator_terms, loss_terms
+from latentdiff.training.losses.equivariance import equivariance
 from latentdiff.training.losses.image import PatchDiscriminator, r1_penalty
 from latentdiff.training.losses.lpips import Lpips
 from latentdiff.training.train_autoencoder import assemble
@@ -25,10 +26,10 @@ from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
 from tests.training.test_distributed import logged
 from tests.training.test_lpips import network  # noqa: F401  (a fixture)
-from tests.training.test_stages import SIZE, pictures, recipe
+from tests.training.test_stages import SIZE, check_interrupted, pictures, recipe
 
 TRAINED: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("l1", "l2", "gradient", "ssim", "lpips", "adversarial"), ("encoder", "decoder")),
+    **dict.fromkeys(("l1", "l2", "gradient", "ssim", "lpips", "equivariance", "adversarial"), ("encoder", "decoder")),
     "kl": ("encoder",),
     **dict.fromkeys(("discriminator", "r1"), ("discriminator",)),
 }
@@ -58,6 +59,7 @@ def all_terms(config: AutoencoderTraining, model: Any, judge: PatchDiscriminator
     reconstruction, posterior = model(images, generator)
     found = loss_terms(reconstruction, images, posterior, config, perceptual)
     loss = torch.stack(list(found.values())).sum()
+    found["equivariance"] = equivariance(model, posterior.sample(generator), images, generator)
     found["adversarial"], _ = adversarial_term(loss, reconstruction, model, judge, Accelerator(cpu=True))
     return found | discriminator_terms(judge, judge, images, reconstruction.detach(), config)
 
@@ -178,3 +180,31 @@ def test_penalty_is_float32_in_a_run_that_is_not(saved: Callable[..., Any], tmp_
 def test_losses_that_cannot_be_are_refused(tmp_path: Path, loss: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         cli_train(recipe(tmp_path, "autoencoder"), [f"loss={loss}"], False, None)
+
+
+def test_equivariance_asks_for_the_smaller_and_turned_picture() -> None:
+    """A decoder that repeats pixels is equivariant but for the blur at edges; one that also mirrors them is not."""
+    images = torch.zeros(1, 3, 64, 64)
+    images[..., :32, :32] = 1
+    latents = images[..., ::4, ::4]
+
+    def error(decode: Callable[[Tensor], Tensor], seed: int) -> float:
+        model: Any = SimpleNamespace(config=SimpleNamespace(downsample_factor=4), decode=decode)
+        return equivariance(model, latents, images, torch.Generator().manual_seed(seed)).item()
+
+    def repeated(latents: Tensor) -> Tensor:
+        return nn.functional.interpolate(latents, scale_factor=4)
+
+    plain = [error(repeated, seed) for seed in range(8)]
+    mirrored = [error(lambda latents: repeated(latents).flip(-1), seed) for seed in range(8)]
+    assert max(plain) < 0.15 < 0.4 < min(mirrored)
+    assert plain == [error(repeated, seed) for seed in range(8)]
+
+
+def test_equivariance_is_trained_by_and_does_not_depend_on_interruptions(tmp_path: Path) -> None:
+    pictures(tmp_path / "pictures", 4)
+    file = recipe(tmp_path, "autoencoder")
+    with open(file, "a") as config:
+        config.write("loss: {equivariance: 0.5}\n")
+    check_interrupted(file, tmp_path)
+    assert min(logged(tmp_path / "unbroken")["equivariance"]) > 0

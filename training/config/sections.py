@@ -143,6 +143,8 @@ class AutoencoderLoss(Section):
     # Distance of features (`training.losses.lpips`), and the file of the weights that it needs.
     lpips: float = Field(0.0, ge=0)
     lpips_weights: TextPath | None = None
+    # Of what is decoded of latents that are made smaller and turned (`training.losses.equivariance`).
+    equivariance: float = Field(0.0, ge=0)
     adversarial: float = Field(0.0, ge=0)
     adversarial_start: int = Field(0, ge=0)
     # Gamma of the penalty on the discriminator's slope; 0 for none.
