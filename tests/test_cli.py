@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from latentdiff.training.datasets import emoji
+from latentdiff.training.datasets.scenes import build as scenes
 from PIL import Image, PngImagePlugin
 
 import latentdiff.commands.generate
@@ -361,12 +362,16 @@ def test_train_and_data_hand_over_to_training(monkeypatch: pytest.MonkeyPatch) -
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(train, "train", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(train, "check", lambda *arguments: calls.append(("check", *arguments)))
-    monkeypatch.setattr(emoji, "build", lambda *arguments, sources: calls.append((*arguments, sources)))
+    monkeypatch.setattr(emoji, "build", lambda *arguments, sources: calls.append((*arguments, sources)) or {})
+    monkeypatch.setattr(scenes, "add_scenes", lambda *arguments: calls.append(("scenes", *arguments)))
     assert main(["train", "c.yaml", "--set", "a.b=1", "--set", "c=2", "--resume", "--out", "runs/x"]) == 0
     assert main(["train", "c.yaml", "--check", "--out", "runs/x"]) == 0
     assert main(["data", "emoji", "out", "--size", "32"]) == 0
-    expected = [("c.yaml", ["a.b=1", "c=2"], True, "runs/x"), ("check", "c.yaml", [], "runs/x"), ("out", 32, None)]
-    assert calls == expected
+    assert main(["data", "emoji", "out", "--scenes", "7"]) == 0
+    expected: list[tuple[Any, ...]] = [("c.yaml", ["a.b=1", "c=2"], True, "runs/x"), ("check", "c.yaml", [], "runs/x")]
+    assert calls == [*expected, ("out", 32, None), ("out", 64, None), ("scenes", "out", 7)]
+    assert main(["data", "emoji", "out", "--scenes", "0"]) == 2
+    assert len(calls) == 5  # nothing is drawn before that is refused
 
 
 def test_recipes_of_an_installed_package_are_found_by_plain_names_alone(

@@ -20,10 +20,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("out", help="folder; a build that was broken off goes on where it stopped")
     parser.add_argument("--size", type=int, help="side of the pictures in pixels (default 64; digits have 8)")
+    parser.add_argument(
+        "--scenes",
+        type=int,
+        metavar="N",
+        help="of emoji: add N scenes of one to four things, with the truth about each",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Build a captioned data set."""
+    if options.scenes is not None and options.name != "emoji":
+        raise InputError(f"--scenes are composed of the drawings of emoji, got {options.name}; leave it out")
     if options.name == "digits":
         if options.size not in (None, 8):
             raise InputError(f"--size of the digits is 8, got {options.size}; leave it out")
@@ -32,6 +40,11 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(build_digits(options.out)))
         return
     from latentdiff.training.datasets.emoji import FXEMOJI, build
+    from latentdiff.training.datasets.scenes.build import add_scenes, check_count
 
-    sources = FXEMOJI if options.name == "fxemoji" else None
-    print(json.dumps(build(options.out, options.size or 64, sources=sources), indent=2))
+    if options.scenes is not None:
+        check_count(options.scenes)  # before all the drawing
+    report = build(options.out, options.size or 64, sources=FXEMOJI if options.name == "fxemoji" else None)
+    if options.scenes is not None:
+        report["scenes"] = add_scenes(options.out, options.scenes)
+    print(json.dumps(report, indent=2))
