@@ -77,6 +77,8 @@ def test_background_is_named_and_drawn() -> None:
     picture, captions = rendered(0, "background", 0)
     color = captions[0].removeprefix("a left hand on a ").removesuffix(" background")
     assert tuple(picture[0, 0]) == BACKGROUNDS[color]
+    said = {rendered(0, "background", seed)[1][0] for seed in range(40)}
+    assert "a left hand on an orange background" in said and "a left hand on a red background" in said
 
 
 def test_pair_shows_and_names_both() -> None:

@@ -7,8 +7,10 @@ import pytest
 import torch
 from latentdiff.training.config import AutoencoderTraining
 from latentdiff.training.data import dataset
-from latentdiff.training.train_autoencoder import draw_views, image_batches, load_held_out
+from latentdiff.training.train_autoencoder import draw_views, image_batches, load_held_out, load_measured
 from PIL import Image
+
+from latentdiff.training import train_autoencoder
 
 SAMPLE = Path(__file__).parents[2] / "assets" / "sample"
 
@@ -56,3 +58,18 @@ def test_held_out_pictures_are_those_of_the_share(tmp_path: Path) -> None:
     assert chosen is not None and not any(image.tobytes() in trained for image in chosen.images)
     without = config.model_copy(update={"data": config.data.model_copy(update={"held_out": 0.0})})
     assert len(load_held_out(without, data)) == 16
+
+
+def test_latents_are_measured_of_pictures_from_the_whole_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scenes follow the drawings in a set, so that its first pictures are not like the others."""
+    values = {"folder": str(SAMPLE), "size": 16}
+    run = {"out": str(tmp_path), "steps": 1, "batch_size": 6}
+    config = AutoencoderTraining.model_validate({"stage": "autoencoder", "model": {}, "data": values, "run": run})
+    data = dataset.open_images(config.data, 6, tmp_path)
+    every = load_measured(config, data)
+    assert len(every) == len(data)
+    monkeypatch.setattr(train_autoencoder, "HELD_OUT", 5)
+    monkeypatch.setattr(train_autoencoder, "MEASURED_PIXELS", 0)
+    some = load_measured(config, data)
+    assert 3 <= len(some) <= 5 and torch.equal(some[0], every[0])
+    assert any(torch.equal(some[-1], image) for image in every[len(every) // 2 :])

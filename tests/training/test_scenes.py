@@ -1,7 +1,10 @@
 """Scenes of drawings: the same whoever makes them, captions that tell the truth, and what no training scene has."""
 
 import json
+import multiprocessing
 import re
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 from latentdiff.training.data.augment import HUES
 from latentdiff.training.data.captions import STYLE_PHRASES, with_article
 from latentdiff.training.datasets.emoji import dominant_color
+from latentdiff.training.datasets.scenes import build
 from latentdiff.training.datasets.scenes.build import SHARE, add_scenes, paint_scene
 from latentdiff.training.datasets.scenes.grounds import GROUNDS, paint_ground
 from latentdiff.training.datasets.scenes.plan import Scene, held_out_combinations, is_held_out, plan_scene
@@ -93,6 +97,16 @@ def test_scenes_do_not_depend_on_processes_or_on_how_many_there_are(drawings: Pa
     assert len(two) == 6 and len(nine) == 9 and two.items() <= nine.items()
     assert {name: (drawings / "train" / name).read_bytes() for name in pictures} == pictures
     assert len(set(pictures.values())) > 1
+
+
+def test_processes_need_not_be_copies_of_the_one_that_starts_them(
+    drawings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS and Windows, where a new interpreter is started for each."""
+    afresh = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
+    monkeypatch.setattr(build, "ProcessPoolExecutor", afresh)
+    add_scenes(drawings, 2, workers=1)
+    assert len(scenes_of(drawings)) == 2
 
 
 def test_what_was_interrupted_goes_on(drawings: Path) -> None:
@@ -240,5 +254,7 @@ def test_plurals() -> None:
 def test_scenes_out_of_range_or_of_another_set_are_refused(drawings: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match="1 to 1000000, got 0"):
         add_scenes(drawings, 0)
+    with pytest.raises(InputError, match=r"report\.json"):
+        add_scenes(drawings / "train", 5)
     assert main(["data", "digits", str(drawings), "--scenes", "5"]) == 2
     assert "of the drawings of emoji, got digits" in capsys.readouterr().err
