@@ -23,7 +23,7 @@ Run = tuple[str, list[str], bool, str]  # what `cli_train` takes
 SLOW = "optimizer.learning_rate=3.0e-4"
 ADVERSARIAL = ["loss.adversarial=0.5", "loss.adversarial_start=2", "loss.r1=1"]
 OVERRIDES = {
-    "autoencoder": [SLOW, "run.batch_size=8", "run.log_every=1", *ADVERSARIAL],
+    "autoencoder": [SLOW, "run.batch_size=8", "run.log_every=1", "loss.equivariance=0.5", *ADVERSARIAL],
     "diffusion": [SLOW, "run.batch_size=8", "run.log_every=1", "timesteps=importance"],
 }
 
@@ -59,7 +59,7 @@ def test_two_processes_and_micro_steps_train_what_one_process_trains(tmp_path: P
         cli_train(file, OVERRIDES[stage], False, str(tmp_path / f"{stage}-one"))
     runs = [(file, OVERRIDES[stage], False, str(tmp_path / f"{stage}-two")) for stage, file in files.items()]
     torch.multiprocessing.spawn(train_as, (free_port(), runs, {}), nprocs=2)
-    plain = OVERRIDES["autoencoder"][:3]
+    plain = OVERRIDES["autoencoder"][:4]
     cli_train(
         files["diffusion"], [*OVERRIDES["diffusion"], "run.accumulation=2"], False, str(tmp_path / "diffusion-parts")
     )
