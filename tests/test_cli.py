@@ -350,7 +350,7 @@ def test_inspect(draw: Any, built_model: Path, capsys: pytest.CaptureFixture[str
     assert main(["inspect", str(built_model)]) == 0
     assert "prediction_type: v_prediction\n" in capsys.readouterr().out
     assert main(["inspect", str(built_model / "vae" / "diffusion_pytorch_model.safetensors"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["kind"] == "safetensors file"
+    assert json.loads(capsys.readouterr().out)["kind"] == "VAE"
     assert draw("fox", "-o", "a.png") == 0
     capsys.readouterr()
     assert main(["inspect", "a.png", "--json"]) == 0

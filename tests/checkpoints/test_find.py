@@ -66,7 +66,7 @@ class Hub:
     def __init__(self, model: Path, cache: Path) -> None:
         self.model, self.cache, self.fetched = model, cache, list[str]()
 
-    def snapshot_download(self, name: str, *, revision: str | None, **patterns: Any) -> str:
+    def snapshot_download(self, name: str, *, revision: str | None, local_files_only: bool, **patterns: Any) -> str:
         from huggingface_hub.utils import filter_repo_objects
 
         files = [str(path.relative_to(self.model)) for path in sorted(self.model.rglob("*")) if path.is_file()]

@@ -353,7 +353,7 @@ def test_convert_writes_variants(made: Path, tmp_path: Path, capsys: pytest.Capt
     [
         (["new", "--rank", "4"], "--rank is of a difference from another model, got no --variant-of"),
         (["new", "--variant-of", "base", "--rank", "0"], "--rank must be a whole number from 1"),
-        (["new.safetensors", "--variant-of", "base"], "a variant is a folder beside its base, got new.safetensors"),
+        (["new.safetensors", "--variant-of", "base"], "a variant is a folder beside its base, got 'new.safetensors'"),
         (["new", "--variant-of", "none"], "none"),
     ],
 )

@@ -260,7 +260,7 @@ def test_replayed_where_it_was_drawn_and_elsewhere(
         record = json.loads(picture.info["latentdiff"])
     assert record["device"] == device.kind
     for place in ([], ["--device", "cpu"]):
-        assert main(["replay", "a.png", "-o", "b.png", *place]) == 0
+        assert main(["replay", "a.png", "-o", "b.png", "--model", str(built_model), *place]) == 0
         assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
 
 

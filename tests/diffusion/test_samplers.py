@@ -218,7 +218,7 @@ def test_mixed_batch_equals_solo_runs() -> None:
     ]
     seeds = list(range(7, 7 + len(plans)))
     together = run(plans, seeds)
-    assert len(together) == 11
+    assert len(together) == max(map(len, plans))
     for image, plan in enumerate(plans):
         alone = run(plan, [seeds[image]], images=[image])
         assert len(alone) == len(plan)
@@ -313,10 +313,11 @@ def test_threads_share_a_plan() -> None:
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_float32_is_accurate_at_the_huge_first_sigmas(sampler: str, zero_snr: bool) -> None:
     """The tables reach sigma 2e4 under cosine, 1e9 at zero terminal SNR; x in VP coordinates stays right to 1e-5."""
-    if sampler == "plms" and zero_snr:
+    if sampler in ("plms", "pndm") and zero_snr:
         pytest.skip("differences of noise estimates at infinite noise mean nothing")
     # Those that extrapolate slopes take a small difference times the huge first step.
-    tolerance = 1e-3 if sampler in ("heun", "dpm2", "dpm2_a", "plms", "heun_exponential") else 1e-5
+    extrapolating = ("heun", "dpm2", "dpm2_a", "plms", "pndm", "heun_exponential")
+    tolerance = 1e-3 if sampler in extrapolating else 1e-5
     schedule = replace(COSINE, rescale_betas_zero_snr=zero_snr)
     plan, runs = make_plan(schedule, sampler, 20), []
     for dtype in (torch.float32, torch.float64):

@@ -178,7 +178,7 @@ def test_what_diffusers_and_peft_write(models: dict[str, Path], tmp_path: Path, 
     peer.unet.add_adapter(
         peft.LoraConfig(target_modules=["to_k", "conv1"], alpha_pattern={"mid_block.resnets.0.conv1": 2}, **options)
     )
-    peer.text_encoder.add_adapter(peft.LoraConfig(target_modules=["q_proj", "fc1"], **options))
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj", "fc1"], **options), peer.text_encoder)
     states = [peft.get_peft_model_state_dict(network) for network in (peer.unet, peer.text_encoder)]
     diffusers.StableDiffusionPipeline.save_lora_weights(
         tmp_path,

@@ -17,6 +17,7 @@ from latentdiff.training.config import DiffusionTraining, load_config
 from latentdiff.training.data.batches import Batch
 from latentdiff.training.loop import resources
 
+from latentdiff import devices
 from latentdiff.cli import main
 from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError, StorageError
@@ -123,7 +124,7 @@ def test_what_is_odd_is_pointed_at(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     odd = {name for name, row in rows.items() if not row.fine}
     errors = {name for name in rows if name.startswith("error")}
     assert odd == errors | {"run folder", "pictures", "held-out pictures", "null prompts", "overfits 8"}
-    assert rows["run folder"].value.endswith("step-00000001, caption_dropout was 0.1, is 0.5")
+    assert rows["run folder"].value.endswith("step-00000001, objective.caption_dropout was 0.1, is 0.5")
     assert rows["null prompts"].value.startswith("0.0%")
 
 
@@ -138,7 +139,7 @@ def test_what_would_stop_the_run_is_an_error(
         r"gradients are \[nan, .*; lower optimizer",
     )
     for module, name, value, message in (
-        (resources, "machine_memory", lambda: 2**20, memory),
+        (devices, "machine_memory", lambda: 2**20, memory),
         (check_module, "accumulate_gradients", poisoned, norms),
     ):
         with monkeypatch.context() as changed, pytest.raises(InputError, match=message):

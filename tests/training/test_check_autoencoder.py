@@ -17,6 +17,7 @@ from latentdiff.training.config import AutoencoderTraining, load_config
 from latentdiff.training.loop import resources
 from latentdiff.training.losses.lpips import Lpips
 
+from latentdiff import devices
 from latentdiff.cli import main
 from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError, StorageError
@@ -105,7 +106,7 @@ def test_what_would_stop_the_run_is_an_error(file: str, tmp_path: Path, monkeypa
         monkeypatch.context() as changed,
         pytest.raises(InputError, match=r"and there are 1.0 MiB; train a smaller mod"),
     ):
-        changed.setattr(resources, "machine_memory", lambda: 2**20)
+        changed.setattr(devices, "machine_memory", lambda: 2**20)
         found(file)
     with (
         monkeypatch.context() as changed,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from latentdiff.training.config import AutoencoderTraining, DiffusionTraining, parse_config
-from latentdiff.training.data import dataset
+from latentdiff.training.data import dataset, image_info
 from latentdiff.training.data.augment import paint, plan_variants
 from latentdiff.training.data.batches import Batch, draw_batch, latent_batches
 from latentdiff.training.data.dataset import open_images
@@ -127,7 +127,7 @@ def test_what_was_encoded_is_not_decoded_again(tmp_path: Path, monkeypatch: pyte
     config = config_of(tree(tmp_path, variants=["plain", "flip"]))
     before = prepare_data(config, load_components(config), tmp_path / "run")
     components = load_components(config)
-    monkeypatch.setattr(dataset, "decode", lambda *arguments: pytest.fail("a picture was decoded"))
+    monkeypatch.setattr(image_info, "decode_rgba", lambda *arguments: pytest.fail("a picture was decoded"))
     again = prepare_data(config, components, tmp_path / "run")
     for step in range(4):
         first, second = (tensors(draw_batch(data, config, step)) for data in (before, again))

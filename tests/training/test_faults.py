@@ -102,10 +102,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(
 
 def test_a_full_disk_is_named_wherever_it_is_met(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any, **options: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "grid.png")
+        raise OSError(errno.ENOSPC, "No space left on device", "vae.json")
 
-    monkeypatch.setattr(autoencoder, "save_grid", full)
-    with pytest.raises(StorageError, match=r"no space left for grid.png; free some, then go on with --resume"):
+    monkeypatch.setattr(autoencoder, "export", full)
+    with pytest.raises(StorageError, match=r"no space left for vae.json; free some, then go on with --resume"):
         cli_train(config, [], False, None)
 
 

@@ -53,7 +53,7 @@ LEARNED = {"beta_schedule": "linear", "num_train_timesteps": 20, "beta_end": 0.4
 
 
 def losses(given: Components, loss: str, unet: Any, timesteps: Tensor) -> Tensor:
-    config: Any = load_config(ROOT / "configs/digits-ddpm.yaml", [f"loss={loss}", "vlb_weight=1"])
+    config: Any = load_config(ROOT / "configs/digits-ddpm.yaml", [f"objective.loss={loss}", "objective.vlb_weight=1"])
     latents = torch.linspace(-1, 1, 3 * 64).reshape(3, 1, 8, 8)
     batch = Batch(latents, torch.zeros(3, 1, 3), torch.zeros(3, dtype=torch.bool))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))

@@ -12,6 +12,7 @@ from latentdiff.training.loop import resources
 from latentdiff.training.loop.checkpointing import checkpoint_folders
 from latentdiff.training.loop.resources import Disk, Memory
 
+from latentdiff import devices
 from latentdiff.cli import main
 from latentdiff.commands.train import train as cli_train
 from latentdiff.training import train_autoencoder as autoencoder
@@ -65,7 +66,7 @@ def test_too_little_memory_or_disk_is_refused_before_the_first_step(
     capsys.readouterr()
     with monkeypatch.context() as changed:
         changed.setattr(torch.cuda, "is_available", lambda: False)
-        changed.setattr(resources, "machine_memory", lambda: 2**18)
+        changed.setattr(devices, "machine_memory", lambda: 2**18)
         assert main(command) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("latentdiff: training needs ") and " weights + " in error

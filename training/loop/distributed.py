@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs, PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from latentdiff.devices import resolve_device
@@ -31,7 +32,7 @@ def start_accelerator(run: RunConfig) -> Accelerator:
     Raises:
         InputError: the batch cannot be shared out evenly, or more than batch and weights are to be shared out.
     """
-    on_cpu = resolve_device(None).type == "cpu"
+    on_cpu = resolve_device(None).type == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     # One process encodes the pictures while the others wait for it, which may take hours; NCCL gives up after minutes.
     state = PartialState(cpu=on_cpu, **InitProcessGroupKwargs(timeout=LONGEST_WAIT).to_kwargs())
     accelerator = Accelerator(mixed_precision=mixed_precision(run, state.device), cpu=on_cpu)
