@@ -135,11 +135,11 @@ def test_what_would_stop_the_run_is_an_error(
     pictures(tmp_path / "pictures", 4)
     file = recipe(tmp_path)
     memory, norms = (
-        r"needs 4\.. MiB \(.*and there are 1.0 MiB; train a smaller model",
+        r"needs 4\.. MiB \(.*and there are 3.0 MiB; train a smaller model",
         r"gradients are \[nan, .*; lower optimizer",
     )
     for module, name, value, message in (
-        (devices, "machine_memory", lambda: 2**20, memory),
+        (devices, "machine_memory", lambda: 3 * 2**20, memory),
         (check_module, "accumulate_gradients", poisoned, norms),
     ):
         with monkeypatch.context() as changed, pytest.raises(InputError, match=message):

@@ -104,9 +104,9 @@ def test_what_would_stop_the_run_is_an_error(file: str, tmp_path: Path, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with (
         monkeypatch.context() as changed,
-        pytest.raises(InputError, match=r"and there are 1.0 MiB; train a smaller mod"),
+        pytest.raises(InputError, match=r"and there are 2.0 MiB; train a smaller mod"),
     ):
-        changed.setattr(devices, "machine_memory", lambda: 2**20)
+        changed.setattr(devices, "machine_memory", lambda: 2**21)
         found(file)
     with (
         monkeypatch.context() as changed,

@@ -54,9 +54,9 @@ def test_a_checkpoint_is_as_large_as_foretold(tmp_path: Path, estimates: list[An
     assert (estimates[2].needed, estimates[3].checkpoint, estimates[3].count) == (memory.needed, disk.checkpoint, 1)
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+@pytest.mark.parametrize(("stage", "memory"), [("autoencoder", 2), ("diffusion", 12)])
 def test_too_little_memory_or_disk_is_refused_before_the_first_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str, memory: int
 ) -> None:
     pictures(tmp_path / "pictures", 4)
     cli_train(recipe(tmp_path, "autoencoder"), [], False, None)
@@ -66,11 +66,11 @@ def test_too_little_memory_or_disk_is_refused_before_the_first_step(
     capsys.readouterr()
     with monkeypatch.context() as changed:
         changed.setattr(torch.cuda, "is_available", lambda: False)
-        changed.setattr(devices, "machine_memory", lambda: 2**18)
+        changed.setattr(devices, "machine_memory", lambda: memory * 2**20)
         assert main(command) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("latentdiff: training needs ") and " weights + " in error
-    assert "and there are 0.2 MiB; train a smaller model, with another optimizer.kind, or a lora" in error
+    assert f"and there are {memory}.0 MiB; train a smaller model, with another optimizer.kind, or a lora" in error
     monkeypatch.setattr(resources.shutil, "disk_usage", lambda place: SimpleNamespace(free=2**18))
     assert main(command) == 4
     error = capsys.readouterr().err.strip().splitlines()[-1]
