@@ -141,17 +141,17 @@ def test_a_run_is_looked_at_on_the_device(
     assert "FLOPs of a step" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
 @pytest.mark.parametrize("case", WAITS)
 def test_a_step_seldom_waits_for_the_device(
-    case: str, tmp_path: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    case: str, device: FakeDevice, tmp_path: Path, models: dict[str, str]
 ) -> None:
     counts = []
-    with FakeDevice("cuda") as device:
-        for steps in (1, 4):
-            device.forget()
-            often = {"steps": steps, "log_every": 100, "sample_every": 100, "save_every": 100}
-            train(config_of(case, tmp_path, models, out=str(tmp_path / str(steps)), **often))
-            counts.append(sum(device.syncs.values()))
+    for steps in (1, 4):
+        device.forget()
+        often = {"steps": steps, "log_every": 100, "sample_every": 100, "save_every": 100}
+        train(config_of(case, tmp_path, models, out=str(tmp_path / str(steps)), **often))
+        counts.append(sum(device.syncs.values()))
     assert counts[1] - counts[0] == 3 * WAITS[case]
 
 
