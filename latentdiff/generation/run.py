@@ -123,9 +123,8 @@ def run(
         for batch in batches:
             with call.execution.lend(call.components.unet):
                 latents = sample_stages(call, stages, batch, on_step)
-            for row, index in enumerate(
-                batch
-            ):  # decoded one by one, since a decoder needs far more memory than a U-Net
+            # Decoded one by one, since a decoder needs far more memory than a U-Net.
+            for row, index in enumerate(batch):
                 image = _finish(call, stages[-1], latents[row : row + 1], output_type, notes)
                 tokens, windows = stages[0].conditioning.counts(index)
                 yield GeneratedImage(image, record(index, len(batch), row), tokens, windows, tuple(notes))
