@@ -14,12 +14,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType, ModuleType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from latentdiff import __version__
 from latentdiff.commands import convert, data, evaluate, finetune, generate, inspect, plan, replay, train, upscale
 from latentdiff.commands.shared import say
 from latentdiff.errors import InputError, LatentDiffError, shown, suggest
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 NO_SPACE = 4
 INTERRUPTED = 130
@@ -111,15 +114,12 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, with the nearest command where one was mistyped; no option is shortened."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options, allow_abbrev=False)
+    """argparse whose errors are one line, with the nearest command where one was mistyped."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see `{self.prog} --help`")
 
-    def _print_message(self, message: str, file: Any = None) -> None:
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         if message:
             (file or sys.stderr).write(message)  # argparse would pass over a full disk
 
@@ -131,11 +131,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="latentdiff", description="Latent text-to-image diffusion: make a model, generate with it.")
+    parser = _Parser(
+        prog="latentdiff",
+        description="Latent text-to-image diffusion: make a model, generate with it.",
+        allow_abbrev=False,  # an option is written out, so that a new one changes the meaning of none
+    )
     parser.add_argument("--version", action="version", version=f"latentdiff {__version__}")
     verbs = parser.add_subparsers(metavar="command", required=True)
     for name, command in COMMANDS.items():
-        added = verbs.add_parser(name, help=command.HELP, description=command.HELP)
+        added = verbs.add_parser(name, help=command.HELP, description=command.HELP, allow_abbrev=False)
         added.set_defaults(run=command.run)
         command.add_options(added)
     return parser

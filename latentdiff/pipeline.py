@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ from latentdiff.generation.rules import check_defaults, check_inputs, check_name
 from latentdiff.generation.run import Call, Callback, invert, run
 from latentdiff.generation.upscale import UpscalePlan, plan_upscale
 from latentdiff.models.unet import UNet2DConditionModel
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = ["OUTPUT_TYPES", "Callback", "Pipeline"]
 
@@ -111,13 +114,13 @@ class Pipeline:
         return pipe
 
     @classmethod
-    def from_diffusers(cls, pipe: Any) -> Pipeline:
+    def from_diffusers(cls, pipe: DiffusionPipeline) -> Pipeline:
         """Return a pipeline that shares the weights of one of diffusers, see `checkpoints.bridge.from_diffusers`."""
         from latentdiff.checkpoints.bridge import from_diffusers
 
         return cls(from_diffusers(pipe))
 
-    def to_diffusers(self) -> Any:
+    def to_diffusers(self) -> DiffusionPipeline:
         """Return a pipeline of diffusers that shares these weights, see `checkpoints.bridge.to_diffusers`."""
         from latentdiff.checkpoints.bridge import to_diffusers
 
@@ -188,7 +191,7 @@ class Pipeline:
         callback: Callback | None = None,
         progress: bool = False,
         batch_size: int = BATCH_SIZE,
-        **options: Any,
+        **options: object,
     ) -> Result:
         images = self.stream(
             prompt,
@@ -217,7 +220,7 @@ class Pipeline:
         callback: Callback | None = None,
         progress: bool = False,
         batch_size: int = BATCH_SIZE,
-        **options: Any,
+        **options: object,
     ) -> Iterator[GeneratedImage]:
         """Yield the images of a request, each as soon as it is decoded, so that any number fits into memory.
 
@@ -243,7 +246,7 @@ class Pipeline:
         call = Call(components, execution, settings, prepared, latents, scheduler)
         return run(call, output_type, batch_size, callback, progress)
 
-    def _chosen(self, options: Mapping[str, Any], image: object, mask: object) -> tuple[dict[str, Any], Any]:
+    def _chosen(self, options: Mapping[str, object], image: object, mask: object) -> tuple[dict[str, Any], Any]:
         """Return the options with the defaults of the model, and the scheduler object among them."""
         check_names(options)
         given = _given(options)
@@ -348,7 +351,7 @@ class Pipeline:
         return Pipeline(components, offload=self.offload, tile_size=self.tile_size)
 
 
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+def _given(options: Mapping[str, object]) -> dict[str, Any]:
     """Return the options that are given: None is the default, but not of a seed, where it is random elsewhere."""
     return {name: value for name, value in options.items() if value is not None or name == "seed"}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +18,7 @@ from latentdiff.checkpoints import (
     load_pipeline,
     load_text_encoder,
 )
+from latentdiff.checkpoints.components import Autoencoder
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
 from latentdiff.models.clip import CLIPTextModel
@@ -62,7 +62,7 @@ def load_components(config: DiffusionTraining) -> Encoders:
 def _load_halves(config: DiffusionTraining) -> Encoders:
     schedule = NoiseSchedule.from_dict(config.schedule)
     if config.autoencoder is None:
-        space: Any = PixelSpace(PixelSpaceConfig(latent_channels=config.channels))
+        space: Autoencoder = PixelSpace(PixelSpaceConfig(latent_channels=config.channels))
     else:
         embedded = config.autoencoder == "embedded"
         space = load_autoencoder(embedded_model() if embedded else Path(config.autoencoder))
@@ -76,9 +76,9 @@ def _load_halves(config: DiffusionTraining) -> Encoders:
                     f"text_encoder: labels is for at most {MAX_LABELS} classes, got {len(labels)} different captions; "
                     "choose embedded"
                 )
-        encoder: Any = LabelEncoder(LabelConfig(labels=labels, hidden_size=max(1, len(labels))))
+        classes = LabelEncoder(LabelConfig(labels=labels, hidden_size=max(1, len(labels))))
         return Encoders(
-            autoencoder=space.requires_grad_(False), text_encoder=encoder.requires_grad_(False), schedule=schedule
+            autoencoder=space.requires_grad_(False), text_encoder=classes.requires_grad_(False), schedule=schedule
         )
     text = embedded_model() if config.text_encoder == "embedded" else Path(config.text_encoder)
     encoder, tokenizer = load_text_encoder(text)

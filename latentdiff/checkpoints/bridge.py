@@ -10,22 +10,26 @@ import inspect
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from latentdiff.checkpoints.build import KINDS, TEXT_MODEL, build
-from latentdiff.checkpoints.components import Components, check_fit
+from latentdiff.checkpoints.components import AnyNetwork, Components, check_fit
 from latentdiff.checkpoints.folder import CLASSES
 from latentdiff.checkpoints.saver import pipeline_index
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError, ModelMismatchError
 from latentdiff.models.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 __all__ = ["from_diffusers", "to_diffusers"]
 
 
-def to_diffusers(components: Components) -> Any:
+def to_diffusers(components: Components) -> DiffusionPipeline:
     """Return the pipeline of diffusers that draws what this model draws, sharing its weights.
 
     Args:
@@ -67,7 +71,7 @@ def to_diffusers(components: Components) -> Any:
     return pipe
 
 
-def from_diffusers(pipe: Any) -> Components:
+def from_diffusers(pipe: DiffusionPipeline) -> Components:
     """Return the components of a pipeline of diffusers, sharing its weights.
 
     Args:
@@ -102,7 +106,7 @@ def from_diffusers(pipe: Any) -> Components:
     return components
 
 
-def _their_network(kind: Any, network: Any) -> nn.Module:
+def _their_network(kind: type[ModelMixin | PreTrainedModel], network: AnyNetwork) -> nn.Module:
     """Return a network of diffusers or transformers with the weights of ours."""
     from accelerate import init_empty_weights
 
@@ -118,7 +122,7 @@ def _their_network(kind: Any, network: Any) -> nn.Module:
     return theirs.requires_grad_(False).eval()
 
 
-def _our_network(place: Path, theirs: Any) -> Any:
+def _our_network(place: Path, theirs: ModelMixin | PreTrainedModel) -> Any:
     """Return our network with the weights of one of diffusers or transformers."""
     kind = KINDS.get(type(theirs).__name__)
     if kind is None:
@@ -160,13 +164,13 @@ def _require_whole(network: nn.Module) -> None:
         raise ModelMismatchError(f"{type(network).__name__} of this version also has {', '.join(empty[:5])}")
 
 
-def _our_tokenizer(theirs: Any) -> Tokenizer:
+def _our_tokenizer(theirs: PreTrainedTokenizerBase) -> Tokenizer:
     with tempfile.TemporaryDirectory() as place:
         theirs.save_pretrained(place)
         return Tokenizer.from_folder(place)
 
 
-def _our_schedule(scheduler: Any) -> NoiseSchedule:
+def _our_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
     # What nobody chose is left to the sampler, as diffusers does when one scheduler is made from another. But pipelines
     # of Stable Diffusion put steps_offset 1 in place of a default, and do not list it as chosen.
     defaults = inspect.signature(type(scheduler)).parameters

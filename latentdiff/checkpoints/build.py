@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class Kind(NamedTuple):
     """A class that a model folder may name: its configuration, its network, and the stem of its weight files."""
 
     config: type[ModelConfig]
-    network: Any
+    network: type[nn.Module]
     stem: str
 
 
@@ -58,7 +59,7 @@ def build(path: Path, kind: Kind, data: dict[str, Any], tensor_count: int, dtype
     _check_counts(path, data, tensor_count)
     try:
         with torch.device("meta"), _WithoutInitialisation():
-            network: nn.Module = kind.network(kind.config.from_dict(data))
+            network = kind.network(kind.config.from_dict(data))
     except ModelConfigError as error:
         raise ModelConfigError(f"{path}: {error}") from error
     except (RuntimeError, OverflowError, ValueError, TypeError) as error:
@@ -98,7 +99,13 @@ def _check_counts(path: Path, data: dict[str, Any], tensor_count: int) -> None:
 class _WithoutInitialisation(TorchFunctionMode):
     """Leave out the initial values of weights, which are replaced anyway and on "meta" cost a second of imports."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Collection[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         if getattr(func, "__module__", None) == nn.init.__name__:
             return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))

@@ -16,21 +16,30 @@ from latentdiff.diffusion.prediction import Denoiser, Network, as_denoiser
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import ModelConfigError
 from latentdiff.models.autoencoder import AutoencoderKL
-from latentdiff.models.bert import BertModel
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
-from latentdiff.models.encoding import PenultimateStates, PromptEncoder, TokenStates
+from latentdiff.models.encoding import PenultimateStates, PromptEncoder, TokenEncoder, TokenStates
 from latentdiff.models.lora import WeightedLoRA, share_weights
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
-from latentdiff.models.t5 import T5EncoderModel
 from latentdiff.models.tokenizer import Tokenizer
 from latentdiff.models.unet import UNet2DConditionModel
 
-__all__ = ["Autoencoder", "Components", "Encoders", "ModelSource", "Task", "TextEncoder", "check_fit", "moved"]
+__all__ = [
+    "AnyNetwork",
+    "Autoencoder",
+    "Components",
+    "Encoders",
+    "ModelSource",
+    "Task",
+    "TextEncoder",
+    "check_fit",
+    "moved",
+]
 
 LARGEST_SIDE = 2048  # of the pictures that a model draws unless told otherwise, in pixels
 Autoencoder = AutoencoderKL | PixelSpace
 Task = Literal["text_to_image", "inpaint", "upscale"]
-TextEncoder = BertModel | CLIPTextModel | LabelEncoder | T5EncoderModel
+TextEncoder = TokenEncoder | LabelEncoder
+AnyNetwork = UNet2DConditionModel | Autoencoder | TextEncoder
 
 
 @dataclass(frozen=True)

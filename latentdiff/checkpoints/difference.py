@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from latentdiff.checkpoints.header import TensorInfo
 from latentdiff.checkpoints.weights import FLOATS, read_weights
 from latentdiff.errors import ModelMismatchError
-from latentdiff.models.lora import Factors, factors_fit, layers_of, merge
+from latentdiff.models.lora import Factors, NetworkT, factors_fit, layers_of, merge
 
 __all__ = ["DOWN", "UP", "apply_difference", "difference"]
 
@@ -58,7 +57,7 @@ def difference(base: nn.Module, variant: nn.Module, rank: int) -> dict[str, Tens
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def apply_difference(file: Path, tensors: Mapping[str, TensorInfo], base: nn.Module, network: Any) -> Any:
+def apply_difference(file: Path, tensors: Mapping[str, TensorInfo], base: nn.Module, network: NetworkT) -> NetworkT:
     """Return a network whose weights are those of another, with a difference; it shares all that are the same.
 
     Args:

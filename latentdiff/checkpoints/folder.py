@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from latentdiff.checkpoints.header import require_regular
 from latentdiff.errors import (
@@ -236,7 +236,7 @@ def _read_index(root: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _base_folder(root: Path, name: Any) -> Path:
+def _base_folder(root: Path, name: object) -> Path:
     place = root.resolve().parent
     if not _is_plain(name):
         raise ModelPathError(f"{root / INDEX}: expected the plain name of a folder as {BASE}, got {str(name)[:80]!r}")
@@ -246,7 +246,7 @@ def _base_folder(root: Path, name: Any) -> Path:
     return base
 
 
-def _is_plain(name: object) -> bool:
+def _is_plain(name: object) -> TypeGuard[str]:
     """Say whether this is the name of a file or folder, and no path."""
     if not isinstance(name, str) or len(name.encode(errors="replace")) > LONGEST_NAME:
         return False

@@ -7,6 +7,7 @@ and only then are the tensors read, cast, checked to be finite and put in.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def _check_tensors(folder: Path, expected: Mapping[str, Tensor], found: Mapping[
         raise ModelMismatchError(f"{folder}: weights do not fit config.json: {'; '.join(wrong[:5])}{more}")
 
 
-def _differences(expected: Any, found: Any) -> str:
+def _differences(expected: AbstractSet[str], found: AbstractSet[str]) -> str:
     """Name up to five tensors that are missing or too many."""
     rows = [f"{name} is missing" for name in sorted(expected - found)]
     rows += [f"{name[:100]} is not expected" for name in sorted(found - expected)]

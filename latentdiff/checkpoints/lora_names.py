@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from latentdiff.checkpoints.components import Components
+from latentdiff.checkpoints.components import AnyNetwork, Components
 from latentdiff.checkpoints.compvis_keys import UNET_ENDS, open_clip_keys, unet_keys
 from latentdiff.checkpoints.family import text_layouts
 from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.lora import layers_of
+from latentdiff.models.unet import UNet2DConditionModel
 
 __all__ = ["DIALECTS", "Key", "dialect_of", "known_names", "network_of", "networks_of", "parse_key", "written_names"]
 
@@ -71,7 +72,7 @@ def network_of(layer: str) -> str:
     return "text_encoder" if re.match(text, layer) else "unet"
 
 
-def networks_of(components: Components) -> dict[str, Any]:
+def networks_of(components: Components) -> dict[str, AnyNetwork]:
     """Return the networks of a model that LoRAs change, as files call them: the refiner's text encoder is a second."""
     if components.text_encoder_2 is not None:
         return {
@@ -101,7 +102,7 @@ def known_names(components: Components) -> dict[str, Layers]:
             add(plain, network, {name: name.removesuffix(end) + old for name in own if name.endswith(f".{end}")})
         if network == "unet":
             add(("lora_unet.",), network, own)
-            add(("model.diffusion_model.", "diffusion_model.", "lora_unet."), network, _original(model))
+            add(("model.diffusion_model.", "diffusion_model.", "lora_unet."), network, _original(components.unet))
         else:
             add(_kohya_texts(components, network), network, own)
             add(_comfy_texts(components, network), network, own)
@@ -152,7 +153,7 @@ def _kohya_text(components: Components, network: str) -> str:
     return "lora_te" if components.text_encoder_2 is None else "lora_te1"
 
 
-def _original(unet: Any) -> dict[str, str]:
+def _original(unet: UNet2DConditionModel) -> dict[str, str]:
     """Return what the layers of a U-Net are called in the original layout, where they have a place in it."""
     if not isinstance(unet.config.layers_per_block, int):
         return {}

@@ -56,7 +56,7 @@ def load_open_clip(
     return encoder, clip_tokenizer(PAD, shape["max_position_embeddings"])
 
 
-def _known(architecture: str | None) -> Any:
+def _known(architecture: str | None) -> object:
     """Return the configuration that OpenCLIP has for a name."""
     if architecture is None:
         raise InputError('a file does not say which model it is; pass its OpenCLIP name, as in architecture="ViT-H-14"')
@@ -72,13 +72,14 @@ def _known(architecture: str | None) -> Any:
     return config
 
 
-def _text_config(file: Path, config: Any) -> dict[str, Any]:
+def _text_config(file: Path, given: object) -> dict[str, Any]:
     """Return the content of a config.json of transformers for the text tower.
 
     Raises:
         ModelConfigError: it is none, or one that is not CLIP's own.
     """
-    text = config.get("text_cfg") if isinstance(config, dict) else None
+    config = given if isinstance(given, dict) else {}
+    text = config.get("text_cfg")
     if not isinstance(text, Mapping):
         raise ModelConfigError(f"{file}: expected a configuration of OpenCLIP with text_cfg, got none")
     odd = [key for key in text if key not in PLAIN]

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from latentdiff.checkpoints.build import KINDS
-from latentdiff.checkpoints.components import Components
+from latentdiff.checkpoints.components import AnyNetwork, Components
 from latentdiff.checkpoints.find import require_path
 from latentdiff.checkpoints.folder import COMPUTED_IN, INDEX
 from latentdiff.checkpoints.generation_config import FILE as DEFAULTS
 from latentdiff.checkpoints.storage import flush_to_disk, replace_folder, save_tensors, write_json
 from latentdiff.checkpoints.weights import stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.models.config import ModelConfig
 from latentdiff.models.pixels import LabelEncoder, PixelSpace
 from latentdiff.models.tokenizer import Tokenizer
 
@@ -52,7 +50,7 @@ OWN_CLASSES = ("PixelSpace", "LabelEncoder")
 DIFFUSERS_VERSION = "0.31.0"  # the oldest for which folders are written; some of its pipelines ask
 
 
-def save_model(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+def save_model(model: AnyNetwork, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
     """Write config.json and the weights of one network into `folder`, which has them only when they are whole.
 
     Args:
@@ -99,7 +97,7 @@ def save_pipeline(
 
 def write_components(
     place: Path,
-    networks: Mapping[str, Any],
+    networks: Mapping[str, AnyNetwork],
     tokenizers: Mapping[str, Tokenizer],
     schedules: Mapping[str, NoiseSchedule],
     dtype: torch.dtype | None,
@@ -116,7 +114,7 @@ def write_components(
 
 def pipeline_index(
     components: Components,
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tokenizer], dict[str, NoiseSchedule]]:
+) -> tuple[dict[str, Any], dict[str, AnyNetwork], dict[str, Tokenizer], dict[str, NoiseSchedule]]:
     """Return the content of a model_index.json, and by their names in it the networks, tokenizers and schedules.
 
     Raises:
@@ -124,7 +122,7 @@ def pipeline_index(
     """
     large = components.unet.config.addition_embed_type is not None  # Stable Diffusion XL
     alone = large and components.text_encoder_2 is None  # its refiner
-    networks: dict[str, Any] = {"unet": components.unet, "vae": components.autoencoder}
+    networks: dict[str, AnyNetwork] = {"unet": components.unet, "vae": components.autoencoder}
     networks["text_encoder_2" if alone else "text_encoder"] = components.text_encoder
     tokenizers: dict[str, Tokenizer] = {}
     if components.tokenizer is not None:
@@ -167,22 +165,20 @@ def _pipeline_class(components: Components, alone: bool) -> str:
     return f"StableDiffusion{size}{'Img2Img' if alone else task}Pipeline"
 
 
-def _class_name(network: nn.Module) -> str:
+def _class_name(network: AnyNetwork) -> str:
     """Return the class of the reference, which for text encoders with a projection is another than ours."""
-    config = getattr(network, "config", None)
-    named: list[str] = config.header().get("architectures", []) if isinstance(config, ModelConfig) else []
+    named: list[str] = network.config.header().get("architectures", [])
     return named[0] if named else type(network).__name__
 
 
-def write_model(model: nn.Module, place: Path, dtype: torch.dtype | None) -> None:
+def write_model(model: AnyNetwork, place: Path, dtype: torch.dtype | None) -> None:
     """Write config.json and the weights of one network into a folder."""
     kind = KINDS[type(model).__name__]
     weights = stored_weights(model.state_dict(), dtype)
     place.mkdir(parents=True, exist_ok=True)
     save_tensors(weights, place / f"{kind.stem}.safetensors")
-    config: Any = model.config
     told: dict[str, Any] = {}
     if kind.config.ignored is None and any(tensor.dtype != torch.float32 for tensor in weights.values()):
         # Of transformers, which would compute in the precision of the file, while diffusers computes in float32.
         told[COMPUTED_IN] = "float32"
-    write_json(place / "config.json", {**told, **config.to_dict()})
+    write_json(place / "config.json", {**told, **model.config.to_dict()})

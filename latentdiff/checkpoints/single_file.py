@@ -48,7 +48,7 @@ from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError
 from latentdiff.images import check_writable
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.clip import CLIPTextConfig
-from latentdiff.models.unet import UNetConfig
+from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 
 __all__ = [
     "VELOCITY",
@@ -162,9 +162,9 @@ def save_single_file(
     if not isinstance(components.autoencoder, AutoencoderKL):
         raise InputError("a single file holds a U-Net and an autoencoder, got a model without; save it as a folder")
     metadata, marks = _identity(components)
-    networks: dict[str, tuple[Any, str]] = {UNET: (components.unet, "unet")}
+    networks: dict[str, tuple[nn.Module, str]] = {UNET: (components.unet, "unet")}
     networks[VAE] = (components.autoencoder, "autoencoder")
-    encoders = (components.text_encoder, components.text_encoder_2)
+    encoders = [one for one in (components.text_encoder, components.text_encoder_2) if one is not None]
     networks |= {prefix: (encoder, kind) for (kind, prefix), encoder in zip(text_layouts(components), encoders)}
     tensors = dict(marks)
     for prefix, (network, layout) in networks.items():
@@ -378,12 +378,12 @@ def fit(
     return network, places
 
 
-def _places(network: Any, layout: str) -> dict[str, SourceKey]:
+def _places(network: nn.Module, layout: str) -> dict[str, SourceKey]:
     names = network.state_dict()
-    if layout == "unet":
-        return unet_keys(names, network.config)
     if layout.startswith("diffusers"):
         return diffusers_keys(names, old=layout != "diffusers")
-    if layout == "autoencoder":
+    if isinstance(network, UNet2DConditionModel):
+        return unet_keys(names, network.config)
+    if isinstance(network, AutoencoderKL):
         return autoencoder_keys(names, network.config)
     return open_clip_keys(names) if layout == "open_clip" else clip_keys(names)

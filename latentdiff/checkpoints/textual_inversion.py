@@ -29,7 +29,7 @@ from latentdiff.checkpoints.lora_kinds import BUNDLE, bundled_words
 from latentdiff.checkpoints.storage import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights
 from latentdiff.errors import InputError, ModelMismatchError
-from latentdiff.models.lora import share_weights
+from latentdiff.models.lora import NetworkT, share_weights
 from latentdiff.models.tokenizer import Tokenizer
 
 __all__ = ["TABLES", "add_embedding", "grown", "save_embedding"]
@@ -107,7 +107,7 @@ def _one_of(file: Path, bundled: Mapping[str, Any], word: str | None) -> str:
     return word
 
 
-def grown(encoder: Any, tokenizer: Tokenizer, word: str, rows: Tensor) -> tuple[Any, Tokenizer]:
+def grown(encoder: NetworkT, tokenizer: Tokenizer, word: str, rows: Tensor) -> tuple[NetworkT, Tokenizer]:
     """Return a text encoder and a tokenizer that know one word more, as `add_embedding` does.
 
     Args:
@@ -117,7 +117,7 @@ def grown(encoder: Any, tokenizer: Tokenizer, word: str, rows: Tensor) -> tuple[
         InputError: the tokenizer has the word already.
     """
     words = tokenizer.with_words([word, *(f"{word}_{number}" for number in range(1, len(rows)))])
-    network = share_weights(encoder)
+    network: Any = share_weights(encoder)  # each class has its table in another place
     table = network.get_submodule(TABLES[type(encoder).__name__])
     old = table.weight  # (V, D)
     first = len(tokenizer)
@@ -126,7 +126,7 @@ def grown(encoder: Any, tokenizer: Tokenizer, word: str, rows: Tensor) -> tuple[
     weight[first : first + len(rows)] = rows.to(old)
     table.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
     table.num_embeddings = len(weight)
-    network.config = replace(encoder.config, vocab_size=len(weight))
+    network.config = replace(network.config, vocab_size=len(weight))
     return network, words
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from latentdiff.checkpoints.components import Components, moved
+from latentdiff.checkpoints.components import AnyNetwork, Components, moved
 from latentdiff.checkpoints.difference import difference
 from latentdiff.checkpoints.folder import BASE, DIFFERENCE, INDEX
 from latentdiff.checkpoints.read import load_pipeline
@@ -78,9 +77,9 @@ def _content(schedule: NoiseSchedule | None) -> dict[str, Any] | None:
     return None if schedule is None else schedule.to_dict()
 
 
-def _equal(network: nn.Module, other: nn.Module | None) -> bool:
+def _equal(network: AnyNetwork, other: AnyNetwork | None) -> bool:
     """Say whether two networks have the same configuration and weights."""
-    if other is None or getattr(network, "config", None) != getattr(other, "config", None):
+    if other is None or network.config != other.config:
         return False
     theirs = other.state_dict()
     return all(torch.equal(tensor.float(), theirs[name].float()) for name, tensor in network.state_dict().items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from latentdiff.commands.shared import (
@@ -30,6 +30,7 @@ from latentdiff.generation.request import Settings
 from latentdiff.generation.rules import check_inputs
 
 if TYPE_CHECKING:
+    from latentdiff.checkpoints.lora import Weight
     from latentdiff.generation.result import GeneratedImage
     from latentdiff.pipeline import Pipeline
 
@@ -89,13 +90,20 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _load(
-    options: argparse.Namespace, embeddings: Sequence[tuple[str, str | None]], loras: dict[str, object]
+    options: argparse.Namespace, embeddings: Sequence[tuple[str, str | None]], loras: Mapping[str, Weight]
 ) -> Pipeline:
-    how = {name: getattr(options, name) for name in ("prediction_type", "vae", "attention", "offload")}
-    pipe = load(options.model, options.device, options.dtype, **how)
+    pipe = load(
+        options.model,
+        options.device,
+        options.dtype,
+        prediction_type=options.prediction_type,
+        vae=options.vae,
+        attention=options.attention,
+        offload=options.offload,
+    )
     for file, word in embeddings:
         pipe = pipe.with_embedding(file, word)
-    return pipe.with_loras(loras) if loras else pipe  # type: ignore[arg-type]
+    return pipe.with_loras(loras) if loras else pipe
 
 
 def _each_upscaled(upscaler: Pipeline, images: Iterator[GeneratedImage]) -> Iterator[GeneratedImage]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from latentdiff.commands.shared import (
+    LoadOptions,
     Output,
     add_machine,
     add_metadata,
@@ -153,7 +154,7 @@ class _Replay:
         options, model = self.options, self._find_model(record)
         device, dtype = (getattr(options, key) or record.get(key) for key in ("device", "dtype"))
         device, dtype = (str(value)[:80] if value is not None else None for value in (device, dtype))
-        how: dict[str, Any] = {"prediction_type": record.get("prediction_type"), "local": model not in options.model}
+        how: LoadOptions = {"prediction_type": record.get("prediction_type"), "local": model not in options.model}
         if isinstance(record.get("vae"), str):
             how["vae"] = self._find(record["vae"], "vae", None, str)
         pipe = load(model, device, dtype, **how)
@@ -182,12 +183,13 @@ class _Replay:
         elsewhere = not Path(recorded).exists() and beside.exists() and recorded not in ("", ".")
         return str(beside) if elsewhere else recorded
 
-    def _with_embeddings(self, pipe: Pipeline, records: Any) -> Pipeline:
+    def _with_embeddings(self, pipe: Pipeline, records: object) -> Pipeline:
         """Return a pipeline with the learned words of a record, if their files are still what they were."""
         from latentdiff.checkpoints.hashes import model_hash
 
-        for record in records if isinstance(records, list) else [records]:
-            path, word = (record.get(key) if isinstance(record, dict) else None for key in ("path", "word"))
+        for entry in records if isinstance(records, list) else [records]:
+            record = entry if isinstance(entry, dict) else {}
+            path, word = record.get("path"), record.get("word")
             if not isinstance(path, str) or not isinstance(word, str):
                 raise InputError(
                     "the record of an embedding must have path and word; use the file as latentdiff wrote it"
@@ -197,14 +199,15 @@ class _Replay:
             self._require(pipe.components.embeddings[-1]["hash"] == record.get("hash"), file, "embedding", "made with")
         return pipe
 
-    def _with_loras(self, pipe: Pipeline, records: Any) -> Pipeline:
+    def _with_loras(self, pipe: Pipeline, records: object) -> Pipeline:
         """Return a pipeline with the LoRAs of a record, if their files are still what they were."""
         from latentdiff.checkpoints.hashes import model_hash
         from latentdiff.checkpoints.lora import load_lora
 
         loras: dict[Any, Any] = {}
-        for record in records if isinstance(records, list) else [records]:
-            path = record.get("path") if isinstance(record, dict) else None
+        for entry in records if isinstance(records, list) else [records]:
+            record = entry if isinstance(entry, dict) else {}
+            path = record.get("path")
             if not isinstance(path, str):
                 raise InputError("the picture was drawn with a LoRA in memory, which no file keeps; draw it in Python")
             file = self._find(path, "lora", record.get("hash"), lambda one: model_hash(Path(one)))

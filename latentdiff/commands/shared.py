@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from latentdiff.errors import InputError, printable, shown
 from latentdiff.files import is_file, is_folder
@@ -23,6 +23,8 @@ from latentdiff.images import check_writable, numbered
 from latentdiff.prompts import slug
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from latentdiff.generation.result import GeneratedImage
     from latentdiff.pipeline import Pipeline
 
@@ -143,7 +145,17 @@ def load_torch() -> None:
             signal.signal(signal.SIGINT, previous)
 
 
-def load(model: str | None, device: str | None, dtype: str | None, **how: Any) -> Pipeline:
+class LoadOptions(TypedDict, total=False):
+    """What else `Pipeline.from_pretrained` takes of a command."""
+
+    prediction_type: str | None
+    vae: str | None
+    attention: str
+    offload: bool
+    local: bool
+
+
+def load(model: str | None, device: str | None, dtype: str | None, **how: Unpack[LoadOptions]) -> Pipeline:
     """Load a model; what it warns of is a line each."""
     load_torch()
     from latentdiff.pipeline import Pipeline
@@ -265,7 +277,7 @@ def write_all(
     return {**report, "settings": shared, "notes": notes}
 
 
-def print_report(report: Mapping[str, Any], options: argparse.Namespace, **more: Any) -> None:
+def print_report(report: Mapping[str, object], options: argparse.Namespace, **more: object) -> None:
     """Print a report as one JSON object, where that was asked for."""
     if options.json:
         print(json.dumps({**report, **more}))

@@ -10,7 +10,7 @@ latents = step.x
 
 from __future__ import annotations
 
-from latentdiff.diffusion.diffusers_scheduler import SchedulerPlan
+from latentdiff.diffusion.diffusers_scheduler import Scheduler, SchedulerPlan
 from latentdiff.diffusion.discretization import Discretization
 from latentdiff.diffusion.guidance import adaptive_projected, classifier_free, guidance_scales, rescaled
 from latentdiff.diffusion.inversion import make_inversion_plan
@@ -27,6 +27,7 @@ __all__ = [
     "KnownRegion",
     "NoiseSchedule",
     "Plan",
+    "Scheduler",
     "SchedulerPlan",
     "Step",
     "adaptive_projected",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +17,38 @@ from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.diffusion.scheduler_classes import ONLY_SUPPORTED
 from latentdiff.errors import InputError
 
-__all__ = ["SchedulerPlan"]
+__all__ = ["Scheduler", "SchedulerPlan"]
 
 ATTRIBUTES = ("alphas_cumprod", "init_noise_sigma", "scale_model_input", "timesteps")
 PROCESS_KEYS = ("timestep_type", "use_flow_sigmas")  # of a config, for another noise process with the same attributes
+
+
+class SchedulerOutput(Protocol):
+    """What a step of a scheduler returns; some have their estimate of the clean sample besides."""
+
+    prev_sample: Tensor
+
+
+class Scheduler(Protocol):
+    """What is used of a scheduler object of diffusers; a step may take more, and some have more."""
+
+    config: Mapping[str, Any]
+    alphas_cumprod: Tensor
+    timesteps: Tensor
+    init_noise_sigma: float | Tensor
+
+    def set_timesteps(self, num_inference_steps: int) -> None:
+        """Choose the timesteps."""
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """Return what the network is given of a noisy sample."""
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return a clean sample with noise."""
+
+    @property
+    def step(self) -> Callable[..., SchedulerOutput]:
+        """(model_output, timestep, sample, ...) -> the sample of the next timestep."""
 
 
 class SchedulerPlan:
@@ -37,7 +65,7 @@ class SchedulerPlan:
     """
 
     def __init__(
-        self, scheduler: Any, schedule: NoiseSchedule, num_inference_steps: int, strength: float = 1.0
+        self, scheduler: Scheduler, schedule: NoiseSchedule, num_inference_steps: int, strength: float = 1.0
     ) -> None:
         _require_same_process(scheduler, schedule)
         self.scheduler = _prepared(scheduler, num_inference_steps)
@@ -92,7 +120,7 @@ class SchedulerPlan:
         require_finite(x, "pass the name of one of our samplers, or use dtype float32 or a lower guidance_scale")
 
 
-def _require_same_process(scheduler: Any, schedule: NoiseSchedule) -> None:
+def _require_same_process(scheduler: Scheduler, schedule: NoiseSchedule) -> None:
     """Raise InputError unless a scheduler denoises what the model was trained on."""
     name = type(scheduler).__name__
     if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "step"):
@@ -121,7 +149,7 @@ def _require_same_process(scheduler: Any, schedule: NoiseSchedule) -> None:
         raise InputError(f"{name} has another noise schedule than the model; {remedy}")
 
 
-def _prepared(scheduler: Any, num_inference_steps: int) -> Any:
+def _prepared(scheduler: Scheduler, num_inference_steps: int) -> Scheduler:
     """Return a copy of a scheduler that is set to some steps, if those lead from noise to data."""
     name, copied = type(scheduler).__name__, copy.deepcopy(scheduler)
     for steps in (max(num_inference_steps, 2), num_inference_steps):  # one step has no direction
@@ -134,9 +162,9 @@ def _prepared(scheduler: Any, num_inference_steps: int) -> Any:
     return copied
 
 
-def _step_parameters(scheduler: Any) -> Mapping[str, inspect.Parameter]:
+def _step_parameters(scheduler: Scheduler) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(scheduler.step).parameters
 
 
-def _given(value: Tensor) -> Any:
+def _given(value: Tensor) -> Callable[[], Tensor]:
     return lambda: value

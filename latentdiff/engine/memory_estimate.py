@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from latentdiff.engine.tiled_decoding import ENLARGED_MAP, needs_tiles
 from latentdiff.engine.tiled_denoising import Windows
-from latentdiff.models.autoencoder import AutoencoderConfig
+from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from latentdiff.models.pixels import PixelSpace
 from latentdiff.models.unet import DOWN_BLOCKS, UNet2DConditionModel
 
 __all__ = ["enlarging_bytes"]
@@ -23,7 +23,11 @@ TRANSFORMER_MAPS = 14  # maps of a transformer's width that its feed-forward lay
 
 
 def enlarging_bytes(
-    networks: Sequence[nn.Module], unet: UNet2DConditionModel, autoencoder: Any, windows: Windows, batch: int
+    networks: Sequence[nn.Module],
+    unet: UNet2DConditionModel,
+    autoencoder: AutoencoderKL | PixelSpace,
+    windows: Windows,
+    batch: int,
 ) -> int:
     """Return about how many bytes it takes to enlarge pictures: the runtime, all weights and the larger of two peaks.
 

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.checkpoints import Components
+from latentdiff.checkpoints.components import Autoencoder
 from latentdiff.engine.execution import Execution
 from latentdiff.engine.tiled_decoding import ENLARGED_MAP, LARGE_MAP, decode
 from latentdiff.errors import InputError
@@ -53,7 +54,7 @@ def decode_latents(
     """
     large = ENLARGED_MAP if components.upscales else LARGE_MAP
 
-    def run(model: Any, x: Tensor) -> Tensor:
+    def run(model: Autoencoder, x: Tensor) -> Tensor:
         return decode(model, x, execution.tile_size, large)
 
     scaled = latents / components.autoencoder.config.scaling_factor
@@ -76,7 +77,7 @@ def with_opacity(picture: Image.Image, image: PreparedImage) -> Image.Image:
 def _finite(
     components: Components,
     execution: Execution,
-    run: Callable[[Any, Tensor], Tensor],
+    run: Callable[[Autoencoder, Tensor], Tensor],
     x: Tensor,
     notes: list[str],
 ) -> Tensor:

@@ -11,10 +11,13 @@ import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from latentdiff.errors import InputError, shown, suggest
 from latentdiff.prompts import check_prompt
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 __all__ = ["BOTH", "GENERATE", "SIDES", "SIZE_MULTIPLE", "UPSCALE", "Option", "option", "options_of"]
 
@@ -62,7 +65,7 @@ def option(default: object, check: Check, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"option": Option(check, text, **more)})
 
 
-def options_of(settings: Any) -> dict[str, Option]:
+def options_of(settings: DataclassInstance | type[DataclassInstance]) -> dict[str, Option]:
     """Return the options of `Settings` by name, in the order of their declaration."""
     return {item.name: item.metadata["option"] for item in fields(settings) if "option" in item.metadata}
 

@@ -108,11 +108,9 @@ class Result:
     @classmethod
     def of(cls, generated: Sequence[GeneratedImage]) -> Result:
         """Return the result of a request from its images, of which there is one at least."""
-        images: Any = [one.image for one in generated]
-        if not isinstance(images[0], Image.Image):
-            images = _stacked(images)
+        images = [one.image for one in generated]
         return cls(
-            images=images,
+            images=images if isinstance(images[0], Image.Image) else _stacked(images),
             seeds=[one.seed for one in generated],
             settings={key: value for key, value in generated[0].record.items() if key not in OWN},
             own=[{key: one.record[key] for key in OWN} for one in generated],

@@ -62,7 +62,7 @@ def _differ(value: object, default: object) -> bool:
         return True
 
 
-def check_names(given: Mapping[str, Any]) -> None:
+def check_names(given: Mapping[str, object]) -> None:
     """Raise TypeError, as Python does, for arguments that no option is called."""
     known = [*options_of(Settings)]
     for name in given:

@@ -21,6 +21,7 @@ from latentdiff.checkpoints import Components
 from latentdiff.diffusion import (
     KnownRegion,
     Plan,
+    Scheduler,
     SchedulerPlan,
     Step,
     draw_noise,
@@ -66,7 +67,7 @@ class Call:
     settings: Settings
     image: PreparedImage
     noise: Tensor | None = None
-    scheduler: Any = None
+    scheduler: Scheduler | None = None
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def require_positive(config: ModelConfig, *names: str) -> None:
         )
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: object, hint: type | types.UnionType) -> bool:
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, choice) for choice in get_args(hint))

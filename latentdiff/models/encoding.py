@@ -7,17 +7,21 @@ CLIP (Stable Diffusion 1.x, 2.x), BERT and T5 are encoded by `TokenStates`, the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff.errors import InputError
+from latentdiff.models.bert import BertModel
 from latentdiff.models.clip import CLIPTextModel
+from latentdiff.models.t5 import T5EncoderModel
 from latentdiff.models.tokenizer import TokenBatch, Tokenizer
 from latentdiff.prompts import parse_weights
 
-__all__ = ["Encoded", "PenultimateStates", "PromptEncoder", "TokenStates"]
+__all__ = ["Encoded", "PenultimateStates", "PromptEncoder", "TokenEncoder", "TokenStates"]
+
+TokenEncoder = BertModel | CLIPTextModel | T5EncoderModel
 
 
 class Encoded(NamedTuple):
@@ -58,7 +62,7 @@ class TokenStates:
     Padding is hidden from the encoder only where its config says `use_attention_mask`, as diffusers does.
     """
 
-    def __init__(self, encoder: Any, tokenizer: Tokenizer) -> None:
+    def __init__(self, encoder: TokenEncoder, tokenizer: Tokenizer) -> None:
         self.encoder, self.tokenizer = encoder, tokenizer
 
     @torch.no_grad()
@@ -106,7 +110,7 @@ def _tokens(tokenizer: Tokenizer, texts: Sequence[str], weighted: bool) -> Token
     return tokenizer([parse_weights(text) for text in texts] if weighted else texts)
 
 
-def _rows(tokens: TokenBatch, values: Tensor, encoder: Any) -> Tensor:
+def _rows(tokens: TokenBatch, values: Tensor, encoder: nn.Module) -> Tensor:
     """Return values of tokens (B, n * L), window by window (B * n, L), where the encoder is."""
     return values.reshape(len(values) * tokens.n_chunks, -1).to(next(encoder.parameters()).device)
 

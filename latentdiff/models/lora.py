@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from latentdiff.errors import ModelMismatchError, ModelValueError
 
-__all__ = ["Factors", "LoRA", "WeightedLoRA", "factors_fit", "layers_of", "merge", "share_weights"]
+__all__ = ["Factors", "LoRA", "NetworkT", "WeightedLoRA", "factors_fit", "layers_of", "merge", "share_weights"]
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 

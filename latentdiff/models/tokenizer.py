@@ -26,7 +26,14 @@ from latentdiff.errors import (
     ModelPathError,
     StorageError,
 )
-from latentdiff.models.tokenizer_rules import SPECIAL_TOKENS, bert_backend, check_rules, clip_backend, content_of
+from latentdiff.models.tokenizer_rules import (
+    SPECIAL_TOKENS,
+    TokenEntry,
+    bert_backend,
+    check_rules,
+    clip_backend,
+    content_of,
+)
 
 FILES = (
     "tokenizer.json",
@@ -301,7 +308,7 @@ class Tokenizer:
             if self._backend.token_to_id(token.content) is not None:
                 self._backend.add_special_tokens([token])
 
-    def _number(self, entry: object) -> int:
+    def _number(self, entry: TokenEntry) -> int:
         token = _token(entry, special=True).content
         number = self._backend.token_to_id(token)
         if number is None:
@@ -357,7 +364,7 @@ def _runs(backend: tokenizers.Tokenizer) -> dict[int, list[int]]:
     return runs
 
 
-def _token(entry: Any, *, special: bool) -> AddedToken:
+def _token(entry: TokenEntry, *, special: bool) -> AddedToken:
     """Return a token from a string, or from an object with its content and how blanks around it are treated."""
     flags = {} if isinstance(entry, str) else {name: entry[name] for name in TOKEN_FLAGS if name in entry}
     return AddedToken(content_of(entry), **{"normalized": not special, **flags}, special=special)

@@ -10,7 +10,10 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 from latentdiff.errors import ModelConfigError
 
-__all__ = ["SPECIAL_TOKENS", "bert_backend", "check_rules", "clip_backend", "content_of"]
+__all__ = ["SPECIAL_TOKENS", "TokenEntry", "bert_backend", "check_rules", "clip_backend", "content_of"]
+
+TokenEntry = str | Mapping[str, Any]
+"""A token in the JSON of a tokenizer: its text, or an object with that as "content" and how blanks are treated."""
 
 # Special tokens where the folder names none, by the model inside tokenizer.json: that of BERT, CLIP and T5.
 SPECIAL_TOKENS = {
@@ -75,7 +78,7 @@ def _rules(tree: object) -> Iterator[Mapping[str, Any]]:
             yield from _rules(rule)
 
 
-def content_of(entry: Any) -> str:
+def content_of(entry: TokenEntry) -> str:
     """Return the text of a token that is given as a string or an object."""
     return entry if isinstance(entry, str) else entry["content"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -17,6 +18,13 @@ from .latents import LatentSet
 from .prefetch import prefetched
 
 WHOLE = slice(None)
+
+
+class Conditioning(TypedDict, total=False):
+    """What a network is told besides its context; see `UNet2DConditionModel.forward`."""
+
+    added: Mapping[str, Tensor]
+    class_labels: Tensor
 
 
 @dataclass(frozen=True)

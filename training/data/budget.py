@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import ModuleType
 
 UNIT = 2**25
 UNITS = 48  # 1.5 GiB: one picture of the largest size that is opened, or eight photographs of 12 megapixels
@@ -16,10 +16,10 @@ class Budget:
     """A number of bytes that those who need some wait for; who needs more than there are gets all.
 
     Args:
-        context: `multiprocessing` for a budget that processes share.
+        context: `threading`, or `multiprocessing` for a budget that processes share.
     """
 
-    def __init__(self, context: Any = threading) -> None:
+    def __init__(self, context: ModuleType = threading) -> None:
         self.free, self.turn = context.Semaphore(UNITS), context.Lock()
 
     @contextmanager

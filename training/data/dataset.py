@@ -275,7 +275,7 @@ def _in_memory(source: Source, frames: list[tuple[int, int]], cache: Path | None
     if cache is not None:
         save_examined(findings, source, cache)
     samples, rows, skipped = _sift(source, findings, frames)
-    images: Any = [pictures.pop(sample.place) for sample in samples]
+    images = [pictures.pop(sample.place) for sample in samples]
     return CaptionedImages(np.stack(images) if len(frames) == 1 else images, rows, samples, skipped)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import InputError, LatentDiffError, shown, suggest
 from latentdiff.files import is_file, is_folder, parse_json, read_file
@@ -16,6 +16,9 @@ from latentdiff.files import is_file, is_folder, parse_json, read_file
 from ..config import DataConfig
 from .source import MissingSplitError, Source, read_cell
 from .tables import CAPTION_COLUMNS, IMAGE_COLUMNS, column
+
+if TYPE_CHECKING:
+    import datasets
 
 HUB = "hub:"
 # owner/name, or a name alone; a path is none.
@@ -108,11 +111,11 @@ def _known(file: Path, key: str, name_of: Callable[[Any], str]) -> list[str]:
     return names
 
 
-def _loaded(config: DataConfig, split: str, **arguments: Any) -> Source:
+def _loaded(config: DataConfig, split: str, path: str, **files: list[str]) -> Source:
     import datasets
 
     with _refusing(config.folder):
-        tables = datasets.load_dataset(**arguments)
+        tables = datasets.load_dataset(path=path, **files)
     return _of_split(tables, config, split)
 
 
@@ -128,14 +131,14 @@ def _refusing(place: str) -> Iterator[None]:
         raise InputError(f"{place}: `datasets` cannot load it: {reason}") from error
 
 
-def _of_split(tables: Mapping[str, Any], config: DataConfig, split: str) -> Source:
+def _of_split(tables: Mapping[str, datasets.Dataset], config: DataConfig, split: str) -> Source:
     if split not in tables:
         raise MissingSplitError(f"{config.folder} has no split {split!r}{suggest(split, tables)}")
     return _from_table(tables[split], config, [Path(one["filename"]) for one in tables[split].cache_files])
 
 
-def _from_table(table: Any, config: DataConfig, files: Sequence[Path]) -> Source:
-    """Read a `datasets.Dataset` with a column of pictures (encoded, or paths) and one of captions."""
+def _from_table(table: datasets.Dataset, config: DataConfig, files: Sequence[Path]) -> Source:
+    """Read a table with a column of pictures (encoded, or paths) and one of captions."""
     import datasets
 
     columns = [dict.fromkeys(table.column_names)]

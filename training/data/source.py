@@ -92,7 +92,7 @@ def files_in(folder: Path, *kinds: str) -> list[Path]:
 # What reads a picture by its number; functions of a module, as they go to other processes.
 
 
-def read_cell(cells: Any, bases: Sequence[Path], index: int, column: str | None = None) -> bytes:
+def read_cell(cells: Sequence[Any], bases: Sequence[Path], index: int, column: str | None = None) -> bytes:
     """Return the encoded picture that a cell holds or names.
 
     Args:

@@ -10,12 +10,15 @@ import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from latentdiff.errors import InputError, MissingDependencyError, StorageError
+
+if TYPE_CHECKING:
+    from sklearn.utils import Bunch
 
 TEST_SHARE = 5  # one of so many pictures is for testing
 
@@ -46,7 +49,7 @@ def build(out: str) -> dict[str, Any]:
     return {split: len(files) - 1 for split, files in splits.items()}
 
 
-def _files(digits: Any) -> dict[str, dict[str, bytes]]:
+def _files(digits: Bunch) -> dict[str, dict[str, bytes]]:
     """Return the content of every file of each split, by its name."""
     splits: dict[str, dict[str, bytes]] = {"train": {}, "test": {}}
     rows: dict[str, list[str]] = {split: [] for split in splits}

@@ -15,7 +15,7 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -33,6 +33,7 @@ from latentdiff.models.attention import Transformer2DModel
 from latentdiff.models.layers import ResnetBlock2D
 
 from ..config import OptimizerConfig, RunConfig, TrainingConfig, completed, dump_yaml, read_yaml
+from ..data.batches import Conditioning
 from .checkpointing import (
     Checkpoint,
     checkpoint_folders,
@@ -44,6 +45,9 @@ from .checkpointing import (
 from .optimizers import require_optimizer
 from .posthoc_ema import remove_snapshots
 from .state import RunState
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 CONFIG_FILE = "config.yaml"  # of a run folder
 # Folders of trained models in it, each with the file that it is known by.
@@ -187,7 +191,9 @@ def fast_attention(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def compile_checked(module: nn.Module, *inputs: Tensor, autocast: AbstractContextManager[Any], **options: Any) -> None:
+def compile_checked(
+    module: nn.Module, *inputs: Tensor, autocast: AbstractContextManager[Any], **options: Unpack[Conditioning]
+) -> None:
     """Compile a network in place, after seeing on a copy that it then gives the gradients it gives without.
 
     Some releases of PyTorch lose most gradients of a compiled U-Net on a CPU without a word; the loss hardly shows it.

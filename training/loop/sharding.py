@@ -80,14 +80,12 @@ def prepared(accelerator: Accelerator, network: nn.Module, optimizer: Optimizer)
 
 def own(tensor: Tensor) -> Tensor:
     """Return this process's share of a sharded tensor, any other as it is."""
-    sharded: Any = tensor
-    return sharded.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a sharded tensor whole, any other as it is. All processes have to call it."""
-    sharded: Any = tensor
-    return sharded.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gathered_on_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,12 +105,11 @@ def gathered_on_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
     """Return this process's share of a whole tensor if `other`, of the same shape, is sharded; else the tensor."""
-    if not hasattr(other, "full_tensor") or tensor.shape != other.shape:
+    if not (hasattr(other, "device_mesh") and hasattr(other, "placements")) or tensor.shape != other.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    model: Any = other
-    return distribute_tensor(tensor, model.device_mesh, model.placements)
+    return distribute_tensor(tensor, other.device_mesh, other.placements)
 
 
 def blank_unet(components: Components) -> UNet2DConditionModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,8 +16,11 @@ from latentdiff.errors import InputError
 from latentdiff.models.pixels import PixelSpace
 
 from ..config import DiffusionTraining, ObjectiveConfig
-from ..data.batches import Batch
+from ..data.batches import Batch, Conditioning
 from ..networks.encoders import require_one_encoder
+
+Predict = Callable[..., Tensor]
+"""A U-Net, or what is called as one: (model inputs, timesteps, context, **Conditioning) -> prediction."""
 
 
 def require_trainable(config: DiffusionTraining, components: Encoders) -> None:
@@ -76,16 +79,16 @@ def model_inputs(
     return torch.cat([noisy, torch.zeros_like(noisy) if estimate is None else estimate], dim=1)
 
 
-def conditioning(batch: Batch) -> dict[str, Any]:
+def conditioning(batch: Batch) -> Conditioning:
     """Return the conditioning of the network besides context: pooled text, sizes and noise levels."""
-    options: dict[str, Any] = {"added": batch.added} if batch.added else {}
+    options: Conditioning = {"added": batch.added} if batch.added else {}
     if batch.beside is not None and batch.beside.levels is not None:
         options["class_labels"] = batch.beside.levels
     return options
 
 
 def diffusion_losses(
-    unet: object,
+    unet: Predict,
     components: Encoders,
     objective: ObjectiveConfig,
     batch: Batch,
@@ -100,7 +103,7 @@ def diffusion_losses(
 
 
 def loss_terms(
-    unet: Any,
+    unet: Predict,
     components: Encoders,
     objective: ObjectiveConfig,
     batch: Batch,

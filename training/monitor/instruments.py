@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff.devices import DTYPES
 
-from ..data.batches import Batch
+from ..data.batches import Batch, Conditioning
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,11 @@ class Speed:
 
 
 def measure_speed(
-    network: nn.Module, *inputs: Tensor, accelerator: Accelerator, more: float = 0.0, **options: Any
+    network: nn.Module,
+    *inputs: Tensor,
+    accelerator: Accelerator,
+    more: float = 0.0,
+    **options: Unpack[Conditioning],
 ) -> Speed:
     """Count the FLOPs of training a network, and time a matrix product in the precision of the run.
 
@@ -64,12 +71,12 @@ class _Eager(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, *inputs: Tensor, **options: Any) -> Any:
+    def forward(self, *inputs: Tensor, **options: Unpack[Conditioning]) -> Any:
         return self.network.forward(*inputs, **options)
 
 
 @torch.no_grad()
-def forward_flops(network: nn.Module, *inputs: Tensor, **options: Any) -> int:
+def forward_flops(network: nn.Module, *inputs: Tensor, **options: Unpack[Conditioning]) -> int:
     """Return the FLOPs of a forward pass; nothing is computed, since shapes are enough."""
     eager = _Eager(network)
     weights = {name: tensor.detach().to("meta") for name, tensor in [*eager.named_parameters(), *eager.named_buffers()]}

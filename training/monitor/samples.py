@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +59,13 @@ def draw_samples(components: Components, config: DiffusionTraining, file: Path) 
     """
     steps = min(Settings.num_inference_steps, components.schedule.num_train_timesteps)
     options: dict[str, Any] = {"guidance_scale": config.samples.guidance_scale, "num_inference_steps": steps}
-    draw: Any = partial(Pipeline(components), output_type="pt", prompt_weights=False, **options)
+    options |= {"output_type": "pt", "prompt_weights": False}
+    pipe = Pipeline(components)
     if config.task.kind == "text_to_image":
-        save_grid(draw(config.samples.prompts, seed=0).images.cpu() * 2 - 1, file, columns=8)
+        save_grid(pipe(config.samples.prompts, seed=0, **options).images.cpu() * 2 - 1, file, columns=8)
         return
     shown, drawn = [], []
     for number, (prompt, given, picture) in enumerate(examples(config, components)):
         shown.append(picture)
-        drawn.append(draw(prompt, seed=number, **given).images[0].cpu() * 2 - 1)
+        drawn.append(pipe(prompt, seed=number, **given, **options).images[0].cpu() * 2 - 1)
     save_grid([*shown, *drawn], file, columns=len(shown))

@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -111,6 +111,16 @@ class Remembered:
         write_file(self.file, json.dumps({"id": self.id, "config": self.config, "last": step}).encode())
 
 
+class ServiceRun(Protocol):
+    """What is used of a run of Weights & Biases or of Trackio."""
+
+    def log(self, values: dict[str, Any], *, step: int) -> object:
+        """Write scalars and pictures by name."""
+
+    def finish(self) -> object:
+        """Write what is left and end."""
+
+
 class Service:
     """A run of Weights & Biases or of Trackio, which are spoken to alike.
 
@@ -120,7 +130,7 @@ class Service:
         remembered: what the run folder knows of it; steps up to its last are left out.
     """
 
-    def __init__(self, run: Any, picture: Any, remembered: Remembered) -> None:
+    def __init__(self, run: ServiceRun, picture: Callable[[str], object], remembered: Remembered) -> None:
         self.run, self.picture, self.remembered = run, picture, remembered
         self.last = remembered.last
 
@@ -175,4 +185,8 @@ def open_trackio(folder: Path, first_step: int) -> Service:
     return Service(run, trackio.Image, remembered)
 
 
-OPEN: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": open_wandb, "trackio": open_trackio}
+OPEN: dict[str, Callable[[Path, int], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": open_wandb,
+    "trackio": open_trackio,
+}

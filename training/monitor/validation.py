@@ -28,7 +28,7 @@ from ..data.dataset import composite, open_held_out
 from ..data.latents import TextCache, Tokens, encode_captions, token_rows
 from ..loop.ema import Ema
 from ..loop.run import seeded
-from ..losses.diffusion import diffusion_losses, loss_weight
+from ..losses.diffusion import Predict, diffusion_losses, loss_weight
 
 BUCKETS = 4  # equal ranges of timesteps
 PICTURES = 64  # held out, at most: each is looked at once in every bucket
@@ -77,7 +77,11 @@ def bucket_names(num_train_timesteps: int) -> list[str]:
 
 @torch.no_grad()
 def held_out_errors(
-    network: object, components: Components, config: DiffusionTraining, samples: Batch, accelerator: Accelerator
+    network: Predict,
+    components: Components,
+    config: DiffusionTraining,
+    samples: Batch,
+    accelerator: Accelerator,
 ) -> Tensor:
     """Return the squared error of the prediction, (BUCKETS, N), of each sample in each bucket of timesteps.
 
@@ -129,7 +133,11 @@ def gaussian_bounds(schedule: NoiseSchedule, samples: Batch) -> Tensor:
 
 
 def held_out_scalars(
-    network: object, components: Components, config: DiffusionTraining, samples: Batch | None, accelerator: Accelerator
+    network: Predict,
+    components: Components,
+    config: DiffusionTraining,
+    samples: Batch | None,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
     """Return what the log says of held-out samples: the error of each bucket, its Gaussian bound, the weighted loss.
 

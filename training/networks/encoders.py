@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from latentdiff.errors import InputError
 from latentdiff.models.pixels import LabelEncoder
 
 from ..config import TextualInversionConfig
+from ..data.batches import Conditioning
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class JointNetwork(nn.Module):
@@ -27,7 +31,7 @@ class JointNetwork(nn.Module):
         super().__init__()
         self.unet, self.text_encoder, self.words = unet, text_encoder, words
 
-    def forward(self, sample: Tensor, timesteps: Tensor, tokens: Tensor, **options: Any) -> Tensor:
+    def forward(self, sample: Tensor, timesteps: Tensor, tokens: Tensor, **options: Unpack[Conditioning]) -> Tensor:
         """Return what the U-Net does, for numbers and mask of tokens (B, 2, L)."""
         encoder: Any = self.text_encoder
         ids, mask = tokens.unbind(dim=1)  # (B, L)

@@ -18,9 +18,10 @@ from latentdiff.errors import InputError
 from latentdiff.models.lora import Factors, layers_of
 
 from ..config import LoraConfig
+from ..data.batches import Conditioning
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
 # Which layers of a U-Net each kind is.
 KINDS = {
@@ -83,7 +84,7 @@ class Adapted(nn.Module):
         self.network.eval()
         return self
 
-    def forward(self, *inputs: Any, **options: Any) -> Any:
+    def forward(self, *inputs: Tensor, **options: Unpack[Conditioning]) -> Tensor:
         """Return what the network does."""
         return self.network(*inputs, **options)
 
