@@ -248,6 +248,8 @@ class Pipeline:
         check_names(options)
         given = _given(options)
         chosen = {**self.components.defaults, **given}
+        if not given.keys().isdisjoint({"timesteps", "sigmas"}) and "num_inference_steps" not in given:
+            chosen.pop("num_inference_steps", None)  # the model's own
         whole = image is None or mask is not None or "outpaint" in given or self.components.upscales
         chosen.setdefault("strength", 1.0 if whole else DEFAULT_STRENGTH)
         sampler = chosen.get("sampler", "")

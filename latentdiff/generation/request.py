@@ -17,6 +17,7 @@ from latentdiff.generation.options import (
     GENERATE,
     UPSCALE,
     check_integer,
+    falling,
     flag,
     integer,
     interval,
@@ -25,6 +26,7 @@ from latentdiff.generation.options import (
     option,
     optional,
     options_of,
+    parse_numbers,
     parse_pair,
     parse_sides,
     side,
@@ -56,12 +58,17 @@ def _guidance_schedule(name: str, value: object) -> str:
 
 
 @lru_cache(64)
-def _try_plan(sampler: str, steps: int, strength: float, eta: float, resampling: int) -> None:
+def _try_plan(sampler: str, steps: int, given: str | None, strength: float, eta: float, resampling: int) -> None:
+    """Make a plan of so many steps, or of any levels of the kind that is given: the model says how high they may be."""
     from latentdiff.diffusion.plan import EXTERNAL, make_plan
     from latentdiff.diffusion.schedule import NoiseSchedule
 
+    schedule, levels = NoiseSchedule(), {"num_inference_steps": steps}
+    if given is not None:
+        ends = {"timesteps": (len(schedule.sigmas) - 1.0, 0.0), "sigmas": (50.0, 0.05)}[given]
+        levels = {given: [ends[0] + (ends[1] - ends[0]) * step / steps for step in range(steps)]}
     if not sampler.startswith(EXTERNAL):
-        make_plan(NoiseSchedule(), sampler, steps, strength=strength, eta=eta, resampling=resampling)
+        make_plan(schedule, sampler, **levels, strength=strength, eta=eta, resampling=resampling)
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,22 @@ class Settings:
         metavar="N",
         from_model=True,
         since=1,
+    )
+    timesteps: tuple[float, ...] | None = option(
+        None,
+        optional(falling),
+        "timesteps of the steps by hand, falling, in place of a number of steps",
+        flag="--timesteps",
+        metavar="T,T,...",
+        parse=parse_numbers,
+    )
+    sigmas: tuple[float, ...] | None = option(
+        None,
+        optional(falling),
+        "noise levels of the steps by hand, falling (a last 0 may be left out), in place of a number of steps",
+        flag="--sigmas",
+        metavar="X,X,...",
+        parse=parse_numbers,
     )
     guidance_scale: float = option(
         7.5,
@@ -288,6 +311,7 @@ class Settings:
         self._check_plan()
 
     def _check_together(self) -> None:
+        self._count_levels()
         check_integer("number of images in all", self.count, 1, MAX_IMAGES, "generate them in several runs")
         for name in ("seed", "variation_seed"):
             check_integer(name, getattr(self, name), 0, MAX_SEED + 1 - self.count, "try 0")
@@ -297,11 +321,40 @@ class Settings:
         if self.blend and not self.blend_prompt:
             raise InputError(f"blend says how far to go towards blend_prompt, got {self.blend} without it; add it")
 
+    def _count_levels(self) -> None:
+        """Set the number of steps to that of the timesteps or noise levels given by hand."""
+        if self.levels_given is None:
+            return
+        if self.timesteps is not None and self.sigmas is not None:
+            raise InputError("timesteps and sigmas both say where the steps are, got both; leave one of them out")
+        count = len(self.timesteps or ()) + len([sigma for sigma in self.sigmas or () if sigma > 0])
+        if not count:
+            raise InputError("sigmas must start above 0, got 0 alone; leave it out for even steps")
+        if self.num_inference_steps not in (count, type(self).num_inference_steps):
+            raise InputError(
+                f"{self.levels_given} are {count} steps, got num_inference_steps {self.num_inference_steps} besides; "
+                "leave one of them out"
+            )
+        object.__setattr__(self, "num_inference_steps", count)
+
+    @property
+    def levels_given(self) -> str | None:
+        """The option that says by hand where the steps are; None where they are spaced."""
+        given = (name for name in ("timesteps", "sigmas") if getattr(self, name) is not None)
+        return next(given, None)
+
+    @property
+    def levels(self) -> dict[str, Any]:
+        """Where the steps are, as an argument of `make_plan`."""
+        name = self.levels_given or "num_inference_steps"
+        return {name: getattr(self, name)}
+
     def _check_plan(self) -> None:
         """Refuse what no table can be made of, whatever the model: eta without ddim, too many steps of lcm, ..."""
         strengths = (self.strength, self.hires_strength) if self.hires > 1 else (self.strength,)
         for strength in strengths:
-            _try_plan(self.sampler, self.num_inference_steps, strength, self.eta, self.resampling)
+            steps = self.num_inference_steps
+            _try_plan(self.sampler, steps, self.levels_given, strength, self.eta, self.resampling)
 
     @property
     def count(self) -> int:

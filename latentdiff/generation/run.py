@@ -274,10 +274,10 @@ def make_batches(count: int, conditioning: Conditioning, batch_size: int) -> lis
 
 
 def _make_plan(call: Call, strength: float) -> Plan | SchedulerPlan:
-    settings, schedule, steps = call.settings, call.components.schedule, call.settings.num_inference_steps
+    settings, schedule = call.settings, call.components.schedule
     if call.scheduler is None:
         options: dict[str, Any] = {"eta": settings.eta, "resampling": settings.resampling}
-        return make_plan(schedule, settings.sampler, steps, strength=strength, **options)
+        return make_plan(schedule, settings.sampler, **settings.levels, strength=strength, **options)
     needing = {
         "a mask": call.image.mask is not None,
         "resampling": settings.resampling > 1,
@@ -286,7 +286,7 @@ def _make_plan(call: Call, strength: float) -> Plan | SchedulerPlan:
     }
     for what in (name for name, given in needing.items() if given):
         raise InputError(f"{what} needs one of our samplers, got a scheduler object; pass its name instead")
-    return SchedulerPlan(call.scheduler, schedule, steps, strength)
+    return SchedulerPlan(call.scheduler, schedule, **settings.levels, strength=strength)
 
 
 def _settled(settings: Settings, components: Components, image: PreparedImage) -> Settings:
