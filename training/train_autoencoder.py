@@ -119,7 +119,7 @@ def assemble(config: AutoencoderTraining) -> tuple[AutoencoderKL, RunState]:
         checkpoint_gradients(model)
     optimizers = {
         "optimizer": make_optimizer(model, config.optimizer),
-        "critic": make_optimizer(discriminator, config.optimizer),
+        "critic": make_optimizer(discriminator, config.optimizer),  # as its file has always been called
     }
     state = RunState({"model": model, "discriminator": discriminator}, optimizers, Ema(model, config.run.ema_decay))
     return model, state
@@ -137,13 +137,15 @@ def run_steps(
     """Train from step `first` to the last; say whether it was reached, not stopped by a signal."""
     run, plain, discriminator = config.run, state.modules["model"], state.modules["discriminator"]
     assert isinstance(plain, AutoencoderKL) and isinstance(discriminator, PatchDiscriminator)
-    model, adversary, optimizer, critic = accelerator.prepare(plain, discriminator, *state.optimizers.values())
+    model, adversary, optimizer, discriminator_optimizer = accelerator.prepare(
+        plain, discriminator, *state.optimizers.values()
+    )
     state.ema.to(accelerator.device)
     log, stopping, grids = Log(run, first, "autoencoder", accelerator), False, SampleGrids()
     batches = image_batches(data, config, first, own_shares(accelerator, run))
     with stop_on_signal() as stopped, tuned_for_cpu(plain):
         for step in range(first, run.steps):
-            start_step(config, step, optimizer, critic)
+            start_step(config, step, optimizer, discriminator_optimizer)
             logged = (step + 1) % run.log_every == 0
             values, scalars = accumulate_gradients(
                 model, adversary, perceptual, config, batches, step, accelerator, logged
@@ -151,7 +153,7 @@ def run_steps(
             adversarial = "discriminator" in values
             norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
             if adversarial:
-                values["critic_norm"] = accelerator.clip_grad_norm_(
+                values["discriminator_grad_norm"] = accelerator.clip_grad_norm_(
                     discriminator.parameters(), config.optimizer.max_grad_norm
                 )
             values["grad_norm"] = norm
@@ -161,7 +163,7 @@ def run_steps(
                 optimizer.step()
                 state.ema.update(plain)
                 if adversarial:
-                    critic.step()
+                    discriminator_optimizer.step()
             log.step(step, {**values, "skipped": not finite, "learning_rate": optimizer.param_groups[0]["lr"]})
             done, stopping = step + 1, any_process(accelerator, bool(stopped))
             if logged:

@@ -104,19 +104,21 @@ def stepper(
     loss = config.loss.model_copy(update={"adversarial_start": 0})
     enough = run.model_copy(update={"steps": max(run.steps, 2 + TIMED)})  # of a run that is shorter than this look
     config = config.model_copy(update={"loss": loss, "run": enough})
-    model, adversary, optimizer, critic = accelerator.prepare(plain, discriminator, *state.optimizers.values())
+    model, adversary, optimizer, discriminator_optimizer = accelerator.prepare(
+        plain, discriminator, *state.optimizers.values()
+    )
     state.ema.to(accelerator.device)
     batches = image_batches(data, config, 0, own_shares(accelerator, run))
 
     def take_step(step: int, measured: bool) -> tuple[dict[str, Tensor], dict[str, float], Tensor]:
-        start_step(config, step, optimizer, critic)
+        start_step(config, step, optimizer, discriminator_optimizer)
         values, scalars = accumulate_gradients(
             model, adversary, perceptual, config, batches, step, accelerator, measured
         )
         norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
         accelerator.clip_grad_norm_(discriminator.parameters(), config.optimizer.max_grad_norm)
         optimizer.step()
-        critic.step()
+        discriminator_optimizer.step()
         state.ema.update(plain)
         return values, scalars, norm
 
