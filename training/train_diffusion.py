@@ -94,9 +94,9 @@ def _train(config: DiffusionTraining, checkpoint: Checkpoint | None, accelerator
         compile_unet(network.to(accelerator.device), config, data, accelerator)
     reached = run_steps(network, config, components, data, state, first, accelerator, held_out)
     if reached:
-        with averaged_network(network, components, state.modules["model"], state.ema, accelerator) as looked_at:
-            if looked_at is not None:
-                export(*looked_at, config, folder, trained=first < config.run.steps)
+        with averaged_network(network, components, state.modules["model"], state.ema, accelerator) as averaged:
+            if averaged is not None:
+                export(*averaged, config, folder, trained=first < config.run.steps)
     return folder / export_name(config)
 
 
@@ -155,11 +155,11 @@ def run_steps(
                 save_run(config, done, state, accelerator)
             if done % run.sample_every == 0 or done == run.steps:
                 picture = Path(run.out) / f"samples/{done:08d}.png"
-                with averaged_network(network, components, trained, state.ema, accelerator) as looked_at:
-                    if looked_at is not None:
-                        if grids.drawn(partial(draw_samples, looked_at[1], config, picture)):
+                with averaged_network(network, components, trained, state.ema, accelerator) as averaged:
+                    if averaged is not None:
+                        if grids.drawn(partial(draw_samples, averaged[1], config, picture)):
                             log.image(done, picture)
-                        errors = held_out_scalars(*looked_at, config, held_out, accelerator)
+                        errors = held_out_scalars(*averaged, config, held_out, accelerator)
                         log.write(done, {**errors, "failed_samples": grids.failed})
             if stopping:
                 break

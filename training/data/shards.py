@@ -205,11 +205,11 @@ class _Passing:
     def _finding(self, number: int) -> ImageInfo | str:
         member, data = self.waiting[number]
 
-        def look() -> ImageInfo:
+        def read_info() -> ImageInfo:
             with decoded(data, member.name) as found:
                 return info_of(*found)
 
-        return try_info(look, member.name)
+        return try_info(read_info, member.name)
 
 
 def _read_shard(
