@@ -228,8 +228,8 @@ def called_with(batch: Batch, config: DiffusionTraining) -> tuple[Tensor, Tensor
     """Return an example of what the network is called with."""
     latents, timesteps = batch.latents, torch.zeros(len(batch), dtype=torch.int64, device=batch.latents.device)
     more = extra_channels(config, latents.shape[1])
-    beside = latents.new_zeros(len(batch), more, *latents.shape[2:]) if more else None
-    return model_inputs(latents, config.objective.self_conditioning, beside=beside), timesteps, batch.context
+    concat = latents.new_zeros(len(batch), more, *latents.shape[2:]) if more else None
+    return model_inputs(latents, config.objective.self_conditioning, concat=concat), timesteps, batch.context
 
 
 def export(

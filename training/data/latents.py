@@ -126,11 +126,11 @@ def cached_latents(
         batch_size=64,
     )
     texts = Tokens(token_rows(captions, components)) if as_tokens else _cached_states(captions, components, folder)
-    drawer = None if task is None else partial(_beside, data, variants, task)
+    drawer = None if task is None else partial(_concat_conditioning, data, variants, task)
     return LatentSet(latents, texts, captions, choices, data.order, data.samples, conditions, drawer)
 
 
-def _beside(
+def _concat_conditioning(
     data: CaptionedImages, variants: Sequence[Variant], task: Task, number: int, rng: np.random.Generator
 ) -> ConcatConditioning:
     return task.draw(paint(data, variants[number]), rng)
