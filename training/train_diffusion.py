@@ -26,7 +26,7 @@ from latentdiff.models.pixels import PixelSpace
 from .config import DiffusionTraining, ObjectiveConfig, RunConfig, TextualInversionConfig
 from .data.batches import Batch, draw_batch, latent_batches, sample_weights
 from .data.conditions import extra_channels
-from .data.latents import LatentSet, tell_of_cut
+from .data.latents import LatentSet, warn_of_cut
 from .data.timesteps import ImportanceSampler, logit_normal_timesteps, stratified_timesteps
 from .loop.checkpointing import Checkpoint
 from .loop.cpu import tuned_for_cpu
@@ -85,7 +85,7 @@ def _train(config: DiffusionTraining, checkpoint: Checkpoint | None, accelerator
     with accelerator.main_process_first():  # which writes the cache
         data, held_out = prepare_data(config, components, folder), load_held_out(config, components)
     if accelerator.is_main_process:
-        tell_of_cut(data.captions, components)
+        warn_of_cut(data.captions, components)
     network, components, state = assemble(config, data, components, accelerator)
     require_room(config.run, state, (network, components.autoencoder, components.text_encoder), accelerator.device)
     state.scaler = accelerator.scaler

@@ -108,7 +108,7 @@ def _describe_single_file(path: Path, header: Header, counted: dict[str, Any]) -
         "kind": "single file of the original layout",
         "family": family + (" (inpainting)" if configs["unet"]["in_channels"] == 9 else ""),
         "assumed": f"{_assumed(claims)} are those of the family; the file does not say",
-        **({"notes": list(claims.told(schedule))} if claims.told(schedule) else {}),
+        **({"notes": list(claims.all_notes(schedule))} if claims.all_notes(schedule) else {}),
         "prediction_type": schedule.prediction_type,
         "beta_schedule": schedule.beta_schedule,
         "image_size": _image_size(configs["unet"], configs["vae"]),

@@ -181,8 +181,8 @@ def write_model(model: nn.Module, place: Path, dtype: torch.dtype | None) -> Non
     place.mkdir(parents=True, exist_ok=True)
     save_tensors(weights, place / f"{kind.stem}.safetensors")
     config: Any = model.config
-    told: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     if kind.config.ignored is None and any(tensor.dtype != torch.float32 for tensor in weights.values()):
         # Of transformers, which would compute in the precision of the file, while diffusers computes in float32.
-        told[COMPUTED_IN] = "float32"
-    write_json(place / "config.json", {**told, **config.to_dict()})
+        more[COMPUTED_IN] = "float32"
+    write_json(place / "config.json", {**more, **config.to_dict()})

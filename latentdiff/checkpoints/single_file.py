@@ -107,7 +107,7 @@ def load_single_file(
             'If its pictures are noise, it predicts noise: pass prediction_type="epsilon"',
             stacklevel=4,
         )
-    for note in claims.told(schedule):
+    for note in claims.all_notes(schedule):
         warnings.warn(note, stacklevel=4)
     if load_vae is None and not any(name.startswith(VAE) for name in header.tensors):
         raise ModelMismatchError(f"{path}: has no autoencoder ({VAE}...); pass one besides, as vae or --vae")
@@ -184,25 +184,25 @@ def _identity(components: Components) -> tuple[dict[str, str], dict[str, Tensor]
     marks = marks_of(schedule, usual, torch.zeros(0))
     if schedule.prediction_type in ("epsilon", "v_prediction"):
         usual = replace(usual, prediction_type=schedule.prediction_type, rescale_betas_zero_snr=ZERO_SNR in marks)
-    configs, told = dict[str, Any](), list[str]()
+    configs, lost = dict[str, Any](), list[str]()
     if schedule.to_dict() != usual.to_dict():
         configs["scheduler"] = schedule.to_dict()
-        told += [key for key in NOISE_KEYS if getattr(schedule, key) != getattr(usual, key)]
+        lost += [key for key in NOISE_KEYS if getattr(schedule, key) != getattr(usual, key)]
     low_res, usual_one = components.low_res_schedule, _low_res_schedule(shape, None)
     if low_res is not None and usual_one is not None and low_res.to_dict() != usual_one.to_dict():
         configs["low_res_scheduler"] = low_res.to_dict()
-        told.append("low_res_scheduler")
+        lost.append("low_res_scheduler")
     if components.force_zeros != shape.get("force_zeros", False):
         configs["force_zeros"] = components.force_zeros
     side = _side(components)
     for component, config, likely in _configs(components, shape, side):
         differing = {key: value for key, value in config.items() if value != likely.get(key, value)}
         configs |= {component: differing} if differing else {}
-        told += [f"{key} of {component}" for key in differing if key not in INFORMATIVE]
-    told += _other_vocabularies(components, shape)
-    if told:
+        lost += [f"{key} of {component}" for key in differing if key not in INFORMATIVE]
+    lost += _other_vocabularies(components, shape)
+    if lost:
         warnings.warn(
-            f"a single file has no place for {', '.join(told)}: this package reads it from the metadata, but other "
+            f"a single file has no place for {', '.join(lost)}: this package reads it from the metadata, but other "
             f"programs take that of {family}; save a folder for them",
             stacklevel=4,
         )
@@ -237,7 +237,7 @@ def _other_vocabularies(components: Components, shape: Mapping[str, Any]) -> lis
     Raises:
         InputError: one has words that no reader would miss.
     """
-    told = []
+    lost = []
     for tokenizer, text in zip((components.tokenizer, components.tokenizer_2), shape["text"]):
         usual = clip_tokenizer(text["pad"])
         if tokenizer is None or tokenizer.same_as(usual):
@@ -247,8 +247,8 @@ def _other_vocabularies(components: Components, shape: Mapping[str, Any]) -> lis
                 "a single file has no place for a vocabulary other than CLIP's, such as one with learned words; "
                 "save it as a folder"
             )
-        told.append("the vocabulary")
-    return told
+        lost.append("the vocabulary")
+    return lost
 
 
 class Section(NamedTuple):

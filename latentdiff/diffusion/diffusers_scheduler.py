@@ -93,9 +93,9 @@ class SchedulerPlan:
         images = torch.arange(len(x), device=x.device)
         for index, timestep in enumerate(timesteps):
             levels = (timestep, self.sigmas[index])
-            told, sigmas = (torch.full((len(x),), float(level), device=x.device) for level in levels)
+            times, sigmas = (torch.full((len(x),), float(level), device=x.device) for level in levels)
             inputs = scheduler.scale_model_input(x, timestep)
-            output = network(inputs, Call(index, images, torch.full_like(images, index), sigmas, told))
+            output = network(inputs, Call(index, images, torch.full_like(images, index), sigmas, times))
             if output.shape[1] > x.shape[1] and not learned:
                 output = halves(output)[0]
             result = scheduler.step(output.to(x.dtype), timestep, x, **options)

@@ -236,8 +236,8 @@ def invert(call: Call, iterations: int) -> Tensor:
         raise InputError("only pictures of text-to-image models are inverted, got a model that enlarges; use another")
     plan = make_inversion_plan(call.components.schedule, call.settings.num_inference_steps, iterations)
     with call.execution.lend(call.components.unet):
-        told = stage.conditioning.of([0])
-        network = guided_network(call.components, stage.settings, told, plan, stage.concat)
+        conditioning = stage.conditioning.of([0])
+        network = guided_network(call.components, stage.settings, conditioning, plan, stage.concat)
         *_, step = sample(call.components.denoiser(network), plan, stage.image_latents)
     return step.x
 

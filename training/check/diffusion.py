@@ -21,7 +21,7 @@ from latentdiff.models.pixels import PixelSpace
 
 from ..config import AutoencoderTraining, DiffusionTraining, LoraConfig, TrainingConfig, UNetTraining
 from ..data.batches import Batch, draw_batch, latent_batches
-from ..data.latents import LatentSet, tell_of_cut
+from ..data.latents import LatentSet, warn_of_cut
 from ..data.timesteps import stratified_timesteps
 from ..loop.distributed import own_shares, sample_noise
 from ..loop.run import fast_attention, seeded, short, start_step
@@ -107,7 +107,7 @@ def examine_diffusion(config: DiffusionTraining) -> Iterator[Row]:
             yield Row("prior pictures", value[:52], "drawn before the first step, left out here")
             config = config.model_copy(update={"prior": None})
         data = encode_data(config, components, Path(folder), images)
-        tell_of_cut(data.captions, components)
+        warn_of_cut(data.captions, components)
         yield examine_held_out(config, components)
         yield from examine_samples(config, data, components)
         network, components, state = assemble(config, data, components, accelerator)

@@ -143,12 +143,12 @@ def _pictures(pictures: Sequence[Path], config: DataConfig) -> Source:
     folder = pictures[0].parent
     rows: list[dict[str, Any]] = [{} for _ in pictures]
     texts = {} if config.captions else {file.stem: file for file in files_in(folder, "txt")}
-    if told := any(picture.stem in texts for picture in pictures):
+    if captioned := any(picture.stem in texts for picture in pictures):
         rows = [{"captions": _text(texts.get(picture.stem))} for picture in pictures]
     elif not config.captions:
         rows = [{"captions": [""]} for _ in pictures]
     source = of_paths(str(folder), rows, [picture.name for picture in pictures], folder)
-    return replace(source, uncaptioned=not told and not config.captions)
+    return replace(source, uncaptioned=not captioned and not config.captions)
 
 
 def _text(file: Path | None) -> str | dict[str, str] | None:
