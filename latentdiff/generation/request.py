@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from typing import Any
 
 from latentdiff.errors import InputError, shown
@@ -33,42 +32,13 @@ from latentdiff.generation.options import (
     sides,
     text,
 )
+from latentdiff.generation.sampling_checks import LOADING_TORCH, guidance_schedule_name, sampler_name, try_plan
 from latentdiff.prompts import check_prompts, parse_weights
 
 __all__ = ["MAX_IMAGES", "Settings"]
 
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 1000
-
-
-def _sampler(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{name} must be a name, got {shown(value)}; try euler_a")
-    from latentdiff.diffusion.plan import EXTERNAL, parse_sampler  # which load torch
-
-    if not value.startswith(EXTERNAL):
-        parse_sampler(value)
-    return value
-
-
-def _guidance_schedule(name: str, value: object) -> str:
-    from latentdiff.diffusion.guidance import GUIDANCE_SCHEDULES  # which loads torch
-
-    return one_of(tuple(GUIDANCE_SCHEDULES))(name, value)
-
-
-@lru_cache(64)
-def _try_plan(sampler: str, steps: int, given: str | None, strength: float, eta: float, resampling: int) -> None:
-    """Make a plan of so many steps, or of any levels of the kind that is given: the model says how high they may be."""
-    from latentdiff.diffusion.plan import EXTERNAL, make_plan
-    from latentdiff.diffusion.schedule import NoiseSchedule
-
-    schedule, levels = NoiseSchedule(), {"num_inference_steps": steps}
-    if given is not None:
-        ends = {"timesteps": (len(schedule.sigmas) - 1.0, 0.0), "sigmas": (50.0, 0.05)}[given]
-        levels = {given: [ends[0] + (ends[1] - ends[0]) * step / steps for step in range(steps)]}
-    if not sampler.startswith(EXTERNAL):
-        make_plan(schedule, sampler, **levels, strength=strength, eta=eta, resampling=resampling)
 
 
 @dataclass(frozen=True)
@@ -136,7 +106,7 @@ class Settings:
     )
     guidance_schedule: str = option(
         "constant",
-        _guidance_schedule,
+        guidance_schedule_name,
         "how guidance changes over the steps: constant, cosine, linear or power",
         flag="--guidance-schedule",
         metavar="NAME",
@@ -157,7 +127,7 @@ class Settings:
     )
     sampler: str = option(
         "euler_a",
-        _sampler,
+        sampler_name,
         "euler_a, dpmpp_2m, ddim, unipc, ...; docs/samplers.md has them all",
         flag="--sampler",
         metavar="NAME",
@@ -303,11 +273,11 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", tuple(check_prompts(self.prompts, allow_empty=True)))
         for name, declared in options_of(self).items():  # those whose check loads torch last
-            if declared.check not in (_sampler, _guidance_schedule):
+            if declared.check not in LOADING_TORCH:
                 object.__setattr__(self, name, declared.check(name, getattr(self, name)))
         self._check_together()
-        _guidance_schedule("guidance_schedule", self.guidance_schedule)
-        _sampler("sampler", self.sampler)
+        guidance_schedule_name("guidance_schedule", self.guidance_schedule)
+        sampler_name("sampler", self.sampler)
         self._check_plan()
 
     def _check_together(self) -> None:
@@ -354,7 +324,7 @@ class Settings:
         strengths = (self.strength, self.hires_strength) if self.hires > 1 else (self.strength,)
         for strength in strengths:
             steps = self.num_inference_steps
-            _try_plan(self.sampler, steps, self.levels_given, strength, self.eta, self.resampling)
+            try_plan(self.sampler, steps, self.levels_given, strength, self.eta, self.resampling)
 
     @property
     def count(self) -> int:
