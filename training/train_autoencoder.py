@@ -29,7 +29,7 @@ from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from .config import AutoencoderTraining
 from .data.augment import random_view, random_window, rgb
 from .data.dataset import CaptionedImages, LazyImages, composite, open_held_out, open_images
-from .data.prefetch import drawn_ahead, workers
+from .data.prefetch import prefetched_by_workers, workers
 from .loop.checkpointing import Checkpoint
 from .loop.cpu import tuned_for_cpu
 from .loop.distributed import (
@@ -175,7 +175,7 @@ def run_steps(
                 picture = Path(run.out) / f"samples/{done:08d}.png"
                 with state.ema.swapped_into(plain):
                     decoded = reconstructed(plain, held_out)
-                if grids.drawn(partial(save_pairs, held_out, decoded, picture)):
+                if grids.made(partial(save_pairs, held_out, decoded, picture)):
                     log.image(done, picture)
                 log.write(done, {"held_out_psnr": mean_psnr(decoded, held_out), "failed_samples": grids.failed})
             if stopping:
@@ -356,7 +356,7 @@ def image_batches(
     """
     numbers = range(first * len(shares), config.run.steps * len(shares))
     processes = workers() if isinstance(data.images, LazyImages) else 0
-    return map(to_tensor, drawn_ahead(partial(draw_views, data, config, shares), numbers, processes))
+    return map(to_tensor, prefetched_by_workers(partial(draw_views, data, config, shares), numbers, processes))
 
 
 def draw_views(data: CaptionedImages, config: AutoencoderTraining, shares: Sequence[slice], number: int) -> np.ndarray:

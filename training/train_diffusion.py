@@ -157,7 +157,7 @@ def run_steps(
                 picture = Path(run.out) / f"samples/{done:08d}.png"
                 with averaged_network(network, components, trained, state.ema, accelerator) as averaged:
                     if averaged is not None:
-                        if grids.drawn(partial(draw_samples, averaged[1], config, picture)):
+                        if grids.made(partial(draw_samples, averaged[1], config, picture)):
                             log.image(done, picture)
                         errors = held_out_scalars(*averaged, config, held_out, accelerator)
                         log.write(done, {**errors, "failed_samples": grids.failed})

@@ -75,11 +75,11 @@ def draw_batch(data: LatentSet, config: DiffusionTraining, step: int, share: sli
     View, caption and caption dropout of a sample are a pure function of (seed, sample, epoch).
     """
     if data.prior is None:
-        return _drawn(data, config, step, config.run.batch_size, range(config.run.batch_size)[share])
+        return _draw_samples(data, config, step, config.run.batch_size, range(config.run.batch_size)[share])
     size, drawn = config.run.batch_size // 2, []
     for position in range(config.run.batch_size)[share]:
         half, among = divmod(position, 2)
-        drawn.append(_drawn(data.prior if among else data, config, step, size, [half]))
+        drawn.append(_draw_samples(data.prior if among else data, config, step, size, [half]))
     return reduce(Batch.joined, drawn)
 
 
@@ -93,7 +93,9 @@ def sample_weights(config: DiffusionTraining) -> Tensor:
     return torch.tensor([2.0, 2.0 * config.prior.weight]).repeat(config.run.batch_size // 2)
 
 
-def _drawn(data: LatentSet, config: DiffusionTraining, step: int, batch_size: int, positions: Sequence[int]) -> Batch:
+def _draw_samples(
+    data: LatentSet, config: DiffusionTraining, step: int, batch_size: int, positions: Sequence[int]
+) -> Batch:
     """Return the samples at some positions in the batch of one step of a set, which has no prior of its own."""
     run, picked, rows, concat = config.run, [], [], []
     indices, epochs = (drawn[positions] for drawn in data.order.batch(step, batch_size, run.seed))
