@@ -168,7 +168,7 @@ def save_single_file(
     networks |= {prefix: (encoder, kind) for (kind, prefix), encoder in zip(text_layouts(components), encoders)}
     tensors = dict(marks)
     for prefix, (network, layout) in networks.items():
-        joined = join(_places(network, layout), stored_weights(network.state_dict(), dtype))
+        joined = join(_key_map(network, layout), stored_weights(network.state_dict(), dtype))
         tensors |= {prefix + name: tensor.contiguous() for name, tensor in joined.items()}
     save_tensors(tensors, target, metadata)
 
@@ -339,10 +339,10 @@ def load_section(
     Raises:
         ModelLoadError: they do not fit it, or cannot be used.
     """
-    network, places = fit(path, tensors, section, dtype)
-    there = {place.name: tensors[place.name] for place in places.values()}
+    network, key_map = fit(path, tensors, section, dtype)
+    there = {source.name: tensors[source.name] for source in key_map.values()}
     read = read_weights(path, there, dtype, device)
-    weights = {name: place.take(read[place.name]).contiguous() for name, place in places.items()}
+    weights = {name: source.take(read[source.name]).contiguous() for name, source in key_map.items()}
     network.load_state_dict(weights, strict=True, assign=True)
     return network.requires_grad_(False).eval()
 
@@ -358,27 +358,27 @@ def fit(
     _, class_name, layout, prefix, config = section
     network: nn.Module = build(path, KINDS[class_name], config, len(tensors), dtype)
     expected = network.state_dict()
-    places = _places(network, layout)
+    key_map = _key_map(network, layout)
     if layout == "clip" and f"{prefix}{TEXT_MODEL}final_layer_norm.weight" not in tensors:
-        places = {name: SourceKey(place.name.removeprefix(TEXT_MODEL)) for name, place in places.items()}
-    places = {name: replace(place, name=prefix + place.name) for name, place in places.items()}
+        key_map = {name: SourceKey(source.name.removeprefix(TEXT_MODEL)) for name, source in key_map.items()}
+    key_map = {name: replace(source, name=prefix + source.name) for name, source in key_map.items()}
     wrong = []
-    for name, place in places.items():
-        wanted, found = place.shape(tuple(expected[name].shape)), tensors.get(place.name)
+    for name, source in key_map.items():
+        wanted, found = source.shape(tuple(expected[name].shape)), tensors.get(source.name)
         if found is None:
-            wrong.append(f"{place.name} is missing")
-        elif found.dtype not in FLOATS or found.shape not in (wanted, wanted[:2] if place.as_convolution else wanted):
-            wrong.append(f"{place.name} is {found.dtype} {list(found.shape)} instead of {list(wanted)}")
+            wrong.append(f"{source.name} is missing")
+        elif found.dtype not in FLOATS or found.shape not in (wanted, wanted[:2] if source.as_convolution else wanted):
+            wrong.append(f"{source.name} is {found.dtype} {list(found.shape)} instead of {list(wanted)}")
     if layout == "unet":  # of the other networks, files carry what no picture needs
-        known = {place.name for place in places.values()}
+        known = {source.name for source in key_map.values()}
         wrong += [f"{name[:100]} is not expected" for name in tensors if name.startswith(prefix) and name not in known]
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise ModelMismatchError(f"{path}: {'; '.join(wrong[:NAMED])}{more}")
-    return network, places
+    return network, key_map
 
 
-def _places(network: Any, layout: str) -> dict[str, SourceKey]:
+def _key_map(network: Any, layout: str) -> dict[str, SourceKey]:
     names = network.state_dict()
     if layout == "unet":
         return unet_keys(names, network.config)
