@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +114,11 @@ def test_the_model_says_how_high_they_start(pipe: Pipeline) -> None:
 
 def test_they_stand_in_for_the_number_of_steps(built_model: Path) -> None:
     """That of the model too; the record has how many there are."""
-    components = load_pipeline(built_model)
-    components.defaults["num_inference_steps"] = 7
+    components = replace(load_pipeline(built_model), defaults={"num_inference_steps": 7})
     result = Pipeline(components)("the red fox", timesteps=TIMESTEPS, sampler="ddim")
     assert (result.settings["num_inference_steps"], result.settings["sigmas"]) == (5, None)
     settings = Settings.from_record(result.record(0))
-    assert settings.timesteps == TIMESTEPS and settings.num_inference_steps == 5
+    assert (settings.timesteps, settings.num_inference_steps) == (TIMESTEPS, 5)
 
 
 @pytest.mark.parametrize("flag", ["--timesteps=999,850,545,233,24", "--sigmas=14.6,6.4,2.0,0.6"])
