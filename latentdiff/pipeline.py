@@ -57,7 +57,7 @@ class Pipeline:
 
     Args:
         components: see `latentdiff.checkpoints.load_pipeline`; they stay on the device and in the dtype they have.
-        offload: lends the networks, which are in CPU memory, their device; None where they are on it.
+        offload: moves networks from CPU memory to the device while they run; None where they are on it.
         tile_size: side of the tiles, in latents, in which pictures are decoded; they are the same to rounding and need
             a fraction of the memory. None for tiles only where a decoder would need several gigabytes.
     """
@@ -106,10 +106,10 @@ class Pipeline:
         """
         place = resolve_device(device)
         attend = find_attention(attention, place)
-        lender = Offload(place) if offload else None
+        offloading = Offload(place) if offload else None
         home = "cpu" if offload else place
         components = load_pipeline(model, resolve_dtype(dtype), home, prediction_type, vae, local=local)
-        pipe = cls(components, offload=lender, tile_size=tile_size)
+        pipe = cls(components, offload=offloading, tile_size=tile_size)
         use_attention(attend, pipe.unet, pipe.autoencoder)
         return pipe
 
@@ -251,6 +251,8 @@ class Pipeline:
         check_names(options)
         given = _given(options)
         chosen = {**self.components.defaults, **given}
+        if not given.keys().isdisjoint({"timesteps", "sigmas"}) and "num_inference_steps" not in given:
+            chosen.pop("num_inference_steps", None)  # the model's own
         whole = image is None or mask is not None or "outpaint" in given or self.components.upscales
         chosen.setdefault("strength", 1.0 if whole else DEFAULT_STRENGTH)
         sampler = chosen.get("sampler", "")

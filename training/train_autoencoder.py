@@ -29,7 +29,7 @@ from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from .config import AutoencoderTraining
 from .data.augment import random_view, random_window, rgb
 from .data.dataset import CaptionedImages, LazyImages, composite, open_held_out, open_images
-from .data.prefetch import drawn_ahead, workers
+from .data.prefetch import prefetched_by_workers, workers
 from .loop.checkpointing import Checkpoint
 from .loop.cpu import tuned_for_cpu
 from .loop.distributed import (
@@ -119,7 +119,7 @@ def assemble(config: AutoencoderTraining) -> tuple[AutoencoderKL, RunState]:
         checkpoint_gradients(model)
     optimizers = {
         "optimizer": make_optimizer(model, config.optimizer),
-        "critic": make_optimizer(discriminator, config.optimizer),
+        "critic": make_optimizer(discriminator, config.optimizer),  # as its file has always been called
     }
     state = RunState({"model": model, "discriminator": discriminator}, optimizers, Ema(model, config.run.ema_decay))
     return model, state
@@ -137,13 +137,15 @@ def run_steps(
     """Train from step `first` to the last; say whether it was reached, not stopped by a signal."""
     run, plain, discriminator = config.run, state.modules["model"], state.modules["discriminator"]
     assert isinstance(plain, AutoencoderKL) and isinstance(discriminator, PatchDiscriminator)
-    model, adversary, optimizer, critic = accelerator.prepare(plain, discriminator, *state.optimizers.values())
+    model, adversary, optimizer, discriminator_optimizer = accelerator.prepare(
+        plain, discriminator, *state.optimizers.values()
+    )
     state.ema.to(accelerator.device)
     log, stopping, grids = Log(run, first, "autoencoder", accelerator), False, SampleGrids()
     batches = image_batches(data, config, first, own_shares(accelerator, run))
     with stop_on_signal() as stopped, tuned_for_cpu(plain):
         for step in range(first, run.steps):
-            start_step(config, step, optimizer, critic)
+            start_step(config, step, optimizer, discriminator_optimizer)
             logged = (step + 1) % run.log_every == 0
             values, scalars = accumulate_gradients(
                 model, adversary, perceptual, config, batches, step, accelerator, logged
@@ -151,7 +153,7 @@ def run_steps(
             adversarial = "discriminator" in values
             norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
             if adversarial:
-                values["critic_norm"] = accelerator.clip_grad_norm_(
+                values["discriminator_grad_norm"] = accelerator.clip_grad_norm_(
                     discriminator.parameters(), config.optimizer.max_grad_norm
                 )
             values["grad_norm"] = norm
@@ -161,7 +163,7 @@ def run_steps(
                 optimizer.step()
                 state.ema.update(plain)
                 if adversarial:
-                    critic.step()
+                    discriminator_optimizer.step()
             log.step(step, {**values, "skipped": not finite, "learning_rate": optimizer.param_groups[0]["lr"]})
             done, stopping = step + 1, any_process(accelerator, bool(stopped))
             if logged:
@@ -173,7 +175,7 @@ def run_steps(
                 picture = Path(run.out) / f"samples/{done:08d}.png"
                 with state.ema.swapped_into(plain):
                     decoded = reconstructed(plain, held_out)
-                if grids.drawn(partial(save_pairs, held_out, decoded, picture)):
+                if grids.made(partial(save_pairs, held_out, decoded, picture)):
                     log.image(done, picture)
                 log.write(done, {"held_out_psnr": mean_psnr(decoded, held_out), "failed_samples": grids.failed})
             if stopping:
@@ -354,7 +356,7 @@ def image_batches(
     """
     numbers = range(first * len(shares), config.run.steps * len(shares))
     processes = workers() if isinstance(data.images, LazyImages) else 0
-    return map(to_tensor, drawn_ahead(partial(draw_views, data, config, shares), numbers, processes))
+    return map(to_tensor, prefetched_by_workers(partial(draw_views, data, config, shares), numbers, processes))
 
 
 def draw_views(data: CaptionedImages, config: AutoencoderTraining, shares: Sequence[slice], number: int) -> np.ndarray:

@@ -26,7 +26,7 @@ from latentdiff.models.pixels import PixelSpace
 from .config import DiffusionTraining, ObjectiveConfig, RunConfig, TextualInversionConfig
 from .data.batches import Batch, draw_batch, latent_batches, sample_weights
 from .data.conditions import extra_channels
-from .data.latents import LatentSet, tell_of_cut
+from .data.latents import LatentSet, warn_of_cut
 from .data.timesteps import ImportanceSampler, logit_normal_timesteps, stratified_timesteps
 from .loop.checkpointing import Checkpoint
 from .loop.cpu import tuned_for_cpu
@@ -85,7 +85,7 @@ def _train(config: DiffusionTraining, checkpoint: Checkpoint | None, accelerator
     with accelerator.main_process_first():  # which writes the cache
         data, held_out = prepare_data(config, components, folder), load_held_out(config, components)
     if accelerator.is_main_process:
-        tell_of_cut(data.captions, components)
+        warn_of_cut(data.captions, components)
     network, components, state = assemble(config, data, components, accelerator)
     require_room(config.run, state, (network, components.autoencoder, components.text_encoder), accelerator.device)
     state.scaler = accelerator.scaler
@@ -94,9 +94,9 @@ def _train(config: DiffusionTraining, checkpoint: Checkpoint | None, accelerator
         compile_unet(network.to(accelerator.device), config, data, accelerator)
     reached = run_steps(network, config, components, data, state, first, accelerator, held_out)
     if reached:
-        with averaged_network(network, components, state.modules["model"], state.ema, accelerator) as looked_at:
-            if looked_at is not None:
-                export(*looked_at, config, folder, trained=first < config.run.steps)
+        with averaged_network(network, components, state.modules["model"], state.ema, accelerator) as averaged:
+            if averaged is not None:
+                export(*averaged, config, folder, trained=first < config.run.steps)
     return folder / export_name(config)
 
 
@@ -155,11 +155,11 @@ def run_steps(
                 save_run(config, done, state, accelerator)
             if done % run.sample_every == 0 or done == run.steps:
                 picture = Path(run.out) / f"samples/{done:08d}.png"
-                with averaged_network(network, components, trained, state.ema, accelerator) as looked_at:
-                    if looked_at is not None:
-                        if grids.drawn(partial(draw_samples, looked_at[1], config, picture)):
+                with averaged_network(network, components, trained, state.ema, accelerator) as averaged:
+                    if averaged is not None:
+                        if grids.made(partial(draw_samples, averaged[1], config, picture)):
                             log.image(done, picture)
-                        errors = held_out_scalars(*looked_at, config, held_out, accelerator)
+                        errors = held_out_scalars(*averaged, config, held_out, accelerator)
                         log.write(done, {**errors, "failed_samples": grids.failed})
             if stopping:
                 break
@@ -228,8 +228,8 @@ def called_with(batch: Batch, config: DiffusionTraining) -> tuple[Tensor, Tensor
     """Return an example of what the network is called with."""
     latents, timesteps = batch.latents, torch.zeros(len(batch), dtype=torch.int64, device=batch.latents.device)
     more = extra_channels(config, latents.shape[1])
-    beside = latents.new_zeros(len(batch), more, *latents.shape[2:]) if more else None
-    return model_inputs(latents, config.objective.self_conditioning, beside=beside), timesteps, batch.context
+    concat = latents.new_zeros(len(batch), more, *latents.shape[2:]) if more else None
+    return model_inputs(latents, config.objective.self_conditioning, concat=concat), timesteps, batch.context
 
 
 def export(

@@ -105,7 +105,7 @@ class Claims:
             found = replace(found, rescale_betas_zero_snr=True)
         return found
 
-    def told(self, schedule: NoiseSchedule) -> tuple[str, ...]:
+    def all_notes(self, schedule: NoiseSchedule) -> tuple[str, ...]:
         """Return the notes, and one more if the schedule of the file is not the one that was made of it."""
         if self.alphas_cumprod is None or _close(schedule.alphas_cumprod, self.alphas_cumprod):
             return self.notes

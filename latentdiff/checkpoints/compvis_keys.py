@@ -99,16 +99,16 @@ class SourceKey:
         return tensor if self.part is None else tensor.chunk(3)[self.part]
 
 
-def join(places: Mapping[str, SourceKey], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def join(key_map: Mapping[str, SourceKey], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return weights, named as here, in the original layout."""
     components: dict[str, dict[int, Tensor]] = {}
-    for ours, place in places.items():
+    for ours, source in key_map.items():
         tensor = weights[ours]
-        if place.transposed:
+        if source.transposed:
             tensor = tensor.T.contiguous()
-        if place.as_convolution:
+        if source.as_convolution:
             tensor = tensor[..., None, None]
-        components.setdefault(place.name, {})[place.part or 0] = tensor
+        components.setdefault(source.name, {})[source.part or 0] = tensor
     return {name: torch.cat([found[part] for part in sorted(found)]) for name, found in components.items()}
 
 
@@ -118,7 +118,7 @@ def unet_keys(names: Iterable[str], config: UNetConfig) -> dict[str, SourceKey]:
     blocks = config.layers_per_block + 1  # of each level there
     attended = [UP_BLOCKS[kind] for kind in config.up_block_types]
 
-    def place(name: str) -> str:
+    def source(name: str) -> str:
         stem, leaf = name.rsplit(".", 1)
         if stem in UNET_ENDS:
             return f"{UNET_ENDS[stem]}.{leaf}"
@@ -134,14 +134,14 @@ def unet_keys(names: Iterable[str], config: UNetConfig) -> dict[str, SourceKey]:
         top = f"input_blocks.{number + 1}" if side == "down" else f"output_blocks.{number}"
         return f"{top}.{int(kind == 'attentions')}.{inner}"
 
-    return {name: SourceKey(place(name)) for name in names}
+    return {name: SourceKey(source(name)) for name in names}
 
 
 def autoencoder_keys(names: Iterable[str], config: AutoencoderConfig) -> dict[str, SourceKey]:
     """Return where the weights of an autoencoder lie, below `first_stage_model.`."""
     levels = len(config.block_out_channels)
 
-    def place(name: str) -> SourceKey:
+    def source(name: str) -> SourceKey:
         half, _, rest = name.partition(".")
         if half in ("quant_conv", "post_quant_conv"):
             return SourceKey(name)
@@ -159,7 +159,7 @@ def autoencoder_keys(names: Iterable[str], config: AutoencoderConfig) -> dict[st
             return SourceKey(f"{half}.{side}.{level}.{kind[:-3]}e.{inner}.{leaf}")
         return SourceKey(f"{half}.{side}.{level}.block.{index}.{_shortcut(inner)}.{leaf}")
 
-    return {name: place(name) for name in names}
+    return {name: source(name) for name in names}
 
 
 def clip_keys(names: Iterable[str]) -> dict[str, SourceKey]:
@@ -170,20 +170,20 @@ def clip_keys(names: Iterable[str]) -> dict[str, SourceKey]:
 def diffusers_keys(names: Iterable[str], *, old: bool) -> dict[str, SourceKey]:
     """Return where the weights of an autoencoder lie in a file of diffusers, `old` for one of before 2023."""
 
-    def place(name: str) -> str:
+    def source(name: str) -> str:
         stem, leaf = name.rsplit(".", 1)
         for theirs, ours in OLD_ATTENTION.items():
             if old and ".attentions." in stem and stem.endswith(f".{ours}"):
                 return f"{stem.removesuffix(ours)}{theirs}.{leaf}"
         return name
 
-    return {name: SourceKey(place(name)) for name in names}
+    return {name: SourceKey(source(name)) for name in names}
 
 
 def open_clip_keys(names: Iterable[str]) -> dict[str, SourceKey]:
     """Return where the weights of a text encoder trained by OpenCLIP lie, below its `model.`."""
 
-    def place(name: str) -> SourceKey:
+    def source(name: str) -> SourceKey:
         if name in OPEN_CLIP_ENDS:
             return SourceKey(OPEN_CLIP_ENDS[name])
         if name == "text_projection.weight":
@@ -196,7 +196,7 @@ def open_clip_keys(names: Iterable[str]) -> dict[str, SourceKey]:
             return SourceKey(f"transformer.resblocks.{layer}.attn.in_proj_{leaf}", part=HEADS.index(head))
         return SourceKey(f"transformer.resblocks.{layer}.{OPEN_CLIP_LAYER[inner]}.{leaf}")
 
-    return {name: place(name) for name in names}
+    return {name: source(name) for name in names}
 
 
 def _block(stem: str) -> tuple[str, int, str, int, str]:

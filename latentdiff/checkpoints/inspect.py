@@ -99,8 +99,8 @@ def _describe_single_file(path: Path, header: Header, counted: dict[str, Any]) -
     for section in sections:
         if section.component == "vae" and not any(name.startswith(VAE) for name in tensors):
             continue  # which is to be given besides
-        _, places = fit(path, tensors, section, torch.float32)
-        own = {place.name for place in places.values()}
+        _, key_map = fit(path, tensors, section, torch.float32)
+        own = {source.name for source in key_map.values()}
         components[section.component] = {"class": section.class_name, **_count(tensors[name] for name in own)}
         used |= own
     unused = [name for name in tensors if name not in used]
@@ -108,7 +108,7 @@ def _describe_single_file(path: Path, header: Header, counted: dict[str, Any]) -
         "kind": "single file of the original layout",
         "family": family + (" (inpainting)" if configs["unet"]["in_channels"] == 9 else ""),
         "assumed": f"{_assumed(claims)} are those of the family; the file does not say",
-        **({"notes": list(claims.told(schedule))} if claims.told(schedule) else {}),
+        **({"notes": list(claims.all_notes(schedule))} if claims.all_notes(schedule) else {}),
         "prediction_type": schedule.prediction_type,
         "beta_schedule": schedule.beta_schedule,
         "image_size": _image_size(configs["unet"], configs["vae"]),

@@ -72,7 +72,7 @@ def load_lora(path: str | os.PathLike[str], components: Components) -> LoRA:
         raise ModelConfigError(f"{file}: expected LoRA, got {method} ({name[:100]}); use a LoRA or LoCon file")
     found = _layers_in(file, header, components)
     tensors = read_weights(file, {name: header.tensors[name] for halves in found.values() for name in halves.values()})
-    _tell_words(file, header, components)
+    _warn_of_words(file, header, components)
     settings, files = _peft_settings(file, header)
     models = {network: layers_of(model) for network, model in networks_of(components).items()}
     networks: dict[str, dict[str, Factors]] = {}
@@ -96,7 +96,7 @@ def load_lora(path: str | os.PathLike[str], components: Components) -> LoRA:
     return LoRA(networks, os.fspath(path), digest if len(files) == 1 else sha256(digest.encode()).hexdigest())
 
 
-def _tell_words(file: Path, header: Header, components: Components) -> None:
+def _warn_of_words(file: Path, header: Header, components: Components) -> None:
     """Warn of learned words in a file that the model does not know yet."""
     tokenizer = components.tokenizer
     words = [word for word in bundled_words(header.tensors) if tokenizer is None or not tokenizer.knows(word)]

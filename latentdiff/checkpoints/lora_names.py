@@ -102,7 +102,7 @@ def known_names(components: Components) -> dict[str, Layers]:
             add(plain, network, {name: name.removesuffix(end) + old for name in own if name.endswith(f".{end}")})
         if network == "unet":
             add(("lora_unet.",), network, own)
-            add(("model.diffusion_model.", "diffusion_model.", "lora_unet."), network, _original(components.unet))
+            add(("model.diffusion_model.", "diffusion_model.", "lora_unet."), network, _compvis_names(components.unet))
         else:
             add(_kohya_texts(components, network), network, own)
             add(_comfy_texts(components, network), network, own)
@@ -124,7 +124,7 @@ def written_names(components: Components, dialect: str) -> dict[tuple[str, str],
             plain = f"{network}.{name}" if dialect == "diffusers" else f"{start}.{name}".replace(".", "_")
             names[network, name] = plain
     if dialect == "webui":
-        for name, theirs in _original(components.unet).items():
+        for name, theirs in _compvis_names(components.unet).items():
             names["unet", name] = f"diffusion_model.{theirs}".replace(".", "_")
         for network, prefix, found in _texts(components):
             for name, theirs in _heads(found).items():
@@ -153,13 +153,13 @@ def _kohya_text(components: Components, network: str) -> str:
     return "lora_te" if components.text_encoder_2 is None else "lora_te1"
 
 
-def _original(unet: UNet2DConditionModel) -> dict[str, str]:
+def _compvis_names(unet: UNet2DConditionModel) -> dict[str, str]:
     """Return what the layers of a U-Net are called in the original layout, where they have a place in it."""
     if not isinstance(unet.config.layers_per_block, int):
         return {}
     own = [name for name in layers_of(unet) if name in UNET_ENDS or "_block" in name]
-    places = unet_keys([f"{name}.weight" for name in own], unet.config)
-    return {name: places[f"{name}.weight"].name.removesuffix(".weight") for name in own}
+    key_map = unet_keys([f"{name}.weight" for name in own], unet.config)
+    return {name: key_map[f"{name}.weight"].name.removesuffix(".weight") for name in own}
 
 
 def _texts(components: Components) -> list[tuple[str, str, dict[str, str]]]:
@@ -171,8 +171,8 @@ def _texts(components: Components) -> list[tuple[str, str, dict[str, str]]]:
     for (network, model), (layout, prefix) in zip(encoders, text_layouts(components)):
         own = {name: name for name in layers_of(model)}
         if layout == "open_clip":
-            places = open_clip_keys([f"{name}.weight" for name in own if name != "text_projection"])
-            own = {name.removesuffix(".weight"): re.sub("[._]weight$", "", p.name) for name, p in places.items()}
+            key_map = open_clip_keys([f"{name}.weight" for name in own if name != "text_projection"])
+            own = {name.removesuffix(".weight"): re.sub("[._]weight$", "", p.name) for name, p in key_map.items()}
         texts.append((network, prefix, own))
     return texts
 

@@ -177,8 +177,8 @@ def write_model(model: AnyNetwork, place: Path, dtype: torch.dtype | None) -> No
     weights = stored_weights(model.state_dict(), dtype)
     place.mkdir(parents=True, exist_ok=True)
     save_tensors(weights, place / f"{kind.stem}.safetensors")
-    told: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     if kind.config.ignored is None and any(tensor.dtype != torch.float32 for tensor in weights.values()):
         # Of transformers, which would compute in the precision of the file, while diffusers computes in float32.
-        told[COMPUTED_IN] = "float32"
-    write_json(place / "config.json", {**told, **model.config.to_dict()})
+        more[COMPUTED_IN] = "float32"
+    write_json(place / "config.json", {**more, **model.config.to_dict()})

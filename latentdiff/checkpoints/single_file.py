@@ -107,7 +107,7 @@ def load_single_file(
             'If its pictures are noise, it predicts noise: pass prediction_type="epsilon"',
             stacklevel=4,
         )
-    for note in claims.told(schedule):
+    for note in claims.all_notes(schedule):
         warnings.warn(note, stacklevel=4)
     if load_vae is None and not any(name.startswith(VAE) for name in header.tensors):
         raise ModelMismatchError(f"{path}: has no autoencoder ({VAE}...); pass one besides, as vae or --vae")
@@ -168,7 +168,7 @@ def save_single_file(
     networks |= {prefix: (encoder, kind) for (kind, prefix), encoder in zip(text_layouts(components), encoders)}
     tensors = dict(marks)
     for prefix, (network, layout) in networks.items():
-        joined = join(_places(network, layout), stored_weights(network.state_dict(), dtype))
+        joined = join(_key_map(network, layout), stored_weights(network.state_dict(), dtype))
         tensors |= {prefix + name: tensor.contiguous() for name, tensor in joined.items()}
     save_tensors(tensors, target, metadata)
 
@@ -184,25 +184,25 @@ def _identity(components: Components) -> tuple[dict[str, str], dict[str, Tensor]
     marks = marks_of(schedule, usual, torch.zeros(0))
     if schedule.prediction_type in ("epsilon", "v_prediction"):
         usual = replace(usual, prediction_type=schedule.prediction_type, rescale_betas_zero_snr=ZERO_SNR in marks)
-    configs, told = dict[str, Any](), list[str]()
+    configs, lost = dict[str, Any](), list[str]()
     if schedule.to_dict() != usual.to_dict():
         configs["scheduler"] = schedule.to_dict()
-        told += [key for key in NOISE_KEYS if getattr(schedule, key) != getattr(usual, key)]
+        lost += [key for key in NOISE_KEYS if getattr(schedule, key) != getattr(usual, key)]
     low_res, usual_one = components.low_res_schedule, _low_res_schedule(shape, None)
     if low_res is not None and usual_one is not None and low_res.to_dict() != usual_one.to_dict():
         configs["low_res_scheduler"] = low_res.to_dict()
-        told.append("low_res_scheduler")
+        lost.append("low_res_scheduler")
     if components.force_zeros != shape.get("force_zeros", False):
         configs["force_zeros"] = components.force_zeros
     side = _side(components)
     for component, config, likely in _configs(components, shape, side):
         differing = {key: value for key, value in config.items() if value != likely.get(key, value)}
         configs |= {component: differing} if differing else {}
-        told += [f"{key} of {component}" for key in differing if key not in INFORMATIVE]
-    told += _other_vocabularies(components, shape)
-    if told:
+        lost += [f"{key} of {component}" for key in differing if key not in INFORMATIVE]
+    lost += _other_vocabularies(components, shape)
+    if lost:
         warnings.warn(
-            f"a single file has no place for {', '.join(told)}: this package reads it from the metadata, but other "
+            f"a single file has no place for {', '.join(lost)}: this package reads it from the metadata, but other "
             f"programs take that of {family}; save a folder for them",
             stacklevel=4,
         )
@@ -237,7 +237,7 @@ def _other_vocabularies(components: Components, shape: Mapping[str, Any]) -> lis
     Raises:
         InputError: one has words that no reader would miss.
     """
-    told = []
+    lost = []
     for tokenizer, text in zip((components.tokenizer, components.tokenizer_2), shape["text"]):
         usual = clip_tokenizer(text["pad"])
         if tokenizer is None or tokenizer.same_as(usual):
@@ -247,8 +247,8 @@ def _other_vocabularies(components: Components, shape: Mapping[str, Any]) -> lis
                 "a single file has no place for a vocabulary other than CLIP's, such as one with learned words; "
                 "save it as a folder"
             )
-        told.append("the vocabulary")
-    return told
+        lost.append("the vocabulary")
+    return lost
 
 
 class Section(NamedTuple):
@@ -339,10 +339,10 @@ def load_section(
     Raises:
         ModelLoadError: they do not fit it, or cannot be used.
     """
-    network, places = fit(path, tensors, section, dtype)
-    there = {place.name: tensors[place.name] for place in places.values()}
+    network, key_map = fit(path, tensors, section, dtype)
+    there = {source.name: tensors[source.name] for source in key_map.values()}
     read = read_weights(path, there, dtype, device)
-    weights = {name: place.take(read[place.name]).contiguous() for name, place in places.items()}
+    weights = {name: source.take(read[source.name]).contiguous() for name, source in key_map.items()}
     network.load_state_dict(weights, strict=True, assign=True)
     return network.requires_grad_(False).eval()
 
@@ -358,27 +358,27 @@ def fit(
     _, class_name, layout, prefix, config = section
     network: nn.Module = build(path, KINDS[class_name], config, len(tensors), dtype)
     expected = network.state_dict()
-    places = _places(network, layout)
+    key_map = _key_map(network, layout)
     if layout == "clip" and f"{prefix}{TEXT_MODEL}final_layer_norm.weight" not in tensors:
-        places = {name: SourceKey(place.name.removeprefix(TEXT_MODEL)) for name, place in places.items()}
-    places = {name: replace(place, name=prefix + place.name) for name, place in places.items()}
+        key_map = {name: SourceKey(source.name.removeprefix(TEXT_MODEL)) for name, source in key_map.items()}
+    key_map = {name: replace(source, name=prefix + source.name) for name, source in key_map.items()}
     wrong = []
-    for name, place in places.items():
-        wanted, found = place.shape(tuple(expected[name].shape)), tensors.get(place.name)
+    for name, source in key_map.items():
+        wanted, found = source.shape(tuple(expected[name].shape)), tensors.get(source.name)
         if found is None:
-            wrong.append(f"{place.name} is missing")
-        elif found.dtype not in FLOATS or found.shape not in (wanted, wanted[:2] if place.as_convolution else wanted):
-            wrong.append(f"{place.name} is {found.dtype} {list(found.shape)} instead of {list(wanted)}")
+            wrong.append(f"{source.name} is missing")
+        elif found.dtype not in FLOATS or found.shape not in (wanted, wanted[:2] if source.as_convolution else wanted):
+            wrong.append(f"{source.name} is {found.dtype} {list(found.shape)} instead of {list(wanted)}")
     if layout == "unet":  # of the other networks, files carry what no picture needs
-        known = {place.name for place in places.values()}
+        known = {source.name for source in key_map.values()}
         wrong += [f"{name[:100]} is not expected" for name in tensors if name.startswith(prefix) and name not in known]
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise ModelMismatchError(f"{path}: {'; '.join(wrong[:NAMED])}{more}")
-    return network, places
+    return network, key_map
 
 
-def _places(network: nn.Module, layout: str) -> dict[str, SourceKey]:
+def _key_map(network: nn.Module, layout: str) -> dict[str, SourceKey]:
     names = network.state_dict()
     if layout.startswith("diffusers"):
         return diffusers_keys(names, old=layout != "diffusers")

@@ -57,7 +57,8 @@ class SchedulerPlan:
     Args:
         scheduler: one of the discrete variance-preserving kind, as DDIMScheduler; it is copied.
         schedule: the model's, with the noise process and prediction type that the scheduler must have too.
-        num_inference_steps: 1 to schedule.num_train_timesteps.
+        num_inference_steps: 1 to schedule.num_train_timesteps; or else
+        timesteps, sigmas: those that its `set_timesteps` is given, where it takes them.
         strength: above 0, up to 1; image-to-image skips the first steps.
 
     Raises:
@@ -65,11 +66,23 @@ class SchedulerPlan:
     """
 
     def __init__(
-        self, scheduler: Scheduler, schedule: NoiseSchedule, num_inference_steps: int, strength: float = 1.0
+        self,
+        scheduler: Scheduler,
+        schedule: NoiseSchedule,
+        num_inference_steps: int | None = None,
+        strength: float = 1.0,
+        *,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> None:
         _require_same_process(scheduler, schedule)
-        self.scheduler = _prepared(scheduler, num_inference_steps)
-        self.first = skipped_steps(num_inference_steps, strength) * getattr(self.scheduler, "order", 1)
+        order = getattr(scheduler, "order", 1)
+        if num_inference_steps is not None:
+            self.scheduler = _prepared(scheduler, num_inference_steps)
+        else:
+            self.scheduler = _at_levels(scheduler, "timesteps" if sigmas is None else "sigmas", timesteps or sigmas)
+            num_inference_steps = -(-len(self.scheduler.timesteps) // order)
+        self.first = skipped_steps(num_inference_steps, strength) * order
         self.timesteps = self.scheduler.timesteps[self.first :].cpu().double()
         # Its own noise levels may differ where it interpolates; guidance intervals need no more than this.
         places = self.timesteps.clamp(0, schedule.num_train_timesteps - 1).round().long()
@@ -108,9 +121,9 @@ class SchedulerPlan:
         images = torch.arange(len(x), device=x.device)
         for index, timestep in enumerate(timesteps):
             levels = (timestep, self.sigmas[index])
-            told, sigmas = (torch.full((len(x),), float(level), device=x.device) for level in levels)
+            times, sigmas = (torch.full((len(x),), float(level), device=x.device) for level in levels)
             inputs = scheduler.scale_model_input(x, timestep)
-            output = network(inputs, Call(index, images, torch.full_like(images, index), sigmas, told))
+            output = network(inputs, Call(index, images, torch.full_like(images, index), sigmas, times))
             if output.shape[1] > x.shape[1] and not learned:
                 output = halves(output)[0]
             result = scheduler.step(output.to(x.dtype), timestep, x, **options)
@@ -159,6 +172,22 @@ def _prepared(scheduler: Scheduler, num_inference_steps: int) -> Scheduler:
             raise InputError(f"{name} cannot take {steps} steps: {str(error)[:200]}") from error
         if (copied.timesteps.diff() > 0).any():
             raise InputError(f"{name} leads from data to noise, its timesteps rise; use Pipeline.invert")
+    return copied
+
+
+def _at_levels(scheduler: Scheduler, name: str, levels: Sequence[float] | None) -> Scheduler:
+    """Return a copy of a scheduler that is set to timesteps or noise levels by hand."""
+    kind, copied = type(scheduler).__name__, copy.deepcopy(scheduler)
+    set_timesteps: Callable[..., None] = copied.set_timesteps  # which of its arguments there are differs
+    if name not in inspect.signature(set_timesteps).parameters:
+        raise InputError(f"{kind} takes no {name} by hand; leave them out, or pass the name of one of our samplers")
+    listed = [int(level) if name == "timesteps" and level == int(level) else level for level in levels or ()]
+    if name == "sigmas" and listed[-1] > 0:
+        listed.append(0.0)  # as `make_plan` does; theirs would leave the last level's noise
+    try:
+        set_timesteps(**{name: listed})
+    except ValueError as error:
+        raise InputError(f"{kind} cannot take these {name}: {str(error)[:200]}") from error
     return copied
 
 

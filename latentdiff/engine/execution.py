@@ -20,7 +20,7 @@ class Execution:
     Attributes:
         device: where they run.
         dtype: precision they compute in; the arithmetic between their calls is float32.
-        offload: lends networks that are kept in CPU memory the device; None where they are on it.
+        offload: moves networks from CPU memory to the device while they run; None where they are on it.
         tile_size: side of the tiles, in latents, of tiled decoding; None for tiles only where a decoder would need
             several gigabytes.
     """
@@ -30,6 +30,6 @@ class Execution:
     offload: Offload | None = None
     tile_size: int | None = None
 
-    def lend(self, *networks: nn.Module | None) -> AbstractContextManager[None]:
+    def onload(self, *networks: nn.Module | None) -> AbstractContextManager[None]:
         """Return a context in which networks are on the device."""
-        return nullcontext() if self.offload is None else self.offload.lend(*networks)
+        return nullcontext() if self.offload is None else self.offload.onload(*networks)

@@ -15,7 +15,7 @@ __all__ = ["Offload"]
 
 
 class Offload:
-    """The device that networks are lent, to those of one thread at a time.
+    """The device that networks are moved to while they run, those of one thread at a time.
 
     Args:
         device: apart from the CPU.
@@ -29,28 +29,28 @@ class Offload:
             raise InputError("offload needs a device apart from the CPU, got cpu; leave it out")
         self.device = device
         self._lock = RLock()  # a callback may draw too
-        self._lent = list[nn.Module]()
+        self._onloaded = list[nn.Module]()
 
     @contextmanager
-    def lend(self, *networks: nn.Module | None) -> Iterator[None]:
+    def onload(self, *networks: nn.Module | None) -> Iterator[None]:
         """Have networks on the device inside the block, and in CPU memory after it, whatever it raised.
 
         One that is there already, because an outer block has it, stays until that ends.
         """
         with self._lock:
-            moved = [network for network in networks if network is not None and network not in self._lent]
-            lent: list[_Home] = []
-            self._lent += moved
+            moved = [network for network in networks if network is not None and network not in self._onloaded]
+            homes: list[_Home] = []
+            self._onloaded += moved
             try:
                 for network in moved:
-                    lent.append(_Home(network))
+                    homes.append(_Home(network))
                     network.to(self.device)
                 yield
             finally:
-                for home in lent:
+                for home in homes:
                     home.restore()
                 for network in moved:
-                    self._lent.remove(network)
+                    self._onloaded.remove(network)
 
 
 class _Home:

@@ -112,13 +112,13 @@ def network_of(components: Components, texts: Sequence[str]) -> Denoiser:
 
 def _require_text_alone(components: Components) -> None:
     config = components.unet.config
-    told = {
+    conditions = {
         "fills in components of pictures": components.inpaints,
         "enlarges pictures": components.upscales,
         "is told sizes too, as Stable Diffusion XL is": config.addition_embed_type is not None,
         "is told a guidance scale too, as consistency models are": config.time_cond_proj_dim is not None,
     }
-    for what in (name for name, holds in told.items() if holds):
+    for what in (name for name, holds in conditions.items() if holds):
         raise InputError(f"only models of pictures given a text alone are measured, got one that {what}; use another")
 
 

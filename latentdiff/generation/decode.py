@@ -84,7 +84,7 @@ def _finite(
     """Run the autoencoder, in float32 where its config asks for that or its own precision overflows."""
     autoencoder, dtype = components.autoencoder, execution.dtype
     upcast = dtype == torch.float16 and components.upcasts
-    with execution.lend(autoencoder):
+    with execution.onload(autoencoder):
         if not upcast:
             output = run(autoencoder, x.to(dtype)).float()
             if torch.isfinite(output).all():

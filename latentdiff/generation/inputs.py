@@ -72,13 +72,13 @@ def prepare_image(
     if min(seen.size) < factor:
         got = f"{seen.width}x{seen.height}"
         raise InputError(f"the image must be at least {factor}x{factor} pixels, one latent, got {got}; enlarge it")
-    drawn_mask = None if mask is None else open_mask(mask, picture)
-    edited = drawn_mask is not None or settings.outpaint is not None
+    mask_image = None if mask is None else open_mask(mask, picture)
+    edited = mask_image is not None or settings.outpaint is not None
     height, width = _size(settings, seen, native, multiple, edited)
     left, top, right, bottom = sides = settings.outpaint or (0, 0, 0, 0)
     result = (height + top + bottom, width + left + right)
     _check_sides(result, native, multiple, " with outpaint" if settings.outpaint else "")
-    given = {"image": _trace(image, seen), "mask": None if drawn_mask is None else drawn_mask.given}
+    given = {"image": _trace(image, seen), "mask": None if mask_image is None else mask_image.given}
     pixels = F.pad(to_tensor([fit(seen, width, height)]), (left, right, top, bottom), mode="replicate")  # (1, 3, H, W)
     if not edited:
         return PreparedImage(*result, pixels, None, given)
@@ -87,7 +87,7 @@ def prepare_image(
         limits = f"multiples of {multiple}, at most {native[1] * MAX_SCALE}x{native[0] * MAX_SCALE}"
         scaled = f"from {seen.width}x{seen.height} to {width}x{height}"
         notes.append(f"the image was scaled {scaled} pixels; it is kept bit for bit where its sides are {limits}")
-    edit = prepare_mask(picture, drawn_mask, (width, height), sides, settings.feather)
+    edit = prepare_mask(picture, mask_image, (width, height), sides, settings.feather)
     return PreparedImage(*result, pixels, edit, given, tuple(notes))
 
 

@@ -94,14 +94,14 @@ def open_mask(given: object, picture: Image.Image) -> MaskImage:
     """
     if isinstance(given, str) and given == ALPHA:
         white = ImageOps.invert(picture.getchannel("A"))
-        drawn_mask = MaskImage(white, {"alpha": True, "hash": pixel_hash(white)})
+        mask_image = MaskImage(white, {"alpha": True, "hash": pixel_hash(white)})
     elif isinstance(given, (tuple, list)):
-        drawn_mask = _box(given, picture.size)
+        mask_image = _box(given, picture.size)
     else:
-        drawn_mask = _painting(given, picture.size)
-    if "alpha" in drawn_mask.given and drawn_mask.white.getextrema()[1] < HALF:  # type: ignore[operator]  # one band
+        mask_image = _painting(given, picture.size)
+    if "alpha" in mask_image.given and mask_image.white.getextrema()[1] < HALF:  # type: ignore[operator]  # one band
         raise InputError("the image is opaque everywhere, so mask alpha draws nothing; erase what is to be drawn")
-    return drawn_mask
+    return mask_image
 
 
 def _box(given: Sequence[int], size: tuple[int, int]) -> MaskImage:
@@ -118,22 +118,22 @@ def _box(given: Sequence[int], size: tuple[int, int]) -> MaskImage:
 
 
 def _painting(given: object, size: tuple[int, int]) -> MaskImage:
-    drawn_mask = open_picture(given, "mask")
-    assert drawn_mask is not None
-    if drawn_mask.size != size:
-        sizes = [f"{width}x{height}" for width, height in (size, drawn_mask.size)]
+    mask_image = open_picture(given, "mask")
+    assert mask_image is not None
+    if mask_image.size != size:
+        sizes = [f"{width}x{height}" for width, height in (size, mask_image.size)]
         raise InputError(f"the mask must have the size of the image, {sizes[0]}, got {sizes[1]}; scale it first")
-    if drawn_mask.getchannel("A").getextrema()[0] < 255:  # type: ignore[operator]  # one band
+    if mask_image.getchannel("A").getextrema()[0] < 255:  # type: ignore[operator]  # one band
         raise InputError("the mask must be opaque, got transparent parts; lay it on black or white first")
-    red, green, blue = drawn_mask.convert("RGB").split()
+    red, green, blue = mask_image.convert("RGB").split()
     apart = [ImageChops.difference(one, green).getextrema()[1] for one in (red, blue)]
     if max(apart) > COLOURFUL:  # type: ignore[type-var, operator]
         raise InputError(
             "the mask must be black and white, got colours; paint white what is to be drawn, black the rest"
         )
     path = recorded_name(given) if isinstance(given, (str, os.PathLike)) else None
-    record = {"path": path, "hash": pixel_hash(to_rgb(drawn_mask))}
-    white = drawn_mask.convert("L")
+    record = {"path": path, "hash": pixel_hash(to_rgb(mask_image))}
+    white = mask_image.convert("L")
     return MaskImage(white, {**record, "soft": True} if sum(white.histogram()[1:255]) else record)
 
 
@@ -144,7 +144,7 @@ def hard_mask(mask: Image.Image) -> Image.Image:
 
 def prepare_mask(
     picture: Image.Image,
-    drawn_mask: MaskImage | None,
+    mask_image: MaskImage | None,
     size: tuple[int, int],
     sides: tuple[int, int, int, int],
     feather: int,
@@ -153,7 +153,7 @@ def prepare_mask(
 
     Args:
         picture: mode "RGBA".
-        drawn_mask: the mask; None where only what is around is drawn.
+        mask_image: the mask; None where only what is around is drawn.
         size: width and height in pixels.
         sides: pixels that are drawn left, above, right and below.
         feather: over how many pixels of what is drawn it passes into the picture.
@@ -166,16 +166,16 @@ def prepare_mask(
     alpha, opacity = torch.zeros(1, 1, *reversed(size)), _shades(fit(picture.getchannel("A"), *size))
     kept, erased = (
         to_tensor([fit(picture.convert("RGB"), *size)]),
-        drawn_mask is not None and "alpha" in drawn_mask.given,
+        mask_image is not None and "alpha" in mask_image.given,
     )
-    if drawn_mask is not None:
-        alpha = _shades(fit(drawn_mask.white, *size))
+    if mask_image is not None:
+        alpha = _shades(fit(mask_image.white, *size))
     if erased:
         _, nearest = _distances(opacity == 0)
         kept = kept[:, :, nearest[0], nearest[1]]  # what is transparent has no colour that anyone has seen
-    elif drawn_mask is None or "soft" not in drawn_mask.given:  # what is grey now is so from scaling
+    elif mask_image is None or "soft" not in mask_image.given:  # what is grey now is so from scaling
         alpha = (alpha >= HALF / 255).float()
-    if drawn_mask is not None and _is_uniform(alpha) and drawn_mask.white.getextrema() not in ((0, 0), (255, 255)):
+    if mask_image is not None and _is_uniform(alpha) and mask_image.white.getextrema() not in ((0, 0), (255, 255)):
         what = f"something to draw and to keep at {size[0]}x{size[1]} pixels"
         raise InputError(f"the mask must have {what}, to which the image is scaled, got all of one; paint it larger")
     alpha, kept = F.pad(alpha, around, value=1.0), F.pad(kept, around, mode="replicate")

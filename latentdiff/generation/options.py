@@ -11,6 +11,7 @@ import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from latentdiff.errors import InputError, shown, suggest
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["BOTH", "GENERATE", "SIDES", "SIZE_MULTIPLE", "UPSCALE", "Option", "option", "options_of"]
 
 MAX_SIDE = 16384
+MAX_LEVELS = 1001  # noise levels of 1000 steps, the last one 0
 SIZE_MULTIPLE = 8  # of height and width, or the autoencoder's factor where that is more
 SIDES = ("left", "top", "right", "bottom")
 
@@ -127,6 +129,18 @@ def interval(name: str, value: object) -> tuple[float, float]:
     return low, high
 
 
+def falling(name: str, value: object) -> tuple[float, ...]:
+    """Check falling numbers of at least 0, such as timesteps or noise levels; a model says how high they may start."""
+    if not isinstance(value, (tuple, list)) or not 1 <= len(value) <= MAX_LEVELS:
+        got = f"{len(value)} of them" if isinstance(value, (tuple, list)) else shown(value)
+        raise InputError(f"{name} must be 1 to {MAX_LEVELS} numbers that fall, got {got}; leave it out for even steps")
+    levels = tuple(check_number(name, one, 0, math.inf, "leave it out for even steps") for one in value)
+    for high, low in pairwise(levels):
+        if high <= low:
+            raise InputError(f"{name} must fall, got {high:g} and then {low:g}; sort them, each only once")
+    return levels
+
+
 def check_number(name: str, value: object, low: float, high: float, remedy: str) -> float:
     """Return `value`; raise InputError unless it is a finite number within [low, high]."""
     span = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
@@ -178,6 +192,14 @@ def sides(name: str, value: object) -> tuple[int, int, int, int]:
 def _pixels(name: str, value: object) -> int:
     pixels = check_integer(name, value, 0, MAX_SIDE, "try 16")
     return check_size(name, pixels, SIZE_MULTIPLE, MAX_SIDE) if pixels else 0
+
+
+def parse_numbers(value: str) -> tuple[float, ...] | str:
+    """Return the numbers of "999,749,499,249"; other text as it is, for the check to refuse."""
+    try:
+        return tuple(map(float, value.split(",")))
+    except ValueError:
+        return value
 
 
 def parse_pair(value: str) -> tuple[float, float] | str:

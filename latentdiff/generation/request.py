@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from typing import Any
 
 from latentdiff.errors import InputError, shown
@@ -17,6 +16,7 @@ from latentdiff.generation.options import (
     GENERATE,
     UPSCALE,
     check_integer,
+    falling,
     flag,
     integer,
     interval,
@@ -25,43 +25,20 @@ from latentdiff.generation.options import (
     option,
     optional,
     options_of,
+    parse_numbers,
     parse_pair,
     parse_sides,
     side,
     sides,
     text,
 )
+from latentdiff.generation.sampling_checks import LOADING_TORCH, guidance_schedule_name, sampler_name, try_plan
 from latentdiff.prompts import check_prompts, parse_weights
 
 __all__ = ["MAX_IMAGES", "Settings"]
 
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 1000
-
-
-def _sampler(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{name} must be a name, got {shown(value)}; try euler_a")
-    from latentdiff.diffusion.plan import EXTERNAL, parse_sampler  # which load torch
-
-    if not value.startswith(EXTERNAL):
-        parse_sampler(value)
-    return value
-
-
-def _guidance_schedule(name: str, value: object) -> str:
-    from latentdiff.diffusion.guidance import GUIDANCE_SCHEDULES  # which loads torch
-
-    return one_of(tuple(GUIDANCE_SCHEDULES))(name, value)
-
-
-@lru_cache(64)
-def _try_plan(sampler: str, steps: int, strength: float, eta: float, resampling: int) -> None:
-    from latentdiff.diffusion.plan import EXTERNAL, make_plan
-    from latentdiff.diffusion.schedule import NoiseSchedule
-
-    if not sampler.startswith(EXTERNAL):
-        make_plan(NoiseSchedule(), sampler, steps, strength=strength, eta=eta, resampling=resampling)
 
 
 @dataclass(frozen=True)
@@ -84,6 +61,22 @@ class Settings:
         metavar="N",
         from_model=True,
         since=1,
+    )
+    timesteps: tuple[float, ...] | None = option(
+        None,
+        optional(falling),
+        "timesteps of the steps by hand, falling, in place of a number of steps",
+        flag="--timesteps",
+        metavar="T,T,...",
+        parse=parse_numbers,
+    )
+    sigmas: tuple[float, ...] | None = option(
+        None,
+        optional(falling),
+        "noise levels of the steps by hand, falling (a last 0 may be left out), in place of a number of steps",
+        flag="--sigmas",
+        metavar="X,X,...",
+        parse=parse_numbers,
     )
     guidance_scale: float = option(
         7.5,
@@ -113,7 +106,7 @@ class Settings:
     )
     guidance_schedule: str = option(
         "constant",
-        _guidance_schedule,
+        guidance_schedule_name,
         "how guidance changes over the steps: constant, cosine, linear or power",
         flag="--guidance-schedule",
         metavar="NAME",
@@ -134,7 +127,7 @@ class Settings:
     )
     sampler: str = option(
         "euler_a",
-        _sampler,
+        sampler_name,
         "euler_a, dpmpp_2m, ddim, unipc, ...; docs/samplers.md has them all",
         flag="--sampler",
         metavar="NAME",
@@ -280,14 +273,15 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", tuple(check_prompts(self.prompts, allow_empty=True)))
         for name, declared in options_of(self).items():  # those whose check loads torch last
-            if declared.check not in (_sampler, _guidance_schedule):
+            if declared.check not in LOADING_TORCH:
                 object.__setattr__(self, name, declared.check(name, getattr(self, name)))
         self._check_together()
-        _guidance_schedule("guidance_schedule", self.guidance_schedule)
-        _sampler("sampler", self.sampler)
+        guidance_schedule_name("guidance_schedule", self.guidance_schedule)
+        sampler_name("sampler", self.sampler)
         self._check_plan()
 
     def _check_together(self) -> None:
+        self._count_levels()
         check_integer("number of images in all", self.count, 1, MAX_IMAGES, "generate them in several runs")
         for name in ("seed", "variation_seed"):
             check_integer(name, getattr(self, name), 0, MAX_SEED + 1 - self.count, "try 0")
@@ -297,11 +291,40 @@ class Settings:
         if self.blend and not self.blend_prompt:
             raise InputError(f"blend says how far to go towards blend_prompt, got {self.blend} without it; add it")
 
+    def _count_levels(self) -> None:
+        """Set the number of steps to that of the timesteps or noise levels given by hand."""
+        if self.levels_given is None:
+            return
+        if self.timesteps is not None and self.sigmas is not None:
+            raise InputError("timesteps and sigmas both say where the steps are, got both; leave one of them out")
+        count = len(self.timesteps or ()) + len([sigma for sigma in self.sigmas or () if sigma > 0])
+        if not count:
+            raise InputError("sigmas must start above 0, got 0 alone; leave it out for even steps")
+        if self.num_inference_steps not in (count, type(self).num_inference_steps):
+            raise InputError(
+                f"{self.levels_given} are {count} steps, got num_inference_steps {self.num_inference_steps} besides; "
+                "leave one of them out"
+            )
+        object.__setattr__(self, "num_inference_steps", count)
+
+    @property
+    def levels_given(self) -> str | None:
+        """The option that says by hand where the steps are; None where they are spaced."""
+        given = (name for name in ("timesteps", "sigmas") if getattr(self, name) is not None)
+        return next(given, None)
+
+    @property
+    def levels(self) -> dict[str, Any]:
+        """Where the steps are, as an argument of `make_plan`."""
+        name = self.levels_given or "num_inference_steps"
+        return {name: getattr(self, name)}
+
     def _check_plan(self) -> None:
         """Refuse what no table can be made of, whatever the model: eta without ddim, too many steps of lcm, ..."""
         strengths = (self.strength, self.hires_strength) if self.hires > 1 else (self.strength,)
         for strength in strengths:
-            _try_plan(self.sampler, self.num_inference_steps, strength, self.eta, self.resampling)
+            steps = self.num_inference_steps
+            try_plan(self.sampler, steps, self.levels_given, strength, self.eta, self.resampling)
 
     @property
     def count(self) -> int:

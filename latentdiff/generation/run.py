@@ -122,7 +122,7 @@ def run(
     record = call_record(call.components, call.execution, stages[0].settings, _given(call, stages[-1].image))
     with _counted_steps(steps, callback, progress) as on_step:
         for batch in batches:
-            with call.execution.lend(call.components.unet):
+            with call.execution.onload(call.components.unet):
                 latents = sample_stages(call, stages, batch, on_step)
             # Decoded one by one, since a decoder needs far more memory than a U-Net.
             for row, index in enumerate(batch):
@@ -135,7 +135,7 @@ def run(
 def prepare(call: Call, notes: list[str]) -> list[Stage]:
     """Return the sampling passes of a request; nothing is encoded or opened after that."""
     components, settings, image = call.components, call.settings, call.image
-    with call.execution.lend(components.text_encoder, components.text_encoder_2):
+    with call.execution.onload(components.text_encoder, components.text_encoder_2):
         texts = encode_texts(components, settings)
     stages = [prepare_stage(call, texts, image, settings.strength, notes)]
     if settings.hires > 1 and image.pixels is None and not components.upscales:
@@ -235,9 +235,9 @@ def invert(call: Call, iterations: int) -> Tensor:
     if stage.image_latents is None:
         raise InputError("only pictures of text-to-image models are inverted, got a model that enlarges; use another")
     plan = make_inversion_plan(call.components.schedule, call.settings.num_inference_steps, iterations)
-    with call.execution.lend(call.components.unet):
-        told = stage.conditioning.of([0])
-        network = guided_network(call.components, stage.settings, told, plan, stage.concat)
+    with call.execution.onload(call.components.unet):
+        conditioning = stage.conditioning.of([0])
+        network = guided_network(call.components, stage.settings, conditioning, plan, stage.concat)
         *_, step = sample(call.components.denoiser(network), plan, stage.image_latents)
     return step.x
 
@@ -274,10 +274,10 @@ def make_batches(count: int, conditioning: Conditioning, batch_size: int) -> lis
 
 
 def _make_plan(call: Call, strength: float) -> Plan | SchedulerPlan:
-    settings, schedule, steps = call.settings, call.components.schedule, call.settings.num_inference_steps
+    settings, schedule = call.settings, call.components.schedule
     if call.scheduler is None:
         options: dict[str, Any] = {"eta": settings.eta, "resampling": settings.resampling}
-        return make_plan(schedule, settings.sampler, steps, strength=strength, **options)
+        return make_plan(schedule, settings.sampler, **settings.levels, strength=strength, **options)
     needing = {
         "a mask": call.image.mask is not None,
         "resampling": settings.resampling > 1,
@@ -286,7 +286,7 @@ def _make_plan(call: Call, strength: float) -> Plan | SchedulerPlan:
     }
     for what in (name for name, given in needing.items() if given):
         raise InputError(f"{what} needs one of our samplers, got a scheduler object; pass its name instead")
-    return SchedulerPlan(call.scheduler, schedule, steps, strength)
+    return SchedulerPlan(call.scheduler, schedule, **settings.levels, strength=strength)
 
 
 def _settled(settings: Settings, components: Components, image: PreparedImage) -> Settings:

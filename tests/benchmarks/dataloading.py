@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from latentdiff.training.config import AutoencoderTraining
 from latentdiff.training.data import dataset
-from latentdiff.training.data.prefetch import drawn_ahead, workers
+from latentdiff.training.data.prefetch import prefetched_by_workers, workers
 from latentdiff.training.train_autoencoder import draw_views
 from PIL import Image
 
@@ -64,7 +64,7 @@ def main() -> None:
         shares: dict[str, list[float]] = {"ahead": [], "in the loop": []}
         for number in range(arguments.rounds):
             steps = range(number * arguments.steps, (number + 1) * arguments.steps)
-            shares["ahead"].append(waited(drawn_ahead(draw, steps, workers()), arguments.step_seconds))
+            shares["ahead"].append(waited(prefetched_by_workers(draw, steps, workers()), arguments.step_seconds))
             shares["in the loop"].append(waited(map(draw, steps), arguments.step_seconds))
     figures: dict[str, Any] = {"device": "cpu", "processes": workers(), "torch_threads": torch.get_num_threads()}
     figures |= vars(arguments) | {"examined_s": opened - written}

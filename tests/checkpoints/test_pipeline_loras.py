@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline
@@ -86,6 +87,28 @@ def test_replay_refuses_another_file(draw: Any, pipe: Pipeline, capsys: pytest.C
     assert "the pixels differ" in capsys.readouterr().err
     Path("style.safetensors").unlink()
     assert main(["replay", "a.png"]) == 3
+
+
+def test_replay_finds_what_was_moved_and_renamed(
+    draw: Any, built_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Records hold no folders, so nothing private; and files are told apart by what is in them."""
+    Image.new("RGB", (32, 32), "red").save("start.png")
+    paths = [str(Path(name).absolute()) for name in ("style.safetensors", "fox.safetensors", "start.png")]
+    call = ["--lora", f"{paths[0]}:0.2", "--lora", f"{paths[1]}:0.1", "--image", paths[2]]
+    assert draw("-o", "a.png", *call) == 0
+    assert str(tmp_path).encode() not in Path("a.png").read_bytes()
+    here, there = Path.cwd(), tmp_path / "there"
+    there.mkdir()
+    for name in ("style.safetensors", "fox.safetensors", "start.png", "a.png"):
+        (here / name).rename(there / f"new-{name}")
+    monkeypatch.chdir(there)
+    capsys.readouterr()
+    replay = ["replay", "new-a.png", "--model", str(built_model)]
+    assert main(replay) in (2, 3) and capsys.readouterr().err.count("\n") == 1
+    moved = ["--lora", "new-fox.safetensors", "--lora", "new-style.safetensors", "--image", "new-start.png"]
+    assert main([*replay, *moved, "-o", "b.png", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["identical"] is True
 
 
 def test_pictures_with_a_lora_in_memory_cannot_be_replayed(pipe: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:

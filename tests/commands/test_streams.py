@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,21 @@ def test_an_interrupt_keeps_what_is_done(
     assert seen == [0, 4, 8]
     assert captured.err == "latentdiff: interrupted; 8 of 20 pictures are written\n"
     assert captured.out.split() == ["fox.png", *(f"fox-{number}.png" for number in range(2, 9))]
+
+
+def test_pictures_are_let_go_of_as_they_are_made(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are asked for, the decoded numbers of one alone are held."""
+    decode, held, most = run_module.decode_latents, list[Any](), [0]
+
+    def noted(*given: Any) -> Any:
+        most.append(sum(one() is not None for one in held))
+        pixels = decode(*given)
+        held.append(weakref.ref(pixels))
+        return pixels
+
+    monkeypatch.setattr(run_module, "decode_latents", noted)
+    assert len(pipe("fox", num_images=9, num_inference_steps=1).images) == len(held) == 9
+    assert max(most) <= 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

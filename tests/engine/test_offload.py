@@ -27,7 +27,7 @@ STEPS = {"num_inference_steps": 2, "output_type": "latent"}
 DEVICE = torch.device("cpu", 0)
 
 
-def lender() -> Offload:
+def offload() -> Offload:
     offload = Offload(torch.device("cuda"))
     offload.device = DEVICE
     return offload
@@ -72,7 +72,7 @@ def _place(network: nn.Module) -> int:
 
 @pytest.fixture
 def offloading(built_model: Path) -> Pipeline:
-    return Pipeline(Pipeline.from_pretrained(built_model, device="cpu").components, offload=lender())
+    return Pipeline(Pipeline.from_pretrained(built_model, device="cpu").components, offload=offload())
 
 
 def test_one_network_at_a_time(offloading: Pipeline, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from latentdiff.training.data import budget, image_info
 from latentdiff.training.data.budget import BYTES_PER_PIXEL, UNIT, UNITS, Budget, room_for
 from latentdiff.training.data.image_info import decoded
-from latentdiff.training.data.prefetch import drawn_ahead
+from latentdiff.training.data.prefetch import prefetched_by_workers
 from PIL import Image
 
 MOST = UNIT * UNITS
@@ -72,6 +72,6 @@ class Large:
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_processes_share_the_budget(tmp_path: Path, processes: int) -> None:
-    times = sorted(drawn_ahead(Large(tmp_path), range(6), processes))
+    times = sorted(prefetched_by_workers(Large(tmp_path), range(6), processes))
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(times))
     assert budget._budget.free._value == UNITS  # type: ignore[attr-defined]  # that of this process was left alone

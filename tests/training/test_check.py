@@ -11,7 +11,7 @@ import pytest
 import torch
 from latentdiff.training.check import diffusion as check_module
 from latentdiff.training.check import table as check_parts
-from latentdiff.training.check.diffusion import look
+from latentdiff.training.check.diffusion import examine_diffusion
 from latentdiff.training.check.table import Row
 from latentdiff.training.config import DiffusionTraining, load_config
 from latentdiff.training.data.batches import Batch
@@ -39,7 +39,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def found(file: str, *overrides: str) -> dict[str, Row]:
     config = load_config(file, list(overrides))
     assert isinstance(config, DiffusionTraining)
-    return {row.name: row for row in look(config)}
+    return {row.name: row for row in examine_diffusion(config)}
 
 
 def everything_in(folder: Path) -> dict[Path, bytes]:
@@ -100,7 +100,7 @@ def test_every_objective_is_looked_at(tmp_path: Path, changes: dict[str, Any]) -
 def test_pictures_of_several_shapes_are_looked_at(tmp_path: Path) -> None:
     config = config_of(shapes(tmp_path))
     before = everything_in(tmp_path)
-    rows = {row.name: row for row in look(config)}
+    rows = {row.name: row for row in examine_diffusion(config)}
     assert everything_in(tmp_path) == before
     assert rows["pictures"].value.startswith("7 with 7 captions") and len(rows) == 19
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from latentdiff.training.check import autoencoder as check_autoencoder
 from latentdiff.training.check import table as check_parts
-from latentdiff.training.check.autoencoder import look_at_autoencoder
+from latentdiff.training.check.autoencoder import examine_autoencoder
 from latentdiff.training.check.table import Row
 from latentdiff.training.config import AutoencoderTraining, load_config
 from latentdiff.training.loop import resources
@@ -40,7 +40,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def found(file: str, *overrides: str) -> dict[str, Row]:
     config = load_config(file, list(overrides))
     assert isinstance(config, AutoencoderTraining)
-    return {row.name: row for row in look_at_autoencoder(config)}
+    return {row.name: row for row in examine_autoencoder(config)}
 
 
 def test_a_sound_run_is_found_sound_and_nothing_is_written(

@@ -1,11 +1,15 @@
 """Checkpoints: exact round trip, damaged ones passed over, nothing half-written, nothing non-finite."""
 
+import hashlib
+import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from latentdiff.training.loop.checkpointing import checkpoint_problem, load_latest, save_checkpoint
 from latentdiff.training.loop.state import load_optimizer, optimizer_tensors
+from safetensors.torch import save_file
 
 from latentdiff.errors import InputError
 
@@ -92,6 +96,22 @@ def test_every_byte_of_the_manifest_is_checked(tmp_path: Path) -> None:
     assert not checkpoint_problem(manifest.parent)
     renamed = manifest.parent.rename(tmp_path / "checkpoints/step-00000003")
     assert checkpoint_problem(renamed) == "is the checkpoint of step 2"
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/hostname", "a/b.json", "..\\secret.json", "pipe"])
+def test_a_manifest_names_files_of_its_checkpoint_alone(tmp_path: Path, name: str) -> None:
+    """Whoever wrote it could have hashed it too; and nothing waits at a pipe."""
+    folder = save(tmp_path, 1, 1.0)
+    save_file({"w": torch.ones(1)}, folder.parent / "secret.safetensors")
+    if name == "pipe":
+        os.mkfifo(folder / name)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": 0, "sha256": ""}
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    manifest["sha256"] = hashlib.sha256(json.dumps(content, indent=2).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    expected = "must be a regular file" if name == "pipe" else "which lies elsewhere"
+    assert expected in checkpoint_problem(folder)
 
 
 def test_a_run_without_a_usable_checkpoint_does_not_start_over_in_silence(tmp_path: Path) -> None:

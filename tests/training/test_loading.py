@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from latentdiff.training.data.prefetch import AHEAD, drawn_ahead, prefetched, workers
+from latentdiff.training.data.prefetch import AHEAD, prefetched, prefetched_by_workers, workers
 
 from latentdiff.errors import InputError
 
@@ -44,9 +44,9 @@ def square(number: int) -> int:
 @pytest.mark.parametrize("processes", sorted({0, 1, workers()}))
 def test_order_does_not_depend_on_processes(processes: int) -> None:
     state = torch.get_rng_state()
-    assert list(drawn_ahead(square, range(3, 20), processes)) == [number * number for number in range(3, 20)]
+    assert list(prefetched_by_workers(square, range(3, 20), processes)) == [number * number for number in range(3, 20)]
     assert torch.equal(torch.get_rng_state(), state)
-    results = drawn_ahead(square, range(29, 40), processes)
+    results = prefetched_by_workers(square, range(29, 40), processes)
     assert next(results) == 841
     with pytest.raises(InputError, match=r"^thirty is refused$"):
         next(results)

@@ -48,13 +48,13 @@ def test_psnr_of_a_known_error() -> None:
 
 def test_discriminator_learns_to_tell_and_its_weight_balances_gradients() -> None:
     torch.manual_seed(0)
-    critic = PatchDiscriminator(channels=8)
-    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-2)
+    discriminator = PatchDiscriminator(channels=8)
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-2)
     real, fake = torch.ones(4, 3, 16, 16) * 0.5, -torch.ones(4, 3, 16, 16) * 0.5
-    first = discriminator_loss(critic(real), critic(fake))
+    first = discriminator_loss(discriminator(real), discriminator(fake))
     for _ in range(20):
         optimizer.zero_grad()
-        loss = discriminator_loss(critic(real), critic(fake))
+        loss = discriminator_loss(discriminator(real), discriminator(fake))
         loss.backward()
         optimizer.step()
     assert loss < 0.5 * first

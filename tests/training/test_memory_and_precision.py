@@ -60,8 +60,8 @@ def test_what_is_kept_of_a_picture_is_encoded_in_float32() -> None:
         autocast.append(torch.is_autocast_enabled("cpu"))
         return x[:, :4]
 
-    beside: Any = SimpleNamespace(inputs=inputs, levels=None)
-    batch = Batch(torch.ones(2, 4, 4, 4), torch.zeros(2, 1, 8), torch.zeros(2, dtype=torch.bool), {}, beside)
+    concat: Any = SimpleNamespace(inputs=inputs, levels=None)
+    batch = Batch(torch.ones(2, 4, 4, 4), torch.zeros(2, 1, 8), torch.zeros(2, dtype=torch.bool), {}, concat)
     components: Any = SimpleNamespace(schedule=NoiseSchedule())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         terms = loss_terms(network, components, ObjectiveConfig(), batch, torch.tensor([1, 2]), torch.ones(2, 4, 4, 4))

@@ -51,3 +51,11 @@ def test_batches_of_groups_are_shuffled_and_any_of_them_can_be_asked_for() -> No
     groups = [int(order.groups[batch[0]]) for batch in batches]
     assert groups[:10] != sorted(groups[:10])
     assert groups[:10] != groups[10:]
+
+
+def test_no_more_orders_are_held_than_a_batch_needs() -> None:
+    """However many epochs have gone by: of each group, this epoch's and the next."""
+    order = BatchOrder(np.arange(40), np.repeat([0, 1], 20), 40)
+    for step in range(300):
+        order.batch(step, 4, 0)
+    assert len(order._sequences) <= 4

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from latentdiff.training.check.diffusion import look_at_disk
+from latentdiff.training.check.diffusion import examine_disk
 from latentdiff.training.config import RunConfig, load_config, parse_config
 from latentdiff.training.loop import posthoc_ema
 from latentdiff.training.loop.checkpointing import load_latest
@@ -272,7 +272,7 @@ def test_check_counts_them(tmp_path: Path) -> None:
     config: Any = SimpleNamespace(run=run)
     layer = nn.Linear(1024, 1024, bias=False)  # 4 MiB; two moments and three averages of the same size each
     optimizers = {"optimizer": torch.optim.AdamW(layer.parameters())}
-    row = look_at_disk(config, RunState({"model": layer}, optimizers, Ema(layer, 0.9), power_emas(layer, run)))
+    row = examine_disk(config, RunState({"model": layer}, optimizers, Ema(layer, 0.9), power_emas(layer, run)))
     assert row.value == "3 checkpoints of 24.0 MiB and 4 snapshots of 4.0 MiB"
     assert row.expected.startswith("88.0 MiB of ")
 

@@ -36,3 +36,32 @@ def test_compilation_that_changes_nothing_is_taken(monkeypatch: pytest.MonkeyPat
     module = network()
     compile_checked(module, torch.ones(2, 3, 8, 8), autocast=contextlib.nullcontext())
     assert compiled[-1] is module and len(compiled) == 2
+
+
+class Rounded(nn.Module):
+    """A network whose gradient is off by a share in reduced precision."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.weight, self.share = nn.Parameter(torch.ones(4)), share
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight * (1 + self.share if torch.is_autocast_enabled("cpu") else 1)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.01])
+def test_a_compiler_may_be_off_by_what_its_precision_is(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Gradients are compared with those in float32, of which reduced precision loses some by itself."""
+
+    def compiled(more: float) -> Any:
+        def change(module: Any) -> None:
+            module.share = share + more
+
+        return change
+
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    monkeypatch.setattr(nn.Module, "compile", compiled(share * 0.3))
+    compile_checked(Rounded(share), torch.ones(2, 4), autocast=autocast)
+    monkeypatch.setattr(nn.Module, "compile", compiled(0.5))
+    with pytest.raises(InputError, match=r"changes this network's gradients by .*, rounding by"):
+        compile_checked(Rounded(share), torch.ones(2, 4), autocast=autocast)

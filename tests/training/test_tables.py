@@ -99,6 +99,20 @@ def test_captions_in_text_files_beside_pictures(tmp_path: Path) -> None:
     assert "no caption (its .txt file:1 is not UTF-8 (byte 0xe4)" in data.skipped[0]["reason"]
 
 
+def test_captions_in_caption_files(tmp_path: Path) -> None:
+    """As taggers write them; a .txt file says it, where there are both."""
+    place = pictures(tmp_path / "set", 3)
+    for name, text in {"0.caption": "a fox\n", "1.caption": "tags", "1.txt": "a bear", "2.CAPTION": "a cat"}.items():
+        (place / name).write_text(text)
+    assert captions(place) == [["a fox"], ["a bear"], ["a cat"]]
+    (place / "0.caption").write_bytes("Bär".encode("cp1252"))
+    data = load_images(DataConfig(folder=str(place), size=8))
+    assert "no caption (its .caption file:1 is not UTF-8" in data.skipped[0]["reason"]
+    members = [("a.png", PICTURES[0]), ("a.caption", b"tags"), ("b.txt", b"a bear"), ("b.png", PICTURES[1])]
+    write_tar(tmp_path / "0.tar", [*members, ("a.txt", b"a fox"), ("b.caption", b"x"), ("c.caption", b"a cat\n")])
+    assert [row["captions"] for row in opened(tmp_path / "0.tar").rows] == ["a fox", "a bear", "a cat"]
+
+
 def test_what_macos_puts_beside_files_is_no_picture_of_a_shard(tmp_path: Path) -> None:
     beside = [(f"set/._{name}", b"of macOS") for name in ("0.png", "0.txt")]
     write_tar(tmp_path / "0.tar", [("set/0.png", PICTURES[0]), ("set/0.txt", b"a"), *beside])

@@ -36,7 +36,7 @@ def config_of(file: str, *changes: str) -> DiffusionTraining:
 
 @pytest.fixture
 def upscale_file(tmp_path: Path) -> str:
-    """A recipe of a small upscaler of windows of tiny pictures, beside its autoencoder."""
+    """A recipe of a small upscaler of windows of tiny pictures, concat its autoencoder."""
     if not (tmp_path / "pictures").exists():
         pictures(tmp_path / "pictures", 6)
     cli_train(recipe(tmp_path, "autoencoder"), [], False, None)
@@ -51,9 +51,9 @@ def test_new_channels_change_nothing_at_first(built_model: Path) -> None:
     assert unet is not None
     wide, x = widened(unet, 5), torch.randn(2, 4, 8, 8)
     timesteps, context = torch.tensor([3, 700]), torch.randn(2, 5, 16)
-    beside = torch.randn(2, 5, 8, 8)
+    concat = torch.randn(2, 5, 8, 8)
     with torch.no_grad():
-        before, after = unet(x, timesteps, context), wide(torch.cat([x, beside], dim=1), timesteps, context)
+        before, after = unet(x, timesteps, context), wide(torch.cat([x, concat], dim=1), timesteps, context)
     torch.testing.assert_close(after, before, atol=1e-6, rtol=1e-5)
     assert wide.config.in_channels == 9 and unet.config.in_channels == 4
 
@@ -64,21 +64,21 @@ def test_a_mask_and_what_is_kept_are_those_of_the_pipeline(lora_file: str, tmp_p
     assert components.inpaints
     data = prepare_data(config, components, tmp_path / "run")
     batch, again = (draw_batch(data, config, 1) for _ in range(2))
-    assert batch.beside is not None and again.beside is not None and batch.beside.kept is not None
-    assert torch.equal(batch.beside.channels, again.beside.channels)
-    shares = [draw_batch(data, config, 1, part).beside for part in (slice(0, 5), slice(5, 16))]
-    assert torch.equal(torch.cat([share.channels for share in shares if share is not None]), batch.beside.channels)
-    full = batch.beside.channels.flatten(1).mean(dim=1) == 1
+    assert batch.concat is not None and again.concat is not None and batch.concat.kept is not None
+    assert torch.equal(batch.concat.channels, again.concat.channels)
+    shares = [draw_batch(data, config, 1, part).concat for part in (slice(0, 5), slice(5, 16))]
+    assert torch.equal(torch.cat([share.channels for share in shares if share is not None]), batch.concat.channels)
+    full = batch.concat.channels.flatten(1).mean(dim=1) == 1
     assert 0 < int(full.sum()) < 16
-    inputs = batch.beside.inputs(components)
+    inputs = batch.concat.inputs(components)
     assert inputs.shape == (16, 5, *batch.latents.shape[2:])
     number = int((~full).nonzero()[0])
-    kept, factor = batch.beside.kept[number], components.autoencoder.config.downsample_factor
+    kept, factor = batch.concat.kept[number], components.autoencoder.config.downsample_factor
     white = Image.fromarray((kept.abs().sum(dim=0) == 0).numpy().astype(np.uint8) * 255)
     whole = Image.fromarray(((kept.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy())
     assert torch.equal(to_tensor([whole])[0] * (kept != 0), kept)
     mask = torch.from_numpy(np.asarray(white)[::factor, ::factor] > 0).float()
-    assert (mask >= batch.beside.channels[number, 0]).all()  # what happens to be middle grey looks masked
+    assert (mask >= batch.concat.channels[number, 0]).all()  # what happens to be middle grey looks masked
 
 
 def test_an_inpainting_run_resumes_and_makes_a_model_that_paints(lora_file: str, tmp_path: Path) -> None:  # noqa: F811
@@ -101,8 +101,8 @@ def test_an_upscaling_run_makes_a_model_that_enlarges(upscale_file: str, tmp_pat
     components = load_components(config)
     data = prepare_data(config, components, tmp_path / "run")
     batch = draw_batch(data, config, 0)
-    assert batch.beside is not None and batch.beside.levels is not None
-    assert batch.beside.channels.shape == (4, 3, 8, 8) and 0 <= int(batch.beside.levels.max()) <= 20
+    assert batch.concat is not None and batch.concat.levels is not None
+    assert batch.concat.channels.shape == (4, 3, 8, 8) and 0 <= int(batch.concat.levels.max()) <= 20
     check_interrupted(upscale_file, tmp_path)
     pipe = Pipeline.from_pretrained(tmp_path / "unbroken/model", device="cpu")
     assert pipe.components.upscales and pipe.components.low_res_schedule is not None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from latentdiff.training.config import load_config
+from latentdiff.training.config import load_config, parse_config
+from latentdiff.training.data import prior_images
+from latentdiff.training.data.dataset import read_captions
 from latentdiff.training.loop.checkpointing import checkpoint_folders
 from latentdiff.training.loop.run import locked
 from latentdiff.training.monitor import samples
@@ -148,3 +151,39 @@ def test_prompts_may_change_when_a_run_goes_on(file: str, tmp_path: Path) -> Non
     cli_train(file, ["run.steps=1"], False, None)
     cli_train(file, ["run.steps=2", "prompts=[c]"], True, None)
     assert (tmp_path / "run/samples/00000002.png").is_file()
+
+
+def test_commands_to_try_can_be_pasted(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "my run (1)"
+    cli_train(file, ["run.steps=1", "prompts=[a]"], False, str(run))
+    commands = [
+        line.partition("latentdiff ")[2] for line in capsys.readouterr().out.splitlines() if "latentdiff " in line
+    ]
+    assert [shlex.split(command)[:4] for command in commands] == [
+        ["generate", "a", "--model", str(run / "model")],
+        ["evaluate", str(run / "model"), "--data", str(tmp_path / "pictures")],
+    ]
+
+
+def test_brackets_of_a_prior_are_plain_text_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pictures are drawn as their caption is trained."""
+    asked: list[dict[str, Any]] = []
+
+    class Picture:
+        def write(self, number: int, path: Path) -> None:
+            path.write_bytes(b"")
+
+    def draw(prompt: str, **options: Any) -> Picture:
+        asked.append({"prompt": prompt, **options})
+        return Picture()
+
+    monkeypatch.setattr(prior_images, "Pipeline", lambda components: draw)
+    given = {"start_from": "m", "prior": {"prompt": "a clock (10:30)", "pictures": 2}, "data": {"folder": "p"}}
+    run = {"out": "r", "steps": 1, "batch_size": 2}
+    config: Any = parse_config({"stage": "diffusion", "prompts": ["a"], "run": run, **given})
+    data = prior_images.draw_prior(config, None, tmp_path)  # type: ignore[arg-type]
+    assert [(one["prompt"], one["prompt_weights"], one["seed"]) for one in asked] == [
+        ("a clock (10:30)", False, 0),
+        ("a clock (10:30)", False, 1),
+    ]
+    assert read_captions(data) == [["a clock (10:30)"]] * 2

@@ -40,11 +40,11 @@ from .table import (
     OVERFIT_STEPS,
     TIMED,
     Row,
-    look_at_disk,
-    look_at_folder,
-    look_at_memory,
-    look_at_pictures,
-    look_at_steps,
+    examine_disk,
+    examine_folder,
+    examine_memory,
+    examine_pictures,
+    examine_steps,
     small_enough,
     start_check,
 )
@@ -57,30 +57,30 @@ REDUCED_SIDE = 32
 Trial = Callable[[int, bool], tuple[dict[str, Tensor], dict[str, float], Tensor]]
 
 
-def look_at_autoencoder(config: AutoencoderTraining) -> Iterator[Row]:
+def examine_autoencoder(config: AutoencoderTraining) -> Iterator[Row]:
     """Yield the lines of the table of an autoencoder run; see `training.check.diffusion.check`."""
     accelerator = start_check(config)
-    yield from look_at_folder(config, "KL autoencoder, from scratch")
+    yield from examine_folder(config, "KL autoencoder, from scratch")
     require_trainable(config)
     shape = AutoencoderConfig.from_dict(config.model)
     require_small_enough(lambda: AutoencoderKL(shape), accelerator.device)
     perceptual = load_perceptual(config, accelerator.device)
     with TemporaryDirectory(prefix="latentdiff-check-") as folder:
         data = open_images(config.data, config.run.batch_size, Path(folder))
-        yield from look_at_pictures(config, data)
-        yield look_at_held_out(config, data)
+        yield from examine_pictures(config, data)
+        yield examine_held_out(config, data)
         model, state = assemble(config)
         networks = [*state.modules.values(), *([] if perceptual is None else [perceptual])]
-        yield from look_at_memory(networks, state, accelerator)
-        yield look_at_disk(config, state)
+        yield from examine_memory(networks, state, accelerator)
+        yield examine_disk(config, state)
         trial = stepper(config, data, perceptual, state, accelerator)
-        yield from look_at_terms(trial)
-        flops = yield from look_at_steps(config, lambda step: trial(1 + step, False)[2], state, accelerator)
+        yield from examine_terms(trial)
+        flops = yield from examine_steps(config, lambda step: trial(1 + step, False)[2], state, accelerator)
         used = model if small_enough(flops, config, accelerator) else None
         yield overfit(used, config, data, perceptual, accelerator)
 
 
-def look_at_held_out(config: AutoencoderTraining, data: CaptionedImages) -> Row:
+def examine_held_out(config: AutoencoderTraining, data: CaptionedImages) -> Row:
     """Say how many pictures there are to measure by, and whether they are trained on."""
     held_out = load_held_out(config, data)
     last = to_tensor(composite(data.images[-1:], rgb(config.data.background)))
@@ -104,26 +104,28 @@ def stepper(
     loss = config.loss.model_copy(update={"adversarial_start": 0})
     enough = run.model_copy(update={"steps": max(run.steps, 2 + TIMED)})  # of a run that is shorter than this look
     config = config.model_copy(update={"loss": loss, "run": enough})
-    model, adversary, optimizer, critic = accelerator.prepare(plain, discriminator, *state.optimizers.values())
+    model, adversary, optimizer, discriminator_optimizer = accelerator.prepare(
+        plain, discriminator, *state.optimizers.values()
+    )
     state.ema.to(accelerator.device)
     batches = image_batches(data, config, 0, own_shares(accelerator, run))
 
     def take_step(step: int, measured: bool) -> tuple[dict[str, Tensor], dict[str, float], Tensor]:
-        start_step(config, step, optimizer, critic)
+        start_step(config, step, optimizer, discriminator_optimizer)
         values, scalars = accumulate_gradients(
             model, adversary, perceptual, config, batches, step, accelerator, measured
         )
         norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
         accelerator.clip_grad_norm_(discriminator.parameters(), config.optimizer.max_grad_norm)
         optimizer.step()
-        critic.step()
+        discriminator_optimizer.step()
         state.ema.update(plain)
         return values, scalars, norm
 
     return take_step
 
 
-def look_at_terms(trial: Trial) -> Iterator[Row]:
+def examine_terms(trial: Trial) -> Iterator[Row]:
     """Say how large each term of the loss is in the first step, and the gradient that it alone sends."""
     values, scalars, _ = trial(0, True)
     for name, value in values.items():

@@ -21,7 +21,7 @@ from latentdiff.models.pixels import PixelSpace
 
 from ..config import AutoencoderTraining, DiffusionTraining, LoraConfig, TrainingConfig, UNetTraining
 from ..data.batches import Batch, draw_batch, latent_batches
-from ..data.latents import LatentSet, tell_of_cut
+from ..data.latents import LatentSet, warn_of_cut
 from ..data.timesteps import stratified_timesteps
 from ..loop.distributed import own_shares, sample_noise
 from ..loop.run import fast_attention, seeded, short, start_step
@@ -40,24 +40,24 @@ from ..setup import (
     require_buildable,
 )
 from ..train_diffusion import accumulate_gradients
-from .autoencoder import look_at_autoencoder
+from .autoencoder import examine_autoencoder
 from .table import (
     OVERFIT,
     OVERFIT_RATE,
     OVERFIT_STEPS,
     TIMED,
     Row,
-    look_at_disk,
-    look_at_folder,
-    look_at_memory,
-    look_at_pictures,
-    look_at_steps,
+    examine_disk,
+    examine_folder,
+    examine_memory,
+    examine_pictures,
+    examine_steps,
     small_enough,
     start_check,
 )
 
 SAMPLES = 1000  # whose latents and captions are looked at
-LOOKED_AT = 64  # samples whose error is measured before the first step
+MEASURED = 64  # samples whose error is measured before the first step
 REDUCED = {
     "block_out_channels": [32, 64],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
@@ -76,19 +76,21 @@ def check(config: TrainingConfig) -> None:
     """
     odd = 0
     with restored_random_state():
-        for row in look_at_autoencoder(config) if isinstance(config, AutoencoderTraining) else look(config):
+        for row in (
+            examine_autoencoder(config) if isinstance(config, AutoencoderTraining) else examine_diffusion(config)
+        ):
             print(f"{row.name:<18} {row.value:<52} {row.expected:<46} {'ok' if row.fine else 'look'}", flush=True)
             odd += not row.fine
     print(f"{odd} of these to look at" if odd else "all as expected")
 
 
-def look(config: DiffusionTraining) -> Iterator[Row]:
+def examine_diffusion(config: DiffusionTraining) -> Iterator[Row]:
     """Yield the lines of the table of a diffusion run; see `check`."""
     accelerator = start_check(config)
     what = "from scratch" if config.start_from is None else f"from {config.start_from}"
     kinds = {"unet": "U-Net", "word": "a new word", "unet_and_text": "U-Net and text encoder"}
     kind = f"LoRA of rank {config.train.rank}" if isinstance(config.train, LoraConfig) else kinds[config.train.kind]
-    yield from look_at_folder(config, f"{kind}, {what}")
+    yield from examine_folder(config, f"{kind}, {what}")
     with TemporaryDirectory(prefix="latentdiff-check-") as folder:
         out = Path(config.run.out).resolve()
         if config.cache is None or Path(config.cache).resolve().is_relative_to(out):
@@ -99,36 +101,36 @@ def look(config: DiffusionTraining) -> Iterator[Row]:
         try_prompts(config, components)
         move_networks(components, accelerator.device)
         images = open_data(config, components, Path(folder))
-        yield from look_at_pictures(config, images)
+        yield from examine_pictures(config, images)
         if config.prior is not None:
             value = f"{config.prior.pictures} of {config.prior.prompt!r}"
             yield Row("prior pictures", value[:52], "drawn before the first step, left out here")
             config = config.model_copy(update={"prior": None})
         data = encode_data(config, components, Path(folder), images)
-        tell_of_cut(data.captions, components)
-        yield look_at_held_out(config, components)
-        yield from look_at_samples(config, data, components)
+        warn_of_cut(data.captions, components)
+        yield examine_held_out(config, components)
+        yield from examine_samples(config, data, components)
         network, components, state = assemble(config, data, components, accelerator)
         state.scaler = accelerator.scaler
-        yield from look_at_memory((network, components.autoencoder, components.text_encoder), state, accelerator)
-        yield look_at_disk(config, state)
+        yield from examine_memory((network, components.autoencoder, components.text_encoder), state, accelerator)
+        yield examine_disk(config, state)
         network.to(accelerator.device)
-        yield from look_at_errors(network, config, components, data, state, accelerator)
+        yield from examine_errors(network, config, components, data, state, accelerator)
         with fast_attention(accelerator.device):
             take_step = stepper(network, config, components, data, state, accelerator)
-            flops = yield from look_at_steps(config, take_step, state, accelerator)
+            flops = yield from examine_steps(config, take_step, state, accelerator)
             used = network if small_enough(flops, config, accelerator) else None
             yield overfit(used, config, components, data, accelerator)
 
 
-def look_at_held_out(config: DiffusionTraining, components: Encoders) -> Row:
+def examine_held_out(config: DiffusionTraining, components: Encoders) -> Row:
     """Say whether there are pictures to measure by."""
     held_out = load_held_out(config, components)
     found = "none, so that the log has no held-out errors" if held_out is None else f"{len(held_out.latents)} looked at"
     return Row("held-out pictures", found, "a validation split, or data.held_out", held_out is not None)
 
 
-def look_at_samples(config: DiffusionTraining, data: LatentSet, components: Encoders) -> Iterator[Row]:
+def examine_samples(config: DiffusionTraining, data: LatentSet, components: Encoders) -> Iterator[Row]:
     """Say how latents are distributed, and how many captions are dropped, of the first `SAMPLES` samples of the run."""
     batch = config.run.batch_size
     batches = (draw_batch(data, config, step) for step in range(math.ceil(SAMPLES / batch)))
@@ -146,7 +148,7 @@ def look_at_samples(config: DiffusionTraining, data: LatentSet, components: Enco
     yield Row("null prompts", f"{share:.1%} of {len(dropped)} samples", expected, abs(share - rate) <= spread)
 
 
-def look_at_errors(
+def examine_errors(
     network: nn.Module,
     config: DiffusionTraining,
     components: Components,
@@ -159,7 +161,7 @@ def look_at_errors(
     What was never trained cannot be better than the best prediction of Gaussian data without structure, else it is
     shown what it is asked for; what was trained must be better.
     """
-    samples = first_samples(data, config, LOOKED_AT)
+    samples = first_samples(data, config, MEASURED)
     state.to(accelerator.device)
     with state.ema.swapped_into(state.modules["model"]):
         errors = held_out_errors(network, components, config, samples, accelerator).mean(dim=1)

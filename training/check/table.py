@@ -59,7 +59,7 @@ def start_check(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def look_at_folder(config: TrainingConfig, what: str) -> Iterator[Row]:
+def examine_folder(config: TrainingConfig, what: str) -> Iterator[Row]:
     """Say what is trained and whether the run folder has been used."""
     yield Row("config", f"{config.stage}: {what}", "no unknown key, no wrong value")
     require_own_config(Path(config.run.out))
@@ -79,7 +79,7 @@ def _problem(checkpoint: Path, config: TrainingConfig) -> str:
     return "; ".join(config_differences(completed(before), config.model_dump(mode="json")))
 
 
-def look_at_pictures(config: TrainingConfig, images: CaptionedImages) -> Iterator[Row]:
+def examine_pictures(config: TrainingConfig, images: CaptionedImages) -> Iterator[Row]:
     """Say how many pictures and captions there are, and which were left out."""
     run = config.run
     captions = sum(len(row["captions"]) for row in images.rows)
@@ -91,7 +91,7 @@ def look_at_pictures(config: TrainingConfig, images: CaptionedImages) -> Iterato
     yield Row("skipped", f"{len(skipped)}: {names}"[:52] if skipped else "0", "0, at most 1 %", not skipped)
 
 
-def look_at_memory(networks: Sequence[nn.Module], state: RunState, accelerator: Accelerator) -> Iterator[Row]:
+def examine_memory(networks: Sequence[nn.Module], state: RunState, accelerator: Accelerator) -> Iterator[Row]:
     """Say how many parameters there are and what they, gradients, optimizer and average take; activations come on top.
 
     Args:
@@ -106,7 +106,7 @@ def look_at_memory(networks: Sequence[nn.Module], state: RunState, accelerator: 
     yield Row("memory", str(memory), expected, memory.needed < 0.8 * memory.there)
 
 
-def look_at_disk(config: TrainingConfig, state: RunState) -> Row:
+def examine_disk(config: TrainingConfig, state: RunState) -> Row:
     """Say how large checkpoints will be and whether there is room for them.
 
     Raises:
@@ -122,7 +122,7 @@ def small_enough(flops: int, config: TrainingConfig, accelerator: Accelerator) -
     return flops / config.run.batch_size * OVERFIT * OVERFIT_STEPS < OVERFIT_FLOPS[accelerator.device.type]
 
 
-def look_at_steps(
+def examine_steps(
     config: TrainingConfig, take_step: Callable[[int], Tensor], state: RunState, accelerator: Accelerator
 ) -> Generator[Row, None, int]:
     """Take a few steps, say what they cost, and return the FLOPs of one.

@@ -95,7 +95,7 @@ class DiffusionTraining(Section):
         return self
 
     @model_validator(mode="after")
-    def _what_is_drawn(self) -> Self:
+    def _task_fits(self) -> Self:
         """Refuse what does not go together with a task."""
         if isinstance(self.task, TextToImageTask):
             return self

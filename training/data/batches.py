@@ -36,14 +36,14 @@ class Batch:
         context: text states (B, L, D); numbers and mask of tokens (B, 2, L) int64 for a `JointNetwork`.
         dropped: (B,) bool, which have the null prompt in place of their caption.
         added: "text_embeds" (B, P) and "time_ids" (B, 6) for U-Nets of XL.
-        beside: what the network sees beside the noisy latents, of a task that has it; see `ConcatConditioning`.
+        concat: channels concatenated to the noisy latents, of a task that has them; see `ConcatConditioning`.
     """
 
     latents: Tensor
     context: Tensor
     dropped: Tensor
     added: Mapping[str, Tensor] = field(default_factory=dict)
-    beside: ConcatConditioning | None = None
+    concat: ConcatConditioning | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -51,8 +51,8 @@ class Batch:
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Return a batch of what a function makes of each tensor: moved, or a part of it."""
         added = {name: change(tensor) for name, tensor in self.added.items()}
-        beside = None if self.beside is None else self.beside.map(change)
-        return Batch(change(self.latents), change(self.context), change(self.dropped), added, beside)
+        concat = None if self.concat is None else self.concat.map(change)
+        return Batch(change(self.latents), change(self.context), change(self.dropped), added, concat)
 
     def joined(self, other: Batch) -> Batch:
         """Return the samples of both, one after the other."""
@@ -83,11 +83,11 @@ def draw_batch(data: LatentSet, config: DiffusionTraining, step: int, share: sli
     View, caption and caption dropout of a sample are a pure function of (seed, sample, epoch).
     """
     if data.prior is None:
-        return _drawn(data, config, step, config.run.batch_size, range(config.run.batch_size)[share])
+        return _draw_samples(data, config, step, config.run.batch_size, range(config.run.batch_size)[share])
     size, drawn = config.run.batch_size // 2, []
     for position in range(config.run.batch_size)[share]:
         half, among = divmod(position, 2)
-        drawn.append(_drawn(data.prior if among else data, config, step, size, [half]))
+        drawn.append(_draw_samples(data.prior if among else data, config, step, size, [half]))
     return reduce(Batch.joined, drawn)
 
 
@@ -101,9 +101,11 @@ def sample_weights(config: DiffusionTraining) -> Tensor:
     return torch.tensor([2.0, 2.0 * config.prior.weight]).repeat(config.run.batch_size // 2)
 
 
-def _drawn(data: LatentSet, config: DiffusionTraining, step: int, batch_size: int, positions: Sequence[int]) -> Batch:
+def _draw_samples(
+    data: LatentSet, config: DiffusionTraining, step: int, batch_size: int, positions: Sequence[int]
+) -> Batch:
     """Return the samples at some positions in the batch of one step of a set, which has no prior of its own."""
-    run, picked, rows, beside = config.run, [], [], []
+    run, picked, rows, concat = config.run, [], [], []
     indices, epochs = (drawn[positions] for drawn in data.order.batch(step, batch_size, run.seed))
     for index, epoch in zip(indices.tolist(), epochs.tolist()):
         rng = np.random.default_rng([run.seed, data.samples[index].place, epoch])
@@ -112,9 +114,9 @@ def _drawn(data: LatentSet, config: DiffusionTraining, step: int, batch_size: in
         rows.append(0 if rng.random() < config.objective.caption_dropout else caption)
         picked.append(index * len(data.choices[index]) + view)
         if data.drawer is not None:
-            beside.append(data.drawer(picked[-1], rng))
+            concat.append(data.drawer(picked[-1], rng))
     context, added = data.texts.take(rows)
     if added:
         added["time_ids"] = torch.from_numpy(data.conditions[picked]).float()
-    together = ConcatConditioning.stack(beside) if beside else None
-    return Batch(data.latents.take(picked), context, torch.tensor(rows) == 0, added, together)
+    stacked = ConcatConditioning.stack(concat) if concat else None
+    return Batch(data.latents.take(picked), context, torch.tensor(rows) == 0, added, stacked)

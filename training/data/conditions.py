@@ -111,14 +111,14 @@ def examples(config: DiffusionTraining, components: Components) -> list[tuple[st
     data = open_held_out(config.data, cache, EXAMPLES) or load_images(config.data, cache=cache, most=EXAMPLES)
     task, found = replace(Task.of(config, components), max_noise_level=0, full_mask=0.0), []
     for number, picture in enumerate(composite(data.images, rgb(config.data.background))):
-        beside = task.draw(picture, np.random.default_rng([1, number]))
-        if beside.kept is None:
-            (small,) = from_tensor(beside.channels[None])
+        concat = task.draw(picture, np.random.default_rng([1, number]))
+        if concat.kept is None:
+            (small,) = from_tensor(concat.channels[None])
             given: dict[str, Any] = {"image": small, "noise_level": 0}
             shown = to_tensor([small.resize(picture.shape[1::-1], Image.Resampling.NEAREST)])[0]
         else:
-            mask = beside.channels.repeat_interleave(task.factor, 1).repeat_interleave(task.factor, 2)
-            white, shown = Image.fromarray((mask[0].numpy() * 255).astype(np.uint8)), beside.kept * (1 - mask)
+            mask = concat.channels.repeat_interleave(task.factor, 1).repeat_interleave(task.factor, 2)
+            white, shown = Image.fromarray((mask[0].numpy() * 255).astype(np.uint8)), concat.kept * (1 - mask)
             given = {"image": Image.fromarray(picture), "mask": white}
             given |= dict(zip(("height", "width"), picture.shape))
         found.append((data.rows[number]["captions"][0], given, shown))

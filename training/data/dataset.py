@@ -266,12 +266,12 @@ def _in_memory(source: Source, frames: list[tuple[int, int]], cache: Path | None
     """
     pictures: dict[int, np.ndarray] = {}
 
-    def look(place: int) -> ImageInfo:
+    def read_info(place: int) -> ImageInfo:
         with read_image(source, place) as (digest, image):
             pictures[place] = _framed(image, nearest(*image.size, frames))
             return info_of(digest, image)
 
-    findings = examine(source, look)
+    findings = examine(source, read_info)
     if cache is not None:
         save_examined(findings, source, cache)
     samples, rows, skipped = _sift(source, findings, frames)

@@ -43,15 +43,15 @@ def read_image(source: Source, place: int) -> Iterator[tuple[str, Image.Image]]:
         yield found
 
 
-def examine(source: Source, look: Callable[[int], ImageInfo]) -> list[ImageInfo | str]:
+def examine(source: Source, read_info: Callable[[int], ImageInfo]) -> list[ImageInfo | str]:
     """Return what is found of every picture of a source.
 
     Args:
-        look: returns it for one, by its number.
+        read_info: returns it for one, by its number.
     """
 
     def attempt(place: int) -> ImageInfo | str:
-        return try_info(lambda: look(place), source.names[place])
+        return try_info(lambda: read_info(place), source.names[place])
 
     numbers = range(len(source))
     quiet = len(source) < 1000
@@ -70,12 +70,12 @@ def examined(source: Source, cache: Path) -> Sequence[ImageInfo | str]:
     with locked(cache / "pictures.lock"):  # one process looks, the others read what it found
         if (kept := _kept(source, cache)) is not None:
             return kept
-        findings = examine(source, lambda place: _look(source, place))
+        findings = examine(source, lambda place: _read_info(source, place))
         save_examined(findings, source, cache)
     return findings
 
 
-def _look(source: Source, place: int) -> ImageInfo:
+def _read_info(source: Source, place: int) -> ImageInfo:
     with read_image(source, place) as found:
         return info_of(*found)
 

@@ -40,10 +40,10 @@ def info_of(digest: str, image: Image.Image) -> ImageInfo:
     return digest, *image.size
 
 
-def try_info(look: Callable[[], ImageInfo], name: str) -> ImageInfo | str:
+def try_info(read_info: Callable[[], ImageInfo], name: str) -> ImageInfo | str:
     """Return what is found of a picture, or why there is nothing to be found."""
     try:
-        return look()
+        return read_info()
     except ValueError as error:
         return str(error).removeprefix(f"{printable(name)} ")
 

@@ -30,7 +30,7 @@ from .prefetch import prefetched
 from .sample import Sample
 
 PIXELS_AT_ONCE = 64 * 64**2  # through the autoencoder: pictures of 512 x 512 one by one, each of which takes gigabytes
-TOLD_TOGETHER = 256  # captions, since all of them get as many windows as the longest
+COUNTED_AT_ONCE = 256  # captions, since all of them get as many windows as the longest
 
 
 class TextCache(Protocol):
@@ -126,11 +126,11 @@ def cached_latents(
         batch_size=64,
     )
     texts = Tokens(token_rows(captions, components)) if as_tokens else _cached_states(captions, components, folder)
-    drawer = None if task is None else partial(_beside, data, variants, task)
+    drawer = None if task is None else partial(_concat_conditioning, data, variants, task)
     return LatentSet(latents, texts, captions, choices, data.order, data.samples, conditions, drawer)
 
 
-def _beside(
+def _concat_conditioning(
     data: CaptionedImages, variants: Sequence[Variant], task: Task, number: int, rng: np.random.Generator
 ) -> ConcatConditioning:
     return task.draw(paint(data, variants[number]), rng)
@@ -148,11 +148,11 @@ def token_rows(captions: Sequence[str], components: Encoders) -> Tensor:
     return torch.stack([tokens.input_ids[:, :length], tokens.attention_mask[:, :length]], dim=1)
 
 
-def tell_of_cut(captions: Sequence[str], components: Encoders) -> None:
+def warn_of_cut(captions: Sequence[str], components: Encoders) -> None:
     """Say on stderr how many captions are longer than the text window, whether they are encoded now or were before."""
     if components.tokenizer is None:
         return
-    shares = [captions[first : first + TOLD_TOGETHER] for first in range(0, len(captions), TOLD_TOGETHER)]
+    shares = [captions[first : first + COUNTED_AT_ONCE] for first in range(0, len(captions), COUNTED_AT_ONCE)]
     windows = [count for share in shares for count in components.tokenizer(share).windows]
     cut = [caption for caption, count in zip(captions, windows) if count > 1]
     if cut:

@@ -21,7 +21,7 @@ from .budget import Budget, share
 
 AHEAD = 4
 
-Drawn = TypeVar("Drawn")
+Result = TypeVar("Result")
 
 
 def workers() -> int:
@@ -30,10 +30,10 @@ def workers() -> int:
     return min(8, cores)
 
 
-def prefetched(draw: Callable[[int], Drawn], numbers: range, threads: int | None = None) -> Iterator[Drawn]:
+def prefetched(draw: Callable[[int], Result], numbers: range, threads: int | None = None) -> Iterator[Result]:
     """Yield draw(number) for all numbers in their order, computed ahead in threads (Pillow and torch let them run).
 
-    For work in bulk; a loop that does something else meanwhile is held up less by `drawn_ahead`.
+    For work in bulk; a loop that does something else meanwhile is held up less by `prefetched_by_workers`.
 
     Args:
         draw: may be called from several threads at once.
@@ -41,7 +41,7 @@ def prefetched(draw: Callable[[int], Drawn], numbers: range, threads: int | None
     """
     count = threads or workers()
     pool = ThreadPoolExecutor(count, thread_name_prefix="prefetch")
-    waiting: deque[Future[Drawn]] = deque()
+    waiting: deque[Future[Result]] = deque()
     try:
         for number in numbers:
             waiting.append(pool.submit(draw, number))
@@ -53,7 +53,7 @@ def prefetched(draw: Callable[[int], Drawn], numbers: range, threads: int | None
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def drawn_ahead(draw: Callable[[int], Drawn], numbers: range, processes: int) -> Iterator[Drawn]:
+def prefetched_by_workers(draw: Callable[[int], Result], numbers: range, processes: int) -> Iterator[Result]:
     """Yield draw(number) for all numbers in their order, computed ahead in other processes, or here without any.
 
     The processes start when the first result is asked for.
@@ -84,16 +84,16 @@ def drawn_ahead(draw: Callable[[int], Drawn], numbers: range, processes: int) ->
 
 
 @dataclass(frozen=True)
-class _Draws(Dataset, Generic[Drawn]):
+class _Draws(Dataset, Generic[Result]):
     """What is drawn, as a data set."""
 
-    draw: Callable[[int], Drawn]
+    draw: Callable[[int], Result]
     numbers: range
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index: int) -> Drawn | LatentDiffError:
+    def __getitem__(self, index: int) -> Result | LatentDiffError:
         """Return a result, or an error meant for people as a value: a loader would wrap it in a traceback."""
         try:
             return self.draw(self.numbers[index])

@@ -40,7 +40,7 @@ class Member:
     Attributes:
         shard: path or URL of the tar file.
         key: the name of the members up to the first dot after the last slash.
-        row: the object of the .json member, and the .txt member as "text".
+        row: the object of the .json member, and the .txt or .caption member as "text".
         offset: of the picture in the shard, in bytes; None while none was found.
         size: of the picture in bytes.
         finding: of the picture in a remote shard, which is examined as it passes by.
@@ -205,11 +205,11 @@ class _Passing:
     def _finding(self, number: int) -> ImageInfo | str:
         member, data = self.waiting[number]
 
-        def look() -> ImageInfo:
+        def read_info() -> ImageInfo:
             with decoded(data, member.name) as found:
                 return info_of(*found)
 
-        return try_info(look, member.name)
+        return try_info(read_info, member.name)
 
 
 def _read_shard(
@@ -243,6 +243,8 @@ def _read_shard(
                         member.finding = TOO_LARGE
                     elif pass_by is not None:
                         pass_by(member, _content(archive, entry, entry.size))
+                elif kind == "caption":  # that of the other kinds is the one, where there are several
+                    member.row = _metadata(archive, entry, kind) | member.row
                 elif kind in ("txt", "json"):
                     member.row.update(_metadata(archive, entry, kind))
             stream.seek(archive.offset)  # of the first block that is no header of a member
@@ -254,11 +256,11 @@ def _read_shard(
 
 
 def _metadata(archive: tarfile.TarFile, entry: tarfile.TarInfo, kind: str) -> dict[str, Any]:
-    """Return what a .txt or .json member says; one that cannot be read says nothing, as if it were missing."""
+    """Return what a .txt, .caption or .json member says; nothing, if it cannot be read."""
     try:
         cut = entry.size > MAX_METADATA_BYTES  # which leaves a text that is too long for a caption, and no JSON
         text = _content(archive, entry, MAX_METADATA_BYTES).decode("utf-8", "ignore" if cut else "strict")
-        content = {"text": text.strip()} if kind == "txt" else json.loads(text)
+        content = json.loads(text) if kind == "json" else {"text": text.strip()}
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

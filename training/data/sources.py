@@ -22,8 +22,8 @@ from .tables import CAPTION_COLUMNS, IMAGE_COLUMNS, SURPLUS, column, decode_text
 METADATA = ("metadata.jsonl", "metadata.csv")
 EXPECTED = (
     'an imagefolder (metadata.jsonl or metadata.csv with "file_name" and "text", or pictures with their captions in '
-    ".txt files beside them), a .csv, .jsonl, .parquet, .arrow or .tar file, a pattern of such files, the address of "
-    ".tar files, or hub:owner/name"
+    ".txt or .caption files beside them), a .csv, .jsonl, .parquet, .arrow or .tar file, a pattern of such files, the "
+    "address of .tar files, or hub:owner/name"
 )
 
 
@@ -139,23 +139,25 @@ def _merged(rows: list[dict[str, Any]], image: str) -> list[dict[str, Any]]:
 
 
 def _pictures(pictures: Sequence[Path], config: DataConfig) -> Source:
-    """Open the pictures of a folder, each with its caption in a .txt file of its name, or all with none."""
+    """Open the pictures of a folder, each with its caption in a file of its name, or all with none."""
     folder = pictures[0].parent
     rows: list[dict[str, Any]] = [{} for _ in pictures]
-    texts = {} if config.captions else {file.stem: file for file in files_in(folder, "txt")}
-    if told := any(picture.stem in texts for picture in pictures):
+    sidecars = [] if config.captions else [*files_in(folder, "caption"), *files_in(folder, "txt")]
+    texts = {file.stem: file for file in sidecars}  # a .txt file where there are both
+    if captioned := any(picture.stem in texts for picture in pictures):
         rows = [{"captions": _text(texts.get(picture.stem))} for picture in pictures]
     elif not config.captions:
         rows = [{"captions": [""]} for _ in pictures]
     source = of_paths(str(folder), rows, [picture.name for picture in pictures], folder)
-    return replace(source, uncaptioned=not told and not config.captions)
+    return replace(source, uncaptioned=not captioned and not config.captions)
 
 
 def _text(file: Path | None) -> str | dict[str, str] | None:
-    """Return the caption in a .txt file, or what is wrong with it as "reason"."""
+    """Return the caption in a file beside a picture, or what is wrong with it as "reason"."""
     try:
-        data = b"" if file is None else read_file(file, MAX_METADATA_BYTES, "caption")
-        return decode_text(data, "its .txt file").strip()
+        if file is None:
+            return ""
+        return decode_text(read_file(file, MAX_METADATA_BYTES, "caption"), f"its {file.suffix} file").strip()
     except InputError as error:
         return {"reason": str(error)}
 

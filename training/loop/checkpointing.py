@@ -25,7 +25,8 @@ from torch import Tensor
 
 import latentdiff
 from latentdiff.checkpoints.saver import flush_to_disk
-from latentdiff.errors import InputError, StorageError
+from latentdiff.errors import InputError, StorageError, shown
+from latentdiff.files import open_file
 
 _NAME = re.compile(r"step-(\d{8})$")
 # Keys of a config that a resumed run may change: where, how long, how often, and how a step is computed, not what.
@@ -178,13 +179,17 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: it is not as it was written, to the last byte.
+        OSError, ValueError, KeyError, TypeError: it is not as it was written, to the last byte, or names files
+            elsewhere.
     """
     text = (folder / "manifest.json").read_text(encoding="ascii")
     manifest = json.loads(text)
     content = {name: value for name, value in manifest.items() if name != "sha256"}
     if text != _render(manifest) or manifest["sha256"] != _sha256(_render(content).encode()):
         raise ValueError("manifest.json is damaged")
+    for name in manifest["files"]:
+        if Path(name).name != name or "\\" in name:
+            raise ValueError(f"manifest.json names {shown(name)}, which lies elsewhere")
     return manifest
 
 
@@ -225,7 +230,7 @@ def _fingerprints(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any
 def _fingerprint(file: Path) -> dict[str, Any]:
     """Return size and digest of a file."""
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
+    with open_file(file) as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}

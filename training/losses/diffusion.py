@@ -63,17 +63,17 @@ def require_objective(objective: ObjectiveConfig, schedule: NoiseSchedule) -> No
 
 
 def model_inputs(
-    noisy: Tensor, self_conditioning: bool, estimate: Tensor | None = None, beside: Tensor | None = None
+    noisy: Tensor, self_conditioning: bool, estimate: Tensor | None = None, concat: Tensor | None = None
 ) -> Tensor:
     """Return what the network is given of noisy latents (B, C, h, w).
 
     Args:
         self_conditioning: whether the network takes its own estimate of the step before besides.
         estimate: (B, C, h, w), that of the step before, with self-conditioning.
-        beside: (B, C', h, w), what a task has besides.
+        concat: (B, C', h, w), channels concatenated to them, of a task that has them.
     """
-    if beside is not None:
-        return torch.cat([noisy, beside], dim=1)
+    if concat is not None:
+        return torch.cat([noisy, concat], dim=1)
     if not self_conditioning:
         return noisy
     return torch.cat([noisy, torch.zeros_like(noisy) if estimate is None else estimate], dim=1)
@@ -82,8 +82,8 @@ def model_inputs(
 def conditioning(batch: Batch) -> Conditioning:
     """Return the conditioning of the network besides context: pooled text, sizes and noise levels."""
     options: Conditioning = {"added": batch.added} if batch.added else {}
-    if batch.beside is not None and batch.beside.levels is not None:
-        options["class_labels"] = batch.beside.levels
+    if batch.concat is not None and batch.concat.levels is not None:
+        options["class_labels"] = batch.concat.levels
     return options
 
 
@@ -134,11 +134,11 @@ def loss_terms(
         with torch.no_grad():
             output = unet(model_inputs(noisy, twice), timesteps, batch.context, **more).float()[:, :channels]
         estimate = x0_estimate(schedule.prediction_type, noisy, output, sigmas)
-    beside = None
-    if batch.beside is not None:
+    concat = None
+    if batch.concat is not None:
         with torch.autocast(latents.device.type, enabled=False):  # as while sampling; fp16 may overflow
-            beside = batch.beside.inputs(components)
-    prediction = unet(model_inputs(noisy, twice, estimate, beside), timesteps, batch.context, **more).float()
+            concat = batch.concat.inputs(components)
+    prediction = unet(model_inputs(noisy, twice, estimate, concat), timesteps, batch.context, **more).float()
     variance: str | Tensor = "fixed_small"
     if prediction.shape[1] > channels:
         prediction, variance = halves(prediction)

@@ -28,7 +28,7 @@ class SampleGrids:
     def __init__(self) -> None:
         self.failed = 0
 
-    def drawn(self, draw: Callable[[], object]) -> bool:
+    def made(self, draw: Callable[[], object]) -> bool:
         """Say whether a grid could be drawn; of the first that could not, say why on stderr."""
         try:
             draw()

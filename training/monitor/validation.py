@@ -53,14 +53,14 @@ def load_held_out(config: DiffusionTraining, components: Encoders) -> Batch | No
     context, added = texts.take(range(len(captions)))
     if added:
         added["time_ids"] = torch.tensor([sample.condition for sample in data.samples], dtype=torch.float32)
-    dropped, beside = torch.zeros(len(captions), dtype=torch.bool), None
+    dropped, concat = torch.zeros(len(captions), dtype=torch.bool), None
     if config.task.kind != "text_to_image":
         task, pictures = Task.of(config, components), composite(data.images, rgb(config.data.background))
-        beside = ConcatConditioning.stack(
+        concat = ConcatConditioning.stack(
             [task.draw(one, np.random.default_rng([0, n])) for n, one in enumerate(pictures)]
         )
     scaled = torch.cat(latents) * autoencoder.config.scaling_factor
-    return Batch(scaled, context, dropped, added, beside).map(Tensor.cpu)
+    return Batch(scaled, context, dropped, added, concat).map(Tensor.cpu)
 
 
 def bucket_timesteps(count: int, num_train_timesteps: int) -> Tensor:

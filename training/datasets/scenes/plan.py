@@ -131,13 +131,13 @@ def plan_scene(catalogue: Catalogue, seed: int, number: int, held_out: bool = Fa
     kind = str(np.random.default_rng([seed, number]).choice(list(KINDS), p=list(KINDS.values())))
     for attempt in count():
         rng = np.random.default_rng([seed, number, held_out, attempt])
-        scene = _drawn(catalogue, kind, rng, captions)
+        scene = _draw_scene(catalogue, kind, rng, captions)
         if scene is not None and any(map(is_held_out, scene.combinations)) == held_out:
             return scene
     raise AssertionError("unreachable")
 
 
-def _drawn(catalogue: Catalogue, kind: str, rng: np.random.Generator, captions: int) -> Scene | None:
+def _draw_scene(catalogue: Catalogue, kind: str, rng: np.random.Generator, captions: int) -> Scene | None:
     """Return a scene, or None where chance put together what does not go together."""
     counts, relation, sizes = _arrangement(kind, rng)
     things = _chosen(catalogue, len(counts), kind == "single", rng)

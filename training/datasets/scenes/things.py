@@ -128,7 +128,7 @@ def catalogue(rows: Sequence[dict[str, Any]], folder: Path, workers: int | None 
     """
     rows = sorted((row for row in rows if is_wanted(row)), key=lambda row: row["file_name"])
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        found = pool.map(partial(look_at, folder), rows, chunksize=32)
+        found = pool.map(partial(examine, folder), rows, chunksize=32)
         things = list(tqdm(found, total=len(rows), desc="things", unit="drawing"))
     natural: dict[str, set[str]] = defaultdict(set)
     for row in rows:
@@ -154,7 +154,7 @@ def is_countable(row: dict[str, Any]) -> bool:
     return (row["subgroup"] in SUBGROUPS or name in MORE) and with_article(name).startswith(("a ", "an "))
 
 
-def look_at(folder: Path, row: dict[str, Any]) -> Thing:
+def examine(folder: Path, row: dict[str, Any]) -> Thing:
     """Return what of a drawing is seen."""
     file = folder / row["file_name"]
     with Image.open(file) as image:
