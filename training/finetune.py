@@ -7,14 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from latentdiff.checkpoints import EMBEDDED, Components, load_pipeline
 from latentdiff.devices import memory_of, resolve_device
-from latentdiff.errors import InputError, shown
+from latentdiff.errors import InputError
 from latentdiff.prompts import check_prompt
 
-from .config import DataConfig, DiffusionTraining, UpscaleTask, dump_yaml, load_config, parse_config
+from .config import DiffusionTraining, UpscaleTask, data_config, dump_yaml, load_config, parse_config
 from .data.conditions import task_of
 from .data.dataset import read_captions
 
@@ -61,12 +59,7 @@ def recipe(dataset: str, out: str, model: str, rank: int | None, task: str | Non
     height, width = components.native_size
     if height != width:
         raise InputError(f"only models of square pictures are fine-tuned, got {width}x{height}; use another model")
-    try:
-        data = DataConfig(folder=dataset, size=height)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise InputError(f"the pictures must be a folder, table or archive, got {shown(dataset)}: {reason}") from error
-    captions = [found[0] for found in read_captions(data, Path(out) / "cache")]
+    captions = [found[0] for found in read_captions(data_config(dataset, height), Path(out) / "cache")]
     return choose(components, dataset, captions, out, model, rank, task)
 
 

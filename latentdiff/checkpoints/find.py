@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.checkpoints.folder import NETWORKS, VARIANTS, read_layout, weight_files
-from latentdiff.errors import InputError, ModelPathError, suggest
+from latentdiff.errors import InputError, ModelPathError, shown, suggest
 from latentdiff.models.tokenizer import FILES
 
 __all__ = ["EMBEDDED", "embedded_model", "find_model", "require_path"]
@@ -53,6 +53,8 @@ def require_path(path: object, what: str) -> Path:
     """
     if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
         raise InputError(f"{what} must be given by its path, got {type(path).__name__}; pass a string")
+    if "\0" in os.fspath(path):
+        raise InputError(f"{what} must be given by a path without NUL, got {shown(path)}; check it")
     return Path(path)
 
 

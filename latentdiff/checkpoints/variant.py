@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from latentdiff.checkpoints.components import AnyNetwork, Components, moved
 from latentdiff.checkpoints.difference import difference
+from latentdiff.checkpoints.find import require_path
 from latentdiff.checkpoints.folder import BASE, DIFFERENCE, INDEX
 from latentdiff.checkpoints.read import load_pipeline
 from latentdiff.checkpoints.saver import pipeline_index, write_components
@@ -42,7 +42,7 @@ def save_variant(
         ModelLoadError: the base is refused.
         StorageError: the folder cannot be written.
     """
-    target, source = Path(folder).absolute(), Path(base).absolute()
+    target, source = require_path(folder, "a folder").absolute(), require_path(base, "the base").absolute()
     if target.parent.resolve() != source.resolve().parent:
         raise InputError(f"a variant must be beside its base, {source}, got {target}; choose a folder there")
     index, networks, tokenizers, schedules = pipeline_index(moved(components, torch.device("cpu")))  # where the base is

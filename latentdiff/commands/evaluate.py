@@ -43,10 +43,10 @@ def run(options: argparse.Namespace) -> None:
     height, width = pipe.native_size
     if height != width:
         raise InputError(f"only models of square pictures can be measured, got {width}x{height}")
-    from latentdiff.training.config import DataConfig
+    from latentdiff.training.config import data_config
     from latentdiff.training.data.dataset import composite, load_images
 
-    data = load_images(DataConfig(folder=options.data, size=height), options.split)
+    data = load_images(data_config(options.data, height), options.split)
     images = to_tensor(composite(data.images[:count], (255, 255, 255))).to(pipe.device)
     captions = [row["captions"][0] for row in data.rows[:count]]
     figures = {name: METRICS[name](pipe.components, images, captions, progress=on_terminal()) for name in wanted}

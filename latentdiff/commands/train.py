@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 from pathlib import Path
 
 from latentdiff import training
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
 def find_recipe(config: str) -> str:
     """Return the path of a config; a plain name, or one in configs/, that is no file may be one of the package."""
     named, package = Path(config), Path(training.__file__).parent
-    if named.parent in (Path(), Path("configs")) and not named.exists():
+    if named.parent in (Path(), Path("configs")) and not os.path.exists(named):
         for folder in (package / "configs", package.parent / "configs"):  # of an installed package, of a checkout
             if is_file(folder / named.name):
                 return str(folder / named.name)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
-from latentdiff.errors import ModelConfigError
+from latentdiff.errors import ModelConfigError, shown
 
 __all__ = ["SPECIAL_TOKENS", "TokenEntry", "bert_backend", "check_rules", "clip_backend", "content_of"]
 
@@ -53,6 +55,9 @@ RULES = (
     *("Punctuation", "Digits", "UnicodeScripts"),
 )
 GROWING, MAX_GROWING, MAX_RULES = ("Replace", "Prepend"), 4, 16
+MAX_EXPRESSION = 1000  # characters
+ATOM = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]")  # of an expression: an escaped sign, a class
+REPEATED_GROUP = re.compile(r"\)[*+{]")  # what can be matched in exponentially many ways is one
 
 
 def check_rules(content: Mapping[str, Any], place: str) -> None:
@@ -64,6 +69,24 @@ def check_rules(content: Mapping[str, Any], place: str) -> None:
     if odd or len(rules) > MAX_RULES or len(growing) > MAX_GROWING or longest > 1:
         reason = f"the rule {odd[0]}" if odd else f"{len(rules)} rules, {len(growing)} of which insert text"
         raise ModelConfigError(f"{place}: has {reason}, as no tokenizer of BERT, CLIP or T5 has; use another")
+    for rule in rules:  # the library would print much about these before it fails
+        if rule.get("type") == "Precompiled" and not _is_table(rule.get("precompiled_charsmap")):
+            raise ModelConfigError(f"{place}: has no readable table in its rule Precompiled; get its files again")
+        pattern = rule.get("pattern")
+        expression = str(pattern.get("Regex", "")) if isinstance(pattern, Mapping) else ""
+        if len(expression) > MAX_EXPRESSION or REPEATED_GROUP.search(ATOM.sub("x", expression)):
+            raise ModelConfigError(f"{place}: has {shown(expression)}, which may match without end; use another")
+
+
+def _is_table(given: object) -> bool:
+    """Say whether a Precompiled rule has a table: in base64 the size of a trie, the trie, and replacements in UTF-8."""
+    try:
+        data = base64.b64decode(given, validate=True) if isinstance(given, str) else b""
+        size = int.from_bytes(data[:4], "little")
+        data[4 + size // 4 * 4 :].decode()
+    except ValueError:
+        return False
+    return 4 <= size <= len(data) - 4
 
 
 def _rules(tree: object) -> Iterator[Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import time
@@ -17,6 +18,7 @@ from latentdiff.checkpoints import load_pipeline, load_text_encoder, save_pipeli
 from latentdiff.checkpoints.inspect import describe_folder
 from latentdiff.errors import ModelConfigError, ModelFormatError, ModelLoadError
 from latentdiff.models.tokenizer import Tokenizer
+from latentdiff.models.tokenizer_rules import CLIP_WORDS
 from tests.models.tiny import write_bert_vocabulary
 
 LEVELS = 30_000
@@ -86,13 +88,27 @@ def replaced(pattern: str, content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
 
 
+def precompiled(table: object) -> dict[str, Any]:
+    return {"type": "Precompiled", "precompiled_charsmap": table}
+
+
+def split(expression: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Removed", "invert": False}
+
+
 MODEL = json.loads(rules()["tokenizer.json"])["model"]
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "no unknown": (
         {"model": {**MODEL, "vocab": {word: n for word, n in MODEL["vocab"].items() if word != "[UNK]"}}},
         "has no readable vocabulary",
     ),
-    "precompiled": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "has no readable"),
+    **{
+        f"precompiled {str(text)[:9]}": ({"normalizer": precompiled(text)}, "no readable table in its rule Precompiled")
+        for text in ("AAAA", "", "/w" * 5000, "BAAAAAAAAAD/", "#", None, 7)
+    },
+    "repeated group": ({"pre_tokenizer": split("(a|a)*$")}, "may match without end"),
+    "repeated in another": ({"normalizer": {"type": "Sequence", "normalizers": [split("(.*a){25}")]}}, "without end"),
+    "long expression": ({"pre_tokenizer": split("a?" * 600)}, "may match without end"),
     "growing": ({"normalizer": {"type": "Sequence", "normalizers": [replaced("a", "aa")] * 3}}, "insert text"),
     "many": ({"normalizer": {"type": "Sequence", "normalizers": [replaced("", "a")] * 30}}, "insert text"),
     "prepended": ({"normalizer": {"type": "Prepend", "prepend": "a" * 10**6}}, "insert text"),
@@ -101,17 +117,29 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", list(BROKEN))
-def test_tokenizers_that_would_fail_are_refused(case: str) -> None:
+def test_tokenizers_that_would_fail_are_refused(case: str, capfd: pytest.CaptureFixture[str]) -> None:
     changes, message = BROKEN[case]
     with pytest.raises((ModelFormatError, ModelConfigError), match=message):
         Tokenizer(rules(**changes))
     assert len(Tokenizer(rules())) == 7
+    assert capfd.readouterr().err == ""  # where the library's panics are told
+
+
+@pytest.mark.parametrize("expression", [CLIP_WORDS, r"\s+", r" {2,}", r"[()*+]+", r"\)+", r"(?:a|b)c*"])
+def test_expressions_of_usual_tokenizers_are_taken(expression: str) -> None:
+    assert len(Tokenizer(rules(pre_tokenizer=split(expression)))) == 7
+
+
+def test_a_table_of_replacements_is_taken() -> None:
+    """An empty trie, whose one unit leads nowhere, and no replacements."""
+    table = base64.b64encode((1024).to_bytes(4, "little") + bytes(1024)).decode()
+    assert Tokenizer(rules(normalizer=precompiled(table)))(["fox"]).counts == [3]
 
 
 def test_expressions_that_do_not_end_are_errors_of_the_model() -> None:
-    split = {"type": "Split", "pattern": {"Regex": "(a|a)*$"}, "behavior": "Removed", "invert": False}
+    slow = Tokenizer(rules(pre_tokenizer=split("a*" * 12 + "$")))
     with pytest.raises(ModelFormatError, match="cannot take this prompt apart"):
-        Tokenizer(rules(pre_tokenizer=split))(["a" * 40 + "b"])
+        slow(["a" * 40 + "b"])
 
 
 @pytest.mark.parametrize("case", ["a line twice", "a number beyond"])

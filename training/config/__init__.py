@@ -51,6 +51,7 @@ __all__ = [
     "UNetTraining",
     "UpscaleTask",
     "completed",
+    "data_config",
     "dump_yaml",
     "load_config",
     "parse_config",
@@ -81,6 +82,18 @@ def parse_config(tree: dict[str, Any], name: str = "config") -> TrainingConfig:
         return STAGES[stage].model_validate(modern(tree))
     except ValidationError as error:
         raise InputError(f"{name}: {_first_problem(error, STAGES[stage])}") from error
+
+
+def data_config(folder: str, size: int) -> DataConfig:
+    """Return what says which captioned pictures are meant, of the side that a model has.
+
+    Raises:
+        InputError: no path is like that, or pictures of that side are not trained on or measured.
+    """
+    try:
+        return DataConfig(folder=folder, size=size)
+    except ValidationError as error:
+        raise InputError(f"the pictures cannot be read at {size} px: {_first_problem(error, DataConfig)}") from error
 
 
 def completed(tree: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from latentdiff.checkpoints.find import require_path
 from latentdiff.errors import InputError, MissingDependencyError, StorageError
 from latentdiff.files import is_file, parse_json, read_file
 
@@ -112,7 +113,7 @@ def build(
     """
     if not 16 <= size <= 512:
         raise InputError(f"size must be 16 to 512 pixels, got {size}; try 64 or 128")
-    folder, sources = Path(out), SOURCES if sources is None else sources
+    folder, sources = require_path(out, "a folder"), SOURCES if sources is None else sources
     report_file = folder / "report.json"
     if (before := _size_before(report_file)) not in (None, size):
         raise InputError(f"{folder} holds pictures of {before} px, asked for {size}; choose another folder")

@@ -1,0 +1,59 @@
+"""Paths that name nothing a file system can have, at every command that takes one: one line, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from latentdiff.cli import main
+from tests.training.test_stages import pictures
+
+COMMANDS = {
+    "generate": ["-o PLACE.png", "--model PLACE", "--lora PLACE", "--embedding PLACE", "--vae PLACE", "--image PLACE"],
+    "convert": ["PLACE out", "MODEL PLACE", "MODEL PLACE.safetensors", "MODEL out --variant-of PLACE"],
+    "replay": ["PLACE.png"],
+    "upscale": ["PLACE.png"],
+    "inspect": ["PLACE", "PLACE.png", "PLACE.safetensors"],
+    "train": ["PLACE", "PLACE --check", "PLACE.yaml"],
+    "finetune": ["PLACE --model MODEL --out run", "none --model MODEL --out PLACE"],
+    "data": ["digits PLACE", "emoji PLACE"],
+    "evaluate": ["PLACE --data none", "MODEL --data PLACE"],
+}
+CALLS = [f"{command} {rest}" for command, all_of_it in COMMANDS.items() for rest in all_of_it]
+
+
+@pytest.mark.parametrize("place", ["a" * 300, "a/" * 2500 + "a", "a\0b"], ids=["long name", "long path", "NUL"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_place_that_cannot_be_is_one_line(
+    call: str,
+    place: str,
+    built_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [word.replace("PLACE", place).replace("MODEL", str(built_model)) for word in call.split()]
+    if words[0] == "generate":
+        words += ["fox", *(() if "--model" in words else ("--model", str(built_model)))]
+    code = main(words)
+    said = capsys.readouterr().err
+    assert code in (2, 3, 4), said
+    assert said.count("\n") == 1 and len(said) <= 600
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["evaluate", "finetune"])
+def test_models_of_sizes_that_nobody_trains_are_one_line(
+    command: str, built_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(built_model, tmp_path / "model")
+    config = json.loads((model / "unet/config.json").read_text())
+    (model / "unet/config.json").write_text(json.dumps(config | {"sample_size": 1}))  # 4 px
+    place = str(pictures(tmp_path / "pictures", 2))
+    rest = {"evaluate": [str(model), "--data", place], "finetune": [place, "--model", str(model), "--out", "run"]}
+    assert main([command, *rest[command]]) == 2
+    assert "the pictures cannot be read at 4 px: size: " in capsys.readouterr().err
