@@ -48,8 +48,7 @@ __all__ = ["OUTPUT_TYPES", "Callback", "Pipeline"]
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 
-DEFAULT_STRENGTH = 0.8
-BATCH_SIZE = 4
+DEFAULT_STRENGTH, BATCH_SIZE = 0.8, 4
 
 
 class Pipeline:
@@ -233,17 +232,17 @@ class Pipeline:
         one_of(tuple(OUTPUT_TYPES))("output_type", output_type)
         if callback is not None and not callable(callback):
             raise InputError(f"callback must be a function of three arguments, got {shown(callback)}; see Callback")
-        components, execution = self.components, self.execution
+        components = self.components
         chosen, scheduler = self._chosen(options, image, mask)
         settings = Settings(prompts=prompt, **chosen)  # type: ignore[arg-type]  # checked and made a tuple there
         factor = components.autoencoder.config.downsample_factor
         settings.check_task(components.task, factor)
         check_inputs(_given(options), image=image is not None, mask=mask is not None)
         if components.upscales:
-            prepared = prepare_small_image(settings, image, mask, factor)
+            inputs = prepare_small_image(settings, image, mask, factor)
         else:
-            prepared = prepare_image(settings, image, mask, components.native_size, factor)
-        call = Call(components, execution, settings, prepared, latents, scheduler)
+            inputs = prepare_image(settings, image, mask, components.native_size, factor)
+        call = Call(components, self.execution, settings, inputs, latents, scheduler)
         return run(call, output_type, batch_size, callback, progress)
 
     def _chosen(self, options: Mapping[str, object], image: object, mask: object) -> tuple[dict[str, Any], Any]:
