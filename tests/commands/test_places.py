@@ -85,7 +85,7 @@ def test_logs_that_are_a_file_are_one_line(tmp_path: Path) -> None:
 
 
 def test_dtypes_and_attentions_that_are_lists_are_refused() -> None:
-    with pytest.raises(InputError, match="dtype .* is unknown"):
+    with pytest.raises(InputError, match=r"dtype .* is unknown"):
         resolve_dtype(["float32"])  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="attention .* is unknown"):
+    with pytest.raises(InputError, match=r"attention .* is unknown"):
         find_attention(["sdpa"], torch.device("cpu"))  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from latentdiff.errors import InputError, MissingDependencyError
+from latentdiff.errors import InputError, MissingDependencyError, StorageError
 from latentdiff.images import write_file
 
 from ..config import RunConfig, read_yaml
