@@ -55,7 +55,7 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     """
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
         raise InputError(f"dtype {str(dtype)!r} is unknown{suggest(str(dtype), DTYPES)}")
     return DTYPES[str(dtype or "float32")]
 

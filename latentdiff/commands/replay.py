@@ -180,7 +180,7 @@ class _Replay:
         if not isinstance(recorded, str):
             raise InputError(f"the record must name its model, got {shown(recorded)}; pass --model")
         beside = self.source.parent / recorded
-        elsewhere = not Path(recorded).exists() and beside.exists() and recorded not in ("", ".")
+        elsewhere = not os.path.exists(recorded) and os.path.exists(beside) and recorded not in ("", ".")
         return str(beside) if elsewhere else recorded
 
     def _with_embeddings(self, pipe: Pipeline, records: object) -> Pipeline:

@@ -24,7 +24,7 @@ def find_attention(name: str, device: torch.device) -> Attend:
         InputError: unknown name, or one that does not run on the device.
         MissingDependencyError: xformers is not installed.
     """
-    if name not in ATTENTIONS:
+    if not isinstance(name, str) or name not in ATTENTIONS:
         raise InputError(f"attention {name!r} is unknown{suggest(str(name), ATTENTIONS)}")
     return ATTENTIONS[name](device)
 

@@ -125,8 +125,9 @@ class Result:
 
     def write(self, index: int, path: str | os.PathLike[str], *, metadata: bool = True) -> None:
         """Write image `index` as a PNG; see `GeneratedImage.save`."""
-        if not 0 <= index < len(self.seeds):
-            raise InputError(f"an image must be one of 0 to {len(self.seeds) - 1}, got {index}; choose one of these")
+        if not isinstance(index, int) or not 0 <= index < len(self.seeds):
+            last = len(self.seeds) - 1
+            raise InputError(f"an image must be one of 0 to {last}, got {shown(index)}; choose one of these")
         counts = self.token_counts[index], self.window_counts[index]
         one = self.images[index] if isinstance(self.images, list) else None
         GeneratedImage(one, self.record(index), *counts).save(path, metadata=metadata)

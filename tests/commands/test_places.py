@@ -7,8 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from latentdiff.training.monitor.trackers import TensorBoard
 
 from latentdiff.cli import main
+from latentdiff.devices import resolve_dtype
+from latentdiff.engine.attention import find_attention
+from latentdiff.errors import InputError, StorageError
+from latentdiff.generation.result import METADATA_KEY, read_record
+from latentdiff.images import open_image, write_png
 from tests.training.test_stages import pictures
 
 COMMANDS = {
@@ -57,3 +64,28 @@ def test_models_of_sizes_that_nobody_trains_are_one_line(
     rest = {"evaluate": [str(model), "--data", place], "finetune": [place, "--model", str(model), "--out", "run"]}
     assert main([command, *rest[command]]) == 2
     assert "the pictures cannot be read at 4 px: size: " in capsys.readouterr().err
+
+
+def test_a_recorded_model_of_a_long_name_is_one_line(
+    built_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "fox.png"
+    assert main(["generate", "fox", "--model", str(built_model), "--steps", "1", "-o", str(out)]) == 0
+    write_png(out, open_image(out), {METADATA_KEY: json.dumps(read_record(out) | {"model": "a" * 5000})})
+    capsys.readouterr()
+    assert main(["replay", str(out)]) in (2, 3)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and len(said) <= 600
+
+
+def test_logs_that_are_a_file_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("")
+    with pytest.raises(StorageError, match="cannot write logs to"):
+        TensorBoard(tmp_path, 0)
+
+
+def test_dtypes_and_attentions_that_are_lists_are_refused() -> None:
+    with pytest.raises(InputError, match=r"dtype .* is unknown"):
+        resolve_dtype(["float32"])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"attention .* is unknown"):
+        find_attention(["sdpa"], torch.device("cpu"))  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from latentdiff.errors import InputError, MissingDependencyError
+from latentdiff.errors import InputError, MissingDependencyError, StorageError
 from latentdiff.images import write_file
 
 from ..config import RunConfig, read_yaml
@@ -70,7 +70,12 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "logs"), purge_step=first_step + 1)
+        try:
+            self.writer = SummaryWriter(str(folder / "logs"), purge_step=first_step + 1)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write logs to {folder / 'logs'}: {error.strerror}; move what is there"
+            ) from error
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write scalars by name."""
