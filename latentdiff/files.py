@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 import stat
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from latentdiff.errors import InputError, shown
 
-__all__ = ["is_file", "is_folder", "open_file", "parse_json", "read_file", "stamp"]
+__all__ = ["is_file", "is_folder", "open_file", "parse_json", "read_file", "require_path", "stamp"]
 
 KINDS = {
     stat.S_ISDIR: "a folder",
@@ -66,6 +67,23 @@ def read_file(path: str | os.PathLike[str], most: int, what: str = "file") -> by
         got = f"{max(size, len(data)) / 2**20:,.0f}"
         raise InputError(f"{os.fspath(path)} must be at most {most / 2**20:,.0f} MiB, got {got} MiB; make it smaller")
     return data
+
+
+def require_path(path: object, what: str) -> Path:
+    """Return a path that was given for something.
+
+    Raises:
+        InputError: it is none that a file system could have.
+    """
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+        raise InputError(f"{what} must be given by its path, got {type(path).__name__}; pass a string")
+    try:
+        given = os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} must be given by a path of this system's letters, got {shown(path)}") from error
+    if b"\0" in given:
+        raise InputError(f"{what} must be given by a path without NUL, got {shown(path)}; check it")
+    return Path(path)
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:

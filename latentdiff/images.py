@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from latentdiff.decoding import MAX_PIXELS, decode, parse, refusing, upright
 from latentdiff.errors import InputError, StorageError
-from latentdiff.files import is_folder, read_file
+from latentdiff.files import is_folder, read_file, require_path
 
 if TYPE_CHECKING:
     import torch
@@ -214,8 +214,12 @@ def write_png(
 ) -> None:
     """Write a PNG with text chunks, atomically; see `write_file`.
 
+    Raises:
+        InputError: that is no path.
+
     The bytes depend on nothing but the arguments and Pillow's version.
     """
+    require_path(path, "a picture")
     chunks = PngImagePlugin.PngInfo()
     for key, text in texts.items():
         text = text.encode("utf-8", "backslashreplace").decode()  # no lone surrogates, which no file can hold
@@ -272,7 +276,7 @@ def _link(temporary: Path, target: Path) -> None:
 
 def numbered(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield paths without end for several pictures that are asked for as one: fox.png, fox-2.png, fox-3.png, ..."""
-    first = Path(path)
+    first = require_path(path, "a picture")
     yield first
     for number in itertools.count(2):
         yield first.with_stem(f"{first.stem}-{number}")

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.checkpoints.folder import NETWORKS, VARIANTS, read_layout, weight_files
-from latentdiff.errors import InputError, ModelPathError, shown, suggest
+from latentdiff.errors import InputError, ModelPathError, suggest
+from latentdiff.files import require_path
 from latentdiff.models.tokenizer import FILES
 
-__all__ = ["EMBEDDED", "embedded_model", "find_model", "require_path"]
+__all__ = ["EMBEDDED", "embedded_model", "find_model"]
 
 EMBEDDED = "embedded"  # what the model that comes with the package is called in settings
 # All that come with it, and the folders that they are in.
@@ -43,19 +44,6 @@ def embedded_model(name: str = EMBEDDED) -> Path:
     raise ModelPathError(
         f"the model {name!r} is missing from this copy of latentdiff; pass another as --model, or install it again"
     )
-
-
-def require_path(path: object, what: str) -> Path:
-    """Return a path that was given for something.
-
-    Raises:
-        InputError: it is none.
-    """
-    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
-        raise InputError(f"{what} must be given by its path, got {type(path).__name__}; pass a string")
-    if "\0" in os.fspath(path):
-        raise InputError(f"{what} must be given by a path without NUL, got {shown(path)}; check it")
-    return Path(path)
 
 
 def find_model(model: str | os.PathLike[str] | None, *, local: bool = False) -> tuple[Path, str]:

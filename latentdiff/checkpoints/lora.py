@@ -21,7 +21,6 @@ from torch import Tensor
 from latentdiff.checkpoints.claims import lora_metadata_of
 from latentdiff.checkpoints.components import Components
 from latentdiff.checkpoints.family import family_of
-from latentdiff.checkpoints.find import require_path
 from latentdiff.checkpoints.folder import read_json
 from latentdiff.checkpoints.hashes import model_hash
 from latentdiff.checkpoints.header import Header, TensorInfo, read_header
@@ -39,6 +38,7 @@ from latentdiff.checkpoints.lora_names import (
 from latentdiff.checkpoints.storage import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, NUMBERS, read_weights, stored_weights
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, suggest
+from latentdiff.files import require_path
 from latentdiff.images import check_writable
 from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.lora import Factors, LoRA, WeightedLoRA, factors_fit, layers_of, merge, share_weights

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from latentdiff.checkpoints.components import Components, TextEncoder
-from latentdiff.checkpoints.find import find_model, require_path
+from latentdiff.checkpoints.find import find_model
 from latentdiff.checkpoints.folder import home, reading
 from latentdiff.checkpoints.loader import load_folder, load_network, load_tokenizer
 from latentdiff.checkpoints.openclip import CONFIG, load_open_clip
 from latentdiff.checkpoints.single_file import load_single_file
 from latentdiff.checkpoints.vae import load_autoencoder_from
 from latentdiff.errors import InputError
+from latentdiff.files import require_path
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.pixels import LabelEncoder
 from latentdiff.models.tokenizer import Tokenizer

@@ -11,12 +11,12 @@ import torch
 
 from latentdiff.checkpoints.build import KINDS
 from latentdiff.checkpoints.components import AnyNetwork, Components
-from latentdiff.checkpoints.find import require_path
 from latentdiff.checkpoints.folder import COMPUTED_IN, INDEX
 from latentdiff.checkpoints.generation_config import FILE as DEFAULTS
 from latentdiff.checkpoints.storage import flush_to_disk, replace_folder, save_tensors, write_json
 from latentdiff.checkpoints.weights import stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.files import require_path
 from latentdiff.models.pixels import LabelEncoder, PixelSpace
 from latentdiff.models.tokenizer import Tokenizer
 

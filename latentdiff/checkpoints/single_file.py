@@ -39,12 +39,12 @@ from latentdiff.checkpoints.family import (
     family_of,
     text_layouts,
 )
-from latentdiff.checkpoints.find import require_path
 from latentdiff.checkpoints.header import Header, TensorInfo, read_header
 from latentdiff.checkpoints.storage import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights, stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError
+from latentdiff.files import require_path
 from latentdiff.images import check_writable
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.clip import CLIPTextConfig

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.checkpoints.components import Components
-from latentdiff.checkpoints.find import require_path
 from latentdiff.checkpoints.hashes import model_hash
 from latentdiff.checkpoints.header import TensorInfo, read_header
 from latentdiff.checkpoints.lora_kinds import BUNDLE, bundled_words
 from latentdiff.checkpoints.storage import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights
 from latentdiff.errors import InputError, ModelMismatchError
+from latentdiff.files import require_path
 from latentdiff.models.lora import NetworkT, share_weights
 from latentdiff.models.tokenizer import Tokenizer
 

@@ -10,7 +10,6 @@ import torch
 
 from latentdiff.checkpoints.components import AnyNetwork, Components, moved
 from latentdiff.checkpoints.difference import difference
-from latentdiff.checkpoints.find import require_path
 from latentdiff.checkpoints.folder import BASE, DIFFERENCE, INDEX
 from latentdiff.checkpoints.read import load_pipeline
 from latentdiff.checkpoints.saver import pipeline_index, write_components
@@ -18,6 +17,7 @@ from latentdiff.checkpoints.storage import replace_folder, save_tensors, write_j
 from latentdiff.checkpoints.weights import stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
+from latentdiff.files import require_path
 
 __all__ = ["save_variant"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentdiff.checkpoints.header import TensorInfo
 from latentdiff.devices import DTYPES, OutOfDeviceMemoryError
-from latentdiff.errors import InputError, ModelLoadError, ModelValueError, suggest
+from latentdiff.errors import InputError, ModelLoadError, ModelValueError, shown, suggest
 
 __all__ = ["FLOATS", "NUMBERS", "STORAGE_DTYPES", "read_weights", "storage_dtype", "stored_weights"]
 
@@ -107,8 +107,11 @@ def stored_weights(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> 
         dtype: one of `STORAGE_DTYPES`; None keeps each as it is.
 
     Raises:
+        InputError: weights are not written in that dtype.
         ModelValueError: a weight is not finite, or beyond the range of that dtype.
     """
+    if dtype is not None and dtype not in STORAGE_DTYPES.values():
+        raise InputError(f"dtype must be one of torch.{', torch.'.join(STORAGE_DTYPES)}, got {shown(dtype)}")
     weights = {}
     for name, tensor in tensors.items():
         kind = dtype or tensor.dtype

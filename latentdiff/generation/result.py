@@ -14,6 +14,7 @@ from PIL import Image
 
 from latentdiff import __version__
 from latentdiff.errors import InputError, shown
+from latentdiff.files import require_path
 from latentdiff.generation.infotext import infotext
 from latentdiff.images import numbered, read_texts, write_png
 
@@ -77,7 +78,7 @@ class GeneratedImage:
         """
         if not isinstance(self.image, Image.Image):
             raise InputError('only pictures can be saved, got tensors; call with output_type="pil"')
-        if Path(path).suffix.lower() in OTHER_FORMATS:
+        if require_path(path, "a picture").suffix.lower() in OTHER_FORMATS:
             raise InputError(f"pictures are written as PNG, got {shown(os.fspath(path))}; name it .png")
         texts = {METADATA_KEY: json.dumps(self.record), "parameters": infotext(self.record)} if metadata else {}
         write_png(path, self.image, texts, overwrite=overwrite)

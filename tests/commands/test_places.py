@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from latentdiff.training.monitor.trackers import TensorBoard
 
+from latentdiff import Pipeline
 from latentdiff.cli import main
 from latentdiff.devices import resolve_dtype
 from latentdiff.engine.attention import find_attention
@@ -89,3 +91,18 @@ def test_dtypes_and_attentions_that_are_lists_are_refused() -> None:
         resolve_dtype(["float32"])  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"attention .* is unknown"):
         find_attention(["sdpa"], torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_places_and_dtypes_of_python_that_cannot_be_are_refused(built_model: Path, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(built_model, device="cpu")
+    result = pipe("a fox", num_inference_steps=1)
+    odd: list[Any] = [None, 7, b"a.png", "\ud800.png", "a\0b.png"]
+    for place in odd:
+        for write in (result.save, lambda one: result.write(0, one), pipe.save_pretrained):
+            with pytest.raises(InputError, match="must be given by "):
+                write(place)
+    wrong: list[Any] = ["x", 7, torch.int8]
+    for dtype in wrong:
+        with pytest.raises(InputError, match=r"dtype must be one of torch.float32"):
+            pipe.save_pretrained(tmp_path / "model", dtype=dtype)
+    assert not list(tmp_path.iterdir())

@@ -114,6 +114,23 @@ def test_a_manifest_names_files_of_its_checkpoint_alone(tmp_path: Path, name: st
     assert expected in checkpoint_problem(folder)
 
 
+@pytest.mark.parametrize("content", ["null", "[]", "3", "[" * 100_000, "{" * 100_000, "x" * 2**21, ""])
+def test_a_manifest_of_another_kind_is_passed_over(tmp_path: Path, content: str) -> None:
+    save(tmp_path, 1, 1.0)
+    newest = save(tmp_path, 2, 1.0)
+    (newest / "manifest.json").write_text(content)
+    assert checkpoint_problem(newest).startswith("unreadable (")
+    found = load_latest(tmp_path)
+    assert found is not None and found.step == 1
+
+
+def test_a_pipe_in_the_place_of_a_manifest_is_not_waited_for(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1, 1.0)
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")
+    assert "must be a regular file" in checkpoint_problem(folder)
+
+
 def test_a_run_without_a_usable_checkpoint_does_not_start_over_in_silence(tmp_path: Path) -> None:
     (save(tmp_path, 1, 1.0) / "manifest.json").unlink()
     with pytest.raises(InputError, match="none of the 1 checkpoints"):

@@ -28,9 +28,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from latentdiff.checkpoints.find import require_path
 from latentdiff.errors import InputError, MissingDependencyError, StorageError
-from latentdiff.files import is_file, parse_json, read_file
+from latentdiff.files import is_file, parse_json, read_file, require_path
 
 from ..data.captions import STYLE_PHRASES, phrase, with_article
 from .packages import fetch, read_object

@@ -26,8 +26,9 @@ from torch import Tensor
 import latentdiff
 from latentdiff.checkpoints.saver import flush_to_disk
 from latentdiff.errors import InputError, StorageError, shown
-from latentdiff.files import open_file
+from latentdiff.files import open_file, parse_json, read_file
 
+MAX_MANIFEST_BYTES = 2**20
 _NAME = re.compile(r"step-(\d{8})$")
 # Keys of a config that a resumed run may change: where, how long, how often, and how a step is computed, not what.
 FREE_KEYS = {
@@ -182,8 +183,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         OSError, ValueError, KeyError, TypeError: it is not as it was written, to the last byte, or names files
             elsewhere.
     """
-    text = (folder / "manifest.json").read_text(encoding="ascii")
-    manifest = json.loads(text)
+    file = folder / "manifest.json"
+    text = read_file(file, MAX_MANIFEST_BYTES).decode("ascii")
+    manifest = parse_json(text, str(file))
+    if not isinstance(manifest, dict):
+        raise ValueError("manifest.json is damaged")
     content = {name: value for name, value in manifest.items() if name != "sha256"}
     if text != _render(manifest) or manifest["sha256"] != _sha256(_render(content).encode()):
         raise ValueError("manifest.json is damaged")
