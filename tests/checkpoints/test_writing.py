@@ -194,7 +194,7 @@ def test_a_full_disk_is_exit_code_4(built_model: Path, tmp_path: Path, capsys: p
 
 @pytest.mark.parametrize("name", ["a" * 300, "a\0b", "d" * 5000])
 def test_names_that_no_system_takes(pipe: Pipeline, tmp_path: Path, name: str) -> None:
-    with pytest.raises(StorageError, match="cannot write"):
+    with pytest.raises((InputError, StorageError), match="without NUL" if "\0" in name else "cannot write"):
         save_pipeline(pipe.components, tmp_path / name)
     with pytest.raises(StorageError, match="cannot write"):
         save_tensors({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
