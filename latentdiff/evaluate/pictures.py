@@ -1,0 +1,127 @@
+"""Sets of generated pictures on disk: named by what makes them, so that a broken-off evaluation goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from latentdiff.errors import InputError, StorageError
+from latentdiff.images import open_image, to_tensor
+from latentdiff.pipeline import Pipeline
+
+__all__ = ["Item", "generate", "load_pictures", "missing"]
+
+NAME_DIGITS = 20
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture that is asked for.
+
+    Attributes:
+        prompt: what it is to show.
+        seed: of its noise.
+        truth: what a metric checks it by.
+    """
+
+    prompt: str
+    seed: int
+    truth: Mapping[str, Any] = field(default_factory=dict)
+
+
+def path_of(item: Item, folder: Path, maker: Mapping[str, Any]) -> Path:
+    """Return where the picture of an item is.
+
+    Args:
+        maker: what else it depends on: hash of the model and settings, JSON-ready.
+    """
+    tree = {"prompt": item.prompt, "seed": item.seed, **maker}
+    return folder / f"{hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:NAME_DIGITS]}.png"
+
+
+def missing(items: Sequence[Item], folder: Path, maker: Mapping[str, Any]) -> list[Item]:
+    """Return the items whose pictures are not there, or not whole."""
+    return [item for item in items if not _is_whole(path_of(item, folder, maker))]
+
+
+def generate(
+    pipe: Pipeline,
+    items: Sequence[Item],
+    folder: Path,
+    maker: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    batch_size: int = 4,
+    progress: bool = False,
+) -> list[Path]:
+    """Draw the pictures of all items that lack one and return the paths of all, in their order.
+
+    Batches are of the whole list, whatever is there of it: a picture is the same to the bit however often it began.
+
+    Args:
+        settings: of each call, without prompt and seed.
+
+    Raises:
+        InputError: the model draws values that are not finite, or the settings do not fit it.
+        StorageError: a picture cannot be written.
+    """
+    paths = [path_of(item, folder, maker) for item in items]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    there = [_is_whole(path) for path in paths]
+    with tqdm(total=len(items), initial=sum(there), unit="picture", disable=not progress) as bar:
+        for numbers in _batches(items, batch_size):
+            if all(there[number] for number in numbers):
+                continue
+            seed = items[numbers[0]].seed
+            prompts = [items[number].prompt for number in numbers]
+            result = pipe(prompts, seed=seed, batch_size=batch_size, **settings)
+            for place, number in enumerate(numbers):
+                result.write(place, paths[number])
+                bar.update(not there[number])
+    return paths
+
+
+def _batches(items: Sequence[Item], batch_size: int) -> Iterator[list[int]]:
+    """Yield numbers of items whose seeds rise by one, `batch_size` at most: what one call draws."""
+    runs = groupby(range(len(items)), key=lambda number: items[number].seed - number)
+    for _, run in runs:
+        numbers = list(run)
+        yield from (numbers[first : first + batch_size] for first in range(0, len(numbers), batch_size))
+
+
+def load_pictures(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
+    """Return pictures (N, 3, H, W) in [-1, 1].
+
+    Raises:
+        InputError: one is broken or of another size than (height, width).
+    """
+    images = []
+    for path in paths:
+        picture = open_image(path, opaque=True)
+        if (picture.height, picture.width) != size:
+            raise InputError(
+                f"{path} must be {size[1]}x{size[0]} as the others are, got {picture.width}x{picture.height}; "
+                "measure pictures of one size"
+            )
+        images.append(picture)
+    return to_tensor(images)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
