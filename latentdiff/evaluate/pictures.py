@@ -100,21 +100,21 @@ def _batches(items: Sequence[Item], batch_size: int) -> Iterator[list[int]]:
         yield from (numbers[first : first + batch_size] for first in range(0, len(numbers), batch_size))
 
 
-def load_pictures(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
-    """Return pictures (N, 3, H, W) in [-1, 1].
+def load_pictures(paths: Sequence[Path]) -> Tensor:
+    """Return pictures (N, 3, H, W) in [-1, 1], transparent parts over white.
 
     Raises:
-        InputError: one is broken or of another size than (height, width).
+        InputError: one is broken or of another size than the first.
     """
-    images = []
+    images: list[Image.Image] = []
     for path in paths:
-        picture = open_image(path, opaque=True)
-        if (picture.height, picture.width) != size:
+        images.append(open_image(path))
+        if images[-1].size != images[0].size:
+            (width, height), (own_width, own_height) = images[0].size, images[-1].size
             raise InputError(
-                f"{path} must be {size[1]}x{size[0]} as the others are, got {picture.width}x{picture.height}; "
+                f"{path} must be {width}x{height} as {paths[0].name} is, got {own_width}x{own_height}; "
                 "measure pictures of one size"
             )
-        images.append(picture)
     return to_tensor(images)
 
 
