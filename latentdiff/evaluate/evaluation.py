@@ -22,7 +22,7 @@ from latentdiff.pipeline import Pipeline
 
 __all__ = ["Evaluation", "Metric", "Reference", "Request"]
 
-Split = Literal["train", "validation", "test"]
+SET = 1000  # pictures of metrics of whole sets, unless a request says otherwise
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Request:
     """What is to be measured, and how.
 
     Attributes:
-        n: pictures of each metric; fewer where there are fewer.
+        n: pictures of each metric, fewer where there are fewer; None for what each metric takes by itself.
         seed: picture i is drawn with seed + i.
         settings: of the calls: num_inference_steps, guidance_scale, sampler, ...; the rest are the model's defaults.
         features: name of the feature network of distances; see `features.find_features`.
@@ -68,7 +68,7 @@ class Request:
     """
 
     out: Path
-    n: int = 1000
+    n: int | None = None
     seed: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     features: str = "image-text"
@@ -107,6 +107,10 @@ class Evaluation:
         if self.pipe is None:
             raise InputError("this metric is of a model, got a folder of pictures; leave it out")
         return self.pipe
+
+    def count(self, usual: int) -> int:
+        """Return how many pictures a metric takes that takes so many by itself."""
+        return usual if self.request.n is None else self.request.n
 
     def reference(self, split: str) -> Reference:
         """Return the real pictures of a split.
@@ -163,21 +167,21 @@ class Evaluation:
     @cached_property
     def caption_items(self) -> list[Item]:
         """A picture for the caption of each of the first n test pictures."""
-        captions = self.reference("test").captions[: self.request.n]
+        captions = self.reference("test").captions[: self.count(SET)]
         return [Item(caption, self.request.seed + number) for number, caption in enumerate(captions)]
 
     @cached_property
     def generated(self) -> Tensor:
         """The generated pictures (N, 3, H, W): of the test set's captions, or those that were given."""
         if self.given is not None:
-            return load_pictures([path for path, _ in self.given[: self.request.n]])
+            return load_pictures([path for path, _ in self.given[: self.count(SET)]])
         return load_pictures(self.draw("captions", self.caption_items))
 
     @cached_property
     def real(self) -> Tensor:
         """The real test pictures (N, 3, H, W), as many as are generated or as there are."""
         reference = self.reference("test")
-        return reference.load(range(min(self.request.n, len(reference))))
+        return reference.load(range(min(self.count(SET), len(reference))))
 
     def features(self, name: str, images: Tensor) -> Floats:
         """Return the features (N, D) of a set of images, computed once for each name."""

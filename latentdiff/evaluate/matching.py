@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from latentdiff.errors import InputError
 from latentdiff.evaluate.evaluation import Evaluation
 from latentdiff.evaluate.figure import Figure
 from latentdiff.evaluate.intervals import mean, share
 from latentdiff.evaluate.pictures import Item, load_pictures
-from latentdiff.errors import InputError
 
 __all__ = ["clip", "retrieval"]
 
@@ -56,7 +56,7 @@ def retrieval(evaluation: Evaluation) -> list[Figure]:
     if len(labels) < 2:
         raise InputError(f"retrieval needs at least 2 different texts, got {len(labels)}; pass more captioned pictures")
     chosen = np.random.default_rng(evaluation.request.seed).permutation(len(labels))
-    chosen = chosen[: min(PROMPTS, evaluation.request.n)]
+    chosen = chosen[: evaluation.count(PROMPTS)]
     items = [Item(labels[number], evaluation.request.seed + place) for place, number in enumerate(chosen)]
     images = judge.images(load_pictures(evaluation.draw("retrieval", items)))
     similarities = images @ judge.texts(labels).T  # (N, M)
