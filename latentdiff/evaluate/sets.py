@@ -12,7 +12,7 @@ from latentdiff.evaluate import distances
 from latentdiff.evaluate.evaluation import Evaluation
 from latentdiff.evaluate.figure import Figure
 from latentdiff.evaluate.intervals import Estimate, Floats
-from latentdiff.images import from_tensor, to_tensor, to_unit_range
+from latentdiff.images import from_tensor, to_tensor
 
 __all__ = ["fid", "kid", "mmd", "precision_recall"]
 
@@ -89,4 +89,4 @@ def _damaged(evaluation: Evaluation) -> Floats:
 def blurred(images: Tensor) -> Tensor:
     """Return images (N, 3, H, W) blurred by a Gaussian of `BLUR` of their height."""
     filtered = ImageFilter.GaussianBlur(BLUR * images.shape[-2])
-    return to_tensor([image.filter(filtered) for image in from_tensor(to_unit_range(images))])
+    return to_tensor([image.filter(filtered) for image in from_tensor(images)])
