@@ -93,6 +93,44 @@ def test_kid_is_that_of_torchmetrics() -> None:
     assert kernel_distance(a, b).value == pytest.approx(float(poly_mmd(torch.tensor(a), torch.tensor(b))), rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")  # of scipy's matrix root, which both use as it was
+def test_distances_are_those_of_torch_fidelity() -> None:
+    """On the same features: of overlapping sets, of unequal size, and of fewer pictures than features."""
+    pytest.importorskip("torch_fidelity")
+    metric_fid, metric_kid, metric_prc = (
+        pytest.importorskip(f"torch_fidelity.metric_{name}") for name in ("fid", "kid", "prc")
+    )
+    for a, b in (
+        (features(300, 16, 1), features(300, 16, 2, 0.3)),
+        (features(250, 12, 3), features(400, 12, 4)),
+        (features(60, 100, 5), features(60, 100, 6, 0.1)),
+    ):
+        statistics = [metric_fid.fid_features_to_statistics(torch.tensor(x)) for x in (a, b)]
+        fid = metric_fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+        assert frechet(a, b).value == pytest.approx(float(fid), rel=1e-4, abs=1e-4)
+        prc = metric_prc.prc_features_to_metric(
+            *(torch.tensor(a), torch.tensor(b)), prc_neighborhood=3, prc_batch_size=64, save_cpu_ram=True, verbose=False
+        )
+        found = precision_recall(a, b)
+        assert (found.precision.value, found.recall.value) == pytest.approx((prc["precision"], prc["recall"]), abs=1e-6)
+        if len(a) == len(b):  # theirs is of subsets of one size: all pictures, once
+            options = {"kid_subsets": 1, "kid_subset_size": len(a), "kid_kernel": "poly", "kid_kernel_poly_degree": 3}
+            options |= {"kid_kernel_poly_gamma": None, "kid_kernel_poly_coef0": 1, "rng_seed": 0, "verbose": False}
+            kid = metric_kid.kid_features_to_metric(torch.tensor(a), torch.tensor(b), **options)
+            expected = float(kid["kernel_inception_distance_mean"])
+            assert kernel_distance(a, b).value == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_distances_are_those_of_clean_fid() -> None:
+    reference = pytest.importorskip("cleanfid.fid")
+    a, b = features(300, 16, 1), features(300, 16, 2, 0.3)
+    moments = [one for x in (a, b) for one in (x.mean(0), np.cov(x, rowvar=False))]
+    assert frechet(a, b).value == pytest.approx(float(reference.frechet_distance(*moments)), rel=1e-4)
+    theirs = reference.kernel_distance(a, b, num_subsets=1, max_subset_size=300)
+    assert kernel_distance(a, b).value == pytest.approx(theirs, rel=1e-4)
+
+
 def test_precision_and_recall_of_sets_with_known_overlap() -> None:
     """Uniform on two boxes that share a part: each figure is the share of its set in the common part."""
     rng = np.random.default_rng(9)
