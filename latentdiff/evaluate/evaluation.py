@@ -16,6 +16,7 @@ from latentdiff.evaluate.features import FeatureNetwork, features_of, find_featu
 from latentdiff.evaluate.figure import Figure, Protocol
 from latentdiff.evaluate.intervals import Estimate, Floats
 from latentdiff.evaluate.judge import Judge, load_judge
+from latentdiff.evaluate.latents import reconstruct
 from latentdiff.evaluate.pictures import Item, generate, load_pictures
 from latentdiff.generation.request import Settings
 from latentdiff.pipeline import Pipeline
@@ -62,6 +63,7 @@ class Request:
         settings: of the calls: num_inference_steps, guidance_scale, sampler, ...; the rest are the model's defaults.
         features: name of the feature network of distances; see `features.find_features`.
         judge: folder of the image-text model; None for that of the package.
+        lpips_weights: file that `python -m latentdiff.training.losses.lpips` made; None where lpips is not measured.
         batch_size: pictures drawn together.
         out: folder of the report and of the pictures.
         progress: show bars on stderr.
@@ -73,6 +75,7 @@ class Request:
     settings: Mapping[str, Any] = field(default_factory=dict)
     features: str = "image-text"
     judge: Path | None = None
+    lpips_weights: Path | None = None
     batch_size: int = 4
     progress: bool = False
 
@@ -153,7 +156,17 @@ class Evaluation:
 
         Args:
             name: of the set, whose folder in `out` it is.
+
+        Raises:
+            InputError: the model draws from more than a text, or values that are not finite.
         """
+        components = self.model.components
+        if components.inpaints or components.upscales:
+            does = "fills in" if components.inpaints else "enlarges"
+            raise InputError(
+                f"metrics of pictures drawn from texts alone cannot measure a model that {does} pictures; "
+                "measure its autoencoder (rfid, psnr, ssim, lpips) or a folder of its pictures"
+            )
         return generate(
             self.model,
             items,
@@ -182,6 +195,11 @@ class Evaluation:
         """The real test pictures (N, 3, H, W), as many as are generated or as there are."""
         reference = self.reference("test")
         return reference.load(range(min(self.count(SET), len(reference))))
+
+    @cached_property
+    def returned(self) -> Tensor:
+        """What the model's autoencoder makes of the real test pictures, (N, 3, H, W), in 8 bits."""
+        return reconstruct(self.model.components, self.real)
 
     def features(self, name: str, images: Tensor) -> Floats:
         """Return the features (N, D) of a set of images, computed once for each name."""

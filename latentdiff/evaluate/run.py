@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from latentdiff.errors import InputError, suggest
-from latentdiff.evaluate import matching, sets
+from latentdiff.evaluate import matching, reconstruction, sets
 from latentdiff.evaluate.evaluation import Evaluation, Metric
 from latentdiff.evaluate.figure import Figure
 from latentdiff.evaluate.likelihood import nll
+from latentdiff.evaluate.memorised import memorised
 
-__all__ = ["METRICS", "check_metrics", "measure"]
+__all__ = ["METRICS", "OF_TRAINING_TOO", "check_metrics", "measure"]
 
 METRICS: dict[str, Metric] = {
     "fid": sets.fid,
@@ -19,8 +20,16 @@ METRICS: dict[str, Metric] = {
     "precision_recall": sets.precision_recall,
     "clip": matching.clip,
     "retrieval": matching.retrieval,
+    "rfid": reconstruction.rfid,
+    "psnr": reconstruction.psnr,
+    "ssim": reconstruction.ssim,
+    "lpips": reconstruction.lpips,
     "nll": nll,
+    "memorised": memorised,
 }
+
+OF_TRAINING_TOO = frozenset({"retrieval", "memorised"})
+"""Metrics that look at the pictures a model was trained on, where there are such, besides test pictures."""
 
 
 def check_metrics(names: Sequence[str]) -> None:
