@@ -64,7 +64,7 @@ def memorised(evaluation: Evaluation) -> list[Figure]:
             f"memorised needs held-out pictures that the model has not seen: {QUANTILE:.0%} of the test pictures or "
             "more are training pictures too; leave them out of either"
         )
-    figures = []
+    figures: list[Figure] = []
     for space in spaces:
         one = {name: found[space, name] for name in queries}
         figures += _figures(evaluation, space, one, training)

@@ -90,7 +90,7 @@ def ssim(evaluation: Evaluation) -> list[Figure]:
         edge = WINDOW // 2  # where the window stands over; left out, as in the paper
         return whole[..., edge:-edge, edge:-edge].mean(dim=(1, 2, 3))
 
-    protocol = {"window": WINDOW, "sigma": SIGMA, "data_range": RANGE, "border": "left out"}
+    protocol: dict[str, float | str] = {"window": WINDOW, "sigma": SIGMA, "data_range": RANGE, "border": "left out"}
     return [_figure(evaluation, "ssim", compare, "higher", protocol)]
 
 
