@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from latentdiff.errors import InputError, suggest
 from latentdiff.evaluate import matching, sets
+from latentdiff.evaluate.compose.metric import compose
 from latentdiff.evaluate.evaluation import Evaluation, Metric
 from latentdiff.evaluate.figure import Figure
 from latentdiff.evaluate.likelihood import nll
@@ -19,6 +20,7 @@ METRICS: dict[str, Metric] = {
     "precision_recall": sets.precision_recall,
     "clip": matching.clip,
     "retrieval": matching.retrieval,
+    "compose": compose,
     "nll": nll,
 }
 

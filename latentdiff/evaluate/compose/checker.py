@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from latentdiff.evaluate.compose.regions import SIDE, Region, find_regions
 from latentdiff.evaluate.compose.words import STYLE_PHRASES, with_article
 from latentdiff.images import to_tensor
 
-__all__ = ["VERSION", "ImageText", "Verdict", "check"]
+__all__ = ["VERSION", "Checker", "ImageText", "Seen", "Verdict", "look"]
 
 VERSION = 1  # of what verdicts follow from; a change of that must change it
 BEST = 5  # the wanted name is among so many that fit a thing best
@@ -45,51 +45,108 @@ class Verdict:
     reason: str = ""
 
 
-def check(picture: Image.Image, truth: Truth, judge: ImageText | None = None) -> Verdict:
-    """Say whether a picture shows what it must.
+@dataclass(frozen=True)
+class Seen:
+    """What is found in a picture before it is known what must be there.
+
+    Attributes:
+        picture: itself.
+        ground: a key of `GROUNDS`.
+        regions: where its things are.
+        shares: of each thing's pixels that each colour covers.
+        crops: each thing alone.
+    """
+
+    picture: Image.Image
+    ground: str
+    regions: Sequence[Region]
+    shares: Sequence[Mapping[str, float]]
+    crops: Sequence[Image.Image]
+
+
+def look(picture: Image.Image) -> Seen:
+    """Return what is found in a picture.
 
     Args:
         picture: square, of any size.
-        truth: what it must show.
-        judge: tells things and styles apart; without one counts, colours, grounds, and the arrangement of two things
-            are looked at, not what the things are.
 
     Raises:
-        InputError: the picture is not square, or of a style without a judge.
+        InputError: the picture is not square.
     """
     if picture.width != picture.height:
         raise InputError(f"a picture must be square, got {picture.width}x{picture.height}; crop it")
-    if truth.style and judge is None:
-        raise InputError("styles are told apart by an image-text model; pass a judge")
     pixels, ground, regions = find_regions(picture)
-    if truth.ground and ground != truth.ground:
-        return Verdict(False, f"ground is {ground}, not {truth.ground}")
-    wanted = [group for group in truth.things for _ in range(group.count)]
-    if len(regions) != len(wanted):
-        return Verdict(False, f"{len(regions)} things, not {len(wanted)}")
     shares = [color_shares(pixels[region.mask]) for region in regions]
-    fits = None if judge is None else _fits(pixels, regions, truth, judge)
-    order = _matched(wanted, shares, fits)
-    for group, number in zip(wanted, order):
-        if fits is not None and _rank(fits, group.concept, number) >= BEST:
-            best = max(fits, key=lambda name: float(fits[name][number]))
-            return Verdict(False, f"{best}, not {group.concept}")
-        if group.color and shares[number].get(group.color, 0.0) < COLORED:
-            best = max(shares[number], key=lambda name: shares[number][name])
-            return Verdict(False, f"{group.concept} is {best}, not {group.color}")
-    if truth.relation and not _stands(regions, order, truth.relation, _told_apart(truth, fits is not None)):
-        return Verdict(False, f"{truth.things[0].concept} is not {truth.relation} {truth.things[1].concept}")
-    if truth.style and judge is not None and not _has_style(picture, truth, judge):
-        return Verdict(False, f"not in {STYLE_PHRASES[truth.style]}")
-    return Verdict(True)
+    return Seen(picture.convert("RGB"), ground, regions, shares, [_crop(pixels, region) for region in regions])
 
 
-def _fits(pixels: np.ndarray, regions: Sequence[Region], truth: Truth, judge: ImageText) -> dict[str, np.ndarray]:
-    """Return how well each concept fits each region: concept -> (regions,)."""
-    names = list(dict.fromkeys([*(group.concept for group in truth.things), *THINGS, *COLORABLE]))
-    images = judge.images(to_tensor([_crop(pixels, region) for region in regions]))
-    found = (images @ judge.texts([with_article(name) for name in names]).T).cpu().numpy()
-    return {name: found[:, number] for number, name in enumerate(names)}
+class Checker:
+    """Says whether pictures show what they must.
+
+    Args:
+        judge: tells things and styles apart; without one counts, colours, grounds, and the arrangement of two things
+            are looked at, not what the things are.
+    """
+
+    def __init__(self, judge: ImageText | None = None) -> None:
+        self.judge = judge
+        self._texts: dict[str, Tensor] = {}
+
+    def check(self, seen: Seen, truth: Truth) -> Verdict:
+        """Say whether a picture shows what it must.
+
+        Raises:
+            InputError: it must be of a style, and there is no judge.
+        """
+        if truth.ground and seen.ground != truth.ground:
+            return Verdict(False, f"ground is {seen.ground}, not {truth.ground}")
+        wanted = [group for group in truth.things for _ in range(group.count)]
+        if len(seen.regions) != len(wanted):
+            return Verdict(False, f"{len(seen.regions)} things, not {len(wanted)}")
+        fits = None if self.judge is None else self._fits(seen, truth, self.judge)
+        order = _matched(wanted, seen.shares, fits)
+        reason = next(filter(None, (_fault(group, n, seen, fits) for group, n in zip(wanted, order))), "")
+        if reason:
+            return Verdict(False, reason)
+        if truth.relation and not _stands(seen.regions, order, truth.relation, _told_apart(truth, fits is not None)):
+            return Verdict(False, f"{truth.things[0].concept} is not {truth.relation} {truth.things[1].concept}")
+        if truth.style and not self._has_style(seen, truth):
+            return Verdict(False, f"not in {STYLE_PHRASES[truth.style]}")
+        return Verdict(True)
+
+    def _vectors(self, texts: Sequence[str], judge: ImageText) -> Tensor:
+        """Return unit vectors of texts (M, D), each computed once."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        if new:
+            self._texts.update(zip(new, judge.texts(new)))
+        return torch.stack([self._texts[text] for text in texts])
+
+    def _fits(self, seen: Seen, truth: Truth, judge: ImageText) -> dict[str, np.ndarray]:
+        """Return how well each concept fits each thing: concept -> (things,)."""
+        names = list(dict.fromkeys([*(group.concept for group in truth.things), *THINGS, *COLORABLE]))
+        texts = self._vectors([with_article(name) for name in names], judge)
+        found = (judge.images(to_tensor(seen.crops)) @ texts.T).cpu().numpy()
+        return {name: found[:, number] for number, name in enumerate(names)}
+
+    def _has_style(self, seen: Seen, truth: Truth) -> bool:
+        if self.judge is None:
+            raise InputError("styles are told apart by an image-text model; pass a judge")
+        thing = with_article(truth.things[0].concept)
+        texts = self._vectors([f"{thing}, {phrase}" for phrase in STYLE_PHRASES.values()], self.judge)
+        fits = (self.judge.images(to_tensor([seen.picture])) @ texts.T)[0]
+        return int(torch.sum(fits > fits[list(STYLE_PHRASES).index(str(truth.style))])) < BEST_STYLES
+
+
+def _fault(group: Group, number: int, seen: Seen, fits: Mapping[str, np.ndarray] | None) -> str:
+    """Say what is wrong with the thing that is taken for a wanted one; nothing where it is right."""
+    if fits is not None:
+        better = sum(float(own[number]) > float(fits[group.concept][number]) for own in fits.values())
+        if better >= BEST:
+            return f"{max(fits, key=lambda name: float(fits[name][number]))}, not {group.concept}"
+    shares = seen.shares[number]
+    if group.color and shares.get(group.color, 0.0) < COLORED:
+        return f"{group.concept} is {max(shares, key=lambda name: shares[name])}, not {group.color}"
+    return ""
 
 
 def _crop(pixels: np.ndarray, region: Region) -> Image.Image:
@@ -107,13 +164,8 @@ def _crop(pixels: np.ndarray, region: Region) -> Image.Image:
     return canvas.resize((SIDE // 2, SIDE // 2), Image.Resampling.BICUBIC)
 
 
-def _rank(fits: dict[str, np.ndarray], concept: str, number: int) -> int:
-    """Return how many other concepts fit a region better."""
-    return sum(float(own[number]) > float(fits[concept][number]) for own in fits.values())
-
-
 def _matched(
-    wanted: Sequence[Group], shares: Sequence[dict[str, float]], fits: dict[str, np.ndarray] | None
+    wanted: Sequence[Group], shares: Sequence[Mapping[str, float]], fits: Mapping[str, np.ndarray] | None
 ) -> list[int]:
     """Return the number of the region of each wanted thing, so that names and colours fit as well as they can."""
     from scipy.optimize import linear_sum_assignment
@@ -143,11 +195,3 @@ def _stands(regions: Sequence[Region], order: Sequence[int], relation: str, told
     along = across if relation in ("left of", "right of") else down
     toward = along > 0 if relation in ("left of", "above") else along < 0
     return beside == (relation in ("left of", "right of")) and (toward or not told_apart)
-
-
-def _has_style(picture: Image.Image, truth: Truth, judge: ImageText) -> bool:
-    thing = with_article(truth.things[0].concept)
-    texts = judge.texts([f"{thing}, {phrase}" for phrase in STYLE_PHRASES.values()])
-    fits = (judge.images(to_tensor([picture.convert("RGB")])) @ texts.T)[0]
-    own = fits[list(STYLE_PHRASES).index(str(truth.style))]
-    return int(torch.sum(fits > own)) < BEST_STYLES

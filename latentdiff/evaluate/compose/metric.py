@@ -9,14 +9,14 @@ from typing import Any
 from PIL import Image
 
 from latentdiff.errors import InputError
-from latentdiff.evaluate.compose.checker import VERSION, ImageText, check
+from latentdiff.evaluate.compose.checker import VERSION, Checker, ImageText, look
 from latentdiff.evaluate.compose.prompts import CATEGORIES, Prompt, make_prompts, read_prompts
 from latentdiff.evaluate.compose.validation import Rates, error_rates
 from latentdiff.evaluate.evaluation import Evaluation
 from latentdiff.evaluate.figure import Figure, digest_of
 from latentdiff.evaluate.intervals import share
 from latentdiff.evaluate.pictures import Item
-from latentdiff.images import open_image, to_pil
+from latentdiff.images import from_tensor, open_image
 
 __all__ = ["check_folder", "compose"]
 
@@ -35,8 +35,9 @@ def compose(evaluation: Evaluation) -> list[Figure]:
         Item(one.text, evaluation.request.seed + number, one.truth.to_json()) for number, one in enumerate(prompts)
     ]
     paths = evaluation.draw("compose", items)
-    hits = [check(open_image(path), one.truth, evaluation.judge).right for path, one in zip(paths, prompts)]
-    rates = error_rates(_scenes(evaluation), evaluation.judge)
+    checker = Checker(evaluation.judge)
+    hits = [checker.check(look(open_image(path)), one.truth).right for path, one in zip(paths, prompts)]
+    rates = error_rates(_scenes(evaluation), checker)
     tree = [[one.text, one.category, one.truth.to_json()] for one in prompts]
     protocol = {"judge": evaluation.judge.digest, "checker": VERSION, "prompts": digest_of({"prompts": tree})}
     return [
@@ -61,7 +62,8 @@ def check_folder(folder: Path, prompts_file: Path, judge: ImageText | None) -> l
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if len(paths) != len(prompts):
         raise InputError(f"{folder} must have a picture for each of {len(prompts)} prompts, got {len(paths)}")
-    verdicts = [check(open_image(path), one.truth, judge) for path, one in zip(paths, prompts)]
+    checker = Checker(judge)
+    verdicts = [checker.check(look(open_image(path)), one.truth) for path, one in zip(paths, prompts)]
     return [(one, verdict.right, verdict.reason) for one, verdict in zip(prompts, verdicts)]
 
 
@@ -90,4 +92,4 @@ def _scenes(evaluation: Evaluation) -> Iterator[tuple[Image.Image, Mapping[str, 
     chosen = [number for number, row in enumerate(rows) if "truth" in row][:SCENES]
     for number in chosen:
         if reference is not None:
-            yield to_pil(reference.load([number]))[0], reference.rows[number]
+            yield from_tensor(reference.load([number]))[0], reference.rows[number]

@@ -49,14 +49,14 @@ COLORABLE = (
     *("train", "trophy", "trumpet", "turtle", "violin", "whale"),
 )
 NATURAL = {  # colours that drawings of these have by themselves, so that training has seen them
-    **{"bear": ("brown", "orange"), "bird": ("blue", "red"), "boxing glove": ("red",), "bug": ("green",)},
-    **{"crab": ("red", "orange"), "fish": ("blue", "orange"), "frog": ("green",), "giraffe": ("yellow", "orange")},
-    **{"key": ("yellow", "orange"), "lion": ("orange", "yellow"), "lobster": ("red",), "pig": ("pink",)},
-    **{"pig face": ("pink",), "package": ("orange", "yellow"), "shrimp": ("orange", "red"), "snake": ("green",)},
-    **{"star": ("yellow", "orange"), "tiger": ("orange", "yellow"), "trophy": ("yellow", "orange")},
-    **{"trumpet": ("yellow", "orange"), "turtle": ("green",), "whale": ("blue",), "bell": ("yellow", "orange")},
-    **{"lizard": ("green",), "butterfly": ("blue", "orange"), "violin": ("orange", "red"), "squid": ("pink", "red")},
-    **{"cat": ("yellow", "orange"), "mushroom": ("red",), "monkey": ("orange", "brown"), "deer": ("orange", "brown")},
+    "bear": ("brown", "orange"), "bird": ("blue", "red"), "boxing glove": ("red",), "bug": ("green",),
+    "crab": ("red", "orange"), "fish": ("blue", "orange"), "frog": ("green",), "giraffe": ("yellow", "orange"),
+    "key": ("yellow", "orange"), "lion": ("orange", "yellow"), "lobster": ("red",), "pig": ("pink",),
+    "pig face": ("pink",), "package": ("orange", "yellow"), "shrimp": ("orange", "red"), "snake": ("green",),
+    "star": ("yellow", "orange"), "tiger": ("orange", "yellow"), "trophy": ("yellow", "orange"),
+    "trumpet": ("yellow", "orange"), "turtle": ("green",), "whale": ("blue",), "bell": ("yellow", "orange"),
+    "lizard": ("green",), "butterfly": ("blue", "orange"), "violin": ("orange", "red"), "squid": ("pink", "red"),
+    "cat": ("yellow", "orange"), "mushroom": ("red",), "monkey": ("orange", "brown"), "deer": ("orange", "brown"),
 }
 
 

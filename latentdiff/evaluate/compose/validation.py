@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentdiff.evaluate.compose.checker import ImageText, check
+from latentdiff.evaluate.compose.checker import Checker, look
 from latentdiff.evaluate.compose.grounds import GROUNDS
 from latentdiff.evaluate.compose.prompts import CATEGORIES, COLORABLE, POSITIONS, THINGS, Group, Truth, truth_from_json
 from latentdiff.evaluate.compose.words import HUES, STYLE_PHRASES
@@ -49,7 +49,7 @@ def truth_of(row: Mapping[str, Any], category: str) -> Truth | None:
     if category == "background" and alone:
         return Truth(things, ground=whole.ground)
     if category == "style" and alone and row.get("style") in STYLE_PHRASES:
-        return Truth(things, style=row["style"])
+        return Truth(things, style=str(row["style"]))
     return None
 
 
@@ -80,24 +80,25 @@ def broken(truth: Truth, category: str, rng: np.random.Generator, named: bool) -
 
 
 def error_rates(
-    scenes: Iterable[tuple[Image.Image, Mapping[str, Any]]], judge: ImageText | None, seed: int = 0
+    scenes: Iterable[tuple[Image.Image, Mapping[str, Any]]], checker: Checker, seed: int = 0
 ) -> dict[str, Rates]:
     """Return the checker's rates by category.
 
     Args:
         scenes: pictures with their rows of metadata.
-        judge: see `checker.check`; without one there are no styles.
+        checker: whose rates they are; one without a judge has no styles.
         seed: of what is changed in the truth.
     """
-    names = [name for name in CATEGORIES if judge is not None or name != "style"]
+    named = checker.judge is not None
+    names = [name for name in CATEGORIES if named or name != "style"]
     found: dict[str, list[tuple[bool, bool]]] = {name: [] for name in names}
     for number, (picture, row) in enumerate(scenes):
+        seen = look(picture)
         for name in names:
             truth = truth_of(row, name)
             if truth is not None:
-                other = broken(truth, name, np.random.default_rng([seed, number]), judge is not None)
-                right = check(picture, truth, judge).right
-                found[name].append((right, check(picture, other, judge).right))
+                other = broken(truth, name, np.random.default_rng([seed, number]), named)
+                found[name].append((checker.check(seen, truth).right, checker.check(seen, other).right))
     return {name: Rates(_share(hits, 0), _share(hits, 1)) for name, hits in found.items()}
 
 
