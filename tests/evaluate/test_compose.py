@@ -73,7 +73,9 @@ class Shapes:
         found = []
         for text in texts:
             styled = [float(phrase in text) for phrase in (", noto style", ", twemoji style")]
-            others = 0.0 if any(styled) or DISC in text or SQUARE in text else -1.0
+            others = (
+                0.0 if any(styled) or DISC in text or SQUARE in text else -2.0 if "fox" in text else -1.0
+            )  # fox fits least
             found.append([float(DISC in text) + others, float(SQUARE in text) + others, *styled])
         return torch.tensor(found)
 
@@ -163,7 +165,7 @@ def test_error_rates_are_of_scenes_and_of_their_truth_changed() -> None:
 def test_prompts_are_of_combinations_that_training_leaves_out() -> None:
     prompts = make_prompts(12)
     assert prompts == make_prompts(12) != make_prompts(12, seed=1)
-    assert {one for one in make_prompts(5)} < set(prompts)
+    assert set(make_prompts(5)) < set(prompts)
     for category in CATEGORIES:
         assert len({one.text for one in prompts if one.category == category}) == 12
     for one in prompts:
