@@ -14,14 +14,18 @@ from torch import Tensor
 from latentdiff.errors import InputError
 from latentdiff.evaluate.features import FeatureNetwork, features_of, find_features
 from latentdiff.evaluate.figure import Figure, Protocol
+from latentdiff.evaluate.given import common_folder, digest_of_pictures
 from latentdiff.evaluate.intervals import Estimate, Floats
 from latentdiff.evaluate.judge import Judge, load_judge
-from latentdiff.evaluate.pictures import Item, generate, load_pictures
+from latentdiff.evaluate.pictures import Drawing, Item, generate, load_pictures
+from latentdiff.evaluate.processes import Processes
 from latentdiff.generation.request import Settings
+from latentdiff.generation.result import recorded_name
 from latentdiff.pipeline import Pipeline
 
 __all__ = ["Evaluation", "Metric", "Reference", "Request"]
 
+ALWAYS_TOLD = ("sampler", "num_inference_steps", "guidance_scale")  # settings in every protocol
 SET = 1000  # pictures of metrics of whole sets, unless a request says otherwise
 
 
@@ -85,6 +89,7 @@ class Evaluation:
         pipe: the model; None where a folder of pictures is measured.
         references: real pictures by split; "test" is what models are compared with, "train" what they were trained on.
         pictures: drawn by something else, each with its prompt; None to draw them with the model.
+        processes: that share the drawing; None to draw alone.
     """
 
     def __init__(
@@ -93,8 +98,10 @@ class Evaluation:
         pipe: Pipeline | None,
         references: Mapping[str, Reference],
         pictures: Sequence[tuple[Path, Item]] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.request, self.pipe, self.references, self.given = request, pipe, references, pictures
+        self.processes = processes
         self._features: dict[tuple[str, str], Floats] = {}
 
     @property
@@ -134,19 +141,34 @@ class Evaluation:
         return load_judge(self.request.judge, "cpu" if self.pipe is None else self.pipe.device)
 
     @cached_property
+    def home(self) -> Path:
+        """The folder from which figures name their pictures."""
+        return self.request.out if self.given is None else common_folder([path for path, _ in self.given])
+
+    @cached_property
+    def subject(self) -> dict[str, Any]:
+        """What is measured and how: all that pictures and figures depend on, JSON-ready."""
+        request, test = self.request, self.references.get("test")
+        data = {} if test is None else {"data": test.name, "data_hash": test.digest, "split": test.split}
+        if self.pipe is None:
+            drawn = {"pictures": self.home.resolve().name, "pictures_hash": digest_of_pictures(self.given or ())}
+        else:
+            maker = {**self.maker, "device": self.pipe.device.type, "dtype": str(self.pipe.dtype).removeprefix("torch.")}
+            drawn = {"model": recorded_name(self.pipe.components.name), **maker, "batch_size": request.batch_size}
+        return {**drawn, **data, "n": request.n, "seed": request.seed}
+
+    @cached_property
     def maker(self) -> dict[str, Any]:
         """What a drawn picture depends on besides prompt and seed: model and settings."""
         components = self.model.components
-        loras = [lora.record() for lora in components.loras]
-        return {"model": components.model_hash, "loras": loras, **self.drawn_with}
+        loras = [{"hash": one.lora.hash, "weight": [one.unet, one.text]} for one in components.loras]
+        return {"model_hash": components.model_hash, "loras": loras, **self.drawn_with}
 
     @cached_property
     def drawn_with(self) -> dict[str, Any]:
         """The settings that pictures are drawn with, defaults of the model included."""
-        names = ("sampler", "num_inference_steps", "guidance_scale")
-        chosen = {**self.model.components.defaults, **self.request.settings}
-        whole = Settings(prompts=("",), **{name: chosen[name] for name in names if name in chosen})
-        return {**{name: getattr(whole, name) for name in names}, **dict(self.request.settings)}
+        whole = Settings(prompts=("",), **{**self.model.components.defaults, **self.request.settings})
+        return {name: getattr(whole, name) for name in dict.fromkeys([*ALWAYS_TOLD, *sorted(self.request.settings)])}
 
     def draw(self, name: str, items: Sequence[Item]) -> list[Path]:
         """Return the pictures of items, those that are there already and the rest drawn now.
@@ -154,15 +176,16 @@ class Evaluation:
         Args:
             name: of the set, whose folder in `out` it is.
         """
-        return generate(
-            self.model,
+        drawing = Drawing(
             items,
             self.request.out / "pictures" / name,
             self.maker,
             self.request.settings,
             self.request.batch_size,
-            self.request.progress,
         )
+        if self.processes is None:
+            return generate(self.model, drawing, progress=self.request.progress)
+        return self.processes.draw(self.model, drawing, self.request.progress)
 
     @cached_property
     def caption_items(self) -> list[Item]:
@@ -171,11 +194,22 @@ class Evaluation:
         return [Item(caption, self.request.seed + number) for number, caption in enumerate(captions)]
 
     @cached_property
-    def generated(self) -> Tensor:
-        """The generated pictures (N, 3, H, W): of the test set's captions, or those that were given."""
+    def drawn(self) -> list[tuple[Path, Item]]:
+        """The generated pictures with what they are of: the test set's captions, or what was given."""
         if self.given is not None:
-            return load_pictures([path for path, _ in self.given[: self.count(SET)]])
-        return load_pictures(self.draw("captions", self.caption_items))
+            return list(self.given[: self.count(SET)])
+        return list(zip(self.draw("captions", self.caption_items), self.caption_items))
+
+    @cached_property
+    def generated(self) -> Tensor:
+        """The generated pictures (N, 3, H, W)."""
+        return load_pictures([path for path, _ in self.drawn])
+
+    def by_item(self, drawn: Sequence[tuple[Path, Item]], values: Sequence[float]) -> dict[str, Any]:
+        """Return the fields of a figure that hold a value for each picture: `items` and `pictures`."""
+        names = [item.name for _, item in drawn]
+        places = [path.relative_to(self.home).as_posix() for path, _ in drawn]
+        return {"items": dict(zip(names, map(float, values))), "pictures": dict(zip(names, places))}
 
     @cached_property
     def real(self) -> Tensor:
@@ -198,8 +232,8 @@ class Evaluation:
             if reference is None
             else {"data": reference.name, "data_hash": reference.digest, "split": reference.split}
         )
-        drawn = {} if self.pipe is None else self.drawn_with
-        return {**data, "seed": self.request.seed, **drawn, **more}
+        drawn = {} if self.pipe is None else {"seed": self.request.seed, **self.drawn_with}
+        return {**data, **drawn, **more}
 
     def figure(
         self,

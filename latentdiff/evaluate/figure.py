@@ -30,6 +30,8 @@ class Figure:
         floor: the same of real pictures against real ones: as good as it can get; None where there is no such thing.
         ceiling: the same of damaged real pictures, so that the distance between can be read.
         items: values picture by picture, by the name of each, where there are such: what paired differences are of.
+        pictures: where the pictures of the items are, by the same names, from the folder of the report or of the
+            pictures that were given.
         unit: what it is counted in, such as "dB"; empty for a number without one.
     """
 
@@ -40,6 +42,7 @@ class Figure:
     floor: float | None = None
     ceiling: float | None = None
     items: Mapping[str, float] = field(default_factory=dict)
+    pictures: Mapping[str, str] = field(default_factory=dict)
     unit: str = ""
 
     @property
@@ -49,7 +52,7 @@ class Figure:
 
     def to_json(self) -> dict[str, Any]:
         """Return the figure as JSON has it; values that are not finite as null."""
-        return _jsonable({**asdict(self), "protocol": dict(self.protocol), "items": dict(self.items)})
+        return _jsonable(asdict(self))
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Figure:
@@ -59,10 +62,12 @@ class Figure:
             InputError: it is not such a one.
         """
         try:
-            known = {name: math.nan if value is None else value for name, value in tree["estimate"].items()}
-            return cls(**{**tree, "estimate": Estimate(**known)})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"a figure has {shown(str(error))} missing or unknown; evaluate again") from error
+            estimate = Estimate(**{**_numbers(tree["estimate"]), "n": int(tree["estimate"]["n"])})  # type: ignore[arg-type]
+            items, pictures = _numbers(tree.get("items", {})), {**tree.get("pictures", {})}
+            own = {"estimate": estimate, "protocol": {**tree["protocol"]}, "items": items, "pictures": pictures}
+            return cls(**{**tree, **own})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"a figure of a report cannot be read ({shown(str(error))}); evaluate again") from error
 
 
 def digest_of(tree: Mapping[str, object]) -> str:
@@ -87,6 +92,10 @@ def difference(first: Protocol, second: Protocol) -> str:
     names = dict.fromkeys([*first, *second])
     apart = [name for name in names if first.get(name) != second.get(name)]
     return "; ".join(f"{name} {first.get(name, 'none')} against {second.get(name, 'none')}" for name in apart)
+
+
+def _numbers(tree: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else float(value) for name, value in tree.items()}
 
 
 def _jsonable(value: Any) -> Any:

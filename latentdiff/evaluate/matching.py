@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -24,26 +26,29 @@ def clip(evaluation: Evaluation) -> list[Figure]:
 
     Source: Hessel et al. 2021, arXiv 2104.08718, without their factor and cut at 0.
     """
-    judge, reference = evaluation.judge, evaluation.reference("test")
+    judge, drawn = evaluation.judge, _with_prompts(evaluation)
     images = judge.images(evaluation.generated)
-    captions = _captions(evaluation)[: len(images)]
-    texts = judge.texts(captions)
+    texts = judge.texts([item.prompt for _, item in drawn])
     fits = 100 * (images * texts).sum(dim=1).cpu().double().numpy()
     others = 100 * (images * texts.roll(1, dims=0)).sum(dim=1)
-    real = judge.images(evaluation.real)
-    own = 100 * (real * judge.texts(reference.captions[: len(real)])).sum(dim=1)
-    protocol = {"judge": judge.digest}
     return [
         evaluation.figure(
             "clip",
             mean(fits),
             "higher",
-            protocol,
-            floor=float(own.mean()),
+            {"judge": judge.digest},
+            floor=_fit_of_real(evaluation) if "test" in evaluation.references else None,
             ceiling=float(others.mean()),
-            items=dict(zip(captions, fits.tolist())),
+            **evaluation.by_item(drawn, fits.tolist()),
         )
     ]
+
+
+def _fit_of_real(evaluation: Evaluation) -> float:
+    judge = evaluation.judge
+    real = judge.images(evaluation.real)
+    captions = evaluation.reference("test").captions[: len(real)]
+    return float(100 * (real * judge.texts(captions)).sum(dim=1).mean())
 
 
 def retrieval(evaluation: Evaluation) -> list[Figure]:
@@ -55,12 +60,11 @@ def retrieval(evaluation: Evaluation) -> list[Figure]:
     judge, labels = evaluation.judge, _labels(evaluation)
     if len(labels) < 2:
         raise InputError(f"retrieval needs at least 2 different texts, got {len(labels)}; pass more captioned pictures")
-    chosen = np.random.default_rng(evaluation.request.seed).permutation(len(labels))
-    chosen = chosen[: evaluation.count(PROMPTS)]
-    items = [Item(labels[number], evaluation.request.seed + place) for place, number in enumerate(chosen)]
-    images = judge.images(load_pictures(evaluation.draw("retrieval", items)))
+    drawn = _of_labels(evaluation, labels)
+    images = judge.images(load_pictures([path for path, _ in drawn]))
+    numbers = torch.tensor([labels.index(item.prompt) for _, item in drawn])
     similarities = images @ judge.texts(labels).T  # (N, M)
-    own = similarities.gather(1, torch.from_numpy(chosen)[:, None].to(similarities.device))
+    own = similarities.gather(1, numbers[:, None].to(similarities.device))
     ranks = (similarities > own).sum(dim=1).cpu().numpy()
     protocol = {"judge": judge.digest, "texts": len(labels)}
     return [
@@ -69,19 +73,31 @@ def retrieval(evaluation: Evaluation) -> list[Figure]:
             share(ranks < best),
             "higher",
             protocol,
-            items={item.prompt: float(rank < best) for item, rank in zip(items, ranks)},
+            **evaluation.by_item(drawn, (ranks < best).tolist()),
         )
         for best in BEST
     ]
 
 
-def _captions(evaluation: Evaluation) -> list[str]:
+def _of_labels(evaluation: Evaluation, labels: list[str]) -> list[tuple[Path, Item]]:
+    """Return pictures of labels, a different one each, or those that were given."""
     if evaluation.given is not None:
-        return [item.prompt for _, item in evaluation.given]
-    return list(evaluation.reference("test").captions)
+        return _with_prompts(evaluation)
+    chosen = np.random.default_rng(evaluation.request.seed).permutation(len(labels))[: evaluation.count(PROMPTS)]
+    items = [Item(labels[number], evaluation.request.seed + place) for place, number in enumerate(chosen)]
+    return list(zip(evaluation.draw("retrieval", items), items))
+
+
+def _with_prompts(evaluation: Evaluation) -> list[tuple[Path, Item]]:
+    drawn = evaluation.drawn
+    for path, item in drawn:
+        if not item.prompt.strip() and evaluation.given is not None:
+            raise InputError(f"this metric needs the prompt of each picture, got none of {path}; pass --prompts")
+    return drawn
 
 
 def _labels(evaluation: Evaluation) -> list[str]:
-    """Return the different labels of all real pictures, sorted."""
+    """Return the different labels of all real pictures, and the prompts of given ones, sorted."""
     rows = [row for reference in evaluation.references.values() for row in reference.rows]
-    return sorted({str(row.get("thing") or row["captions"][0]) for row in rows if not row.get("variant")})
+    given = [] if evaluation.given is None else [item.prompt for _, item in _with_prompts(evaluation)]
+    return sorted({*given, *(str(row.get("thing") or row["captions"][0]) for row in rows if not row.get("variant"))})

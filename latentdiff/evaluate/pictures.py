@@ -18,7 +18,7 @@ from latentdiff.errors import InputError, StorageError
 from latentdiff.images import open_image, to_tensor
 from latentdiff.pipeline import Pipeline
 
-__all__ = ["Item", "generate", "load_pictures", "missing"]
+__all__ = ["Drawing", "Item", "generate", "load_pictures", "make_folder"]
 
 NAME_DIGITS = 20
 
@@ -37,6 +37,11 @@ class Item:
     seed: int
     truth: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """Tells it from other items, and is the same for every model."""
+        return f"{self.prompt} #{self.seed}"
+
 
 def path_of(item: Item, folder: Path, maker: Mapping[str, Any]) -> Path:
     """Return where the picture of an item is.
@@ -48,48 +53,72 @@ def path_of(item: Item, folder: Path, maker: Mapping[str, Any]) -> Path:
     return folder / f"{hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:NAME_DIGITS]}.png"
 
 
-def missing(items: Sequence[Item], folder: Path, maker: Mapping[str, Any]) -> list[Item]:
-    """Return the items whose pictures are not there, or not whole."""
-    return [item for item in items if not _is_whole(path_of(item, folder, maker))]
+@dataclass(frozen=True)
+class Drawing:
+    """A set of pictures to be drawn.
+
+    Attributes:
+        items: what is drawn.
+        folder: where the pictures go.
+        maker: what else they depend on; see `path_of`.
+        settings: of each call, without prompt and seed.
+        batch_size: pictures of a call.
+    """
+
+    items: Sequence[Item]
+    folder: Path
+    maker: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    batch_size: int = 4
+
+    @property
+    def paths(self) -> list[Path]:
+        """Where the pictures of all items are, in their order."""
+        return [path_of(item, self.folder, self.maker) for item in self.items]
 
 
 def generate(
-    pipe: Pipeline,
-    items: Sequence[Item],
-    folder: Path,
-    maker: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    batch_size: int = 4,
-    progress: bool = False,
+    pipe: Pipeline, drawing: Drawing, share: tuple[int, int] = (0, 1), progress: bool = False
 ) -> list[Path]:
-    """Draw the pictures of all items that lack one and return the paths of all, in their order.
+    """Draw the pictures that are not there yet and return the paths of all, in the order of their items.
 
     Batches are of the whole list, whatever is there of it: a picture is the same to the bit however often it began.
 
     Args:
-        settings: of each call, without prompt and seed.
+        share: which batches are drawn: number of this process, and how many there are.
 
     Raises:
         InputError: the model draws values that are not finite, or the settings do not fit it.
         StorageError: a picture cannot be written.
     """
-    paths = [path_of(item, folder, maker) for item in items]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
-    there = [_is_whole(path) for path in paths]
-    with tqdm(total=len(items), initial=sum(there), unit="picture", disable=not progress) as bar:
-        for numbers in _batches(items, batch_size):
+    items, paths = drawing.items, drawing.paths
+    make_folder(drawing.folder)
+    own, processes = share
+    batches = list(_batches(items, drawing.batch_size))[own::processes]
+    there = {number: _is_whole(paths[number]) for numbers in batches for number in numbers}
+    with tqdm(total=len(there), initial=sum(there.values()), unit="picture", disable=not progress) as bar:
+        for numbers in batches:
             if all(there[number] for number in numbers):
                 continue
             seed = items[numbers[0]].seed
             prompts = [items[number].prompt for number in numbers]
-            result = pipe(prompts, seed=seed, batch_size=batch_size, **settings)
+            result = pipe(prompts, seed=seed, batch_size=drawing.batch_size, **drawing.settings)
             for place, number in enumerate(numbers):
                 result.write(place, paths[number])
                 bar.update(not there[number])
     return paths
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder for results.
+
+    Raises:
+        StorageError: it cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
 
 
 def _batches(items: Sequence[Item], batch_size: int) -> Iterator[list[int]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from latentdiff.errors import InputError, suggest
 from latentdiff.evaluate import matching, sets
 from latentdiff.evaluate.evaluation import Evaluation, Metric
 from latentdiff.evaluate.figure import Figure
 from latentdiff.evaluate.likelihood import nll
+from latentdiff.evaluate.page import write_page
+from latentdiff.evaluate.report import claim, merged, write_report
+from latentdiff.evaluate.speed import speed
 
-__all__ = ["METRICS", "check_metrics", "measure"]
+__all__ = ["METRICS", "check_metrics", "evaluate", "measure"]
 
 METRICS: dict[str, Metric] = {
     "fid": sets.fid,
@@ -20,6 +24,7 @@ METRICS: dict[str, Metric] = {
     "clip": matching.clip,
     "retrieval": matching.retrieval,
     "nll": nll,
+    "speed": speed,
 }
 
 
@@ -40,3 +45,27 @@ def measure(evaluation: Evaluation, names: Sequence[str]) -> list[Figure]:
     """
     check_metrics(names)
     return [figure for name in names for figure in METRICS[name](evaluation)]
+
+
+def evaluate(evaluation: Evaluation, names: Sequence[str]) -> tuple[Mapping[str, Any], list[Figure]]:
+    """Measure, and keep a report in the folder of the request that is whole after each metric.
+
+    Figures that the folder has already, of other metrics or protocols, stay in it.
+
+    Returns:
+        What was measured, and the figures of these metrics.
+
+    Raises:
+        InputError: as `measure`, or the folder holds another evaluation.
+        StorageError: it cannot be written.
+    """
+    check_metrics(names)
+    subject, folder = evaluation.subject, evaluation.request.out
+    claim(folder, subject)
+    found: list[Figure] = []
+    for name in names:
+        found += measure(evaluation, [name])
+        figures = merged(folder, found)
+        write_report(figures, subject, folder)
+        write_page(figures, subject, folder, evaluation.home)
+    return subject, found
