@@ -3,26 +3,52 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from latentdiff.commands.shared import add_machine, load, on_terminal
-from latentdiff.errors import InputError
+from latentdiff.commands.shared import (
+    add_lora,
+    add_machine,
+    add_settings,
+    flags,
+    given_settings,
+    load,
+    on_terminal,
+    parse_loras,
+    read_setting,
+    warnings_as_lines,
+)
+from latentdiff.errors import InputError, shown
+from latentdiff.generation.options import GENERATE, check_integer
+from latentdiff.generation.request import Settings
+from latentdiff.generation.rules import check_inputs
 
 if TYPE_CHECKING:
-    from latentdiff.evaluate import Reference
+    from latentdiff.evaluate import Figure, Reference, Request
+    from latentdiff.evaluate.processes import Processes
     from latentdiff.pipeline import Pipeline
 
 HELP = "Measure how good a model is, by pictures it draws and by captioned real ones."
 SPLITS = ("train", "validation", "test")
 
 
+# Settings that pictures of captions alone have no use for, or that say what the command says by itself.
+LEFT_OUT = (
+    *("seed", "num_images", "strength", "outpaint", "feather", "resampling"),
+    *("variation_strength", "variation_seed", "blend_prompt", "blend"),
+)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("model", help="model folder, or `embedded`")
-    parser.add_argument("--data", required=True, help="folder of captioned pictures, or of splits with such")
+    parser.add_argument("model", nargs="?", help="model folder, or `embedded`")
+    parser.add_argument("--data", help="folder of captioned pictures, or of splits with such")
+    parser.add_argument("--pictures", metavar="FOLDER", help="pictures of any other model, measured in place of one")
+    parser.add_argument("--prompts", metavar="FILE", help="JSON lines: what each of --pictures was to show")
     parser.add_argument("--metrics", default="kid,clip,retrieval", help="comma-separated; see docs/evaluation.md")
     parser.add_argument("--split", default="test", choices=SPLITS, metavar="SPLIT", help="train, validation or test")
     parser.add_argument("--n", type=int, help="pictures of each metric; unless given, what each takes by itself")
@@ -31,33 +57,133 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", metavar="FOLDER", help="image-text model, in place of the one of the package")
     parser.add_argument("--out", default="evaluation", help="folder of the report and of the pictures")
     parser.add_argument("--batch-size", type=int, default=4, help="pictures drawn together (default 4)")
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="NAME=V,V,...",
+        help="measure with each of several values of a setting, as in steps=4,8,25; all combinations of several",
+    )
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two reports, in place of a model")
+    parser.add_argument("--across", metavar="NAMES", help="settings that may differ between the reports of --compare")
+    add_settings(parser, *GENERATE, leave_out=LEFT_OUT)
+    add_lora(parser)
     add_machine(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure a model and write the report."""
-    from latentdiff.evaluate import Evaluation, Request, measure
-    from latentdiff.evaluate.report import lines, report_tree, write_report
+    """Measure a model or pictures and write the report, or compare two reports."""
+    if options.compare is not None:
+        compare_reports(options)
+        return
     from latentdiff.evaluate.run import check_metrics
-    from latentdiff.generation.options import check_integer
 
-    names = options.metrics.split(",")
+    settings, names = given_settings(options), options.metrics.split(",")
+    _check_subject(options, settings)
     check_metrics(names)
+    check_inputs(settings, image=False, mask=False, names=flags(), asked=True)
+    combinations = _combinations(options.sweep)
+    for one in combinations:
+        Settings(prompts=("",), **{**settings, **one})
     if options.n is not None:
         check_integer("--n", options.n, 1, 1_000_000, "try 1000")
-    pipe = load(options.model, options.device, options.dtype)
-    request = Request(
+    loras, request = parse_loras(options.lora), _request(options, settings)
+    if options.pictures is not None:
+        _print(options, *_measured(options, request, None, None, names))
+        return
+    from latentdiff.evaluate.processes import joined, own_device
+
+    with joined() as processes, warnings_as_lines():
+        pipe = load(options.model, own_device(options.device), options.dtype)
+        pipe = pipe.with_loras(loras) if loras else pipe
+        if processes is not None and processes.number:
+            processes.serve(pipe)
+            return
+        try:
+            if options.sweep:
+                _sweep(options, request, combinations, pipe, processes, names)
+            else:
+                _print(options, *_measured(options, request, pipe, processes, names))
+        finally:
+            if processes is not None:
+                processes.dismiss()
+
+
+def compare_reports(options: argparse.Namespace) -> None:
+    """Print a table of two reports.
+
+    Raises:
+        InputError: nothing in them can be compared.
+    """
+    from latentdiff.evaluate.compare import compare, comparison_lines
+    from latentdiff.evaluate.report import read_report
+
+    if options.model is not None or options.pictures is not None or options.sweep:
+        raise InputError("--compare is of two reports, got something to measure besides; leave one of them out")
+    (_, first), (_, second) = (read_report(Path(place)) for place in options.compare)
+    found = compare(first, second, options.across.split(",") if options.across else ())
+    if options.json:
+        print(json.dumps({"comparisons": [one.to_json() for one in found]}))
+    else:
+        for line in comparison_lines(found):
+            print(line)
+    if all(one.refused for one in found):
+        reasons = "; ".join(f"{one.name}: {one.refused}" for one in found) or "no figures in them"
+        raise InputError(f"nothing in these reports can be compared ({reasons}); evaluate both in one way")
+
+
+def _check_subject(options: argparse.Namespace, settings: Mapping[str, object]) -> None:
+    if options.across is not None:
+        raise InputError("--across is for --compare, got none; leave it out")
+    if (options.model is None) == (options.pictures is None):
+        got = "neither" if options.model is None else "both"
+        raise InputError(f"a MODEL is measured, or a folder of --pictures, got {got}; pass one of them")
+    if options.pictures is None and options.prompts is not None:
+        raise InputError("--prompts says what --pictures show, got no --pictures; leave it out")
+    if options.pictures is not None and (settings or options.lora or options.sweep):
+        raise InputError("--pictures are drawn already, got settings to draw with; leave them out")
+
+
+def _request(options: argparse.Namespace, settings: Mapping[str, Any]) -> Request:
+    from latentdiff.evaluate import Request
+
+    return Request(
         out=Path(options.out),
         n=options.n,
         seed=check_integer("--seed", options.seed, 0, 2**62, "try 0"),
+        settings=settings,
         features=options.features,
         judge=None if options.judge is None else Path(options.judge),
         batch_size=check_integer("--batch-size", options.batch_size, 1, 1024, "try 4"),
         progress=on_terminal(),
     )
-    figures = measure(Evaluation(request, pipe, open_references(options.data, options.split, pipe)), names)
-    subject = {"model": pipe.components.name, "model_hash": pipe.components.model_hash}
-    write_report(figures, subject, request.out)
+
+
+def _measured(
+    options: argparse.Namespace,
+    request: Request,
+    pipe: Pipeline | None,
+    processes: Processes | None,
+    names: Sequence[str],
+) -> tuple[Mapping[str, Any], list[Figure]]:
+    """Return what was measured, and its figures, once their report is written."""
+    from latentdiff.evaluate import Evaluation
+    from latentdiff.evaluate.given import find_pictures
+    from latentdiff.evaluate.run import evaluate
+    from latentdiff.images import open_image
+
+    prompts = None if options.prompts is None else Path(options.prompts)
+    given = None if options.pictures is None else find_pictures(Path(options.pictures), prompts)
+    references: Mapping[str, Reference] = {}
+    if options.data is not None:
+        size = pipe.native_size if pipe is not None else open_image(given[0][0]).size if given else (0, 0)
+        references = open_references(options.data, options.split, size)
+    return evaluate(Evaluation(request, pipe, references, given, processes), names)
+
+
+def _print(options: argparse.Namespace, subject: Mapping[str, Any], figures: Sequence[Figure]) -> None:
+    from latentdiff.evaluate.report import lines, report_tree
+
     if options.json:
         print(json.dumps(report_tree(figures, subject)))
         return
@@ -65,15 +191,55 @@ def run(options: argparse.Namespace) -> None:
         print(line)
 
 
-def open_references(folder: str, split: str, pipe: Pipeline) -> Mapping[str, Reference]:
+def _combinations(sweeps: Sequence[str]) -> list[dict[str, Any]]:
+    """Return all combinations of "steps=4,8" and others, as generation options by name; one without any for none."""
+    axes: list[list[tuple[str, Any]]] = []
+    for text in sweeps:
+        flag, equals, values = text.partition("=")
+        if not equals or not values:
+            raise InputError(f"--sweep must be a setting with values, got {shown(text)}; try steps=4,8,25")
+        axis = [read_setting(flag, value, *GENERATE, leave_out=LEFT_OUT) for value in values.split(",")]
+        if any(axis[0][0] == other[0][0] for other in axes) or any(axis.count(one) > 1 for one in axis):
+            raise InputError(f"--sweep names something twice, got {shown(text)}; leave that out")
+        axes.append(axis)
+    return [dict(one) for one in itertools.product(*axes)]
+
+
+def _sweep(
+    options: argparse.Namespace,
+    request: Request,
+    combinations: Sequence[Mapping[str, Any]],
+    pipe: Pipeline,
+    processes: Processes | None,
+    names: Sequence[str],
+) -> None:
+    from latentdiff.evaluate.report import report_tree
+    from latentdiff.evaluate.sweep import Setting, folder_name, sweep_lines, write_sweep
+
+    called, trees, found = flags(), [], []
+    for one in combinations:
+        chosen = {called[name].lstrip("-"): value for name, value in one.items()}
+        own = replace(request, settings={**request.settings, **one}, out=request.out / folder_name(chosen))
+        subject, figures = _measured(options, own, pipe, processes, names)
+        found.append(Setting(chosen, figures))
+        trees.append({"sweep": chosen, **report_tree(figures, subject)})
+    write_sweep(found, request.out)
+    if options.json:
+        print(json.dumps({"sweep": trees}))
+        return
+    for line in sweep_lines(found):
+        print(line)
+
+
+def open_references(folder: str, split: str, size: tuple[int, int]) -> Mapping[str, Reference]:
     """Return the real pictures of a folder, by what they are used for: "test", and those trained on where they are.
 
     Raises:
-        InputError: the folder or the split cannot be used, or the model's pictures are not square.
+        InputError: the folder or the split cannot be used, or pictures of the size are not square.
     """
-    height, width = pipe.native_size
+    height, width = size
     if height != width:
-        raise InputError(f"only models of square pictures can be measured, got {width}x{height}")
+        raise InputError(f"only square pictures can be measured beside real ones, got {width}x{height}")
     return {"test": open_reference(folder, split, height)}
 
 

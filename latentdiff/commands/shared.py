@@ -64,8 +64,7 @@ def read_setting(flag: str, text: str, *tasks: str, leave_out: Sequence[str] = (
     known = [option[2:] for action in parser._actions for option in action.option_strings if option.startswith("--")]
     if flag not in known:
         raise InputError(f"--{flag[:80]} is no setting{suggest(flag, known)}")
-    switch = any(f"--no-{flag}" in action.option_strings for action in parser._actions)
-    given = given_settings(parser.parse_args([f"--{flag}"] if switch else [f"--{flag}={text}"]))
+    given = given_settings(parser.parse_args([f"--{flag}={text}"]))
     return next(iter(given.items()))
 
 

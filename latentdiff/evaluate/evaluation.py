@@ -153,7 +153,11 @@ class Evaluation:
         if self.pipe is None:
             drawn = {"pictures": self.home.resolve().name, "pictures_hash": digest_of_pictures(self.given or ())}
         else:
-            maker = {**self.maker, "device": self.pipe.device.type, "dtype": str(self.pipe.dtype).removeprefix("torch.")}
+            maker = {
+                **self.maker,
+                "device": self.pipe.device.type,
+                "dtype": str(self.pipe.dtype).removeprefix("torch."),
+            }
             drawn = {"model": recorded_name(self.pipe.components.name), **maker, "batch_size": request.batch_size}
         return {**drawn, **data, "n": request.n, "seed": request.seed}
 

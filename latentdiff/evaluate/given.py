@@ -84,7 +84,7 @@ def _of_rows(file: Path, folder: Path, paths: Sequence[Path]) -> Iterator[tuple[
         raise InputError(f'{file}, line {named.index(False) + 1} has no "file_name" and others have; name all or none')
     if not any(named) and len(rows) != len(paths):
         raise InputError(
-            f'{file} must have a line for each of the {len(paths)} pictures of {folder}, got {len(rows)}; '
+            f"{file} must have a line for each of the {len(paths)} pictures of {folder}, got {len(rows)}; "
             'say in each which picture it is of, as in {"file_name": "fox.png", "prompt": "a fox"}'
         )
     for number, row in enumerate(rows):

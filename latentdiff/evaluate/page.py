@@ -90,8 +90,10 @@ def _grids(figure: Figure, home: Path) -> str:
     middle = max(0, (len(ranked) - IN_ROW) // 2)
     rows = {"Best": ranked[:IN_ROW], "Median": ranked[middle : middle + IN_ROW], "Worst": ranked[-IN_ROW:]}
     chosen = rows if len(ranked) > IN_ROW else {"All, the best first": ranked}
-    grids = "".join(f'<h3>{title}</h3><div class="row">{"".join(_cells(figure, row, home))}</div>\n'
-                    for title, row in chosen.items())
+    grids = "".join(
+        f'<h3>{title}</h3><div class="row">{"".join(_cells(figure, row, home))}</div>\n'
+        for title, row in chosen.items()
+    )
     return f"<h2>By {escape(figure.name)}</h2>\n{grids}"
 
 

@@ -77,9 +77,7 @@ class Drawing:
         return [path_of(item, self.folder, self.maker) for item in self.items]
 
 
-def generate(
-    pipe: Pipeline, drawing: Drawing, share: tuple[int, int] = (0, 1), progress: bool = False
-) -> list[Path]:
+def generate(pipe: Pipeline, drawing: Drawing, share: tuple[int, int] = (0, 1), progress: bool = False) -> list[Path]:
     """Draw the pictures that are not there yet and return the paths of all, in the order of their items.
 
     Batches are of the whole list, whatever is there of it: a picture is the same to the bit however often it began.

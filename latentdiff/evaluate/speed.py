@@ -71,7 +71,12 @@ def _machine(pipe: Pipeline) -> dict[str, str | int]:
     """Return what times depend on besides the model."""
     height, width = pipe.native_size
     device = torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else _processor()
-    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "size": f"{width}x{height}"}
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "size": f"{width}x{height}",
+    }
 
 
 def _processor() -> str:

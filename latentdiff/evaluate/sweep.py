@@ -89,9 +89,7 @@ def write_sweep(found: Sequence[Setting], folder: Path) -> None:
 
 def plot(found: Sequence[Setting]) -> str:
     """Return quality against cost as SVG, a plot for each figure of quality."""
-    names = dict.fromkeys(
-        one.name for setting in found for one in setting.figures if not one.name.startswith("speed/")
-    )
+    names = dict.fromkeys(one.name for setting in found for one in setting.figures if not one.name.startswith("speed/"))
     charts = [chart for name in names if (chart := _chart(name, found))]
     placed = [f'<g transform="translate(0 {HEIGHT * row})">{chart}</g>' for row, chart in enumerate(charts)]
     height = HEIGHT * max(1, len(charts))
