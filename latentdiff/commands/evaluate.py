@@ -78,7 +78,8 @@ def run(options: argparse.Namespace) -> None:
         return
     from latentdiff.evaluate.run import check_metrics
 
-    settings, names = given_settings(options), options.metrics.split(",")
+    names = options.metrics.split(",")
+    settings = {name: value for name, value in given_settings(options).items() if name not in LEFT_OUT}
     _check_subject(options, settings)
     check_metrics(names)
     check_inputs(settings, image=False, mask=False, names=flags(), asked=True)
