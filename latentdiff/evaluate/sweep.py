@@ -109,12 +109,11 @@ def _chart(name: str, found: Sequence[Setting]) -> str:
     across, up = _scale(costs, MARGIN, WIDTH - MARGIN), _scale(ends, HEIGHT - MARGIN, 24)
     timed = any(not math.isnan(setting.value(COST)) for _, setting in points)
     better = f" ({points[0][0].better} is better)" if points[0][0].better else ""
-    bottom = HEIGHT - MARGIN + 8
+    bottom, unit = HEIGHT - MARGIN + 8, "seconds to a picture" if timed else "steps"
     parts = [
         f'<text x="{MARGIN}" y="14" fill="currentColor" font-weight="bold">{escape(name)}{better}</text>',
         f'<path d="M{MARGIN - 8} 20V{bottom}H{WIDTH - 8}" fill="none" stroke="currentColor" opacity=".5"/>',
-        f'<text x="{WIDTH - 8}" y="{bottom + 28}" fill="currentColor" text-anchor="end">'
-        f"{'seconds to a picture' if timed else 'steps'}, logarithmic</text>",
+        f'<text x="{WIDTH - 8}" y="{bottom + 28}" fill="currentColor" text-anchor="end">{unit}, logarithmic</text>',
     ]
     for value in (min(ends), max(ends)):
         parts.append(
@@ -126,12 +125,10 @@ def _chart(name: str, found: Sequence[Setting]) -> str:
             f"{math.exp(value):.3g}</text>"
         )
     for (one, setting), cost in zip(points, costs):
-        x, (low, high) = across(cost), _ends(one)
+        x, y, (low, high) = across(cost), up(one.estimate.value), _ends(one)
         parts.append(f'<path d="M{x:.1f} {up(low):.1f}V{up(high):.1f}" stroke="currentColor" opacity=".5"/>')
-        parts.append(f'<circle cx="{x:.1f}" cy="{up(one.estimate.value):.1f}" r="3.5" fill="#2f7ed8"/>')
-        parts.append(
-            f'<text x="{x + 6:.1f}" y="{up(one.estimate.value) - 5:.1f}" fill="currentColor">{escape(setting.name)}</text>'
-        )
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="#2f7ed8"/>')
+        parts.append(f'<text x="{x + 6:.1f}" y="{y - 5:.1f}" fill="currentColor">{escape(setting.name)}</text>')
     return "".join(parts)
 
 
