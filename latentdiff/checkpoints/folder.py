@@ -40,6 +40,7 @@ __all__ = [
     "as_diffusers_reads",
     "child",
     "home",
+    "is_plain",
     "parse_json",
     "read_json",
     "read_layout",
@@ -238,7 +239,7 @@ def _read_index(root: Path) -> dict[str, Any]:
 
 def _base_folder(root: Path, name: object) -> Path:
     place = root.resolve().parent
-    if not _is_plain(name):
+    if not is_plain(name):
         raise ModelPathError(f"{root / INDEX}: expected the plain name of a folder as {BASE}, got {str(name)[:80]!r}")
     base = child(place, name)
     if not base.is_dir():
@@ -246,7 +247,7 @@ def _base_folder(root: Path, name: object) -> Path:
     return base
 
 
-def _is_plain(name: object) -> TypeGuard[str]:
+def is_plain(name: object) -> TypeGuard[str]:
     """Say whether this is the name of a file or folder, and no path."""
     if not isinstance(name, str) or len(name.encode(errors="replace")) > LONGEST_NAME:
         return False
@@ -325,7 +326,7 @@ def _shards(root: Path, component: str, index: Path) -> dict[Path, set[str] | No
         raise ModelFormatError(f"{index}: expected a weight_map from tensor to file, got {type(weight_map).__name__}")
     names: dict[str, set[str]] = {}
     for tensor, file in weight_map.items():
-        if not _is_plain(file) or not file.endswith(".safetensors"):
+        if not is_plain(file) or not file.endswith(".safetensors"):
             raise ModelPathError(f"{index}: expected a plain file name ending in .safetensors, got {str(file)[:80]!r}")
         names.setdefault(file, set()).add(tensor)
     files: dict[Path, set[str] | None] = {}

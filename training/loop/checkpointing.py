@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import latentdiff
+from latentdiff.checkpoints.folder import is_plain
 from latentdiff.checkpoints.saver import flush_to_disk
 from latentdiff.errors import InputError, StorageError, shown
 from latentdiff.files import open_file, parse_json, read_file
@@ -192,7 +193,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if text != _render(manifest) or manifest["sha256"] != _sha256(_render(content).encode()):
         raise ValueError("manifest.json is damaged")
     for name in manifest["files"]:
-        if Path(name).name != name or "\\" in name:
+        if not is_plain(name):
             raise ValueError(f"manifest.json names {shown(name)}, which lies elsewhere")
     return manifest
 
