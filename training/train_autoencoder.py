@@ -21,10 +21,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 
+from latentdiff.checkpoints.lpips import load_lpips
 from latentdiff.devices import restored_random_state
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from latentdiff.models.lpips import Lpips
 
 from .config import AutoencoderTraining
 from .data.augment import random_view, random_window, rgb
@@ -59,7 +61,6 @@ from .loop.state import RunState
 from .losses.autoencoder import adversarial_term, discriminator_terms, loss_terms
 from .losses.equivariance import equivariance
 from .losses.image import PatchDiscriminator, psnr
-from .losses.lpips import Lpips, load_lpips
 from .monitor.instruments import gradient_norms, latent_scalars
 from .monitor.log import Log
 from .monitor.samples import SampleGrids

@@ -15,12 +15,12 @@ from latentdiff.training.check.autoencoder import examine_autoencoder
 from latentdiff.training.check.table import Row
 from latentdiff.training.config import AutoencoderTraining, load_config
 from latentdiff.training.loop import resources
-from latentdiff.training.losses.lpips import Lpips
 
 from latentdiff import devices
 from latentdiff.cli import main
 from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError, StorageError
+from latentdiff.models.lpips import Lpips
 from tests.training.test_check import everything_in
 from tests.training.test_lpips import network, weights  # noqa: F401  (fixtures)
 from tests.training.test_stages import pictures, recipe

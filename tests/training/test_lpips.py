@@ -10,19 +10,22 @@ from typing import Any
 import pytest
 import torch
 from latentdiff.training.losses import lpips
-from latentdiff.training.losses.lpips import SHIFT, Lpips, convert, load_lpips, main
+from latentdiff.training.losses.lpips import convert, main
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latentdiff.checkpoints.lpips import load_lpips
 from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError, MissingDependencyError, ModelLoadError, UnsafeModelError
+from latentdiff.models import lpips as models_lpips
+from latentdiff.models.lpips import SHIFT, Lpips
 from tests.training.test_stages import pictures, recipe, weights_of
 
 
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> Lpips:
     """A thin network of random weights, heads above zero as the published ones are."""
-    monkeypatch.setattr(lpips, "BLOCKS", ((8, 8), (16, 16), (16, 16, 16), (16, 16, 16), (16, 16, 16)))
+    monkeypatch.setattr(models_lpips, "BLOCKS", ((8, 8), (16, 16), (16, 16, 16), (16, 16, 16), (16, 16, 16)))
     network = Lpips()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
@@ -78,7 +81,7 @@ def test_distances_that_are_known(network: Lpips) -> None:
     assert torch.equal(network(some, some), torch.zeros(2))
     torch.testing.assert_close(network(nothing, some), torch.full((2,), 5.0), rtol=1e-3, atol=0)
     assert [tuple(one.shape) for one in network.features(some)] == [
-        (2, block[-1], 32 >> number, 32 >> number) for number, block in enumerate(lpips.BLOCKS)
+        (2, block[-1], 32 >> number, 32 >> number) for number, block in enumerate(models_lpips.BLOCKS)
     ]
 
 

@@ -18,12 +18,12 @@ from latentdiff.training.losses import autoencoder as terms
 from latentdiff.training.losses.autoencoder import adversarial_term, discriminator_terms, loss_terms
 from latentdiff.training.losses.equivariance import equivariance
 from latentdiff.training.losses.image import PatchDiscriminator, r1_penalty
-from latentdiff.training.losses.lpips import Lpips
 from latentdiff.training.train_autoencoder import assemble
 from torch import Tensor, nn
 
 from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
+from latentdiff.models.lpips import Lpips
 from tests.training.test_distributed import logged
 from tests.training.test_lpips import network  # noqa: F401  (a fixture)
 from tests.training.test_stages import SIZE, check_interrupted, pictures, recipe

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from latentdiff.images import to_tensor
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from latentdiff.models.lpips import Lpips
 
 from ..config import AutoencoderTraining
 from ..data.augment import rgb
@@ -23,7 +24,6 @@ from ..loop.resources import require_small_enough
 from ..loop.run import seeded, start_step
 from ..loop.state import RunState
 from ..losses.autoencoder import loss_terms
-from ..losses.lpips import Lpips
 from ..train_autoencoder import (
     WHOLE,
     accumulate_gradients,

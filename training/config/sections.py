@@ -140,7 +140,7 @@ class AutoencoderLoss(Section):
     gradient: float = Field(0.5, ge=0)
     ssim: float = Field(0.1, ge=0)
     kl: float = Field(1e-6, ge=0)
-    # Distance of features (`training.losses.lpips`), and the file of the weights that it needs.
+    # Distance of features (`models.lpips`), and the file of the weights that it needs.
     lpips: float = Field(0.0, ge=0)
     lpips_weights: TextPath | None = None
     # Of what is decoded of latents that are made smaller and turned (`training.losses.equivariance`).

@@ -9,6 +9,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from latentdiff.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from latentdiff.models.lpips import Lpips
 
 from ..config import AutoencoderTraining
 from .image import (
@@ -19,7 +20,6 @@ from .image import (
     r1_penalty,
     ssim,
 )
-from .lpips import Lpips
 
 
 def loss_terms(

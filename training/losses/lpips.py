@@ -1,9 +1,10 @@
-"""LPIPS: how different two pictures look, by the features of a network that was trained to tell what is on pictures.
+"""Make the file of weights that LPIPS needs, of what other packages have; the network is `latentdiff.models.lpips`.
 
-The weights are in other packages; one file is made of them, once, where VGG16 can be fetched:
+Once, where VGG16 can be fetched:
 
     pip install 'latentdiff[lpips]' && python -m latentdiff.training.losses.lpips lpips.safetensors
     latentdiff train configs/emoji-autoencoder.yaml --set loss.lpips=0.5 --set loss.lpips_weights=lpips.safetensors
+    latentdiff evaluate embedded --data pictures --metrics lpips --lpips-weights lpips.safetensors
 """
 
 from __future__ import annotations
@@ -14,88 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from latentdiff.checkpoints import read_header
 from latentdiff.checkpoints.saver import save_tensors
-from latentdiff.checkpoints.weights import FLOATS, read_weights, stored_weights
-from latentdiff.errors import InputError, LatentDiffError, MissingDependencyError, ModelMismatchError
+from latentdiff.checkpoints.weights import stored_weights
+from latentdiff.errors import InputError, LatentDiffError, MissingDependencyError
+from latentdiff.models.lpips import BLOCKS
 
-# Channels of VGG16's convolutions; a pooling stands between two blocks.
-BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-# Of the published metric: what channels in [-1, 1] are shifted and scaled by, to be what the network was trained on.
-SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-EPS = 1e-8  # of a feature vector's squared length
 HEADS = "functional/image/lpips_models/vgg.pth"  # in torchmetrics
-
-
-class Lpips(nn.Module):
-    """Compare pictures by VGG16's features, each channel weighed by how much people saw of its differences.
-
-    Source: Zhang et al. 2018, arXiv 1801.03924, Eq. 1; Simonyan and Zisserman 2014, arXiv 1409.1556, table 1, D.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        inputs = (3, *(block[-1] for block in BLOCKS))
-        self.blocks = nn.ModuleList(_convolutions(before, block) for before, block in zip(inputs, BLOCKS))
-        self.heads = nn.ModuleList(nn.Conv2d(block[-1], 1, 1, bias=False) for block in BLOCKS)
-
-    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Return the distance, (B,), of each of two batches of images (B, 3, H, W) in [-1, 1], of 16 pixels or more."""
-        distance = reconstruction.new_zeros(len(reconstruction))
-        for head, ours, theirs in zip(self.heads, self.features(reconstruction), self.features(images)):
-            difference = _unit(ours) - _unit(theirs)
-            distance = distance + head(difference.square()).mean(dim=(1, 2, 3))
-        return distance
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Return what each block makes of images (B, 3, H, W), after its last ReLU: (B, C, H / 2^i, W / 2^i)."""
-        shift, scale = (images.new_tensor(values)[:, None, None] for values in (SHIFT, SCALE))
-        x, found = (images - shift) / scale, []
-        for number, block in enumerate(self.blocks):
-            if number:
-                x = F.max_pool2d(x, 2)
-            x = block(x)
-            found.append(x)
-        return found
-
-
-def _convolutions(before: int, channels: tuple[int, ...]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for width in channels:
-        layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
-        before = width
-    return nn.Sequential(*layers)
-
-
-def _unit(features: Tensor) -> Tensor:
-    """Scale the vector of channels at each place to length one."""
-    return features * (features.square().sum(dim=1, keepdim=True) + EPS).rsqrt()
-
-
-def load_lpips(file: Path, device: str | torch.device = "cpu") -> Lpips:
-    """Return the network with the weights of a file; they are frozen, and gradients go through to the pictures.
-
-    Raises:
-        InputError: there is no such file.
-        ModelLoadError: the file was refused; the subclass says why.
-    """
-    remedy = f"make it with `python -m latentdiff.training.losses.lpips {file}`, or set loss.lpips to 0"
-    if not file.is_file():
-        raise InputError(f"loss.lpips needs a file of weights, and {file} is none; {remedy}")
-    with torch.device("meta"):  # without weights, and without drawing random numbers for them
-        network = Lpips()
-    tensors = read_header(file).tensors
-    expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: list(info.shape) if info.dtype in FLOATS else info.dtype for name, info in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        wanted, got = expected.get(name, "nothing"), found.get(name, "nothing")
-        if wanted != got:
-            raise ModelMismatchError(f"{file}: expected {wanted} as {name[:100]}, got {got}; {remedy}")
-    network.load_state_dict(read_weights(file, tensors, torch.float32, device), assign=True)
-    return network.requires_grad_(False).eval()
 
 
 def convert(out: Path) -> None:
