@@ -1,7 +1,9 @@
 """Captions: articles, colours, styles, and left/right under mirroring."""
 
 import pytest
-from latentdiff.training.data.captions import STYLE_PHRASES, colored, may_mirror, phrase, swap_sides, with_article
+from latentdiff.training.data.captions import colored, may_mirror, phrase, swap_sides
+
+from latentdiff.evaluate.compose.words import STYLE_PHRASES, with_article
 
 
 @pytest.mark.parametrize(

@@ -11,19 +11,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latentdiff.training.data.augment import HUES
-from latentdiff.training.data.captions import STYLE_PHRASES, with_article
 from latentdiff.training.datasets.emoji import dominant_color
 from latentdiff.training.datasets.scenes import build
 from latentdiff.training.datasets.scenes.build import SHARE, add_scenes, paint_scene
-from latentdiff.training.datasets.scenes.grounds import GROUNDS, paint_ground
-from latentdiff.training.datasets.scenes.plan import Scene, held_out_combinations, is_held_out, plan_scene
+from latentdiff.training.datasets.scenes.plan import Scene, held_out_combinations, plan_scene
 from latentdiff.training.datasets.scenes.things import Catalogue, catalogue, possible_turns
-from latentdiff.training.datasets.scenes.words import NUMBERS, Things, listed, plural
 from PIL import Image, ImageDraw
 
 from latentdiff.cli import main
 from latentdiff.errors import InputError
+from latentdiff.evaluate.compose.grounds import GROUNDS, paint_ground
+from latentdiff.evaluate.compose.words import (
+    HUES,
+    NUMBERS,
+    STYLE_PHRASES,
+    Things,
+    is_held_out,
+    listed,
+    plural,
+    with_article,
+)
 
 NAMES = ("fox", "dog", "car", "tree", "house", "fish", "mouse", "glass of milk", "ball", "leaf", "boat", "cake", "hat")
 COLORS = ("red", "orange", "green", "blue")

@@ -11,25 +11,11 @@ import numpy as np
 from PIL import Image
 
 from latentdiff.errors import InputError, shown
+from latentdiff.evaluate.compose.words import BACKGROUNDS, HUES, STYLE_PHRASES, with_article
 
 from ..config import DataConfig
-from .captions import COLORS, STYLE_PHRASES, colored, may_mirror, swap_sides, with_article
+from .captions import colored, may_mirror, swap_sides
 from .dataset import CaptionedImages, composite
-
-# Backgrounds that a caption can name, as sRGB.
-BACKGROUNDS = {
-    "red": (229, 72, 77),
-    "orange": (247, 155, 66),
-    "yellow": (250, 220, 92),
-    "green": (92, 184, 112),
-    "blue": (84, 150, 232),
-    "purple": (152, 108, 214),
-    "pink": (248, 166, 196),
-    "black": (24, 24, 28),
-    "gray": (160, 164, 170),
-}
-# Where on the colour circle (turns) a hue shift may bring the dominant colour of a drawing.
-HUES = {"red": 0.0, "orange": 0.08, "yellow": 0.14, "green": 0.33, "blue": 0.6, "purple": 0.76, "pink": 0.91}
 
 
 @dataclass(frozen=True)
@@ -215,6 +201,3 @@ def _text(row: dict[str, Any], column: str) -> str:
 def _styled(thing: str, row: dict[str, Any]) -> list[str]:
     style = STYLE_PHRASES.get(_text(row, "style"))
     return [thing, f"{thing}, {style}"] if style else [thing]
-
-
-assert set(HUES) | set(BACKGROUNDS) <= set(COLORS)

@@ -5,48 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-STYLE_PHRASES = {
-    "noto": "noto style",
-    "noto-v1": "classic noto style",
-    "twemoji": "twemoji style",
-    "fluent-emoji-flat": "flat style",
-    "emojione": "emojione style",
-    "fluent-emoji-3d": "3d style",
-    "fxemoji": "firefox style",
-}
-
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
-
-# Names that take "the" (one of a kind) and names that take no article (substances, plurals without a final s).
-_UNIQUE = {"sun", "milky way", "globe showing americas", "globe showing europe-africa", "globe showing asia-australia"}
-_BARE = {
-    *("bread", "rice", "popcorn", "butter", "salt", "cheese", "sushi", "spaghetti", "broccoli", "garlic", "honey"),
-    *("bacon", "ice", "fire", "rain", "snow", "fog", "lightning", "hot springs", "cooked rice", "flatbread", "tea"),
-    *("sake", "canned food", "fish and chips", "meat on bone", "money with wings", "people", "bubble tea"),
-    *("breast-feeding", "cooking", "custard", "dna", "ginger root", "nail polish", "soap", "skis"),
-}
+from latentdiff.evaluate.compose.words import COLORS, STYLE_PHRASES, with_article, without_article
 
 _WRITING = re.compile(
     r"""["\u201c\u201d]|\b(texts?|words?|letters?|letterings?|says|saying|reads|reading|writes|writing|written|titled?"""
     r"""|fonts?|logos?|signs?|labels?|labelled|labeled|numbers?|digits?|flags?|maps?|clocks?|calendars?|newspapers?)\b""",
     re.IGNORECASE,
 )
-
-
-def with_article(name: str) -> str:
-    """Return `name` as one would ask for it: "a fox", "an owl", "grapes", "the sun"."""
-    if name in _UNIQUE:
-        return f"the {name}"
-    head = name.split(" with ")[0].split(" of ")[0]
-    several = re.search(r"[^siu]s$", head) or head.split(" ")[0] in ("men", "women", "people")
-    if name in _BARE or several or name[:1].isdigit():
-        return name
-    return ("an " if name[:1] in "aeiou" and not name.startswith(("uni", "eu", "one")) else "a ") + name
-
-
-def without_article(thing: str) -> str:
-    """Drop the leading article of a phrase made by `with_article`."""
-    return re.sub(r"^(a|an|the) ", "", thing)
 
 
 def colored(thing: str, color: str) -> str:

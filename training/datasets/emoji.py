@@ -29,9 +29,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from latentdiff.errors import InputError, MissingDependencyError, StorageError
+from latentdiff.evaluate.compose.colors import DOMINANT, color_shares
+from latentdiff.evaluate.compose.words import STYLE_PHRASES, with_article
 from latentdiff.files import is_file, parse_json, read_file, require_path
 
-from ..data.captions import STYLE_PHRASES, phrase, with_article
+from ..data.captions import phrase
 from .packages import fetch, read_object
 
 LABELS_PACKAGE = "emojibase-data@17.0.0"
@@ -169,30 +171,11 @@ def dominant_color(rgba: np.ndarray) -> str | None:
         rgba: (H, W, 4) uint8.
 
     Returns:
-        One of `training.data.captions.COLORS`, or None when no colour dominates.
+        One of `COLORS`, or None when no colour dominates.
     """
-    opaque = rgba[rgba[..., 3] > 127][:, :3]
-    if len(opaque) == 0:
-        return None
-    hsv = np.asarray(Image.fromarray(opaque[None]).convert("HSV"), dtype=np.int32)[0]
-    hue, saturation, value = hsv[:, 0] * 360 // 255, hsv[:, 1], hsv[:, 2]
-    pale = saturation < 40
-    named = {  # the first that applies
-        "black": value < 70,
-        "white": pale & (value > 215),
-        "gray": pale,
-        "brown": (hue < 45) & (value < 165) & (saturation > 60),
-        "red": (hue < 12) | (hue >= 345),
-        "orange": hue < 40,
-        "yellow": hue < 68,
-        "green": hue < 165,
-        "blue": hue < 255,
-        "purple": hue < 295,
-        "pink": hue < 345,
-    }
-    counts = np.bincount(np.select(list(named.values()), range(len(named))), minlength=len(named))
-    most = int(counts.argmax())
-    return list(named)[most] if counts[most] >= 0.45 * len(opaque) else None
+    shares = color_shares(rgba[rgba[..., 3] > 127][:, :3])
+    most = max(shares, key=lambda color: shares[color], default=None)
+    return most if most and shares[most] >= DOMINANT else None
 
 
 def _drawings(packages: Path, sources: Sequence[Source], left_out: Counter[str]) -> Iterator[Drawing]:

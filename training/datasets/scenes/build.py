@@ -21,12 +21,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from latentdiff.errors import InputError, StorageError
+from latentdiff.evaluate.compose.grounds import GROUNDS, paint_ground
 from latentdiff.files import parse_json, read_file
 from latentdiff.images import write_file
 
 from ...data.augment import turn_hue
 from ..emoji import MAX_REPORT_BYTES, SPLITS
-from .grounds import GROUNDS, paint_ground
 from .plan import Group, Scene, held_out_combinations, plan_scene
 from .things import Catalogue, Thing, catalogue
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, count
@@ -11,19 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from ...data.captions import swap_sides
-from .grounds import COLORED, GROUNDS, PLACES, Ground
-from .things import Catalogue, Thing
-from .words import RELATIONS, Things, scene_captions
+from latentdiff.evaluate.compose.grounds import COLORED, GROUNDS, PLACES, Ground
+from latentdiff.evaluate.compose.words import RELATIONS, Combination, Things, is_held_out
 
-HELD_OUT = 8  # per cent of all combinations
+from ...data.captions import swap_sides
+from .things import Catalogue, Thing
+from .words import scene_captions
+
 NEAR = 90.0  # distance in sRGB from its ground below which a thing is not seen well
 MARGIN = 0.02
 KINDS = {"single": 0.42, "count": 0.2, "pair": 0.24, "sizes": 0.05, "group": 0.09}
 GROUPS = ((2, 1), (1, 2), (1, 1, 1), (2, 2), (3, 1), (1, 1, 1, 1))
 Box = tuple[float, float, float, float]
-
-Combination = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -91,17 +89,6 @@ class Scene:
                 found.append(("count", said.count, said.name))
         names = sorted({group.said.name for group in self.groups})
         return [*found, *(("pair", *pair) for pair in combinations(names, 2))]
-
-
-def is_held_out(combination: Combination) -> bool:
-    """Say whether no training scene has a combination: by a hash of it alone.
-
-    Args:
-        combination: ("color", word, concept) of a thing that has not that colour as it is drawn, ("count", 2 to 4,
-            concept), or ("pair", concept, concept), the two sorted: whose every relation is then held out.
-    """
-    digest = hashlib.sha256("/".join(["scenes", *map(str, combination)]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") % 100 < HELD_OUT
 
 
 def held_out_combinations(catalogue: Catalogue) -> Iterator[Combination]:

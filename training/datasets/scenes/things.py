@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ...data.augment import HUES, turn_hue
-from ...data.captions import COLORS, with_article
+from latentdiff.evaluate.compose.words import COLORS, HUES, with_article
+
+from ...data.augment import turn_hue
 from ..emoji import dominant_color
 
 

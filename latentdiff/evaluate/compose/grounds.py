@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ...data.augment import BACKGROUNDS
-from ...data.captions import with_article
+from latentdiff.evaluate.compose.words import BACKGROUNDS, with_article
 
 FINER = 3  # times the size of the picture at which places are drawn
 Color = tuple[int, int, int]

@@ -1,0 +1,1 @@
+"""The compositional benchmark: prompts whose truth a program can check, and the checker with its own error rates."""
