@@ -16,6 +16,7 @@ from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.bert import BertConfig, BertModel
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.config import ModelConfig
+from latentdiff.models.image_text import ImageTextConfig, ImageTextModel
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
 from latentdiff.models.t5 import T5Config, T5EncoderModel
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
@@ -51,6 +52,7 @@ KINDS: dict[str, Kind] = {
     "PixelSpace": Kind(PixelSpaceConfig, PixelSpace, "diffusion_pytorch_model"),
     "LabelEncoder": Kind(LabelConfig, LabelEncoder, "model"),
     "T5EncoderModel": Kind(T5Config, T5EncoderModel, "model"),
+    "ImageTextModel": Kind(ImageTextConfig, ImageTextModel, "model"),
 }
 
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import nn
+
 from latentdiff.checkpoints.folder import (
     BASE,
     COMPUTED_IN,
@@ -20,8 +22,9 @@ from latentdiff.checkpoints.folder import (
     weight_files,
 )
 from latentdiff.errors import ModelLoadError
+from latentdiff.models.tokenizer import Tokenizer
 
-__all__ = ["model_files", "model_hash", "vae_hash"]
+__all__ = ["model_files", "model_hash", "network_digest", "vae_hash"]
 
 LEFT_OUT = re.compile(rb'\{(\n  "' + COMPUTED_IN.encode() + rb'": "\w+",)')
 
@@ -107,3 +110,13 @@ def _left_out(path: Path) -> bytes:
     with path.open("rb") as file:
         found = LEFT_OUT.match(file.read(100))
     return found[1] if found else b""
+
+
+def network_digest(network: nn.Module, tokenizer: Tokenizer | None = None) -> str:
+    """Return a short hash of a network's config and weights, wherever they are, and of the tokenizer before it."""
+    digest = hashlib.sha256(repr(network.config).encode())
+    for name, weight in network.state_dict().items():
+        digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
+    if tokenizer is not None:
+        digest.update(tokenizer.digest.encode())
+    return digest.hexdigest()[:16]

@@ -57,7 +57,7 @@ def train(config: str, overrides: list[str], resume: bool, out: str | None) -> N
         InputError, StorageError: see `training.config.load_config` and the stages.
     """
     load_torch()
-    from latentdiff.training.config import AutoencoderTraining, load_config
+    from latentdiff.training.config import AutoencoderTraining, ImageTextTraining, load_config
 
     parsed = load_config(config, [*overrides, *([f"run.out={json.dumps(out)}"] if out else [])])
     try:
@@ -65,6 +65,10 @@ def train(config: str, overrides: list[str], resume: bool, out: str | None) -> N
             from latentdiff.training.train_autoencoder import train_autoencoder
 
             train_autoencoder(parsed, resume)
+        elif isinstance(parsed, ImageTextTraining):
+            from latentdiff.training.train_image_text import train_image_text
+
+            train_image_text(parsed, resume)
         else:
             from latentdiff.training.train_diffusion import train_diffusion
 

@@ -27,7 +27,7 @@ from .sections import (
     UNetTraining,
     UpscaleTask,
 )
-from .stages import STAGES, AutoencoderTraining, DiffusionTraining, TrainingConfig
+from .stages import STAGES, AutoencoderTraining, DiffusionTraining, ImageTextTraining, TrainingConfig
 from .yaml_file import dump_yaml, parse_yaml, read_yaml, short
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "AutoencoderTraining",
     "DataConfig",
     "DiffusionTraining",
+    "ImageTextTraining",
     "InpaintTask",
     "LoraConfig",
     "ObjectiveConfig",

@@ -12,6 +12,7 @@ from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import LatentDiffError
 from latentdiff.models.autoencoder import AutoencoderConfig
 from latentdiff.models.config import ModelConfig
+from latentdiff.models.image_text import ImageTextConfig
 from latentdiff.models.unet import UNetConfig
 from latentdiff.prompts import check_prompt
 
@@ -92,6 +93,14 @@ def check_autoencoder(model: Mapping[str, Any], size: int) -> None:
             f"data.size must be a multiple of {config.downsample_factor}, by which the model makes pictures smaller, "
             f"got {size}; use fewer block_out_channels"
         )
+
+
+def check_image_text(model: Mapping[str, Any]) -> None:
+    """Raise ValueError where a section is no config of an image-text model, whose text side follows from the rest."""
+    following = next((key for key in ("text_dim", "text_encoder") if key in model), None)
+    if following is not None:
+        raise ValueError(f"model: {following} follows from the text encoder; leave it out")
+    _check_network(ImageTextConfig, model)
 
 
 def _check_network(kind: type[Any], model: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The two stages that a config can describe."""
+"""The stages that a config can describe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from .checks import check_autoencoder, check_schedule, check_texts, check_unet
+from .checks import check_autoencoder, check_image_text, check_schedule, check_texts, check_unet
 from .sections import (
     AutoencoderLoss,
     DataConfig,
@@ -150,8 +150,41 @@ class DiffusionTraining(Section):
         return self
 
 
-TrainingConfig = AutoencoderTraining | DiffusionTraining
-STAGES: dict[str, type[AutoencoderTraining] | type[DiffusionTraining]] = {
+class ImageTextTraining(Section):
+    """`stage: image_text`: a small model that says how well a picture and a text fit, beside a frozen text encoder."""
+
+    stage: Literal["image_text"]
+    data: DataConfig
+    run: RunConfig
+    # Folder with text_encoder/ and tokenizer/, or "embedded".
+    text_encoder: TextPath = "embedded"
+    # Metadata column with a short text of what a picture shows: pictures with equal ones are right for each other's
+    # captions, and held-out pictures are measured by finding theirs among all. null: each picture's first caption.
+    label_column: str | None = None
+    # Keys of `latentdiff.models.image_text.ImageTextConfig`.
+    model: dict[str, Any] = Field(default_factory=dict)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    cache: TextPath | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Refuse what does not go together."""
+        check_image_text(self.model)
+        if self.data.buckets or self.data.crop == "random":
+            raise ValueError("an image-text model is trained on whole squares; leave data.buckets and data.crop out")
+        if self.run.accumulation > 1 or self.run.batch_size < 2:
+            raise ValueError(
+                "a batch is contrasted with itself: it needs run.accumulation 1 and a run.batch_size of 2 or more, "
+                f"got {self.run.accumulation} and {self.run.batch_size}"
+            )
+        if self.run.ema_snapshots:
+            raise ValueError("run.ema_snapshots is for stage diffusion; set it to 0")
+        return self
+
+
+TrainingConfig = AutoencoderTraining | DiffusionTraining | ImageTextTraining
+STAGES: dict[str, type[AutoencoderTraining] | type[DiffusionTraining] | type[ImageTextTraining]] = {
     "autoencoder": AutoencoderTraining,
     "diffusion": DiffusionTraining,
+    "image_text": ImageTextTraining,
 }

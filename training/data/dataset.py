@@ -130,6 +130,19 @@ def load_images(
     return _in_memory(source, [(config.size, config.size)])
 
 
+def open_lazily(config: DataConfig, split: str, cache: Path) -> CaptionedImages | None:
+    """Open the pictures of one split, squares of data.size, to be read whenever they are asked for; None if it is not.
+
+    Args:
+        cache: folder of what is kept, as that of `open_images`.
+
+    Raises:
+        InputError: see `open_images`.
+    """
+    source = _split_of(config, split)
+    return None if source is None else _lazy(source, [(config.size, config.size)], cache)
+
+
 def read_captions(config: DataConfig, cache: Path | None = None) -> list[list[str]]:
     """Return the captions of every row that has usable ones; no picture is looked at.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentdiff.checkpoints import Encoders
+from latentdiff.checkpoints.hashes import network_digest
 from latentdiff.images import to_tensor
 from latentdiff.models.clip import CLIPTextModel
 
@@ -119,7 +120,7 @@ def cached_latents(
     choices = [rows[first : first + views] for first in range(0, len(rows), views)]
     conditions = np.array([variant.condition(data) for variant in variants], dtype=np.int32)
     latents = stored(
-        folder / f"latents-{_digest(components.autoencoder)}",
+        folder / f"latents-{network_digest(components.autoencoder)}",
         [_variant_key(data, variant) for variant in variants],
         lambda numbers: _encode_pictures(data, [variants[number] for number in numbers], components),
         shapes=[data.samples[variant.index].frame for variant in variants],
@@ -164,9 +165,9 @@ def warn_of_cut(captions: Sequence[str], components: Encoders) -> None:
 
 
 def _cached_states(captions: Sequence[str], components: Encoders, folder: Path) -> EncodedTexts:
-    digests = [_digest(components.text_encoder, components)]
+    digests = [network_digest(components.text_encoder, components.tokenizer)]
     if components.text_encoder_2 is not None:
-        digests.append(_digest(components.text_encoder_2))
+        digests.append(network_digest(components.text_encoder_2))
     packed = stored(
         folder / f"texts-{'-'.join(digests)}{'-zeros' if components.force_zeros else ''}",
         [hashlib.sha256(caption.encode()).digest()[:KEY_BYTES] for caption in captions],
@@ -221,13 +222,3 @@ def _variant_key(data: CaptionedImages, variant: Variant) -> bytes:
     window = () if variant.corner is None else (variant.corner, data.samples[variant.index].covering)
     text = repr((*parts, *window))
     return hashlib.sha256(text.encode()).digest()[:KEY_BYTES]
-
-
-def _digest(model: torch.nn.Module, components: Encoders | None = None) -> str:
-    """Return a hash of a network's config and weights, and of the tokenizer before it where there is one."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    for name, weight in model.state_dict().items():
-        digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
-    if components is not None and components.tokenizer is not None:
-        digest.update(components.tokenizer.digest.encode())
-    return digest.hexdigest()[:16]

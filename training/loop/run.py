@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.yaml"  # of a run folder
 # Folders of trained models in it, each with the file that it is known by.
-EXPORTS = {"model": INDEX, "vae": "config.json"}
+EXPORTS = {"model": INDEX, "vae": "config.json", "image_text": "config.json"}
 SHOWN_DIFFERENCES = 5  # of two configs, in a message
 
 

@@ -1,0 +1,108 @@
+"""Pairs of a picture and one of its captions, for the image-text model: augmented views, placed anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentdiff.checkpoints.components import TextEncoder
+from latentdiff.checkpoints.hashes import network_digest
+from latentdiff.images import to_tensor
+from latentdiff.models.image_text import mean_states
+from latentdiff.models.tokenizer import Tokenizer
+
+from ..config import ImageTextTraining
+from .augment import Variant, draw_view, paint, plan_variants
+from .cache import KEY_BYTES, CachedTensors, stored
+from .dataset import CaptionedImages
+
+CAPTIONS_OF_A_VIEW = 3  # at most; more would take longer to encode than they are worth
+SMALLEST, LARGEST = 0.55, 1.2  # sides of a placed view, of the frame's
+
+
+@dataclass(frozen=True)
+class CaptionedViews:
+    """What an image-text model trains on.
+
+    Attributes:
+        plans: plans[n][v], how view v of picture n is made; see `DataConfig.views`.
+        texts: mean states (text_dim,) of the captions, in their order.
+        captions: all different ones.
+    """
+
+    data: CaptionedImages
+    plans: list[list[Variant]]
+    texts: CachedTensors
+    captions: dict[str, int]
+
+    def batch(self, config: ImageTextTraining, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return images (B, 3, H, W), mean states (B, text_dim), and which are alike (B,): pure in (seed, step)."""
+        seed = config.run.seed
+        indices, _ = self.data.order.batch(step, config.run.batch_size, seed)
+        pictures, numbers, keys, places = [], [], [], []
+        for index in indices:
+            rng = np.random.default_rng([seed, step, self.data.place(index)])
+            variant = self.plans[index][draw_view(config.data, rng)]
+            caption = str(rng.choice(variant.captions[:CAPTIONS_OF_A_VIEW]))
+            pictures.append(paint(self.data, variant))
+            numbers.append(self.captions[caption])
+            plain = not variant.turn and variant.beside is None
+            keys.append(label_of(self.data.rows[index], config.label_column) if plain else caption)
+            places.append(rng.uniform([SMALLEST, -1, -1], [LARGEST, 1, 1]))
+        known: dict[str, int] = {}
+        alike = torch.tensor([known.setdefault(key, len(known)) for key in keys])
+        images = placed(to_tensor(np.stack(pictures)), torch.from_numpy(np.stack(places)).float())
+        return images, self.texts.take(numbers), alike
+
+
+def label_of(row: dict[str, Any], column: str | None) -> str:
+    """Return the short text of what a picture shows: that of a metadata column, or its first caption."""
+    value = None if column is None else row.get(column)
+    return str(value) if value else str(row["captions"][0])
+
+
+def placed(images: Tensor, places: Tensor) -> Tensor:
+    """Return images (B, 3, H, W) scaled and moved within their frames, whose rim goes on to the edge.
+
+    Args:
+        places: (B, 3), the new side as a share of the frame's, and where, -1 to 1, of what that leaves free each way.
+    """
+    scale, free = places[:, 0], (1 - places[:, 0]).abs()
+    theta = torch.zeros(len(images), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
+    theta[:, :, 2] = -places[:, 1:] * (free / scale)[:, None]
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def prepare_views(
+    config: ImageTextTraining, data: CaptionedImages, encoder: TextEncoder, tokenizer: Tokenizer, cache: Path
+) -> CaptionedViews:
+    """Plan all views of all pictures and encode their captions, from the cache where it has them.
+
+    Raises:
+        StorageError: the cache cannot be written.
+    """
+    plans = [plan_variants(data, index, config.data, config.run.seed) for index in range(len(data))]
+    used = (caption for views in plans for view in views for caption in view.captions[:CAPTIONS_OF_A_VIEW])
+    captions = {caption: number for number, caption in enumerate(dict.fromkeys(used))}
+    return CaptionedViews(data, plans, encode_texts(list(captions), encoder, tokenizer, cache), captions)
+
+
+def encode_texts(texts: list[str], encoder: TextEncoder, tokenizer: Tokenizer, cache: Path) -> CachedTensors:
+    """Return the mean states (text_dim,) of texts, from the cache where it has them."""
+    lengths = [(len(text.split()),) for text in texts]  # short ones together, which are then encoded fast
+    return stored(
+        cache / f"meanings-{network_digest(encoder, tokenizer)}",
+        [hashlib.sha256(text.encode()).digest()[:KEY_BYTES] for text in texts],
+        lambda numbers: mean_states(encoder, tokenizer, [texts[number] for number in numbers]),
+        shapes=lengths,
+        batch_size=64,
+    )

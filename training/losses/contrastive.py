@@ -1,0 +1,38 @@
+"""The loss of an image-text model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, alike: Tensor) -> Tensor:
+    """Return the mean cross entropy of finding the texts of an image among a batch's, and the images of a text.
+
+    Args:
+        images, texts: (B, D) unit vectors.
+        scale: of their similarities.
+        alike: (B,) int64; samples with equal numbers show the same, so that each one's text is right for the others.
+
+    Source: Radford et al. 2021, arXiv 2103.00020, Fig. 3; several right answers as in Khosla et al. 2020,
+    arXiv 2004.11362, Eq. 2.
+    """
+    logits = scale * images @ texts.T  # (B, B)
+    right = (alike[:, None] == alike).to(logits)  # symmetric
+    right = right / right.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+
+
+@torch.no_grad()
+def ranks(images: Tensor, texts: Tensor, right: Tensor) -> Tensor:
+    """Return for each image how many texts fit better than the right one, (N,) int64: 0 where that is the first.
+
+    Args:
+        images: (N, D) unit vectors.
+        texts: (M, D) unit vectors.
+        right: (N,) int64, number of the right text of each image.
+    """
+    similarities = images @ texts.T  # (N, M)
+    own = similarities.gather(1, right[:, None])
+    return (similarities > own).sum(dim=1)

@@ -1,0 +1,179 @@
+"""Train a small image-text model on captioned pictures, beside a frozen text encoder.
+
+Try:
+    latentdiff train configs/emoji-image-text.yaml
+    tensorboard --logdir runs
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from latentdiff.checkpoints import embedded_model, load_text_encoder, save_model
+from latentdiff.checkpoints.hashes import network_digest
+from latentdiff.devices import restored_random_state
+from latentdiff.errors import InputError
+from latentdiff.images import to_tensor
+from latentdiff.models.image_text import ImageTextConfig, ImageTextModel
+from latentdiff.models.pixels import LabelEncoder
+
+from .config import ImageTextTraining
+from .data.augment import rgb
+from .data.captioned_views import CaptionedViews, encode_texts, label_of, prepare_views
+from .data.dataset import CaptionedImages, composite, open_held_out, open_images
+from .data.prefetch import drawn_ahead
+from .loop.cpu import tuned_for_cpu
+from .loop.distributed import start_accelerator
+from .loop.ema import Ema
+from .loop.optimizers import make_optimizer
+from .loop.resources import require_room, require_small_enough
+from .loop.run import open_run, save_run, start_step, stop_on_signal
+from .loop.state import RunState
+from .losses.contrastive import contrastive_loss, ranks
+from .monitor.log import Log
+from .monitor.trackers import require_trackers
+
+HELD_OUT = 1024  # pictures to measure by
+IMAGES_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Pictures that are not trained on, with the texts that theirs is to be found among.
+
+    Attributes:
+        images: (N, 3, H, W).
+        texts: (M, text_dim), mean states of all labels.
+        right: (N,) int64, the label of each picture.
+    """
+
+    images: Tensor
+    texts: Tensor
+    right: Tensor
+
+
+def train_image_text(config: ImageTextTraining, resume: bool = False) -> Path:
+    """Run the whole stage and return the folder of the trained model.
+
+    Raises:
+        InputError: data or config cannot be used, or the loss is not finite 20 steps in a row.
+        ModelLoadError: the text encoder cannot be used.
+        StorageError: a checkpoint cannot be written, or there is no room for it.
+    """
+    accelerator = start_accelerator(config.run)
+    if accelerator.num_processes > 1:
+        raise InputError("a batch is contrasted with itself, in one process; start it without accelerate launch")
+    require_trackers(config.run.trackers)
+    folder = Path(config.run.out)
+    with restored_random_state(), open_run(config, resume, accelerator, "image_text") as checkpoint:
+        data, held_out, model = assemble(config, accelerator.device)
+        state = RunState(
+            {"model": model},
+            {"optimizer": make_optimizer(model, config.optimizer)},
+            Ema(model, config.run.ema_decay),
+        )
+        require_room(config.run, state, [model], accelerator.device)
+        first = state.restore(checkpoint)
+        if run_steps(config, data, held_out, state, first, accelerator):
+            with state.ema.swapped_into(model):
+                export(model, held_out, folder)
+    return folder / "image_text"
+
+
+def assemble(config: ImageTextTraining, device: torch.device) -> tuple[CaptionedViews, HeldOut | None, ImageTextModel]:
+    """Return the pictures and their encoded captions, those to measure by, and a new model."""
+    folder = Path(config.run.out)
+    cache = folder / "cache" if config.cache is None else Path(config.cache)
+    place = embedded_model() if config.text_encoder == "embedded" else Path(config.text_encoder)
+    encoder, tokenizer = load_text_encoder(place, device=device)
+    if isinstance(encoder, LabelEncoder):
+        raise InputError(f"text_encoder {config.text_encoder} knows classes alone; name one with a vocabulary")
+    digest = network_digest(encoder, tokenizer)
+    shape = ImageTextConfig.from_dict({**config.model, "text_dim": encoder.config.hidden_size, "text_encoder": digest})
+    require_small_enough(lambda: ImageTextModel(shape), device)
+    torch.manual_seed(config.run.seed)
+    model = ImageTextModel(shape)
+    images = open_images(config.data, config.run.batch_size, folder, cache)
+    views = prepare_views(config, images, encoder, tokenizer, cache)
+    apart = open_held_out(config.data, cache, HELD_OUT)
+    if apart is None:
+        return views, None, model
+    labels = [label_of(row, config.label_column) for row in apart.rows]
+    known = {label: n for n, label in enumerate(dict.fromkeys([*labels, *_labels(images, config)]))}
+    texts = encode_texts(list(known), encoder, tokenizer, cache).take(range(len(known)))
+    pictures = to_tensor(composite(apart.images, rgb(config.data.background)))
+    return views, HeldOut(pictures, texts, torch.tensor([known[label] for label in labels])), model
+
+
+def _labels(images: CaptionedImages, config: ImageTextTraining) -> list[str]:
+    return [] if config.label_column is None else [label_of(row, config.label_column) for row in images.rows]
+
+
+def run_steps(
+    config: ImageTextTraining,
+    data: CaptionedViews,
+    held_out: HeldOut | None,
+    state: RunState,
+    first: int,
+    accelerator: Accelerator,
+) -> bool:
+    """Train from step `first` to the last; say whether it was reached, not stopped by a signal."""
+    run, plain = config.run, state.modules["model"]
+    assert isinstance(plain, ImageTextModel)
+    model, optimizer = accelerator.prepare(plain, state.optimizers["optimizer"])
+    state.ema.to(accelerator.device)
+    log, stopping = Log(run, first, "image-text model", accelerator), False
+    batches = drawn_ahead(lambda step: data.batch(config, step), range(first, run.steps), 0)
+    with stop_on_signal() as stopped, tuned_for_cpu(plain):
+        for step in range(first, run.steps):
+            start_step(config, step, optimizer)
+            images, texts, alike = (part.to(accelerator.device) for part in next(batches))
+            with accelerator.autocast():
+                embeddings = model(images, texts)
+            loss = contrastive_loss(*(part.float() for part in embeddings), alike)
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
+            finite = state.guard.allows(loss.detach(), norm, step)
+            if finite:
+                optimizer.step()
+                state.ema.update(plain)
+            rate = optimizer.param_groups[0]["lr"]
+            scalars = {"loss": loss.detach(), "scale": plain.scale, "grad_norm": norm, "skipped": not finite}
+            log.step(step, {**scalars, "learning_rate": rate})
+            done, stopping = step + 1, bool(stopped)
+            if done % run.save_every == 0 or done == run.steps or stopping:
+                save_run(config, done, state, accelerator)
+            if held_out is not None and (done % run.sample_every == 0 or done == run.steps):
+                with state.ema.swapped_into(plain):
+                    log.write(done, retrieval(plain, held_out))
+            if stopping:
+                break
+    log.close()
+    return not stopping
+
+
+@torch.no_grad()
+def retrieval(model: ImageTextModel, held_out: HeldOut) -> dict[str, float]:
+    """Return how often the right text of a held-out picture is the best of all, and among the five best."""
+    device = model.logit_scale.device
+    images = torch.cat([model.embed_images(part.to(device)) for part in held_out.images.split(IMAGES_AT_ONCE)])
+    found = ranks(images, model.embed_texts(held_out.texts.to(device)), held_out.right.to(device))
+    return {f"held_out_top{most}": (found < most).float().mean().item() for most in (1, 5)}
+
+
+def export(model: ImageTextModel, held_out: HeldOut | None, folder: Path) -> None:
+    """Save the model to folder/image_text, and what was measured of it to image_text.json."""
+    figures = (
+        {}
+        if held_out is None
+        else {**retrieval(model, held_out), "held_out_images": len(held_out.images), "texts": len(held_out.texts)}
+    )
+    save_model(model, folder / "image_text", torch.float16)
+    (folder / "image_text.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"saved {folder / 'image_text'}", *(f"{name} {value:.4g}" for name, value in figures.items()))
