@@ -1,70 +1,294 @@
-"""`latentdiff evaluate`: how good a model is on captioned pictures."""
+"""`latentdiff evaluate`: how good a model is, in figures that carry their protocol."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from latentdiff.commands.shared import add_machine, load, on_terminal
-from latentdiff.errors import InputError, suggest
+from latentdiff.commands.shared import (
+    add_lora,
+    add_machine,
+    add_settings,
+    flags,
+    given_settings,
+    load,
+    on_terminal,
+    parse_loras,
+    read_setting,
+    warnings_as_lines,
+)
+from latentdiff.errors import InputError, shown
+from latentdiff.generation.options import GENERATE, check_integer
+from latentdiff.generation.request import Settings
+from latentdiff.generation.rules import check_inputs
 
-HELP = "Measure how good a model is on captioned pictures."
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latentdiff.evaluate import Figure, Reference, Request
+    from latentdiff.evaluate.processes import Processes
+    from latentdiff.pipeline import Pipeline
+    from latentdiff.training.data.dataset import CaptionedImages
+
+HELP = "Measure how good a model is, by pictures it draws and by captioned real ones."
+SPLITS = ("train", "validation", "test")
+
+
+# Settings that pictures of captions alone have no use for, or that say what the command says by itself.
+LEFT_OUT = (
+    *("seed", "num_images", "strength", "outpaint", "feather", "resampling"),
+    *("variation_strength", "variation_seed", "blend_prompt", "blend"),
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("model", help="model folder, or `embedded`")
-    parser.add_argument("--data", required=True, help="folder of captioned pictures, or of splits with such")
-    parser.add_argument("--metrics", default="nll", help="nll: bits per dimension (the only one so far)")
+    parser.add_argument("model", nargs="?", help="model folder, or `embedded`")
+    parser.add_argument("--data", help="folder of captioned pictures, or of splits with such")
+    parser.add_argument("--pictures", metavar="FOLDER", help="pictures of any other model, measured in place of one")
+    parser.add_argument("--prompts", metavar="FILE", help="JSON lines: what each of --pictures was to show")
+    parser.add_argument("--metrics", default="kid,clip,retrieval", help="comma-separated; see docs/evaluation.md")
+    parser.add_argument("--split", default="test", choices=SPLITS, metavar="SPLIT", help="train, validation or test")
+    parser.add_argument("--n", type=int, help="pictures of each metric; unless given, what each takes by itself")
+    parser.add_argument("--seed", type=int, default=0, help="picture i is drawn with SEED + i")
+    parser.add_argument("--features", default="image-text", help="network of distances (default image-text)")
+    parser.add_argument("--judge", metavar="FOLDER", help="image-text model, in place of the one of the package")
+    parser.add_argument("--lpips-weights", metavar="FILE", help="of `python -m latentdiff.training.losses.lpips FILE`")
+    parser.add_argument("--out", default="evaluation", help="folder of the report and of the pictures")
+    parser.add_argument("--batch-size", type=int, default=4, help="pictures drawn together (default 4)")
     parser.add_argument(
-        "--split",
-        default="test",
-        choices=["train", "validation", "test"],
-        metavar="SPLIT",
-        help="train, validation or test (default)",
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="NAME=V,V,...",
+        help="measure with each of several values of a setting, as in steps=4,8,25; all combinations of several",
     )
-    parser.add_argument("--images", type=int, default=32, help="how many pictures are measured (default 32)")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two reports, in place of a model")
+    parser.add_argument("--across", metavar="NAMES", help="settings that may differ between the reports of --compare")
+    add_settings(parser, *GENERATE, leave_out=LEFT_OUT)
+    add_lora(parser)
     add_machine(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure how good a model is."""
-    from latentdiff.evaluate import METRICS
-    from latentdiff.generation.options import check_integer
-    from latentdiff.images import to_tensor
-
-    wanted = options.metrics.split(",")
-    for name in wanted:
-        if name not in METRICS:
-            raise InputError(f"metric {name!r} is unknown{suggest(name, METRICS)}")
-    count = check_integer("--images", options.images, 1, 1_000_000, "try 32")
-    pipe = load(options.model, options.device, options.dtype)
-    height, width = pipe.native_size
-    if height != width:
-        raise InputError(f"only models of square pictures can be measured, got {width}x{height}")
-    from latentdiff.training.config import data_config
-    from latentdiff.training.data.dataset import composite, load_images
-
-    data = load_images(data_config(options.data, height), options.split)
-    images = to_tensor(composite(data.images[:count], (255, 255, 255))).to(pipe.device)
-    captions = [row["captions"][0] for row in data.rows[:count]]
-    figures = {name: METRICS[name](pipe.components, images, captions, progress=on_terminal()) for name in wanted}
-    if options.json:
-        print(json.dumps({"model": pipe.components.name, "model_hash": pipe.components.model_hash, **figures}))
+    """Measure a model or pictures and write the report, or compare two reports."""
+    if options.compare is not None:
+        compare_reports(options)
         return
-    for name, values in figures.items():
-        print("\n".join(_lines(values, name)))
+    from latentdiff.evaluate.run import check_metrics
+
+    names = options.metrics.split(",")
+    settings = {name: value for name, value in given_settings(options).items() if name not in LEFT_OUT}
+    _check_subject(options, settings)
+    check_metrics(names)
+    check_inputs(settings, image=False, mask=False, names=flags(), asked=True)
+    combinations = _combinations(options.sweep)
+    for one in combinations:
+        Settings(prompts=("",), **{**settings, **one})
+    if options.n is not None:
+        check_integer("--n", options.n, 1, 1_000_000, "try 1000")
+    loras, request = parse_loras(options.lora), _request(options, settings)
+    if options.pictures is not None:
+        _print(options, *_measured(options, request, None, None, names))
+        return
+    from latentdiff.evaluate.processes import joined, own_device
+
+    with joined() as processes, warnings_as_lines():
+        pipe = load(options.model, own_device(options.device), options.dtype)
+        pipe = pipe.with_loras(loras) if loras else pipe
+        if processes is not None and processes.number:
+            processes.serve(pipe)
+            return
+        try:
+            if options.sweep:
+                _sweep(options, request, combinations, pipe, processes, names)
+            else:
+                _print(options, *_measured(options, request, pipe, processes, names))
+        finally:
+            if processes is not None:
+                processes.dismiss()
 
 
-def _lines(tree: dict[str, Any], name: str) -> list[str]:
-    """Return one line for each figure of a tree: its path, mean and standard error."""
-    lines = []
-    for key, value in tree.items():
-        if isinstance(value, dict) and "mean" in value:
-            lines.append(f"{name}.{key}: {value['mean']:.4f} +- {value['standard_error']:.4f}")
-        elif isinstance(value, dict):
-            lines += _lines(value, f"{name}.{key}")
-        else:
-            lines.append(f"{name}.{key}: {value}")
-    return lines
+def compare_reports(options: argparse.Namespace) -> None:
+    """Print a table of two reports.
+
+    Raises:
+        InputError: nothing in them can be compared.
+    """
+    from latentdiff.evaluate.compare import compare, comparison_lines
+    from latentdiff.evaluate.report import read_report
+
+    if options.model is not None or options.pictures is not None or options.sweep:
+        raise InputError("--compare is of two reports, got something to measure besides; leave one of them out")
+    (_, first), (_, second) = (read_report(Path(place)) for place in options.compare)
+    found = compare(first, second, options.across.split(",") if options.across else ())
+    if options.json:
+        print(json.dumps({"comparisons": [one.to_json() for one in found]}))
+    else:
+        for line in comparison_lines(found):
+            print(line)
+    if all(one.refused for one in found):
+        reasons = "; ".join(f"{one.name}: {one.refused}" for one in found) or "no figures in them"
+        raise InputError(f"nothing in these reports can be compared ({reasons}); evaluate both in one way")
+
+
+def _check_subject(options: argparse.Namespace, settings: Mapping[str, object]) -> None:
+    if options.across is not None:
+        raise InputError("--across is for --compare, got none; leave it out")
+    if (options.model is None) == (options.pictures is None):
+        got = "neither" if options.model is None else "both"
+        raise InputError(f"a MODEL is measured, or a folder of --pictures, got {got}; pass one of them")
+    if options.pictures is None and options.prompts is not None:
+        raise InputError("--prompts says what --pictures show, got no --pictures; leave it out")
+    if options.pictures is not None and (settings or options.lora or options.sweep):
+        raise InputError("--pictures are drawn already, got settings to draw with; leave them out")
+
+
+def _request(options: argparse.Namespace, settings: Mapping[str, Any]) -> Request:
+    from latentdiff.evaluate import Request
+
+    return Request(
+        out=Path(options.out),
+        n=options.n,
+        seed=check_integer("--seed", options.seed, 0, 2**62, "try 0"),
+        settings=settings,
+        features=options.features,
+        judge=None if options.judge is None else Path(options.judge),
+        lpips_weights=None if options.lpips_weights is None else Path(options.lpips_weights),
+        batch_size=check_integer("--batch-size", options.batch_size, 1, 1024, "try 4"),
+        progress=on_terminal(),
+    )
+
+
+def _measured(
+    options: argparse.Namespace,
+    request: Request,
+    pipe: Pipeline | None,
+    processes: Processes | None,
+    names: Sequence[str],
+) -> tuple[Mapping[str, Any], list[Figure]]:
+    """Return what was measured, and its figures, once their report is written."""
+    from latentdiff.evaluate import Evaluation
+    from latentdiff.evaluate.given import find_pictures
+    from latentdiff.evaluate.run import OF_TRAINING_TOO, evaluate
+    from latentdiff.images import open_image
+
+    prompts = None if options.prompts is None else Path(options.prompts)
+    given = None if options.pictures is None else find_pictures(Path(options.pictures), prompts)
+    references: Mapping[str, Reference] = {}
+    if options.data is not None:
+        size = pipe.native_size if pipe is not None else open_image(given[0][0]).size if given else (0, 0)
+        found = None if OF_TRAINING_TOO.isdisjoint(names) else request.out / "cache"
+        references = open_references(options.data, options.split, size, found)
+    return evaluate(Evaluation(request, pipe, references, given, processes), names)
+
+
+def _print(options: argparse.Namespace, subject: Mapping[str, Any], figures: Sequence[Figure]) -> None:
+    from latentdiff.evaluate.report import lines, report_tree
+
+    if options.json:
+        print(json.dumps(report_tree(figures, subject)))
+        return
+    for line in lines(figures):
+        print(line)
+
+
+def _combinations(sweeps: Sequence[str]) -> list[dict[str, Any]]:
+    """Return all combinations of "steps=4,8" and others, as generation options by name; one without any for none."""
+    axes: list[list[tuple[str, Any]]] = []
+    for text in sweeps:
+        flag, equals, values = text.partition("=")
+        if not equals or not values:
+            raise InputError(f"--sweep must be a setting with values, got {shown(text)}; try steps=4,8,25")
+        axis = [read_setting(flag, value, *GENERATE, leave_out=LEFT_OUT) for value in values.split(",")]
+        if any(axis[0][0] == other[0][0] for other in axes) or any(axis.count(one) > 1 for one in axis):
+            raise InputError(f"--sweep names something twice, got {shown(text)}; leave that out")
+        axes.append(axis)
+    return [dict(one) for one in itertools.product(*axes)]
+
+
+def _sweep(
+    options: argparse.Namespace,
+    request: Request,
+    combinations: Sequence[Mapping[str, Any]],
+    pipe: Pipeline,
+    processes: Processes | None,
+    names: Sequence[str],
+) -> None:
+    from latentdiff.evaluate.report import report_tree
+    from latentdiff.evaluate.sweep import Setting, folder_name, sweep_lines, write_sweep
+
+    called, trees, found = flags(), [], []
+    for one in combinations:
+        chosen = {called[name].lstrip("-"): value for name, value in one.items()}
+        own = replace(request, settings={**request.settings, **one}, out=request.out / folder_name(chosen))
+        subject, figures = _measured(options, own, pipe, processes, names)
+        found.append(Setting(chosen, figures))
+        trees.append({"sweep": chosen, **report_tree(figures, subject)})
+    write_sweep(found, request.out)
+    if options.json:
+        print(json.dumps({"sweep": trees}))
+        return
+    for line in sweep_lines(found):
+        print(line)
+
+
+def open_references(
+    folder: str, split: str, size: tuple[int, int], found: Path | None = None
+) -> Mapping[str, Reference]:
+    """Return the real pictures of a folder, by what they are used for: "test", and "train" where it is asked for.
+
+    Args:
+        split: of the pictures that are measured by.
+        found: where to keep what is found of the pictures trained on; None to leave these out.
+
+    Raises:
+        InputError: the folder or the split cannot be used, or pictures of the size are not square.
+    """
+    height, width = size
+    if height != width:
+        raise InputError(f"only square pictures can be measured beside real ones, got {width}x{height}")
+    references = {"test": open_reference(folder, split, height)}
+    if found is not None and split != "train":
+        references |= open_training(folder, height, found)
+    return references
+
+
+def open_reference(folder: str, split: str, size: int) -> Reference:
+    """Return the real pictures of one split, squares of `size` on white."""
+    from latentdiff.training.config import data_config
+    from latentdiff.training.data.dataset import load_images
+
+    return _reference(folder, split, load_images(data_config(folder, size), split))
+
+
+def open_training(folder: str, size: int, found: Path) -> dict[str, Reference]:
+    """Return the pictures that a model was trained on, which are read whenever they are asked for; empty if none are.
+
+    Args:
+        found: folder in which is kept what is found of them.
+    """
+    from latentdiff.training.config import data_config
+    from latentdiff.training.data.dataset import open_lazily
+
+    data = open_lazily(data_config(folder, size), "train", found)
+    return {} if data is None else {"train": _reference(folder, "train", data)}
+
+
+def _reference(folder: str, split: str, data: CaptionedImages) -> Reference:
+    import numpy as np
+
+    from latentdiff.evaluate import Reference
+    from latentdiff.images import to_tensor
+    from latentdiff.training.data.dataset import composite
+
+    def load_some(numbers: Sequence[int]) -> Tensor:
+        return to_tensor(composite(np.stack([data.images[number] for number in numbers]), (255, 255, 255)))
+
+    captions = [row["captions"][0] for row in data.rows]
+    return Reference(Path(folder).name, split, captions, data.rows, load_some)

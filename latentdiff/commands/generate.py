@@ -25,7 +25,7 @@ from latentdiff.commands.shared import (
 from latentdiff.commands.upscale import UPSCALER, load_upscaler, upscaled
 from latentdiff.errors import InputError, shown
 from latentdiff.files import is_file
-from latentdiff.generation.options import GENERATE
+from latentdiff.generation.options import GENERATE, check_integer
 from latentdiff.generation.request import Settings
 from latentdiff.generation.rules import check_inputs
 
@@ -55,6 +55,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", metavar="WxH", help="in pixels, multiples of 8")
     add_settings(parser, *GENERATE)
+    parser.add_argument(
+        "--best-of",
+        type=int,
+        default=1,
+        metavar="N",
+        help="generate N for each picture and keep the one that fits its prompt best, by the image-text model",
+    )
+    parser.add_argument(
+        "--judge", metavar="FOLDER", help="image-text model of --best-of; that of the package otherwise"
+    )
     parser.add_argument("--upscale", action="store_true", help="enlarge each picture, with its prompt and seed")
     parser.add_argument("--upscale-model", metavar="M", help=f"model that --upscale uses; {UPSCALER} by default")
     parser.add_argument("--attention", default="sdpa", help="sdpa (torch's own, default) or xformers (CUDA only)")
@@ -74,6 +84,9 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("--upscale-model says what enlarges the pictures, got no --upscale; add it")
     if not options.prompts and options.image is None and options.model is None:
         raise InputError('PROMPT is missing; say what to draw, as in latentdiff generate "a red fox"')
+    among = check_integer("--best-of", options.best_of, 1, 100, "try 4")
+    if options.judge is not None and among == 1:
+        raise InputError("--judge says what chooses among pictures, got no --best-of; add it")
     settings = Settings(prompts=tuple(prompts), **chosen)
     embeddings, loras = _embeddings(options.embedding), parse_loras(options.lora)
     output = Output(options.out, [settings.prompt(index) for index in range(settings.count)], options.metadata)
@@ -82,7 +95,11 @@ def run(options: argparse.Namespace) -> None:
     if not options.prompts and options.image is None and pipe.components.reads_text:
         raise InputError('this model needs a PROMPT, got none; say what to draw, as in "a red fox"')
     upscaler = load_upscaler(options.upscale_model, options.device, options.dtype) if options.upscale else None
+    if among > 1:
+        chosen["num_images"] = settings.num_images * among
     images = pipe.stream(prompts, image=options.image, mask=_mask(options.mask), progress=on_terminal(), **chosen)
+    if among > 1:
+        images = _best(images, among, options, pipe)
     if upscaler is not None:
         images = _each_upscaled(upscaler, images)
     report = write_all(images, output, settings.count, options)
@@ -104,6 +121,15 @@ def _load(
     for file, word in embeddings:
         pipe = pipe.with_embedding(file, word)
     return pipe.with_loras(loras) if loras else pipe
+
+
+def _best(
+    images: Iterator[GeneratedImage], among: int, options: argparse.Namespace, pipe: Pipeline
+) -> Iterator[GeneratedImage]:
+    from latentdiff.evaluate.best_of import keep_best
+    from latentdiff.evaluate.judge import load_judge
+
+    return keep_best(load_judge(options.judge, pipe.device), images, among)
 
 
 def _each_upscaled(upscaler: Pipeline, images: Iterator[GeneratedImage]) -> Iterator[GeneratedImage]:

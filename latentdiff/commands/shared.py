@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
-from latentdiff.errors import InputError, printable, shown
+from latentdiff.errors import InputError, printable, shown, suggest
 from latentdiff.files import is_file, is_folder
 from latentdiff.generation.options import options_of
 from latentdiff.generation.request import Settings
@@ -53,6 +53,26 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
         if value is not None:
             given[name] = value if declared.parse is None else declared.parse(value)
     return given
+
+
+def read_setting(flag: str, text: str, *tasks: str, leave_out: Sequence[str] = ()) -> tuple[str, Any]:
+    """Return name and value of a generation option from its flag without dashes, "steps", and a text, "25".
+
+    Raises:
+        InputError: there is no such flag, or it takes no such value.
+    """
+    parser = _OneSetting(add_help=False, allow_abbrev=False)
+    add_settings(parser, *tasks, leave_out=leave_out)
+    known = [option[2:] for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    if flag not in known:
+        raise InputError(f"--{flag[:80]} is no setting{suggest(flag, known)}")
+    given = given_settings(parser.parse_args([f"--{flag}={text}"]))
+    return next(iter(given.items()))
+
+
+class _OneSetting(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
 
 
 def flags() -> dict[str, str]:
@@ -170,8 +190,8 @@ def warnings_as_lines() -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    for warning in caught:
-        say(warning.message)
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        say(message)
 
 
 def parse_loras(given: Sequence[str]) -> dict[str, Any]:

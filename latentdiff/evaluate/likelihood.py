@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,39 @@ from latentdiff.diffusion import draw_noise, image_generator
 from latentdiff.diffusion.likelihood import LEVELS, Bound, discretised, ode_likelihood, variational_bound
 from latentdiff.diffusion.prediction import Call, Denoiser
 from latentdiff.errors import InputError
+from latentdiff.evaluate.evaluation import Evaluation
+from latentdiff.evaluate.figure import Figure
+from latentdiff.evaluate.intervals import Estimate
 from latentdiff.models.pixels import PixelSpace
 
-__all__ = ["negative_log_likelihood", "network_of"]
+__all__ = ["negative_log_likelihood", "network_of", "nll"]
 
 BATCH = 64
+IMAGES = 32  # unless a request says otherwise: each takes hundreds of network calls
+
+
+def nll(evaluation: Evaluation) -> list[Figure]:
+    """Measure how many bits per dimension test pictures cost; see `negative_log_likelihood`."""
+    reference, components = evaluation.reference("test"), evaluation.model.components
+    count = min(evaluation.count(IMAGES), len(reference))
+    images = reference.load(range(count)).to(evaluation.model.device)
+    seed, progress = evaluation.request.seed, evaluation.request.progress
+    found = negative_log_likelihood(components, images, reference.captions[:count], seed=seed, progress=progress)
+    figures = []
+    for name, (value, error) in _leaves(found):
+        half = 1.96 * error
+        estimate = Estimate(value, value - half, value + half, count)
+        figures.append(evaluation.figure(f"nll/{name}", estimate, "lower", {"of": found["of"]}, unit="bits/dim"))
+    return figures
+
+
+def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, tuple[float, float]]]:
+    """Yield the path, mean and standard error of each figure of a tree."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and "mean" in value:
+            yield path + name, (value["mean"], value["standard_error"])
+        elif isinstance(value, dict):
+            yield from _leaves(value, f"{path}{name}/")
 
 
 def negative_log_likelihood(

@@ -1,0 +1,273 @@
+"""One evaluation: what is measured, and what metrics may look at, each computed when it is first asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from latentdiff.errors import InputError
+from latentdiff.evaluate.features import FeatureNetwork, features_of, find_features
+from latentdiff.evaluate.figure import Figure, Protocol
+from latentdiff.evaluate.given import common_folder, digest_of_pictures
+from latentdiff.evaluate.intervals import Estimate, Floats
+from latentdiff.evaluate.judge import Judge, load_judge
+from latentdiff.evaluate.latents import reconstruct
+from latentdiff.evaluate.pictures import Drawing, Item, generate, load_pictures
+from latentdiff.evaluate.processes import Processes
+from latentdiff.generation.request import Settings
+from latentdiff.generation.result import recorded_name
+from latentdiff.pipeline import Pipeline
+
+__all__ = ["Evaluation", "Metric", "Reference", "Request"]
+
+ALWAYS_TOLD = ("sampler", "num_inference_steps", "guidance_scale")  # settings in every protocol
+SET = 1000  # pictures of metrics of whole sets, unless a request says otherwise
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real pictures with their captions.
+
+    Attributes:
+        name: of the data, for protocols: what its folder is called.
+        split: which part of it.
+        captions: one of each picture.
+        rows: metadata of each.
+        load: numbers -> images (b, 3, H, W) in [-1, 1].
+    """
+
+    name: str
+    split: str
+    captions: Sequence[str]
+    rows: Sequence[Mapping[str, Any]]
+    load: Callable[[Sequence[int]], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the captions, in their order: what tells two sets of one name apart."""
+        return hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be measured, and how.
+
+    Attributes:
+        n: pictures of each metric, fewer where there are fewer; None for what each metric takes by itself.
+        seed: picture i is drawn with seed + i.
+        settings: of the calls: num_inference_steps, guidance_scale, sampler, ...; the rest are the model's defaults.
+        features: name of the feature network of distances; see `features.find_features`.
+        judge: folder of the image-text model; None for that of the package.
+        lpips_weights: file that `python -m latentdiff.training.losses.lpips` made; None where lpips is not measured.
+        batch_size: pictures drawn together.
+        out: folder of the report and of the pictures.
+        progress: show bars on stderr.
+    """
+
+    out: Path
+    n: int | None = None
+    seed: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    features: str = "image-text"
+    judge: Path | None = None
+    lpips_weights: Path | None = None
+    batch_size: int = 4
+    progress: bool = False
+
+
+class Evaluation:
+    """What metrics look at.
+
+    Args:
+        request: what is to be measured.
+        pipe: the model; None where a folder of pictures is measured.
+        references: real pictures by split; "test" is what models are compared with, "train" what they were trained on.
+        pictures: drawn by something else, each with its prompt; None to draw them with the model.
+        processes: that share the drawing; None to draw alone.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        pipe: Pipeline | None,
+        references: Mapping[str, Reference],
+        pictures: Sequence[tuple[Path, Item]] | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        self.request, self.pipe, self.references, self.given = request, pipe, references, pictures
+        self.processes = processes
+        self._features: dict[tuple[str, str], Floats] = {}
+
+    @property
+    def model(self) -> Pipeline:
+        """The model.
+
+        Raises:
+            InputError: a folder of pictures is measured.
+        """
+        if self.pipe is None:
+            raise InputError("this metric is of a model, got a folder of pictures; leave it out")
+        return self.pipe
+
+    def count(self, usual: int) -> int:
+        """Return how many pictures a metric takes that takes so many by itself."""
+        return usual if self.request.n is None else self.request.n
+
+    def reference(self, split: str) -> Reference:
+        """Return the real pictures of a split.
+
+        Raises:
+            InputError: there are none.
+        """
+        if split not in self.references:
+            raise InputError(f"this metric needs real pictures of the split {split}; pass --data with such")
+        return self.references[split]
+
+    @cached_property
+    def network(self) -> FeatureNetwork:
+        """The feature network of distances."""
+        device = "cpu" if self.pipe is None else self.pipe.device
+        return find_features(self.request.features, device)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """The image-text model."""
+        return load_judge(self.request.judge, "cpu" if self.pipe is None else self.pipe.device)
+
+    @cached_property
+    def home(self) -> Path:
+        """The folder from which figures name their pictures."""
+        return self.request.out if self.given is None else common_folder([path for path, _ in self.given])
+
+    @cached_property
+    def subject(self) -> dict[str, Any]:
+        """What is measured and how: all that pictures and figures depend on, JSON-ready."""
+        request, test = self.request, self.references.get("test")
+        data = {} if test is None else {"data": test.name, "data_hash": test.digest, "split": test.split}
+        if self.pipe is None:
+            drawn = {"pictures": self.home.resolve().name, "pictures_hash": digest_of_pictures(self.given or ())}
+        else:
+            maker = {
+                **self.maker,
+                "device": self.pipe.device.type,
+                "dtype": str(self.pipe.dtype).removeprefix("torch."),
+            }
+            drawn = {"model": recorded_name(self.pipe.components.name), **maker, "batch_size": request.batch_size}
+        return {**drawn, **data, "n": request.n, "seed": request.seed}
+
+    @cached_property
+    def maker(self) -> dict[str, Any]:
+        """What a drawn picture depends on besides prompt and seed: model and settings."""
+        components = self.model.components
+        loras = [{"hash": one.lora.hash, "weight": [one.unet, one.text]} for one in components.loras]
+        return {"model_hash": components.model_hash, "loras": loras, **self.drawn_with}
+
+    @cached_property
+    def drawn_with(self) -> dict[str, Any]:
+        """The settings that pictures are drawn with, defaults of the model included."""
+        whole = Settings(prompts=("",), **{**self.model.components.defaults, **self.request.settings})
+        return {name: getattr(whole, name) for name in dict.fromkeys([*ALWAYS_TOLD, *sorted(self.request.settings)])}
+
+    def draw(self, name: str, items: Sequence[Item]) -> list[Path]:
+        """Return the pictures of items, those that are there already and the rest drawn now.
+
+        Args:
+            name: of the set, whose folder in `out` it is.
+
+        Raises:
+            InputError: the model draws from more than a text, or values that are not finite.
+        """
+        components = self.model.components
+        if components.inpaints or components.upscales:
+            does = "fills in" if components.inpaints else "enlarges"
+            raise InputError(
+                f"metrics of pictures drawn from texts alone cannot measure a model that {does} pictures; "
+                "measure its autoencoder (rfid, psnr, ssim, lpips) or a folder of its pictures"
+            )
+        drawing = Drawing(
+            items,
+            self.request.out / "pictures" / name,
+            self.maker,
+            self.request.settings,
+            self.request.batch_size,
+        )
+        if self.processes is None:
+            return generate(self.model, drawing, progress=self.request.progress)
+        return self.processes.draw(self.model, drawing, self.request.progress)
+
+    @cached_property
+    def caption_items(self) -> list[Item]:
+        """A picture for the caption of each of the first n test pictures."""
+        captions = self.reference("test").captions[: self.count(SET)]
+        return [Item(caption, self.request.seed + number) for number, caption in enumerate(captions)]
+
+    @cached_property
+    def drawn(self) -> list[tuple[Path, Item]]:
+        """The generated pictures with what they are of: the test set's captions, or what was given."""
+        if self.given is not None:
+            return list(self.given[: self.count(SET)])
+        return list(zip(self.draw("captions", self.caption_items), self.caption_items))
+
+    @cached_property
+    def generated(self) -> Tensor:
+        """The generated pictures (N, 3, H, W)."""
+        return load_pictures([path for path, _ in self.drawn])
+
+    def by_item(self, drawn: Sequence[tuple[Path, Item]], values: Sequence[float]) -> dict[str, Any]:
+        """Return the fields of a figure that hold a value for each picture: `items` and `pictures`."""
+        names = [item.name for _, item in drawn]
+        places = [path.relative_to(self.home).as_posix() for path, _ in drawn]
+        return {"items": dict(zip(names, map(float, values))), "pictures": dict(zip(names, places))}
+
+    @cached_property
+    def real(self) -> Tensor:
+        """The real test pictures (N, 3, H, W), as many as are generated or as there are."""
+        reference = self.reference("test")
+        return reference.load(range(min(self.count(SET), len(reference))))
+
+    @cached_property
+    def returned(self) -> Tensor:
+        """What the model's autoencoder makes of the real test pictures, (N, 3, H, W), in 8 bits."""
+        return reconstruct(self.model.components, self.real)
+
+    def features(self, name: str, images: Tensor) -> Floats:
+        """Return the features (N, D) of a set of images, computed once for each name."""
+        key = (name, self.network.name)
+        if key not in self._features:
+            self._features[key] = features_of(images, self.network)
+        return self._features[key]
+
+    def protocol(self, **more: str | float | None) -> Protocol:
+        """Return what values of generated pictures depend on, and `more`."""
+        reference = self.references.get("test")
+        data = (
+            {}
+            if reference is None
+            else {"data": reference.name, "data_hash": reference.digest, "split": reference.split}
+        )
+        drawn = {} if self.pipe is None else {"seed": self.request.seed, **self.drawn_with}
+        return {**data, **drawn, **more}
+
+    def figure(
+        self,
+        name: str,
+        estimate: Estimate,
+        better: Literal["lower", "higher"] | None,
+        protocol: Mapping[str, Any],
+        **more: Any,
+    ) -> Figure:
+        """Return a figure of this evaluation; n is part of every protocol."""
+        return Figure(name, estimate, better, {**self.protocol(), "n": estimate.n, **protocol}, **more)
+
+
+Metric = Callable[[Evaluation], list[Figure]]
+"""Measures what an evaluation is of."""

@@ -1,0 +1,103 @@
+"""Several processes that draw pictures together: the main one measures, the others draw their share when asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from latentdiff.errors import InputError, LatentDiffError
+from latentdiff.evaluate.pictures import Drawing, generate
+from latentdiff.pipeline import Pipeline
+
+__all__ = ["Processes", "joined", "own_device"]
+
+PATIENCE = timedelta(days=7)  # for which a process waits while the main one measures
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Processes that `accelerate launch` or `torchrun` started, this one among them.
+
+    Attributes:
+        number: of this process; 0 is the main one.
+        count: of all.
+    """
+
+    number: int
+    count: int
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """What of a drawing is this process's."""
+        return self.number, self.count
+
+    def draw(self, pipe: Pipeline, drawing: Drawing, progress: bool = False) -> list[Path]:
+        """Have all processes draw their shares and return the paths of all pictures; for the main process.
+
+        Raises:
+            InputError, StorageError: one of them could not.
+        """
+        dist.broadcast_object_list([drawing])
+        self._draw_share(pipe, drawing, progress)
+        return drawing.paths
+
+    def serve(self, pipe: Pipeline) -> None:
+        """Draw this process's share of whatever the main one asks for, until it asks no more."""
+        while True:
+            asked: list[Drawing | None] = [None]
+            dist.broadcast_object_list(asked)
+            if asked[0] is None:
+                return
+            try:
+                self._draw_share(pipe, asked[0], progress=False)
+            except LatentDiffError:  # which the main process reports
+                continue
+
+    def dismiss(self) -> None:
+        """Tell the others that nothing more is asked; for the main process."""
+        dist.broadcast_object_list([None])
+
+    def _draw_share(self, pipe: Pipeline, drawing: Drawing, progress: bool) -> None:
+        error: LatentDiffError | None = None
+        try:
+            generate(pipe, drawing, self.share, progress)
+        except LatentDiffError as caught:
+            error = caught
+        messages: list[str | None] = [None] * self.count
+        dist.all_gather_object(messages, None if error is None else str(error))
+        if error is not None:
+            raise error
+        for message in messages:
+            if message is not None:
+                raise InputError(message)
+
+
+def own_device(device: str | None) -> str | None:
+    """Return which device is this process's: on a machine with GPUs, one after another, unless one is named."""
+    place = os.environ.get("LOCAL_RANK", "")
+    if device not in (None, "auto", "cuda") or not place.isdecimal() or not torch.cuda.is_available():
+        return device
+    return f"cuda:{int(place) % torch.cuda.device_count()}"
+
+
+@contextmanager
+def joined() -> Iterator[Processes | None]:
+    """Join the other processes while pictures are drawn; None where this one was started alone.
+
+    They talk over CPU memory and see one file system.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield None
+        return
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

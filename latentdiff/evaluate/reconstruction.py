@@ -1,0 +1,155 @@
+"""Metrics of a model's autoencoder: how like real pictures are to what comes back of them."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentdiff.checkpoints.hashes import files_hash
+from latentdiff.checkpoints.lpips import load_lpips
+from latentdiff.errors import InputError, MissingDependencyError
+from latentdiff.evaluate.distances import frechet_of
+from latentdiff.evaluate.evaluation import Evaluation
+from latentdiff.evaluate.figure import Figure
+from latentdiff.evaluate.intervals import Estimate, Floats, grouped_jackknife, mean
+from latentdiff.evaluate.sets import blurred
+
+__all__ = ["lpips", "psnr", "rfid", "ssim"]
+
+RANGE = 255  # of the 8-bit values that are compared
+WINDOW, SIGMA = 11, 1.5  # in pixels, of SSIM
+SMALLEST = 16  # in pixels, the side of a picture that LPIPS can look at
+GROUPS = 10  # of the jackknife
+IMAGES_AT_ONCE = 16
+
+Compare = Callable[[Tensor, Tensor], Tensor]
+"""Images (B, 3, H, W) in [-1, 1] and others -> a value of each pair, (B,)."""
+
+
+def rfid(evaluation: Evaluation) -> list[Figure]:
+    """Measure the Frechet distance of test pictures and what the autoencoder makes of the same ones.
+
+    Ceiling: of the pictures blurred. The interval leaves out a picture of both sets at once.
+    """
+    returned = evaluation.features("returned", evaluation.returned)
+    real = evaluation.features("real", evaluation.real)
+    damaged = evaluation.features("damaged", blurred(evaluation.real))
+    if len(real) < 2:
+        raise InputError(f"rfid needs at least 2 test pictures, got {len(real)}; pass more")
+
+    def statistic(rows: Floats) -> float:
+        chosen = rows.astype(int)
+        return frechet_of(returned[chosen], real[chosen])
+
+    groups = min(GROUPS, len(real) // 2)  # two pictures at least are left in
+    estimate = grouped_jackknife(statistic, np.arange(float(len(real))), groups=groups)
+    ceiling = frechet_of(damaged, real)
+    return [evaluation.figure("rfid", estimate, "lower", evaluation.network.protocol, ceiling=ceiling)]
+
+
+def psnr(evaluation: Evaluation) -> list[Figure]:
+    """Measure the mean over test pictures of the peak signal-to-noise ratio, in 8 bits; infinite where all agree."""
+    metrics = _torchmetrics("psnr")
+
+    def compare(returned: Tensor, real: Tensor) -> Tensor:
+        error = (_levels(returned) - _levels(real)).square().mean(dim=(1, 2, 3))
+        value = metrics.peak_signal_noise_ratio(
+            _levels(returned), _levels(real), data_range=float(RANGE), reduction="none", dim=(1, 2, 3)
+        )
+        return torch.where(error == 0, math.inf, value)
+
+    return [_figure(evaluation, "psnr", compare, "higher", {"data_range": RANGE}, unit="dB")]
+
+
+def ssim(evaluation: Evaluation) -> list[Figure]:
+    """Measure the mean over test pictures of the structural similarity, with a Gaussian window.
+
+    Source: Wang et al. 2004, IEEE TIP 13(4), Eq. 13.
+    """
+    metrics = _torchmetrics("ssim")
+    if min(evaluation.real.shape[-2:]) < WINDOW:
+        raise InputError(f"ssim needs pictures of {WINDOW} pixels or more, got {min(evaluation.real.shape[-2:])}")
+
+    def compare(returned: Tensor, real: Tensor) -> Tensor:
+        _, whole = metrics.structural_similarity_index_measure(
+            *(_levels(returned), _levels(real)),
+            gaussian_kernel=True,
+            sigma=SIGMA,
+            kernel_size=WINDOW,
+            data_range=float(RANGE),
+            reduction="none",
+            return_full_image=True,
+        )
+        edge = WINDOW // 2  # where the window stands over; left out, as in the paper
+        return whole[..., edge:-edge, edge:-edge].mean(dim=(1, 2, 3))
+
+    protocol: dict[str, float | str] = {"window": WINDOW, "sigma": SIGMA, "data_range": RANGE, "border": "left out"}
+    return [_figure(evaluation, "ssim", compare, "higher", protocol)]
+
+
+def lpips(evaluation: Evaluation) -> list[Figure]:
+    """Measure the mean over test pictures of LPIPS, with the weights of VGG16 that the request names.
+
+    Source: Zhang et al. 2018, arXiv 1801.03924, Eq. 1.
+    """
+    file = evaluation.request.lpips_weights
+    if file is None:
+        raise InputError(
+            "lpips needs its weights; make them with `python -m latentdiff.training.losses.lpips lpips.safetensors` "
+            "and pass --lpips-weights lpips.safetensors"
+        )
+    if min(evaluation.real.shape[-2:]) < SMALLEST:
+        raise InputError(f"lpips needs pictures of {SMALLEST} pixels or more, got {min(evaluation.real.shape[-2:])}")
+    device = evaluation.model.device
+    network = load_lpips(file, device)
+
+    def compare(returned: Tensor, real: Tensor) -> Tensor:
+        with torch.no_grad():
+            return network(returned.to(device), real.to(device)).cpu()
+
+    return [_figure(evaluation, "lpips", compare, "lower", {"lpips_hash": files_hash({".": file})[:16]})]
+
+
+def _figure(
+    evaluation: Evaluation,
+    name: str,
+    compare: Compare,
+    better: Literal["lower", "higher"],
+    protocol: Mapping[str, float | str],
+    **more: str,
+) -> Figure:
+    """Return the mean of a comparison of pictures with what comes back of them; ceiling: with them blurred."""
+    real, captions = evaluation.real, evaluation.reference("test").captions
+    values, ceiling = _compared(compare, evaluation.returned, real), _compared(compare, blurred(real), real)
+    items = {f"{number} {caption}": float(value) for number, (caption, value) in enumerate(zip(captions, values))}
+    if np.isinf(values).any():  # of which there is no interval
+        estimate = Estimate(math.inf, math.nan, math.nan, len(values))
+    else:
+        estimate = mean(values)
+    return evaluation.figure(name, estimate, better, protocol, ceiling=float(ceiling.mean()), items=items, **more)
+
+
+def _compared(compare: Compare, images: Tensor, others: Tensor) -> Floats:
+    parts = zip(images.split(IMAGES_AT_ONCE), others.split(IMAGES_AT_ONCE))
+    return torch.cat([compare(*pair) for pair in parts]).double().numpy()
+
+
+def _levels(images: Tensor) -> Tensor:
+    """Return images in [-1, 1] as levels 0 .. 255, in float64: variances are differences of large numbers."""
+    return images.double().add(1).mul(RANGE / 2).round()
+
+
+def _torchmetrics(name: str) -> ModuleType:
+    try:
+        return importlib.import_module("torchmetrics.functional.image")
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{name} needs torchmetrics, which is not installed; `pip install 'latentdiff[evaluate]'`"
+        ) from error

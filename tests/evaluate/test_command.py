@@ -1,0 +1,161 @@
+"""`latentdiff evaluate`: reports, their folders, pictures of others, comparison, sweeps, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentdiff.checkpoints import embedded_model, load_text_encoder, save_model
+from latentdiff.checkpoints.hashes import network_digest
+from latentdiff.cli import main
+from latentdiff.evaluate.report import read_report
+from latentdiff.models.image_text import ImageTextConfig, ImageTextModel
+from tests.models.tiny import noise_picture
+
+
+@pytest.fixture(scope="module")
+def call(tmp_path_factory: pytest.TempPathFactory, built_model: Path) -> list[str]:
+    """The command for the tiny model, with a random image-text model and six captioned pictures."""
+    place = tmp_path_factory.mktemp("evaluate")
+    encoder, tokenizer = load_text_encoder(embedded_model())
+    torch.manual_seed(0)
+    config = ImageTextConfig(
+        image_size=16,
+        block_out_channels=(8, 16),
+        text_dim=encoder.config.hidden_size,
+        projection_dim=8,
+        text_encoder=network_digest(encoder, tokenizer),
+    )
+    save_model(ImageTextModel(config), place / "image_text", torch.float16)
+    (place / "data").mkdir()
+    rows = []
+    for index, text in enumerate(("a fox", "a cat", "a fox", "a dog", "a house", "a tree")):
+        noise_picture(32, 32, seed=index).save(place / f"data/{index}.png")
+        rows.append(json.dumps({"file_name": f"{index}.png", "text": text}))
+    (place / "data/metadata.jsonl").write_text("\n".join(rows))
+    data = ["--data", str(place / "data"), "--split", "train", "--judge", str(place / "image_text")]
+    return ["evaluate", str(built_model), *data, "--metrics", "clip", "--steps", "2", "--batch-size", "2", "--n", "6"]
+
+
+def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    assert main(arguments) == code
+    error = capsys.readouterr().err
+    assert error.startswith("latentdiff: ") and error.count("\n") == 1
+    return error
+
+
+def test_killed_at_random_and_resumed_it_writes_the_identical_report(call: list[str], tmp_path: Path) -> None:
+    assert main([*call, "--out", str(tmp_path / "whole")]) == 0
+    broken = tmp_path / "broken"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "latentdiff", *call, "--out", str(broken)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(broken.glob("pictures/captions/*.png")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert main([*call, "--out", str(broken)]) == 0
+    for name in ("report.json", "report.html"):
+        assert (broken / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    (figure,) = read_report(broken)[1]
+    assert len(figure.items) == 6  # though two captions are the same
+    assert all((broken / place).is_file() for place in figure.pictures.values())
+    assert "data:image/png;base64," in (broken / "report.html").read_text()
+
+
+def test_reports_are_compared_where_protocols_agree(
+    call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, more in (("a", []), ("b", ["--steps", "3"]), ("c", ["--seed", "1"]), ("d", ["--n", "4"])):
+        assert main([*call, *more, "--out", str(tmp_path / name)]) == 0
+    a, b, c, d = (str(tmp_path / name) for name in "abcd")
+    capsys.readouterr()
+    assert main(["evaluate", "--compare", a, a, "--json"]) == 0
+    (one,) = json.loads(capsys.readouterr().out)["comparisons"]
+    assert one["paired"] and one["difference"]["value"] == 0 and one["verdict"] == "no difference shown"
+    assert "num_inference_steps 2 against 3" in error_of(["evaluate", "--compare", a, b], capsys)
+    assert "n 6 against 4" in error_of(["evaluate", "--compare", a, d], capsys)
+    assert main(["evaluate", "--compare", a, b, "--across", "num_inference_steps"]) == 0
+    assert "paired" in capsys.readouterr().out
+    assert main(["evaluate", "--compare", a, c, "--across", "seed"]) == 0
+    assert "unpaired" in capsys.readouterr().out
+    assert "is no generation setting" in error_of(["evaluate", "--compare", a, b, "--across", "n"], capsys)
+    assert "cannot read report" in error_of(["evaluate", "--compare", a, str(tmp_path / "none.json")], capsys)
+    (tmp_path / "bad.json").write_text('{"figures": [{"name": "clip", "estimate": 1}]}')
+    assert "cannot be read" in error_of(["evaluate", "--compare", a, str(tmp_path / "bad.json")], capsys)
+    assert "holds another evaluation (num_inference_steps 2 against 4)" in error_of(
+        [*call, "--steps", "4", "--out", a], capsys
+    )
+
+
+def test_pictures_of_others(call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, judge = tmp_path / "pictures", call[call.index("--judge") + 1]
+    folder.mkdir()
+    for number in (1, 2, 10):
+        noise_picture(32, 32, seed=number).save(folder / f"{number}.png")
+    plain = ["evaluate", "--pictures", str(folder), "--metrics", "clip", "--judge", judge]
+    plain += ["--out", str(tmp_path / "out")]
+    assert "needs the prompt of each picture" in error_of(plain, capsys)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": text}) for text in ("a fox", "a cat", "a dog")))
+    again = [*plain[:-1], str(tmp_path / "again"), "--prompts", str(file)]
+    assert main(again) == 0
+    (figure,) = read_report(tmp_path / "again")[1]
+    assert figure.pictures == {"a fox #0": "1.png", "a cat #1": "2.png", "a dog #2": "10.png"}
+    capsys.readouterr()
+    for text, message in (
+        ('{"prompt": "a fox"}', "a line for each of the 3 pictures"),
+        ('{"file_name": "../x.png", "prompt": "a"}', "has no picture '../x.png'"),
+        ('{"file_name": "1.png"}', 'must have "prompt"'),
+        ("[1]", "line 1 must be"),
+        ("{", "is not JSON"),
+        ("", "got none"),
+    ):
+        file.write_text(text)
+        assert message in error_of(again, capsys)
+    (tmp_path / "empty").mkdir()
+    assert "must hold PNG" in error_of(["evaluate", "--pictures", str(tmp_path / "empty")], capsys)
+    assert "drawn already" in error_of([*plain, "--steps", "3"], capsys)
+
+
+def test_a_sweep_has_a_report_for_each_setting_and_a_table(
+    call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = [*call, "--metrics", "clip,speed", "--sweep", "steps=1,2", "--sweep", "sampler=euler,ddim"]
+    assert main([*sweep, "--out", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    assert "steps=2, sampler=ddim" in table and "speed/flops_per_call" in table
+    figures = {one.name: one for one in read_report(tmp_path / "steps=1,sampler=euler")[1]}
+    assert figures["speed/flops_per_call"].estimate.value > 0 and figures["speed/peak_memory"].estimate.value > 1
+    times = figures["speed/seconds_to_picture"].estimate
+    assert 0 < times.low <= times.value <= times.high
+    assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 1 + 4 * len(figures)
+    assert (tmp_path / "sweep.svg").read_text().count("<circle") == 4
+    for text, message in (
+        ("stepz=3", "--stepz is no setting; did you mean 'steps'"),
+        ("steps", "--sweep must be a setting with values"),
+        ("steps=0", "num_inference_steps must be"),
+        ("steps=2,2", "names something twice"),
+    ):
+        assert message in error_of([*call, "--sweep", text], capsys)
+
+
+def test_what_is_asked_must_fit(call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["evaluate"], "got neither"),
+        ([*call, "--pictures", "x"], "got both"),
+        ([*call, "--prompts", "x"], "got no --pictures"),
+        ([*call, "--across", "steps"], "is for --compare"),
+        ([*call, "--compare", "a", "b"], "something to measure besides"),
+        ([*call, "--guidance", "99"], "guidance_scale must be"),
+        (["evaluate", call[1], "--metrics", "kid", "--out", str(tmp_path / "o")], "pass --data"),
+    ):
+        assert message in error_of(arguments, capsys)
