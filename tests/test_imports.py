@@ -31,7 +31,17 @@ ROOMS = (
 )
 LEAVES = ("devices", "images", "decoding", "files", "prompts", "errors")
 TRAINING_ROOMS = (
-    *("check", "finetune", "train_diffusion", "train_autoencoder", "setup", "monitor", "losses", "networks"),
+    *(
+        "check",
+        "finetune",
+        "train_diffusion",
+        "train_autoencoder",
+        "train_image_text",
+        "setup",
+        "monitor",
+        "losses",
+        "networks",
+    ),
     *("loop", "datasets", "data", "config"),
 )
 HEAVY = ("torch", "diffusers", "transformers", "datasets", "accelerate", "tensorboard", "pydantic", "torchvision")

@@ -13,21 +13,21 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff.checkpoints import embedded_model, load_text_encoder, save_model
 from latentdiff.checkpoints.hashes import network_digest
 from latentdiff.devices import restored_random_state
 from latentdiff.errors import InputError
-from latentdiff.images import to_tensor
+from latentdiff.images import to_tensor, write_file
 from latentdiff.models.image_text import ImageTextConfig, ImageTextModel
 from latentdiff.models.pixels import LabelEncoder
 
 from .config import ImageTextTraining
 from .data.augment import rgb
-from .data.captioned_views import CaptionedViews, encode_texts, label_of, prepare_views
+from .data.captioned_views import CaptionedViews, Pairs, encode_texts, label_of, prepare_views
 from .data.dataset import CaptionedImages, composite, open_held_out, open_images
-from .data.prefetch import drawn_ahead
+from .data.prefetch import prefetched
 from .loop.cpu import tuned_for_cpu
 from .loop.distributed import start_accelerator
 from .loop.ema import Ema
@@ -73,14 +73,10 @@ def train_image_text(config: ImageTextTraining, resume: bool = False) -> Path:
     folder = Path(config.run.out)
     with restored_random_state(), open_run(config, resume, accelerator, "image_text") as checkpoint:
         data, held_out, model = assemble(config, accelerator.device)
-        state = RunState(
-            {"model": model},
-            {"optimizer": make_optimizer(model, config.optimizer)},
-            Ema(model, config.run.ema_decay),
-        )
+        state = start_state(config, model)
         require_room(config.run, state, [model], accelerator.device)
         first = state.restore(checkpoint)
-        if run_steps(config, data, held_out, state, first, accelerator):
+        if run_steps(config, data, held_out, model, state, first, accelerator):
             with state.ema.swapped_into(model):
                 export(model, held_out, folder)
     return folder / "image_text"
@@ -111,6 +107,12 @@ def assemble(config: ImageTextTraining, device: torch.device) -> tuple[Captioned
     return views, HeldOut(pictures, texts, torch.tensor([known[label] for label in labels])), model
 
 
+def start_state(config: ImageTextTraining, model: ImageTextModel) -> RunState:
+    """Return the state of a run that has not begun."""
+    optimizers = {"optimizer": make_optimizer(model, config.optimizer)}
+    return RunState({"model": model}, optimizers, Ema(model, config.run.ema_decay))
+
+
 def _labels(images: CaptionedImages, config: ImageTextTraining) -> list[str]:
     return [] if config.label_column is None else [label_of(row, config.label_column) for row in images.rows]
 
@@ -119,43 +121,52 @@ def run_steps(
     config: ImageTextTraining,
     data: CaptionedViews,
     held_out: HeldOut | None,
+    model: ImageTextModel,
     state: RunState,
     first: int,
     accelerator: Accelerator,
 ) -> bool:
     """Train from step `first` to the last; say whether it was reached, not stopped by a signal."""
-    run, plain = config.run, state.modules["model"]
-    assert isinstance(plain, ImageTextModel)
-    model, optimizer = accelerator.prepare(plain, state.optimizers["optimizer"])
+    run, log, stopping = config.run, Log(config.run, first, "image-text model", accelerator), False
+    network, optimizer = accelerator.prepare(model, state.optimizers["optimizer"])
     state.ema.to(accelerator.device)
-    log, stopping = Log(run, first, "image-text model", accelerator), False
-    batches = drawn_ahead(lambda step: data.batch(config, step), range(first, run.steps), 0)
-    with stop_on_signal() as stopped, tuned_for_cpu(plain):
+    batches = prefetched(lambda step: data.batch(config, step), range(first, run.steps), threads=1)
+    with stop_on_signal() as stopped, tuned_for_cpu(model):
         for step in range(first, run.steps):
             start_step(config, step, optimizer)
-            images, texts, alike = (part.to(accelerator.device) for part in next(batches))
-            with accelerator.autocast():
-                embeddings = model(images, texts)
-            loss = contrastive_loss(*(part.float() for part in embeddings), alike)
-            accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
-            finite = state.guard.allows(loss.detach(), norm, step)
+            loss, norm = accumulate_gradients(network, next(batches), config, accelerator)
+            finite = state.guard.allows(loss, norm, step)
             if finite:
                 optimizer.step()
-                state.ema.update(plain)
-            rate = optimizer.param_groups[0]["lr"]
-            scalars = {"loss": loss.detach(), "scale": plain.scale, "grad_norm": norm, "skipped": not finite}
-            log.step(step, {**scalars, "learning_rate": rate})
+                state.ema.update(model)
+            scalars = {"loss": loss, "scale": model.scale.detach(), "grad_norm": norm, "skipped": not finite}
+            log.step(step, {**scalars, "learning_rate": optimizer.param_groups[0]["lr"]})
             done, stopping = step + 1, bool(stopped)
             if done % run.save_every == 0 or done == run.steps or stopping:
                 save_run(config, done, state, accelerator)
             if held_out is not None and (done % run.sample_every == 0 or done == run.steps):
-                with state.ema.swapped_into(plain):
-                    log.write(done, retrieval(plain, held_out))
+                with state.ema.swapped_into(model):
+                    log.write(done, retrieval(model, held_out))
             if stopping:
                 break
     log.close()
     return not stopping
+
+
+def accumulate_gradients(
+    network: nn.Module, batch: Pairs, config: ImageTextTraining, accelerator: Accelerator
+) -> tuple[Tensor, Tensor]:
+    """Add the gradients of a batch's loss to those of the network; return the loss and their norm.
+
+    Args:
+        network: an `ImageTextModel` as accelerate prepared it.
+    """
+    pictures, states, alike = (part.to(accelerator.device) for part in batch)
+    with accelerator.autocast():
+        images, texts, scale = network(pictures, states)
+    loss = contrastive_loss(images.float(), texts.float(), scale.float(), alike)
+    accelerator.backward(loss)
+    return loss.detach(), accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm)
 
 
 @torch.no_grad()
@@ -175,5 +186,5 @@ def export(model: ImageTextModel, held_out: HeldOut | None, folder: Path) -> Non
         else {**retrieval(model, held_out), "held_out_images": len(held_out.images), "texts": len(held_out.texts)}
     )
     save_model(model, folder / "image_text", torch.float16)
-    (folder / "image_text.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_file(folder / "image_text.json", (json.dumps(figures, indent=2) + "\n").encode())
     print(f"saved {folder / 'image_text'}", *(f"{name} {value:.4g}" for name, value in figures.items()))

@@ -18,6 +18,7 @@ from latentdiff.errors import ModelConfigError
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.encoding import PenultimateStates, PromptEncoder, TokenEncoder, TokenStates
+from latentdiff.models.image_text import ImageTextModel
 from latentdiff.models.lora import WeightedLoRA, share_weights
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
 from latentdiff.models.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ LARGEST_SIDE = 2048  # of the pictures that a model draws unless told otherwise,
 Autoencoder = AutoencoderKL | PixelSpace
 Task = Literal["text_to_image", "inpaint", "upscale"]
 TextEncoder = TokenEncoder | LabelEncoder
-AnyNetwork = UNet2DConditionModel | Autoencoder | TextEncoder
+AnyNetwork = UNet2DConditionModel | Autoencoder | TextEncoder | ImageTextModel
 
 
 @dataclass(frozen=True)

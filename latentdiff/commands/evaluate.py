@@ -291,4 +291,5 @@ def _reference(folder: str, split: str, data: CaptionedImages) -> Reference:
         return to_tensor(composite(np.stack([data.images[number] for number in numbers]), (255, 255, 255)))
 
     captions = [row["captions"][0] for row in data.rows]
-    return Reference(Path(folder).name, split, captions, data.rows, load_some)
+    files = [sample.digest for sample in data.samples]
+    return Reference(Path(folder).resolve().name, split, captions, data.rows, files, load_some)

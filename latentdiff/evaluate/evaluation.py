@@ -39,6 +39,7 @@ class Reference:
         split: which part of it.
         captions: one of each picture.
         rows: metadata of each.
+        files: SHA-256 of each encoded picture.
         load: numbers -> images (b, 3, H, W) in [-1, 1].
     """
 
@@ -46,6 +47,7 @@ class Reference:
     split: str
     captions: Sequence[str]
     rows: Sequence[Mapping[str, Any]]
+    files: Sequence[str]
     load: Callable[[Sequence[int]], Tensor]
 
     def __len__(self) -> int:
@@ -53,8 +55,8 @@ class Reference:
 
     @cached_property
     def digest(self) -> str:
-        """Of the captions, in their order: what tells two sets of one name apart."""
-        return hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:8]
+        """Of pictures and captions, in their order: what tells two sets of one name apart."""
+        return hashlib.sha256("\n".join([*self.files, *self.captions]).encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,9 @@ class Evaluation:
     @cached_property
     def network(self) -> FeatureNetwork:
         """The feature network of distances."""
-        device = "cpu" if self.pipe is None else self.pipe.device
-        return find_features(self.request.features, device)
+        device, choice = "cpu" if self.pipe is None else self.pipe.device, self.request.features
+        own_judge = choice == "image-text" and self.request.judge is not None
+        return find_features(f"{choice}:{self.request.judge}" if own_judge else choice, device)
 
     @cached_property
     def judge(self) -> Judge:
@@ -154,15 +157,13 @@ class Evaluation:
         request, test = self.request, self.references.get("test")
         data = {} if test is None else {"data": test.name, "data_hash": test.digest, "split": test.split}
         if self.pipe is None:
-            drawn = {"pictures": self.home.resolve().name, "pictures_hash": digest_of_pictures(self.given or ())}
+            name = self.home.resolve().name
+            subject: dict[str, Any] = {"pictures": name, "pictures_hash": digest_of_pictures(self.given or ())}
         else:
-            maker = {
-                **self.maker,
-                "device": self.pipe.device.type,
-                "dtype": str(self.pipe.dtype).removeprefix("torch."),
-            }
-            drawn = {"model": recorded_name(self.pipe.components.name), **maker, "batch_size": request.batch_size}
-        return {**drawn, **data, "n": request.n, "seed": request.seed}
+            dtype = str(self.pipe.dtype).removeprefix("torch.")
+            machine = {"device": self.pipe.device.type, "dtype": dtype, "batch_size": request.batch_size}
+            subject = {"model": recorded_name(self.pipe.components.name), **self.maker, **machine}
+        return {**subject, **data, "n": request.n, "seed": request.seed}
 
     @cached_property
     def maker(self) -> dict[str, Any]:

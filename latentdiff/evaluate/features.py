@@ -22,6 +22,7 @@ from latentdiff.checkpoints.header import read_header
 from latentdiff.checkpoints.weights import read_weights
 from latentdiff.errors import InputError, MissingDependencyError, ModelLoadError, ModelMismatchError, shown, suggest
 from latentdiff.evaluate.intervals import Floats
+from latentdiff.evaluate.judge import load_judge
 from latentdiff.images import to_unit_range
 
 __all__ = ["FEATURES", "FeatureNetwork", "features_of", "find_features"]
@@ -62,10 +63,8 @@ class FeatureNetwork:
         return {"features": self.name, "features_hash": self.digest, "resize": self.resize}
 
 
-def image_text_features(model: Any = None, device: str | torch.device = "cpu") -> FeatureNetwork:
+def image_text_features(model: str | None = None, device: str | torch.device = "cpu") -> FeatureNetwork:
     """Return the features of the image-text model that ships with the package, or of another folder."""
-    from latentdiff.evaluate.judge import load_judge
-
     judge = load_judge(model, device)
     side = judge.model.config.image_size
     return FeatureNetwork("image-text", judge.digest, f"bilinear antialiased to {side}", judge.model.features)

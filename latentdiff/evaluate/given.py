@@ -109,7 +109,7 @@ def _named(file: Path, folder: Path, row: Mapping[str, Any], number: int) -> Pat
 
 
 def _rows(file: Path) -> list[Mapping[str, Any]]:
-    found = []
+    found: list[Mapping[str, Any]] = []
     for number, line in enumerate(read_file(file, MAX_FILE_BYTES, "prompts").splitlines()):
         if not line.strip():
             continue

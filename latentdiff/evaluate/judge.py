@@ -15,7 +15,7 @@ from latentdiff.checkpoints.components import TextEncoder
 from latentdiff.checkpoints.folder import reading
 from latentdiff.checkpoints.hashes import network_digest
 from latentdiff.checkpoints.loader import load_network
-from latentdiff.errors import ModelMismatchError
+from latentdiff.errors import InputError, ModelMismatchError
 from latentdiff.models.image_text import ImageTextModel, mean_states
 from latentdiff.models.tokenizer import Tokenizer
 
@@ -59,13 +59,14 @@ def load_judge(
     """Load an image-text model that `latentdiff train` made, with the text encoder that it was trained beside.
 
     Args:
-        folder: of the model; that of the package when None.
+        folder: of the model; that of the package, or of a checkout, when None.
         text_encoder: model folder with text_encoder/ and tokenizer/; the embedded model when None.
 
     Raises:
+        InputError: this copy of the package came without the model.
         ModelLoadError: the model is refused, or was trained beside another text encoder.
     """
-    place = embedded_model().parent / FOLDER if folder is None else Path(folder)
+    place = _shipped() if folder is None else Path(folder)
     with reading(place):
         model: ImageTextModel = load_network(place.parent, place.name, ("ImageTextModel",), torch.float32, device)
     encoder, tokenizer = load_text_encoder(embedded_model() if text_encoder is None else text_encoder, device=device)
@@ -75,3 +76,13 @@ def load_judge(
             f"{place} was trained beside the text encoder {wanted}, got {found}; pass the folder of that one"
         )
     return Judge(model.eval(), encoder, tokenizer, network_digest(model))
+
+
+def _shipped() -> Path:
+    place = embedded_model().parent / FOLDER
+    if not place.is_dir():
+        raise InputError(
+            "this copy of latentdiff came without the image-text model; train one with `latentdiff train "
+            "configs/emoji-image-text.yaml` and pass its folder as --judge, or leave out what needs it"
+        )
+    return place

@@ -54,8 +54,8 @@ def _fit_of_real(evaluation: Evaluation) -> float:
 def retrieval(evaluation: Evaluation) -> list[Figure]:
     """Measure how often a picture fits the text that it was drawn from best of all texts, or is among the five best.
 
-    The texts are the different labels of the test and training pictures (their `thing`, or first caption); prompts are
-    drawn from them with the seed.
+    The texts are the different labels of the test pictures (their `thing`, or first caption); prompts are drawn from
+    them with the seed.
     """
     judge, labels = evaluation.judge, _labels(evaluation)
     if len(labels) < 2:
@@ -97,7 +97,8 @@ def _with_prompts(evaluation: Evaluation) -> list[tuple[Path, Item]]:
 
 
 def _labels(evaluation: Evaluation) -> list[str]:
-    """Return the different labels of all real pictures, and the prompts of given ones, sorted."""
-    rows = [row for reference in evaluation.references.values() for row in reference.rows]
+    """Return the different labels of the test pictures, and the prompts of given ones, sorted."""
+    test = evaluation.references.get("test")
+    rows = [] if test is None else test.rows
     given = [] if evaluation.given is None else [item.prompt for _, item in _with_prompts(evaluation)]
     return sorted({*given, *(str(row.get("thing") or row["captions"][0]) for row in rows if not row.get("variant"))})

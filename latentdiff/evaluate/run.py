@@ -35,8 +35,8 @@ METRICS: dict[str, Metric] = {
     "speed": speed,
 }
 
-OF_TRAINING_TOO = frozenset({"retrieval", "memorised"})
-"""Metrics that look at the pictures a model was trained on, where there are such, besides test pictures."""
+OF_TRAINING_TOO = frozenset({"memorised"})
+"""Metrics that look at the pictures a model was trained on, besides test pictures."""
 
 
 def check_metrics(names: Sequence[str]) -> None:

@@ -32,7 +32,8 @@ def reference(pictures: Tensor, split: str) -> Reference:
         return pictures[list(numbers)]
 
     captions = [f"{split} {number}" for number in range(len(pictures))]
-    return Reference("small", split, captions, [{"captions": [caption]} for caption in captions], load)
+    rows = [{"captions": [caption]} for caption in captions]
+    return Reference("small", split, captions, rows, captions, load)
 
 
 def evaluation(

@@ -19,7 +19,14 @@ from latentdiff.checkpoints import Components, Encoders
 from latentdiff.devices import restored_random_state
 from latentdiff.models.pixels import PixelSpace
 
-from ..config import AutoencoderTraining, DiffusionTraining, LoraConfig, TrainingConfig, UNetTraining
+from ..config import (
+    AutoencoderTraining,
+    DiffusionTraining,
+    ImageTextTraining,
+    LoraConfig,
+    TrainingConfig,
+    UNetTraining,
+)
 from ..data.batches import Batch, draw_batch, latent_batches
 from ..data.latents import LatentSet, warn_of_cut
 from ..data.timesteps import stratified_timesteps
@@ -41,6 +48,7 @@ from ..setup import (
 )
 from ..train_diffusion import accumulate_gradients
 from .autoencoder import examine_autoencoder
+from .image_text import examine_image_text
 from .table import (
     OVERFIT,
     OVERFIT_RATE,
@@ -76,12 +84,17 @@ def check(config: TrainingConfig) -> None:
     """
     odd = 0
     with restored_random_state():
-        for row in (
-            examine_autoencoder(config) if isinstance(config, AutoencoderTraining) else examine_diffusion(config)
-        ):
+        for row in examine(config):
             print(f"{row.name:<18} {row.value:<52} {row.expected:<46} {'ok' if row.fine else 'look'}", flush=True)
             odd += not row.fine
     print(f"{odd} of these to look at" if odd else "all as expected")
+
+
+def examine(config: TrainingConfig) -> Iterator[Row]:
+    """Return the lines of the table of a run, each when it is found."""
+    if isinstance(config, AutoencoderTraining):
+        return examine_autoencoder(config)
+    return examine_image_text(config) if isinstance(config, ImageTextTraining) else examine_diffusion(config)
 
 
 def examine_diffusion(config: DiffusionTraining) -> Iterator[Row]:

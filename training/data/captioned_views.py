@@ -27,6 +27,10 @@ CAPTIONS_OF_A_VIEW = 3  # at most; more would take longer to encode than they ar
 SMALLEST, LARGEST = 0.55, 1.2  # sides of a placed view, of the frame's
 
 
+Pairs = tuple[Tensor, Tensor, Tensor]
+"""Images (B, 3, H, W), mean states (B, text_dim) of a caption of each, and which show the same, (B,) int64."""
+
+
 @dataclass(frozen=True)
 class CaptionedViews:
     """What an image-text model trains on.
@@ -42,8 +46,8 @@ class CaptionedViews:
     texts: CachedTensors
     captions: dict[str, int]
 
-    def batch(self, config: ImageTextTraining, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return images (B, 3, H, W), mean states (B, text_dim), and which are alike (B,): pure in (seed, step)."""
+    def batch(self, config: ImageTextTraining, step: int) -> Pairs:
+        """Return the pairs of a step: a pure function of (seed, step)."""
         seed = config.run.seed
         indices, _ = self.data.order.batch(step, config.run.batch_size, seed)
         pictures, numbers, keys, places = [], [], [], []

@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 
 from latentdiff.errors import InputError
-from latentdiff.evaluate.compose.checker import VERSION, Checker, ImageText, look
-from latentdiff.evaluate.compose.prompts import CATEGORIES, Prompt, make_prompts, read_prompts
+from latentdiff.evaluate.compose.checker import VERSION, Checker, look
+from latentdiff.evaluate.compose.prompts import CATEGORIES, Prompt, make_prompts, prompt_from_json, write_prompts
 from latentdiff.evaluate.compose.validation import Rates, error_rates
 from latentdiff.evaluate.evaluation import Evaluation
 from latentdiff.evaluate.figure import Figure, digest_of
@@ -18,60 +18,72 @@ from latentdiff.evaluate.intervals import share
 from latentdiff.evaluate.pictures import Item
 from latentdiff.images import from_tensor, open_image
 
-__all__ = ["check_folder", "compose"]
+__all__ = ["compose"]
 
-EACH = 20  # prompts of every category
+PROMPTS = 120  # unless a request says otherwise, of all categories together
 SCENES = 400  # real ones that the checker's error rates are measured on
+FILE = "prompts.jsonl"  # in the folder of the report
 
 
 def compose(evaluation: Evaluation) -> list[Figure]:
     """Measure which share of pictures show what their prompts ask for, by category and of all.
 
+    The prompts are those of the benchmark, as many of each category, and are written into the folder of the report, so
+    that any other model can draw them; of pictures that are given they are those of the given prompts file.
+
     Floor: of real scenes of the test pictures with what they show. Ceiling: of those scenes with something else. Both
     are missing where the test pictures are no scenes with their truth.
     """
-    prompts = make_prompts(evaluation.count(EACH), evaluation.request.seed)
-    items = [
-        Item(one.text, evaluation.request.seed + number, one.truth.to_json()) for number, one in enumerate(prompts)
-    ]
-    paths = evaluation.draw("compose", items)
+    drawn, prompts = _drawn(evaluation) if evaluation.given is None else _given(evaluation)
     checker = Checker(evaluation.judge)
-    hits = [checker.check(look(open_image(path)), one.truth).right for path, one in zip(paths, prompts)]
+    hits = [checker.check(look(open_image(path)), one.truth).right for (path, _), one in zip(drawn, prompts)]
     rates = error_rates(_scenes(evaluation), checker)
     tree = [[one.text, one.category, one.truth.to_json()] for one in prompts]
     protocol = {"judge": evaluation.judge.digest, "checker": VERSION, "prompts": digest_of({"prompts": tree})}
     return [
-        evaluation.figure(name, share([hits[n] for n in own]), "higher", protocol, **_bounds(rates, category),
-                          items={f"{n:04d} {prompts[n].text}": float(hits[n]) for n in own})
+        evaluation.figure(
+            name,
+            share([hits[n] for n in own]),
+            "higher",
+            protocol,
+            **_bounds(rates, category),
+            **evaluation.by_item([drawn[n] for n in own], [hits[n] for n in own]),
+        )
         for name, category, own in _parts(prompts)
-    ]  # fmt: skip
+    ]
 
 
-def check_folder(folder: Path, prompts_file: Path, judge: ImageText | None) -> list[tuple[Prompt, bool, str]]:
-    """Check pictures of any model: those of a folder, sorted by name, are of the lines of a prompts file, in order.
+def _drawn(evaluation: Evaluation) -> tuple[list[tuple[Path, Item]], list[Prompt]]:
+    """Return pictures that the model draws of the prompts of the benchmark, and these."""
+    request = evaluation.request
+    prompts = make_prompts(max(1, evaluation.count(PROMPTS) // len(CATEGORIES)), request.seed)
+    items = [Item(one.text, request.seed + number) for number, one in enumerate(prompts)]
+    drawn = list(zip(evaluation.draw("compose", items), items))
+    write_prompts(prompts, request.out / FILE)
+    return drawn, prompts
 
-    Returns:
-        Each prompt with whether its picture is right, and the reason where it is not.
+
+def _given(evaluation: Evaluation) -> tuple[list[tuple[Path, Item]], list[Prompt]]:
+    """Return the given pictures and what each must show.
 
     Raises:
-        InputError: there are not as many pictures as prompts, or one of either is refused.
+        InputError: one does not come with that.
     """
-    prompts = read_prompts(prompts_file)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; pass one of pictures")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    if len(paths) != len(prompts):
-        raise InputError(f"{folder} must have a picture for each of {len(prompts)} prompts, got {len(paths)}")
-    checker = Checker(judge)
-    verdicts = [checker.check(look(open_image(path)), one.truth) for path, one in zip(paths, prompts)]
-    return [(one, verdict.right, verdict.reason) for one, verdict in zip(prompts, verdicts)]
+    prompts = []
+    for path, item in evaluation.drawn:
+        try:
+            prompts.append(prompt_from_json({**item.truth, "prompt": item.prompt}))
+        except InputError as error:
+            raise InputError(f"compose checks {path.name} by its line of --prompts: {error}") from error
+    return evaluation.drawn, prompts
 
 
 def _parts(prompts: Sequence[Prompt]) -> Iterator[tuple[str, str | None, list[int]]]:
     """Yield the figures: name, category and numbers of prompts; first that of all."""
     yield "compose", None, list(range(len(prompts)))
     for category in CATEGORIES:
-        yield f"compose/{category}", category, [n for n, one in enumerate(prompts) if one.category == category]
+        if own := [n for n, one in enumerate(prompts) if one.category == category]:
+            yield f"compose/{category}", category, own
 
 
 def _bounds(rates: Mapping[str, Rates], category: str | None) -> dict[str, float | None]:

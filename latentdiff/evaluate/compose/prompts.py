@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,23 +23,30 @@ from latentdiff.evaluate.compose.words import (
     listed,
     with_article,
 )
-from latentdiff.files import read_file
 from latentdiff.images import write_file
 
-__all__ = ["CATEGORIES", "Group", "Prompt", "Truth", "make_prompts", "read_prompts", "truth_from_json", "write_prompts"]
+__all__ = [
+    "CATEGORIES",
+    "Group",
+    "Prompt",
+    "Truth",
+    "make_prompts",
+    "prompt_from_json",
+    "truth_from_json",
+    "write_prompts",
+]
 
-MAX_BYTES = 64 * 2**20
 TRIES = 10_000  # at a combination that is held out and not there yet
 POSITIONS = ("left of", "right of", "above", "under")
 
 # Ordinary things that many styles have; those below may take any colour.
 THINGS = (
-    *("airplane", "anchor", "avocado", "balloon", "banana", "bed", "bee", "bicycle", "bomb", "bus", "cactus", "camel"),
+    *("airplane", "anchor", "avocado", "balloon", "banana", "bed", "bicycle", "bomb", "bus", "cactus", "camel"),
     *("camera", "candle", "castle", "chair", "cloud", "cookie", "cow", "crown", "dolphin", "doughnut", "dress", "duck"),
-    *("elephant", "envelope", "guitar", "hamburger", "horse", "house", "jar", "lemon", "octopus", "onion", "owl"),
+    *("elephant", "envelope", "guitar", "hamburger", "honeybee", "horse", "house", "jar", "lemon", "octopus", "onion"),
     *("peach", "pear", "penguin", "pineapple", "pizza", "rabbit", "rabbit face", "rocket", "rose", "seedling", "shark"),
     *("snail", "snowflake", "snowman", "soccer ball", "spider", "strawberry", "sunflower", "taco", "tent", "tomato"),
-    *("top hat", "tulip", "umbrella", "unicorn", "watermelon", "wolf"),
+    *("owl", "top hat", "tulip", "umbrella", "unicorn", "watermelon", "wolf"),
 )
 COLORABLE = (
     *("bear", "bell", "bird", "boxing glove", "bucket", "bug", "butterfly", "cat", "crab", "deer", "drum"),
@@ -49,37 +56,54 @@ COLORABLE = (
     *("train", "trophy", "trumpet", "turtle", "violin", "whale"),
 )
 NATURAL = {  # colours that drawings of these have by themselves, so that training has seen them
-    "bear": ("brown", "orange"),
-    "bird": ("blue", "red"),
-    "boxing glove": ("red",),
-    "bug": ("green",),
-    "crab": ("red", "orange"),
-    "fish": ("blue", "orange"),
-    "frog": ("green",),
-    "giraffe": ("yellow", "orange"),
-    "key": ("yellow", "orange"),
+    "bear": ("orange",),
+    "bell": ("orange", "yellow"),
+    "bird": ("red", "blue", "pink"),
+    "boxing glove": ("red", "pink"),
+    "bucket": ("blue",),
+    "bug": ("orange", "yellow", "green", "purple"),
+    "butterfly": ("orange", "blue", "purple"),
+    "cat": ("orange", "yellow"),
+    "crab": ("red", "orange", "pink"),
+    "deer": ("orange",),
+    "drum": ("red", "orange"),
+    "fish": ("orange", "blue"),
+    "frog": ("yellow", "green"),
+    "giraffe": ("orange", "yellow"),
+    "hammer": ("orange", "blue"),
+    "helicopter": ("orange", "yellow"),
+    "jellyfish": ("blue",),
+    "key": ("orange", "yellow"),
+    "kite": ("blue",),
+    "ladder": ("orange",),
     "lion": ("orange", "yellow"),
-    "lobster": ("red",),
-    "pig": ("pink",),
-    "pig face": ("pink",),
-    "package": ("orange", "yellow"),
-    "shrimp": ("orange", "red"),
-    "snake": ("green",),
-    "star": ("yellow", "orange"),
-    "tiger": ("orange", "yellow"),
-    "trophy": ("yellow", "orange"),
-    "trumpet": ("yellow", "orange"),
-    "turtle": ("green",),
-    "whale": ("blue",),
-    "bell": ("yellow", "orange"),
     "lizard": ("green",),
-    "butterfly": ("blue", "orange"),
-    "violin": ("orange", "red"),
-    "squid": ("pink", "red"),
-    "cat": ("yellow", "orange"),
-    "mushroom": ("red",),
-    "monkey": ("orange", "brown"),
-    "deer": ("orange", "brown"),
+    "lobster": ("red",),
+    "magnet": ("red",),
+    "monkey": ("red", "orange"),
+    "mushroom": ("red", "orange", "pink"),
+    "notebook": ("yellow", "blue", "purple"),
+    "ox": ("orange",),
+    "package": ("orange", "yellow"),
+    "pig": ("red", "orange", "pink"),
+    "pig face": ("red", "orange", "pink"),
+    "ribbon": ("red", "orange", "pink"),
+    "sailboat": ("orange", "blue"),
+    "scarf": ("red",),
+    "shield": ("blue",),
+    "shrimp": ("red", "orange"),
+    "snake": ("yellow", "green"),
+    "speedboat": ("orange", "blue"),
+    "squid": ("red", "pink"),
+    "star": ("orange", "yellow"),
+    "tiger": ("orange", "yellow"),
+    "tractor": ("green",),
+    "train": ("yellow", "blue"),
+    "trophy": ("orange", "yellow"),
+    "trumpet": ("orange", "yellow"),
+    "turtle": ("yellow", "green"),
+    "violin": ("red", "orange"),
+    "whale": ("blue",),
 }
 
 
@@ -217,27 +241,12 @@ def write_prompts(prompts: Sequence[Prompt], path: str | os.PathLike[str]) -> No
     write_file(Path(path), "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
-    """Read prompts that `write_prompts` wrote, or somebody in the same form.
+def prompt_from_json(row: Mapping[str, Any]) -> Prompt:
+    """Return the prompt of a line that `write_prompts` wrote, or somebody in the same form.
 
     Raises:
-        InputError: there is no such file, or one of its lines is not of that form.
+        InputError: it is none.
     """
-    text = read_file(path, MAX_BYTES, "prompts file").decode(errors="replace")
-    found = []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            found.append(_prompt(json.loads(line)))
-        except InputError as error:
-            raise InputError(f"{path}, line {number}: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number} is no JSON; write an object on each line") from error
-    return found
-
-
-def _prompt(row: Any) -> Prompt:
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise InputError(f"expected an object with prompt, category and truth, got {shown(str(row))}")
     category = row.get("category")
     if category not in list(CATEGORIES):
         raise InputError(f"category {shown(str(category))} is unknown{suggest(str(category), CATEGORIES)}")
