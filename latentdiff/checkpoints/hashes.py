@@ -24,7 +24,7 @@ from latentdiff.checkpoints.folder import (
 from latentdiff.errors import ModelLoadError
 from latentdiff.models.tokenizer import Tokenizer
 
-__all__ = ["model_files", "model_hash", "network_digest", "vae_hash"]
+__all__ = ["model_files", "model_hash", "network_digest", "vae_hash", "weights_digest"]
 
 LEFT_OUT = re.compile(rb'\{(\n  "' + COMPUTED_IN.encode() + rb'": "\w+",)')
 
@@ -115,8 +115,19 @@ def _left_out(path: Path) -> bytes:
 def network_digest(network: nn.Module, tokenizer: Tokenizer | None = None) -> str:
     """Return a short hash of a network's config and weights, wherever they are, and of the tokenizer before it."""
     digest = hashlib.sha256(repr(network.config).encode())
-    for name, weight in network.state_dict().items():
-        digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
+    _add_weights(digest, network)
     if tokenizer is not None:
         digest.update(tokenizer.digest.encode())
     return digest.hexdigest()[:16]
+
+
+def weights_digest(network: nn.Module) -> str:
+    """Return a short hash of a network's weights, for one that has no config."""
+    digest = hashlib.sha256()
+    _add_weights(digest, network)
+    return digest.hexdigest()[:16]
+
+
+def _add_weights(digest: hashlib._Hash, network: nn.Module) -> None:
+    for name, weight in network.state_dict().items():
+        digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())

@@ -175,7 +175,7 @@ def _measured(
     """Return what was measured, and its figures, once their report is written."""
     from latentdiff.evaluate import Evaluation
     from latentdiff.evaluate.given import find_pictures
-    from latentdiff.evaluate.run import OF_TRAINING_TOO, evaluate
+    from latentdiff.evaluate.run import METRICS, evaluate
     from latentdiff.images import open_image
 
     prompts = None if options.prompts is None else Path(options.prompts)
@@ -183,7 +183,7 @@ def _measured(
     references: Mapping[str, Reference] = {}
     if options.data is not None:
         size = pipe.native_size if pipe is not None else open_image(given[0][0]).size if given else (0, 0)
-        found = None if OF_TRAINING_TOO.isdisjoint(names) else request.out / "cache"
+        found = request.out / "cache" if any(METRICS[name].of_training for name in names) else None
         references = open_references(options.data, options.split, size, found)
     return evaluate(Evaluation(request, pipe, references, given, processes), names)
 

@@ -54,9 +54,25 @@ def frechet_distance(mean_a: Floats, covariance_a: Floats, mean_b: Floats, covar
 
 
 def frechet_of(a: Floats, b: Floats) -> float:
-    """Return the squared Frechet distance of two sets of features (n, D) and (m, D)."""
+    """Return the squared Frechet distance of two sets of features (n, D) and (m, D).
+
+    Of fewer pictures than features the trace of the root is found without covariances: it is the sum of the singular
+    values of A B^T, of the centred features A / (n - 1)^(1/2) and B / (m - 1)^(1/2), whose squares are the eigenvalues
+    of C_a C_b.
+    """
     _require(a, b, 2)
-    return frechet_distance(*_moments(a), *_moments(b))
+    if max(len(a), len(b)) > a.shape[1]:
+        return frechet_distance(*_moments(a), *_moments(b))
+    (mean_a, one), (mean_b, other) = _centred(a), _centred(b)
+    trace = np.square(one).sum() + np.square(other).sum() - 2 * np.linalg.svd(one @ other.T, compute_uv=False).sum()
+    return float(np.square(mean_a - mean_b).sum() + trace)
+
+
+def _centred(features: Floats) -> tuple[Floats, Floats]:
+    """Return the mean (D,) of features (n, D), and what is left of them, (n, D), over (n - 1)^(1/2)."""
+    found = np.asarray(features, np.float64)
+    mean = found.mean(axis=0)
+    return mean, (found - mean) / np.sqrt(len(found) - 1)
 
 
 def _moments(features: Floats) -> tuple[Floats, Floats]:

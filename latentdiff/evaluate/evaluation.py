@@ -9,8 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
+from latentdiff.checkpoints.lpips import load_lpips
 from latentdiff.errors import InputError
 from latentdiff.evaluate.features import FeatureNetwork, features_of, find_features
 from latentdiff.evaluate.figure import Figure, Protocol
@@ -22,6 +24,7 @@ from latentdiff.evaluate.pictures import Drawing, Item, generate, load_pictures
 from latentdiff.evaluate.processes import Processes
 from latentdiff.generation.request import Settings
 from latentdiff.generation.result import recorded_name
+from latentdiff.models.lpips import Lpips
 from latentdiff.pipeline import Pipeline
 
 __all__ = ["Evaluation", "Metric", "Reference", "Request"]
@@ -52,6 +55,10 @@ class Reference:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def sample(self, count: int) -> list[int]:
+        """Return the numbers of so many pictures, or of all where there are fewer: at random, always the same."""
+        return np.random.default_rng(0).permutation(len(self))[:count].tolist()
 
     @cached_property
     def digest(self) -> str:
@@ -134,6 +141,20 @@ class Evaluation:
             raise InputError(f"this metric needs real pictures of the split {split}; pass --data with such")
         return self.references[split]
 
+    def sample(self, usual: int) -> list[int]:
+        """Return the numbers of the test pictures that a metric takes that takes so many by itself.
+
+        Raises:
+            InputError: more are asked for than there are.
+        """
+        reference = self.reference("test")
+        self._require_n(len(reference), f"{reference.name} has of the split {reference.split}")
+        return reference.sample(self.count(usual))
+
+    def _require_n(self, there: int, where: str) -> None:
+        if self.request.n is not None and self.request.n > there:
+            raise InputError(f"--n must be at most the {there} pictures that {where}, got {self.request.n}; lower it")
+
     @cached_property
     def network(self) -> FeatureNetwork:
         """The feature network of distances."""
@@ -145,6 +166,22 @@ class Evaluation:
     def judge(self) -> Judge:
         """The image-text model."""
         return load_judge(self.request.judge, "cpu" if self.pipe is None else self.pipe.device)
+
+    @cached_property
+    def perceptual(self) -> Lpips:
+        """The network of LPIPS.
+
+        Raises:
+            InputError: no file of its weights is named.
+            ModelLoadError: that file was refused.
+        """
+        file = self.request.lpips_weights
+        if file is None:
+            raise InputError(
+                "lpips needs its weights; make them with `python -m latentdiff.training.losses.lpips "
+                "lpips.safetensors` and pass --lpips-weights lpips.safetensors"
+            )
+        return load_lpips(file, self.model.device)
 
     @cached_property
     def home(self) -> Path:
@@ -207,14 +244,24 @@ class Evaluation:
 
     @cached_property
     def caption_items(self) -> list[Item]:
-        """A picture for the caption of each of the first n test pictures."""
-        captions = self.reference("test").captions[: self.count(SET)]
-        return [Item(caption, self.request.seed + number) for number, caption in enumerate(captions)]
+        """A picture for the caption of each real test picture."""
+        return [Item(caption, self.request.seed + number) for number, caption in enumerate(self.captions)]
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """Those of the real test pictures, see `real`."""
+        return [self.reference("test").captions[number] for number in self.chosen]
+
+    @cached_property
+    def chosen(self) -> list[int]:
+        """The numbers of the real test pictures among all of their split."""
+        return self.sample(SET)
 
     @cached_property
     def drawn(self) -> list[tuple[Path, Item]]:
         """The generated pictures with what they are of: the test set's captions, or what was given."""
         if self.given is not None:
+            self._require_n(len(self.given), "are given")
             return list(self.given[: self.count(SET)])
         return list(zip(self.draw("captions", self.caption_items), self.caption_items))
 
@@ -232,8 +279,7 @@ class Evaluation:
     @cached_property
     def real(self) -> Tensor:
         """The real test pictures (N, 3, H, W), as many as are generated or as there are."""
-        reference = self.reference("test")
-        return reference.load(range(min(self.count(SET), len(reference))))
+        return self.reference("test").load(self.chosen)
 
     @cached_property
     def returned(self) -> Tensor:

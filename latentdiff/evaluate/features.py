@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentdiff.checkpoints.hashes import weights_digest
 from latentdiff.checkpoints.header import read_header
 from latentdiff.checkpoints.weights import read_weights
 from latentdiff.errors import InputError, MissingDependencyError, ModelLoadError, ModelMismatchError, shown, suggest
@@ -99,7 +100,7 @@ def inception_features(model: str | None = None, device: str | torch.device = "c
     def network(images: Tensor) -> Tensor:
         return extractor(to_unit_range(images).mul(255).round().to(device, torch.uint8))[0]
 
-    return FeatureNetwork("inception", _digest(extractor), "bilinear of TensorFlow 1 to 299", network)
+    return FeatureNetwork("inception", weights_digest(extractor), "bilinear of TensorFlow 1 to 299", network)
 
 
 def dinov2_features(model: str | None = None, device: str | torch.device = "cpu") -> FeatureNetwork:
@@ -114,7 +115,7 @@ def dinov2_features(model: str | None = None, device: str | torch.device = "cpu"
     loaded = _transformer("Dinov2Model", "dinov2", name).to(device)
     look = _looking_at(SIDE, IMAGENET, device)
     resize = f"bicubic antialiased to {SIDE}"
-    return FeatureNetwork("dinov2", _digest(loaded), resize, lambda images: loaded(look(images)).pooler_output)
+    return FeatureNetwork("dinov2", weights_digest(loaded), resize, lambda images: loaded(look(images)).pooler_output)
 
 
 def clip_features(model: str | None = None, device: str | torch.device = "cpu") -> FeatureNetwork:
@@ -135,7 +136,7 @@ def clip_features(model: str | None = None, device: str | torch.device = "cpu") 
     def network(images: Tensor) -> Tensor:
         return tower[1](tower[0](look(images)).pooler_output)
 
-    return FeatureNetwork("clip", _digest(tower), resize, network)
+    return FeatureNetwork("clip", weights_digest(tower), resize, network)
 
 
 def lite0_features(model: str | None = None, device: str | torch.device = "cpu") -> FeatureNetwork:
@@ -163,7 +164,7 @@ def lite0_features(model: str | None = None, device: str | torch.device = "cpu")
     def network(images: Tensor) -> Tensor:
         return loaded.forward_head(loaded.forward_features(look(images)), pre_logits=True)
 
-    return FeatureNetwork("efficientnet-lite0", _digest(loaded), f"bicubic antialiased to {SIDE}", network)
+    return FeatureNetwork("efficientnet-lite0", weights_digest(loaded), f"bicubic antialiased to {SIDE}", network)
 
 
 FEATURES: dict[str, Callable[..., FeatureNetwork]] = {
@@ -318,10 +319,3 @@ def _package(name: str, features: str) -> Any:
 
 def _missing(package: str, features: str) -> MissingDependencyError:
     return MissingDependencyError(f"features {features} need {package}, which is not installed; `{EXTRA}`")
-
-
-def _digest(network: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, weight in network.state_dict().items():
-        digest.update(name.encode() + weight.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

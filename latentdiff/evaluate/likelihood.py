@@ -29,14 +29,14 @@ IMAGES = 32  # unless a request says otherwise: each takes hundreds of network c
 def nll(evaluation: Evaluation) -> list[Figure]:
     """Measure how many bits per dimension test pictures cost; see `negative_log_likelihood`."""
     reference, components = evaluation.reference("test"), evaluation.model.components
-    count = min(evaluation.count(IMAGES), len(reference))
-    images = reference.load(range(count)).to(evaluation.model.device)
-    seed, progress = evaluation.request.seed, evaluation.request.progress
-    found = negative_log_likelihood(components, images, reference.captions[:count], seed=seed, progress=progress)
+    chosen = evaluation.sample(IMAGES)
+    images = reference.load(chosen).to(evaluation.model.device)
+    captions, seed = [reference.captions[number] for number in chosen], evaluation.request.seed
+    found = negative_log_likelihood(components, images, captions, seed=seed, progress=evaluation.request.progress)
     figures = []
     for name, (value, error) in _leaves(found):
         half = 1.96 * error
-        estimate = Estimate(value, value - half, value + half, count)
+        estimate = Estimate(value, value - half, value + half, len(chosen))
         figures.append(evaluation.figure(f"nll/{name}", estimate, "lower", {"of": found["of"]}, unit="bits/dim"))
     return figures
 

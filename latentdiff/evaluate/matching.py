@@ -47,8 +47,7 @@ def clip(evaluation: Evaluation) -> list[Figure]:
 def _fit_of_real(evaluation: Evaluation) -> float:
     judge = evaluation.judge
     real = judge.images(evaluation.real)
-    captions = evaluation.reference("test").captions[: len(real)]
-    return float(100 * (real * judge.texts(captions)).sum(dim=1).mean())
+    return float(100 * (real * judge.texts(evaluation.captions)).sum(dim=1).mean())
 
 
 def retrieval(evaluation: Evaluation) -> list[Figure]:

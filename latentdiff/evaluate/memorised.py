@@ -54,7 +54,7 @@ def memorised(evaluation: Evaluation) -> list[Figure]:
     """
     held_out, training = evaluation.reference("test"), evaluation.reference("train")
     _require(evaluation, held_out, training)
-    damaged = blurred(training.load(range(min(len(evaluation.real), len(training)))))
+    damaged = blurred(training.load(training.sample(len(evaluation.real))))
     queries = {"generated": evaluation.generated, "held out": evaluation.real, "damaged": damaged}
     spaces = _spaces(evaluation)
     vectors = {(space, name): spaces[space](images) for space in spaces for name, images in queries.items()}

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.checkpoints.hashes import files_hash
-from latentdiff.checkpoints.lpips import load_lpips
+from latentdiff.checkpoints.hashes import weights_digest
 from latentdiff.errors import InputError, MissingDependencyError
 from latentdiff.evaluate.distances import frechet_of
 from latentdiff.evaluate.evaluation import Evaluation
@@ -56,7 +55,7 @@ def rfid(evaluation: Evaluation) -> list[Figure]:
 
 def psnr(evaluation: Evaluation) -> list[Figure]:
     """Measure the mean over test pictures of the peak signal-to-noise ratio, in 8 bits; infinite where all agree."""
-    metrics = _torchmetrics("psnr")
+    metrics = torchmetrics(evaluation)
 
     def compare(returned: Tensor, real: Tensor) -> Tensor:
         error = (_levels(returned) - _levels(real)).square().mean(dim=(1, 2, 3))
@@ -73,7 +72,7 @@ def ssim(evaluation: Evaluation) -> list[Figure]:
 
     Source: Wang et al. 2004, IEEE TIP 13(4), Eq. 13.
     """
-    metrics = _torchmetrics("ssim")
+    metrics = torchmetrics(evaluation)
     if min(evaluation.real.shape[-2:]) < WINDOW:
         raise InputError(f"ssim needs pictures of {WINDOW} pixels or more, got {min(evaluation.real.shape[-2:])}")
 
@@ -99,22 +98,15 @@ def lpips(evaluation: Evaluation) -> list[Figure]:
 
     Source: Zhang et al. 2018, arXiv 1801.03924, Eq. 1.
     """
-    file = evaluation.request.lpips_weights
-    if file is None:
-        raise InputError(
-            "lpips needs its weights; make them with `python -m latentdiff.training.losses.lpips lpips.safetensors` "
-            "and pass --lpips-weights lpips.safetensors"
-        )
+    network, device = evaluation.perceptual, evaluation.model.device
     if min(evaluation.real.shape[-2:]) < SMALLEST:
         raise InputError(f"lpips needs pictures of {SMALLEST} pixels or more, got {min(evaluation.real.shape[-2:])}")
-    device = evaluation.model.device
-    network = load_lpips(file, device)
 
     def compare(returned: Tensor, real: Tensor) -> Tensor:
         with torch.no_grad():
             return network(returned.to(device), real.to(device)).cpu()
 
-    return [_figure(evaluation, "lpips", compare, "lower", {"lpips_hash": files_hash({".": file})[:16]})]
+    return [_figure(evaluation, "lpips", compare, "lower", {"lpips_hash": weights_digest(network)})]
 
 
 def _figure(
@@ -126,9 +118,10 @@ def _figure(
     **more: str,
 ) -> Figure:
     """Return the mean of a comparison of pictures with what comes back of them; ceiling: with them blurred."""
-    real, captions = evaluation.real, evaluation.reference("test").captions
+    real = evaluation.real
     values, ceiling = _compared(compare, evaluation.returned, real), _compared(compare, blurred(real), real)
-    items = {f"{number} {caption}": float(value) for number, (caption, value) in enumerate(zip(captions, values))}
+    named = [f"{number} {caption}" for number, caption in zip(evaluation.chosen, evaluation.captions)]
+    items = dict(zip(named, map(float, values)))
     if np.isinf(values).any():  # of which there is no interval
         estimate = Estimate(math.inf, math.nan, math.nan, len(values))
     else:
@@ -146,10 +139,15 @@ def _levels(images: Tensor) -> Tensor:
     return images.double().add(1).mul(RANGE / 2).round()
 
 
-def _torchmetrics(name: str) -> ModuleType:
+def torchmetrics(_: Evaluation) -> ModuleType:
+    """Return the functions of images of torchmetrics.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
     try:
         return importlib.import_module("torchmetrics.functional.image")
     except ImportError as error:
         raise MissingDependencyError(
-            f"{name} needs torchmetrics, which is not installed; `pip install 'latentdiff[evaluate]'`"
+            "psnr and ssim need torchmetrics, which is not installed; `pip install 'latentdiff[evaluate]'`"
         ) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from latentdiff.errors import InputError, suggest
@@ -16,27 +18,45 @@ from latentdiff.evaluate.page import write_page
 from latentdiff.evaluate.report import claim, merged, write_report
 from latentdiff.evaluate.speed import speed
 
-__all__ = ["METRICS", "OF_TRAINING_TOO", "check_metrics", "evaluate", "measure"]
+__all__ = ["METRICS", "check_metrics", "evaluate", "measure"]
 
-METRICS: dict[str, Metric] = {
-    "fid": sets.fid,
-    "kid": sets.kid,
-    "mmd": sets.mmd,
-    "precision_recall": sets.precision_recall,
-    "clip": matching.clip,
-    "retrieval": matching.retrieval,
-    "rfid": reconstruction.rfid,
-    "psnr": reconstruction.psnr,
-    "ssim": reconstruction.ssim,
-    "lpips": reconstruction.lpips,
-    "compose": compose,
-    "nll": nll,
-    "memorised": memorised,
-    "speed": speed,
+Need = Callable[[Evaluation], object]
+"""Asks an evaluation for what a metric cannot do without; it raises LatentDiffError where that is missing."""
+
+NETWORK, JUDGE, PERCEPTUAL = attrgetter("network"), attrgetter("judge"), attrgetter("perceptual")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A metric of the table.
+
+    Attributes:
+        measure: the metric.
+        need: what is asked for before anything is drawn; None where it needs nothing that may be missing.
+        of_training: whether it looks at the pictures a model was trained on, besides test pictures.
+    """
+
+    measure: Metric
+    need: Need | None = None
+    of_training: bool = False
+
+
+METRICS = {
+    "fid": Entry(sets.fid, NETWORK),
+    "kid": Entry(sets.kid, NETWORK),
+    "mmd": Entry(sets.mmd, NETWORK),
+    "precision_recall": Entry(sets.precision_recall, NETWORK),
+    "clip": Entry(matching.clip, JUDGE),
+    "retrieval": Entry(matching.retrieval, JUDGE),
+    "rfid": Entry(reconstruction.rfid, NETWORK),
+    "psnr": Entry(reconstruction.psnr, reconstruction.torchmetrics),
+    "ssim": Entry(reconstruction.ssim, reconstruction.torchmetrics),
+    "lpips": Entry(reconstruction.lpips, PERCEPTUAL),
+    "nll": Entry(nll),
+    "compose": Entry(compose, JUDGE),
+    "memorised": Entry(memorised, NETWORK, of_training=True),
+    "speed": Entry(speed),
 }
-
-OF_TRAINING_TOO = frozenset({"memorised"})
-"""Metrics that look at the pictures a model was trained on, besides test pictures."""
 
 
 def check_metrics(names: Sequence[str]) -> None:
@@ -55,7 +75,15 @@ def measure(evaluation: Evaluation, names: Sequence[str]) -> list[Figure]:
         InputError: a metric is unknown, or lacks what it needs.
     """
     check_metrics(names)
-    return [figure for name in names for figure in METRICS[name](evaluation)]
+    _require(evaluation, names)
+    return [figure for name in names for figure in METRICS[name].measure(evaluation)]
+
+
+def _require(evaluation: Evaluation, names: Sequence[str]) -> None:
+    """Ask for everything that some metrics need."""
+    for need in dict.fromkeys(METRICS[name].need for name in names):
+        if need is not None:
+            need(evaluation)
 
 
 def evaluate(evaluation: Evaluation, names: Sequence[str]) -> tuple[Mapping[str, Any], list[Figure]]:
@@ -71,11 +99,12 @@ def evaluate(evaluation: Evaluation, names: Sequence[str]) -> tuple[Mapping[str,
         StorageError: it cannot be written.
     """
     check_metrics(names)
+    _require(evaluation, names)
     subject, folder = evaluation.subject, evaluation.request.out
     claim(folder, subject)
     found: list[Figure] = []
     for name in names:
-        found += measure(evaluation, [name])
+        found += METRICS[name].measure(evaluation)
         figures = merged(folder, found)
         write_report(figures, subject, folder)
         write_page(figures, subject, folder, evaluation.home)

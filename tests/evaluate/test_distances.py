@@ -51,6 +51,14 @@ def test_frechet_distance_is_that_of_torchmetrics_and_scipy() -> None:
     assert theirs == pytest.approx(np.square(mean_a - mean_b).sum() + np.trace(cov_a + cov_b) - 2 * root, rel=1e-6)
 
 
+@pytest.mark.parametrize(("n", "m"), [(40, 30), (60, 60), (61, 30)])
+def test_frechet_distance_of_fewer_pictures_than_features(n: int, m: int) -> None:
+    """Without covariances, or with them where there are more pictures, it is the same."""
+    a, b = features(n, 60, 1), features(m, 60, 2, 0.3)
+    moments = [part for x in (a, b) for part in (x.mean(0), np.cov(x, rowvar=False))]
+    assert frechet(a, b, groups=1).value == pytest.approx(frechet_distance(*moments), rel=1e-6)
+
+
 def test_extrapolation_takes_the_bias_away() -> None:
     """Two sets of one distribution are at a distance of 0; of 400 pictures each the plain estimate is far off."""
     a, b = features(400, 16, 3), features(400, 16, 4)
