@@ -9,7 +9,7 @@ from typing import Any
 
 from latentdiff import __version__
 from latentdiff.errors import InputError
-from latentdiff.evaluate.figure import Figure, difference, read_figures
+from latentdiff.evaluate.figure import Figure, Protocol, difference, read_figures
 from latentdiff.evaluate.pictures import make_folder
 from latentdiff.files import is_file, is_folder, parse_json, read_file
 from latentdiff.images import write_file
@@ -85,7 +85,10 @@ def read_report(place: Path) -> tuple[Mapping[str, Any], list[Figure]]:
 
 
 def lines(figures: Sequence[Figure]) -> Iterator[str]:
-    """Yield a line for each figure: value, interval, n, floor and ceiling, and the digest of its protocol."""
+    """Yield a line for each figure: value, interval, n, floor and ceiling, and the digest of its protocol.
+
+    After them, what all of their protocols have in common, and the rest of each.
+    """
     for figure in figures:
         bounds = [
             f"{name} {value:.4g}"
@@ -95,6 +98,19 @@ def lines(figures: Sequence[Figure]) -> Iterator[str]:
         beside = f" ({', '.join(bounds)})" if bounds else ""
         unit = f" {figure.unit}" if figure.unit else ""
         yield f"{figure.name}: {figure.estimate}{unit} of {figure.estimate.n}{beside} protocol {figure.protocol_digest}"
+    yield from _legend({figure.protocol_digest: figure.protocol for figure in figures})
+
+
+def _legend(protocols: Mapping[str, Protocol]) -> Iterator[str]:
+    """Yield what all protocols have in common, and the rest of each, by its digest."""
+    first = next(iter(protocols.values()), {})
+    common = {name for name in first if all(one.get(name) == first[name] for one in protocols.values())}
+    for title, one, told in (
+        ("every protocol", first, common),
+        *((f"protocol {digest}", one, one.keys() - common) for digest, one in protocols.items()),
+    ):
+        if told:
+            yield f"{title}: {', '.join(f'{name} {one[name]}' for name in one if name in told)}"
 
 
 def _read_object(path: Path) -> Mapping[str, Any]:

@@ -6,32 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from latentdiff.checkpoints import embedded_model, load_text_encoder, save_model
-from latentdiff.checkpoints.hashes import network_digest
 from latentdiff.cli import main
 from latentdiff.errors import ModelMismatchError
 from latentdiff.evaluate.judge import load_judge
 from latentdiff.generation.result import read_record
 from latentdiff.images import open_image, to_tensor
-from latentdiff.models.image_text import ImageTextConfig, ImageTextModel
-
-
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image-text model with random weights, beside the embedded text encoder."""
-    encoder, tokenizer = load_text_encoder(embedded_model())
-    torch.manual_seed(0)
-    config = ImageTextConfig(
-        image_size=16,
-        block_out_channels=(8, 16),
-        text_dim=encoder.config.hidden_size,
-        projection_dim=8,
-        text_encoder=network_digest(encoder, tokenizer),
-    )
-    save_model(ImageTextModel(config), folder := tmp_path_factory.mktemp("judge") / "image_text", torch.float16)
-    return folder
 
 
 def test_the_best_of_each_four_is_kept_and_can_be_replayed(

@@ -13,35 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentdiff.checkpoints import embedded_model, load_text_encoder, save_model
-from latentdiff.checkpoints.hashes import network_digest
 from latentdiff.cli import main
 from latentdiff.evaluate.report import read_report
-from latentdiff.models.image_text import ImageTextConfig, ImageTextModel
 from tests.models.tiny import noise_picture
 
 
 @pytest.fixture(scope="module")
-def call(tmp_path_factory: pytest.TempPathFactory, built_model: Path) -> list[str]:
+def call(tmp_path_factory: pytest.TempPathFactory, built_model: Path, judge: Path) -> list[str]:
     """The command for the tiny model, with a random image-text model and six captioned pictures."""
     place = tmp_path_factory.mktemp("evaluate")
-    encoder, tokenizer = load_text_encoder(embedded_model())
-    torch.manual_seed(0)
-    config = ImageTextConfig(
-        image_size=16,
-        block_out_channels=(8, 16),
-        text_dim=encoder.config.hidden_size,
-        projection_dim=8,
-        text_encoder=network_digest(encoder, tokenizer),
-    )
-    save_model(ImageTextModel(config), place / "image_text", torch.float16)
     (place / "data").mkdir()
     rows = []
     for index, text in enumerate(("a fox", "a cat", "a fox", "a dog", "a house", "a tree")):
         noise_picture(32, 32, seed=index).save(place / f"data/{index}.png")
         rows.append(json.dumps({"file_name": f"{index}.png", "text": text}))
     (place / "data/metadata.jsonl").write_text("\n".join(rows))
-    data = ["--data", str(place / "data"), "--split", "train", "--judge", str(place / "image_text")]
+    data = ["--data", str(place / "data"), "--split", "train", "--judge", str(judge)]
     return ["evaluate", str(built_model), *data, "--metrics", "clip", "--steps", "2", "--batch-size", "2", "--n", "6"]
 
 

@@ -81,14 +81,19 @@ def test_the_command_prints_and_refuses(tmp_path: Path, capsys: pytest.CaptureFi
         rows.append(json.dumps({"file_name": f"{index}.png", "text": "two"}))
     (tmp_path / "data/metadata.jsonl").write_text("\n".join(rows))
     call = ["evaluate", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--split", "train"]
-    assert main([*call, "--images", "2", "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert figures["nll"]["images"] == 2 and math.isfinite(figures["nll"]["bound"]["total"]["mean"])
-    assert main(call) == 0
-    assert "nll.bound.total: " in capsys.readouterr().out
-    assert main([*call, "--metrics", "fid"]) == 2
-    assert "metric 'fid' is unknown" in capsys.readouterr().err
-    assert main([*call[:-1], "test"]) == 2
+    call += ["--metrics", "nll", "--out", str(tmp_path / "two")]
+    assert main([*call, "--n", "2", "--json"]) == 0
+    figures = {one["name"]: one for one in json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]}
+    total = figures["nll/bound/total"]
+    assert total["estimate"]["n"] == 2 and math.isfinite(total["estimate"]["value"]) and total["protocol"]["n"] == 2
+    assert main([*call, "--out", str(tmp_path / "all")]) == 0
+    printed = capsys.readouterr().out
+    assert "nll/bound/total: " in printed and "bits/dim of 3" in printed and "split train" in printed
+    assert main([*call, "--metrics", "nil"]) == 2
+    assert "metric 'nil' is unknown; did you mean 'nll'" in capsys.readouterr().err
+    assert main([*call, "--n", "4", "--out", str(tmp_path / "more")]) == 2
+    assert "--n must be at most the 3 pictures that data has of the split train, got 4" in capsys.readouterr().err
+    assert main([*call, "--split", "test"]) == 2
     assert "has no split 'test'" in capsys.readouterr().err
 
 

@@ -1,0 +1,105 @@
+"""Stage image_text end to end on a few tiny pictures: it learns, resumes exactly, is looked at, and judges."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from latentdiff.training.check import image_text as check_image_text
+from latentdiff.training.config import parse_config
+from latentdiff.training.losses.contrastive import contrastive_loss, ranks
+from torch.nn import functional as F
+
+from latentdiff.cli import main
+from latentdiff.commands.train import train as cli_train
+from latentdiff.errors import InputError
+from latentdiff.evaluate.judge import load_judge
+from latentdiff.images import open_image, to_tensor
+from tests.training.test_stages import SIZE, check_interrupted, pictures, text_folder
+
+LETTERS = "abcdefgh"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Write eight pictures, their letters as captions, and a tiny config over them."""
+    pictures(tmp_path / "pictures", 8)
+    tree = {
+        "stage": "image_text",
+        "data": {"folder": str(tmp_path / "pictures"), "size": SIZE},
+        "run": {
+            **{"out": str(tmp_path / "run"), "steps": 4, "batch_size": 8, "precision": "no", "ema_decay": 0.9},
+            **{"save_every": 2, "log_every": 2, "sample_every": 2},
+        },
+        "text_encoder": str(text_folder(tmp_path / "text")),
+        "model": {"image_size": SIZE, "block_out_channels": [8, 16], "projection_dim": 16},
+        "optimizer": {"learning_rate": 0.01, "warmup_steps": 1},
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def test_it_learns_which_text_is_of_which_picture(recipe: Path, tmp_path: Path) -> None:
+    cli_train(str(recipe), ["run.steps=120", "run.save_every=120", "run.sample_every=120"], False, None)
+    judge = load_judge(tmp_path / "run/image_text", text_encoder=tmp_path / "text")
+    images = to_tensor([open_image(tmp_path / f"pictures/{number}.png") for number in range(8)])
+    fits = judge.images(images) @ judge.texts(list(LETTERS)).T
+    assert (fits.argmax(dim=1) == torch.arange(8)).float().mean() >= 0.75
+    assert json.loads((tmp_path / "run/image_text.json").read_text()) == {}  # nothing was held out
+
+
+def test_a_run_that_was_broken_off_ends_like_the_unbroken_one(recipe: Path, tmp_path: Path) -> None:
+    check_interrupted(str(recipe), tmp_path)
+
+
+def test_held_out_pictures_are_found_among_all_labels(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "split").mkdir()
+    (tmp_path / "pictures").rename(tmp_path / "split/train")
+    pictures(tmp_path / "split/validation", 3)
+    cli_train(str(recipe), [f"data.folder={tmp_path / 'split'}", "label_column=text"], False, None)
+    measured = json.loads((tmp_path / "run/image_text.json").read_text())
+    assert (measured["held_out_images"], measured["texts"]) == (3, 8)
+    assert 0 <= measured["held_out_top1"] <= measured["held_out_top5"] <= 1
+
+
+def test_a_check_looks_at_everything_and_writes_nothing(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check_image_text, "OVERFIT_STEPS", 60)
+    assert main(["train", str(recipe), "--check"]) == 0
+    table = capsys.readouterr().out
+    for name in ("config", "run folder", "pictures", "held-out pictures", "parameters", "disk", "step", "overfits 8"):
+        assert f"\n{name} " in f"\n{table}", name
+    rows = {line[:18].strip(): line.split()[-1] for line in table.splitlines()}
+    assert rows["overfits 8"] == "ok" and rows["held-out pictures"] == "look"
+    assert not (tmp_path / "run").exists()
+
+
+def test_pairs_of_one_label_are_right_for_one_another() -> None:
+    torch.manual_seed(0)
+    images, texts = (F.normalize(torch.randn(4, 8), dim=1) for _ in range(2))
+    alike, scale = torch.tensor([0, 1, 0, 2]), torch.tensor(3.0)
+    logits = 3 * images @ texts.T
+    right = torch.tensor([[0.5, 0, 0.5, 0], [0, 1, 0, 0], [0.5, 0, 0.5, 0], [0, 0, 0, 1]])
+    by_image = -(right * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    by_text = -(right * logits.T.log_softmax(dim=1)).sum(dim=1).mean()
+    torch.testing.assert_close(contrastive_loss(images, texts, scale, alike), (by_image + by_text) / 2)
+    assert ranks(texts, texts, torch.arange(4)).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"text_dim": 3}}, "text_dim follows from the text encoder"),
+        ({"model": {"image_size": 15}}, "image_size must be a multiple of"),
+        ({"data": {"folder": "x", "size": 16, "crop": "random"}}, "trained on whole squares"),
+        ({"run": {"out": "x", "steps": 1, "batch_size": 1}}, "a batch is contrasted with itself"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(recipe: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_config({**yaml.safe_load(recipe.read_text()), **change})
