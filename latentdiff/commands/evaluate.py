@@ -80,12 +80,14 @@ def run(options: argparse.Namespace) -> None:
     if options.compare is not None:
         compare_reports(options)
         return
+    from latentdiff.evaluate.features import check_features
     from latentdiff.evaluate.run import check_metrics
 
     names = options.metrics.split(",")
     settings = {name: value for name, value in given_settings(options).items() if name not in LEFT_OUT}
     _check_subject(options, settings)
     check_metrics(names)
+    check_features(options.features)
     check_inputs(settings, image=False, mask=False, names=flags(), asked=True)
     combinations = _combinations(options.sweep)
     for one in combinations:

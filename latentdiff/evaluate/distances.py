@@ -95,7 +95,7 @@ def frechet_extrapolated(a: Floats, b: Floats, seed: int = 0, groups: int = 10) 
 
     Source: Chong and Forsyth 2020, arXiv 1911.07023, section 4, with a line through two sizes.
     """
-    _require(a, b, 8)
+    _require(a, b, 4 if groups < 2 else 6)  # two pictures at least in each half, where a group of one is left out too
     order = np.random.default_rng(seed)
     return grouped_jackknife(_extrapolate, a[order.permutation(len(a))], b[order.permutation(len(b))], groups=groups)
 

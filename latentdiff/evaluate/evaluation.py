@@ -102,6 +102,9 @@ class Evaluation:
         references: real pictures by split; "test" is what models are compared with, "train" what they were trained on.
         pictures: drawn by something else, each with its prompt; None to draw them with the model.
         processes: that share the drawing; None to draw alone.
+
+    Raises:
+        InputError: more pictures are asked for than are given.
     """
 
     def __init__(
@@ -114,6 +117,8 @@ class Evaluation:
     ) -> None:
         self.request, self.pipe, self.references, self.given = request, pipe, references, pictures
         self.processes = processes
+        if pictures is not None:
+            self._require_n(len(pictures), "are given")
         self._features: dict[tuple[str, str], Floats] = {}
 
     @property
@@ -261,7 +266,6 @@ class Evaluation:
     def drawn(self) -> list[tuple[Path, Item]]:
         """The generated pictures with what they are of: the test set's captions, or what was given."""
         if self.given is not None:
-            self._require_n(len(self.given), "are given")
             return list(self.given[: self.count(SET)])
         return list(zip(self.draw("captions", self.caption_items), self.caption_items))
 

@@ -26,7 +26,7 @@ from latentdiff.evaluate.intervals import Floats
 from latentdiff.evaluate.judge import load_judge
 from latentdiff.images import to_unit_range
 
-__all__ = ["FEATURES", "FeatureNetwork", "features_of", "find_features"]
+__all__ = ["FEATURES", "FeatureNetwork", "check_features", "features_of", "find_features"]
 
 IMAGES_AT_ONCE = 64
 SIDE = 224  # in pixels, of what DINOv2 and EfficientNet-Lite0 look at
@@ -185,10 +185,16 @@ def find_features(choice: str, device: str | torch.device = "cpu") -> FeatureNet
         MissingDependencyError: a package that it needs is not installed.
         ModelLoadError: its weights were refused; the subclass says why.
     """
+    check_features(choice)
     name, _, model = choice.partition(":")
+    return FEATURES[name](model or None, device)
+
+
+def check_features(choice: str) -> None:
+    """Raise InputError where there is no feature network of that name; see `find_features`."""
+    name = choice.partition(":")[0]
     if name not in FEATURES:
         raise InputError(f"features {shown(name)} are unknown{suggest(name, FEATURES)}")
-    return FEATURES[name](model or None, device)
 
 
 @torch.no_grad()

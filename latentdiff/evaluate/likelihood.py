@@ -29,7 +29,7 @@ IMAGES = 32  # unless a request says otherwise: each takes hundreds of network c
 def nll(evaluation: Evaluation) -> list[Figure]:
     """Measure how many bits per dimension test pictures cost; see `negative_log_likelihood`."""
     reference, components = evaluation.reference("test"), evaluation.model.components
-    chosen = evaluation.sample(IMAGES)
+    chosen = sample_of(evaluation)
     images = reference.load(chosen).to(evaluation.model.device)
     captions, seed = [reference.captions[number] for number in chosen], evaluation.request.seed
     found = negative_log_likelihood(components, images, captions, seed=seed, progress=evaluation.request.progress)
@@ -39,6 +39,11 @@ def nll(evaluation: Evaluation) -> list[Figure]:
         estimate = Estimate(value, value - half, value + half, len(chosen))
         figures.append(evaluation.figure(f"nll/{name}", estimate, "lower", {"of": found["of"]}, unit="bits/dim"))
     return figures
+
+
+def sample_of(evaluation: Evaluation) -> list[int]:
+    """Return the numbers of the test pictures that are measured; see `Evaluation.sample`."""
+    return evaluation.sample(IMAGES)
 
 
 def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, tuple[float, float]]]:

@@ -12,7 +12,7 @@ from latentdiff.evaluate import matching, reconstruction, sets
 from latentdiff.evaluate.compose.metric import compose
 from latentdiff.evaluate.evaluation import Evaluation, Metric
 from latentdiff.evaluate.figure import Figure
-from latentdiff.evaluate.likelihood import nll
+from latentdiff.evaluate.likelihood import nll, sample_of
 from latentdiff.evaluate.memorised import memorised
 from latentdiff.evaluate.page import write_page
 from latentdiff.evaluate.report import claim, merged, write_report
@@ -23,7 +23,8 @@ __all__ = ["METRICS", "check_metrics", "evaluate", "measure"]
 Need = Callable[[Evaluation], object]
 """Asks an evaluation for what a metric cannot do without; it raises LatentDiffError where that is missing."""
 
-NETWORK, JUDGE, PERCEPTUAL = attrgetter("network"), attrgetter("judge"), attrgetter("perceptual")
+REAL, NETWORK, JUDGE = attrgetter("chosen"), attrgetter("network"), attrgetter("judge")
+PERCEPTUAL = attrgetter("perceptual")
 
 
 @dataclass(frozen=True)
@@ -32,29 +33,29 @@ class Entry:
 
     Attributes:
         measure: the metric.
-        need: what is asked for before anything is drawn; None where it needs nothing that may be missing.
+        needs: what is asked for before anything is drawn.
         of_training: whether it looks at the pictures a model was trained on, besides test pictures.
     """
 
     measure: Metric
-    need: Need | None = None
+    needs: tuple[Need, ...] = ()
     of_training: bool = False
 
 
 METRICS = {
-    "fid": Entry(sets.fid, NETWORK),
-    "kid": Entry(sets.kid, NETWORK),
-    "mmd": Entry(sets.mmd, NETWORK),
-    "precision_recall": Entry(sets.precision_recall, NETWORK),
-    "clip": Entry(matching.clip, JUDGE),
-    "retrieval": Entry(matching.retrieval, JUDGE),
-    "rfid": Entry(reconstruction.rfid, NETWORK),
-    "psnr": Entry(reconstruction.psnr, reconstruction.torchmetrics),
-    "ssim": Entry(reconstruction.ssim, reconstruction.torchmetrics),
-    "lpips": Entry(reconstruction.lpips, PERCEPTUAL),
-    "nll": Entry(nll),
-    "compose": Entry(compose, JUDGE),
-    "memorised": Entry(memorised, NETWORK, of_training=True),
+    "fid": Entry(sets.fid, (REAL, NETWORK)),
+    "kid": Entry(sets.kid, (REAL, NETWORK)),
+    "mmd": Entry(sets.mmd, (REAL, NETWORK)),
+    "precision_recall": Entry(sets.precision_recall, (REAL, NETWORK)),
+    "clip": Entry(matching.clip, (JUDGE,)),
+    "retrieval": Entry(matching.retrieval, (JUDGE,)),
+    "rfid": Entry(reconstruction.rfid, (REAL, NETWORK)),
+    "psnr": Entry(reconstruction.psnr, (REAL, reconstruction.torchmetrics)),
+    "ssim": Entry(reconstruction.ssim, (REAL, reconstruction.torchmetrics)),
+    "lpips": Entry(reconstruction.lpips, (REAL, PERCEPTUAL)),
+    "nll": Entry(nll, (sample_of,)),
+    "compose": Entry(compose, (JUDGE,)),
+    "memorised": Entry(memorised, (REAL, NETWORK), of_training=True),
     "speed": Entry(speed),
 }
 
@@ -80,10 +81,9 @@ def measure(evaluation: Evaluation, names: Sequence[str]) -> list[Figure]:
 
 
 def _require(evaluation: Evaluation, names: Sequence[str]) -> None:
-    """Ask for everything that some metrics need."""
-    for need in dict.fromkeys(METRICS[name].need for name in names):
-        if need is not None:
-            need(evaluation)
+    """Ask for everything that some metrics need, so that what is missing is missed before anything is drawn."""
+    for need in dict.fromkeys(need for name in names for need in METRICS[name].needs):
+        need(evaluation)
 
 
 def evaluate(evaluation: Evaluation, names: Sequence[str]) -> tuple[Mapping[str, Any], list[Figure]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +21,11 @@ from tests.models.tiny import noise_picture
 
 @pytest.fixture(scope="module")
 def call(tmp_path_factory: pytest.TempPathFactory, built_model: Path, judge: Path) -> list[str]:
-    """The command for the tiny model, with a random image-text model and six captioned pictures."""
+    """The command for the tiny model, with a random image-text model and eight captioned pictures."""
     place = tmp_path_factory.mktemp("evaluate")
     (place / "data").mkdir()
     rows = []
-    for index, text in enumerate(("a fox", "a cat", "a fox", "a dog", "a house", "a tree")):
+    for index, text in enumerate(("a fox", "a cat", "a fox", "a dog", "a house", "a tree", "a fox", "a fox")):
         noise_picture(32, 32, seed=index).save(place / f"data/{index}.png")
         rows.append(json.dumps({"file_name": f"{index}.png", "text": text}))
     (place / "data/metadata.jsonl").write_text("\n".join(rows))
@@ -39,11 +40,18 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int
     return error
 
 
-def test_killed_at_random_and_resumed_it_writes_the_identical_report(call: list[str], tmp_path: Path) -> None:
+def test_killed_at_random_and_resumed_it_writes_the_identical_report(
+    call: list[str], text: Path, tmp_path: Path
+) -> None:
     assert main([*call, "--out", str(tmp_path / "whole")]) == 0
     broken = tmp_path / "broken"
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-m", "latentdiff", *call, "--out", str(broken)]
+    code = (
+        "import sys, pathlib, latentdiff.evaluate.judge as judge\n"
+        f"judge.embedded_model = lambda: pathlib.Path({str(text)!r})\n"
+        "from latentdiff.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *call, "--out", str(broken)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(broken.glob("pictures/captions/*.png")):
         time.sleep(0.01)
@@ -56,6 +64,77 @@ def test_killed_at_random_and_resumed_it_writes_the_identical_report(call: list[
     assert len(figure.items) == 6  # though two captions are the same
     assert all((broken / place).is_file() for place in figure.pictures.values())
     assert "data:image/png;base64," in (broken / "report.html").read_text()
+
+
+def test_metrics_of_sets_and_of_texts(call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All in one report, whose parts say what they depend on; the image-text model gives the features too."""
+    names = "fid,kid,mmd,precision_recall,clip,retrieval,compose"
+    assert main([*call, "--metrics", names, "--n", "8", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "every protocol: data data, data_hash " in printed and ", split train, seed 0, sampler " in printed
+    subject, figures = read_report(tmp_path)
+    found = {one.name: one for one in figures}
+    assert list(found)[:9] == [
+        *("fid", "fid_infinite", "kid", "mmd", "precision", "recall", "clip", "retrieval_top1", "retrieval_top5")
+    ]
+    assert {"model_hash", "device", "dtype", "seed", "n"} <= subject.keys()
+    for name in ("fid", "kid", "mmd", "precision", "recall"):
+        one = found[name]
+        assert one.estimate.low <= one.estimate.value <= one.estimate.high and one.estimate.n == 8
+        assert one.floor is not None and one.ceiling is not None
+        assert one.protocol["features"] == "image-text" and "antialiased to 16" in str(one.protocol["resize"])
+    assert found["retrieval_top1"].protocol["texts"] == 5 and found["retrieval_top5"].estimate.value == 1
+    assert found["compose"].estimate.n == 6 and len(found["compose"].pictures) == 6
+
+
+def test_compose_checks_pictures_of_any_model(
+    call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The prompts that one model drew, and its pictures in their order, give the same figures as those of another."""
+    own, theirs = tmp_path / "own", tmp_path / "theirs"
+    assert main([*call, "--metrics", "compose", "--n", "12", "--out", str(own)]) == 0
+    one = {figure.name: figure for figure in read_report(own)[1]}
+    theirs.mkdir()
+    for number, place in enumerate(one["compose"].pictures.values()):
+        shutil.copy(own / place, theirs / f"{number}.png")
+    judge = call[call.index("--judge") + 1]
+    given = ["evaluate", "--pictures", str(theirs), "--metrics", "compose", "--judge", judge]
+    given += ["--out", str(tmp_path / "out"), "--prompts", str(tmp_path / "prompts.jsonl")]
+    shutil.copy(own / "prompts.jsonl", tmp_path)
+    assert main(given) == 0
+    again = {figure.name: figure for figure in read_report(tmp_path / "out")[1]}
+    assert again.keys() == one.keys() and len(one) == 7
+    for name, figure in one.items():
+        assert again[name].estimate == figure.estimate
+        assert again[name].protocol["prompts"] == figure.protocol["prompts"]
+    lines = (own / "prompts.jsonl").read_text().splitlines()
+    for changed, message in (
+        ({"category": "colour"}, "category 'colour' is unknown; did you mean 'color'"),
+        ({"category": ["color"]}, "is unknown"),
+        ({"truth": None}, "truth must be an object with things"),
+        ({"truth": {"things": []}}, "truth must be an object with things"),
+        ({"truth": {"things": [{"concept": "fox", "count": 5}]}}, "count must be 1 to 4, got '5'"),
+        ({"truth": {"things": [{"concept": "fox", "count": True}]}}, "count must be 1 to 4"),
+        ({"truth": {"things": ["fox"]}}, "each of things must have a concept"),
+        ({"truth": {"things": [{"concept": "fox", "color": []}]}}, "color '[]' is unknown"),
+        ({"truth": {"things": [{"concept": "a"}], "relation": "above"}}, "relation is of 2 things, got 1"),
+    ):
+        row = json.loads(lines[0]) | changed
+        (tmp_path / "prompts.jsonl").write_text("\n".join([json.dumps(row), *lines[1:]]))
+        error = error_of([*given, "--out", str(tmp_path / "bad")], capsys)
+        assert message in error and "compose checks 0.png by its line of --prompts" in error
+
+
+def test_what_a_metric_needs_is_missed_before_anything_is_drawn(
+    call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = call.index("--judge")
+    bare = [*call[:at], *call[at + 2 :], "--out", str(tmp_path / "out")]
+    for metrics in ("speed,clip", "speed,kid", "speed,compose"):
+        error = error_of([*bare, "--metrics", metrics], capsys)
+        assert "came without the image-text model; train one with `latentdiff train configs/emoji-" in error
+    assert "needs its weights" in error_of([*bare, "--metrics", "speed,lpips"], capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_reports_are_compared_where_protocols_agree(
@@ -114,8 +193,9 @@ def test_pictures_of_others(call: list[str], tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_sweep_has_a_report_for_each_setting_and_a_table(
-    call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    call: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("latentdiff.evaluate.speed.REPEATS", 2)
     sweep = [*call, "--metrics", "clip,speed", "--sweep", "steps=1,2", "--sweep", "sampler=euler,ddim"]
     assert main([*sweep, "--out", str(tmp_path)]) == 0
     table = capsys.readouterr().out
@@ -136,13 +216,20 @@ def test_a_sweep_has_a_report_for_each_setting_and_a_table(
 
 
 def test_what_is_asked_must_fit(call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = [*call, "--out", str(tmp_path / "out")]
     for arguments, message in (
         (["evaluate"], "got neither"),
         ([*call, "--pictures", "x"], "got both"),
         ([*call, "--prompts", "x"], "got no --pictures"),
         ([*call, "--across", "steps"], "is for --compare"),
         ([*call, "--compare", "a", "b"], "something to measure besides"),
+        ([*call, "--n", "9", "--metrics", "kid"], "--n must be at most the 8 pictures"),
+        ([*call, "--n", "0"], "--n must be a whole number from 1"),
+        ([*call, "--metrics", "kid,kid"], "names one twice"),
+        ([*call, "--metrics", "kid,"], "metric '' is unknown"),
+        ([*call, "--features", "inceptoin"], "features 'inceptoin' are unknown; did you mean 'inception'"),
         ([*call, "--guidance", "99"], "guidance_scale must be"),
         (["evaluate", call[1], "--metrics", "kid", "--out", str(tmp_path / "o")], "pass --data"),
     ):
         assert message in error_of(arguments, capsys)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "o").exists()

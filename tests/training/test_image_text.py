@@ -27,13 +27,11 @@ LETTERS = "abcdefgh"
 def recipe(tmp_path: Path) -> Path:
     """Write eight pictures, their letters as captions, and a tiny config over them."""
     pictures(tmp_path / "pictures", 8)
+    run = {"out": str(tmp_path / "run"), "steps": 4, "batch_size": 8, "precision": "no", "ema_decay": 0.9}
     tree = {
         "stage": "image_text",
         "data": {"folder": str(tmp_path / "pictures"), "size": SIZE},
-        "run": {
-            **{"out": str(tmp_path / "run"), "steps": 4, "batch_size": 8, "precision": "no", "ema_decay": 0.9},
-            **{"save_every": 2, "log_every": 2, "sample_every": 2},
-        },
+        "run": run | {"save_every": 2, "log_every": 2, "sample_every": 2},
         "text_encoder": str(text_folder(tmp_path / "text")),
         "model": {"image_size": SIZE, "block_out_channels": [8, 16], "projection_dim": 16},
         "optimizer": {"learning_rate": 0.01, "warmup_steps": 1},

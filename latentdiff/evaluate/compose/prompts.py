@@ -224,8 +224,9 @@ def make_prompts(each: int, seed: int = 0) -> list[Prompt]:
     for number, draw in enumerate(CATEGORIES.values()):
         rng, own = np.random.default_rng([seed, number]), dict[str, Prompt]()
         for _ in range(TRIES):
-            prompt = draw(rng) if len(own) < each else None
-            if prompt is not None:
+            if len(own) == each:
+                break
+            if (prompt := draw(rng)) is not None:
                 own.setdefault(prompt.text, prompt)
         found += own.values()
     return found
