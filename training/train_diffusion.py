@@ -264,7 +264,7 @@ def export(
         if trained:
             show_process(components, config, folder)
         paths = f"{shlex.quote(str(model))} --data {shlex.quote(config.data.folder)}"
-        print(f"bits per dimension: latentdiff evaluate {paths}")
+        print(f"bits per dimension: latentdiff evaluate {paths} --metrics nll")
 
 
 def draw_timesteps(

@@ -122,20 +122,23 @@ def compare_reports(options: argparse.Namespace) -> None:
     Raises:
         InputError: nothing in them can be compared.
     """
-    from latentdiff.evaluate.compare import compare, comparison_lines
+    from latentdiff.evaluate.compare import ALONE, compare, comparison_lines
     from latentdiff.evaluate.report import read_report
 
     if options.model is not None or options.pictures is not None or options.sweep:
         raise InputError("--compare is of two reports, got something to measure besides; leave one of them out")
     (_, first), (_, second) = (read_report(Path(place)) for place in options.compare)
-    found = compare(first, second, options.across.split(",") if options.across else ())
+    called = {flag[2:]: name for name, flag in flags().items() if flag.startswith("--")}
+    across = [called.get(name, name) for name in options.across.split(",")] if options.across else []
+    found = compare(first, second, across)
     if options.json:
         print(json.dumps({"comparisons": [one.to_json() for one in found]}))
     else:
         for line in comparison_lines(found):
             print(line)
     if all(one.refused for one in found):
-        reasons = "; ".join(f"{one.name}: {one.refused}" for one in found) or "no figures in them"
+        reasons = "; ".join(f"{one.name}: {one.refused}" for one in found if one.refused not in ALONE)
+        reasons = reasons or "no figure is in both"
         raise InputError(f"nothing in these reports can be compared ({reasons}); evaluate both in one way")
 
 

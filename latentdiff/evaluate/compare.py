@@ -13,7 +13,9 @@ from latentdiff.evaluate.intervals import Estimate, Paired, paired_difference
 from latentdiff.generation.options import options_of
 from latentdiff.generation.request import Settings
 
-__all__ = ["Comparison", "compare", "comparison_lines"]
+__all__ = ["ALONE", "Comparison", "compare", "comparison_lines"]
+
+ALONE = ("only in A", "only in B")
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,13 @@ def compare(first: Sequence[Figure], second: Sequence[Figure], across: Sequence[
     for one in first:
         others = [other for other in left if other.name == one.name]
         if not others:
-            found.append(Comparison(one.name, "only in A"))
+            found.append(Comparison(one.name, ALONE[0]))
             continue
         other = min(others, key=lambda other: len(_apart(one, other, across)))
         left.remove(other)
         apart = _apart(one, other, across)
         found.append(Comparison(one.name, apart) if apart else _compared(one, other))
-    return found + [Comparison(other.name, "only in B") for other in left]
+    return found + [Comparison(other.name, ALONE[1]) for other in left]
 
 
 def _apart(first: Figure, second: Figure, across: Sequence[str]) -> str:
@@ -110,8 +112,11 @@ def comparison_lines(found: Sequence[Comparison]) -> Iterator[str]:
         for row in rows:
             yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
     for one in found:
-        if one.refused:
+        if one.refused and one.refused not in ALONE:
             yield f"{one.name}: not compared: {one.refused}"
+    for side in ALONE:
+        if names := [one.name for one in found if one.refused == side]:
+            yield f"{side}: {', '.join(names)}"
 
 
 def _said(one: Comparison) -> str:

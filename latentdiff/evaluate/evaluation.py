@@ -298,15 +298,14 @@ class Evaluation:
         return self._features[key]
 
     def protocol(self, **more: str | float | None) -> Protocol:
-        """Return what values of generated pictures depend on, and `more`."""
+        """Return the data that values depend on, and `more`."""
         reference = self.references.get("test")
         data = (
             {}
             if reference is None
             else {"data": reference.name, "data_hash": reference.digest, "split": reference.split}
         )
-        drawn = {} if self.pipe is None else {"seed": self.request.seed, **self.drawn_with}
-        return {**data, **drawn, **more}
+        return {**data, **more}
 
     def figure(
         self,
@@ -314,10 +313,16 @@ class Evaluation:
         estimate: Estimate,
         better: Literal["lower", "higher"] | None,
         protocol: Mapping[str, Any],
+        drawn: bool = True,
         **more: Any,
     ) -> Figure:
-        """Return a figure of this evaluation; n is part of every protocol."""
-        return Figure(name, estimate, better, {**self.protocol(), "n": estimate.n, **protocol}, **more)
+        """Return a figure of this evaluation; n is part of every protocol.
+
+        Args:
+            drawn: whether it is of pictures that the model drew, so that it depends on seed and settings.
+        """
+        settings = {"seed": self.request.seed, **self.drawn_with} if drawn and self.pipe is not None else {}
+        return Figure(name, estimate, better, self.protocol(**settings, n=estimate.n, **protocol), **more)
 
 
 Metric = Callable[[Evaluation], list[Figure]]

@@ -37,7 +37,8 @@ def nll(evaluation: Evaluation) -> list[Figure]:
     for name, (value, error) in _leaves(found):
         half = 1.96 * error
         estimate = Estimate(value, value - half, value + half, len(chosen))
-        figures.append(evaluation.figure(f"nll/{name}", estimate, "lower", {"of": found["of"]}, unit="bits/dim"))
+        protocol = {"of": found["of"], "seed": seed}
+        figures.append(evaluation.figure(f"nll/{name}", estimate, "lower", protocol, drawn=False, unit="bits/dim"))
     return figures
 
 

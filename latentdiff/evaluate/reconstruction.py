@@ -50,7 +50,7 @@ def rfid(evaluation: Evaluation) -> list[Figure]:
     groups = min(GROUPS, len(real) // 2)  # two pictures at least are left in
     estimate = grouped_jackknife(statistic, np.arange(float(len(real))), groups=groups)
     ceiling = frechet_of(damaged, real)
-    return [evaluation.figure("rfid", estimate, "lower", evaluation.network.protocol, ceiling=ceiling)]
+    return [evaluation.figure("rfid", estimate, "lower", evaluation.network.protocol, drawn=False, ceiling=ceiling)]
 
 
 def psnr(evaluation: Evaluation) -> list[Figure]:
@@ -126,7 +126,8 @@ def _figure(
         estimate = Estimate(math.inf, math.nan, math.nan, len(values))
     else:
         estimate = mean(values)
-    return evaluation.figure(name, estimate, better, protocol, ceiling=float(ceiling.mean()), items=items, **more)
+    bound = float(ceiling.mean())
+    return evaluation.figure(name, estimate, better, protocol, drawn=False, ceiling=bound, items=items, **more)
 
 
 def _compared(compare: Compare, images: Tensor, others: Tensor) -> Floats:

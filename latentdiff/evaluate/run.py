@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any
 
 from latentdiff.errors import InputError, suggest
@@ -24,7 +24,7 @@ Need = Callable[[Evaluation], object]
 """Asks an evaluation for what a metric cannot do without; it raises LatentDiffError where that is missing."""
 
 REAL, NETWORK, JUDGE = attrgetter("chosen"), attrgetter("network"), attrgetter("judge")
-PERCEPTUAL = attrgetter("perceptual")
+TRAINING, PERCEPTUAL = methodcaller("reference", "train"), attrgetter("perceptual")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ METRICS = {
     "lpips": Entry(reconstruction.lpips, (REAL, PERCEPTUAL)),
     "nll": Entry(nll, (sample_of,)),
     "compose": Entry(compose, (JUDGE,)),
-    "memorised": Entry(memorised, (REAL, NETWORK), of_training=True),
+    "memorised": Entry(memorised, (TRAINING, REAL, NETWORK), of_training=True),
     "speed": Entry(speed),
 }
 

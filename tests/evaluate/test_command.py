@@ -149,8 +149,9 @@ def test_reports_are_compared_where_protocols_agree(
     assert one["paired"] and one["difference"]["value"] == 0 and one["verdict"] == "no difference shown"
     assert "num_inference_steps 2 against 3" in error_of(["evaluate", "--compare", a, b], capsys)
     assert "n 6 against 4" in error_of(["evaluate", "--compare", a, d], capsys)
-    assert main(["evaluate", "--compare", a, b, "--across", "num_inference_steps"]) == 0
-    assert "paired" in capsys.readouterr().out
+    for name in ("steps", "num_inference_steps"):
+        assert main(["evaluate", "--compare", a, b, "--across", name]) == 0
+        assert "paired" in capsys.readouterr().out
     assert main(["evaluate", "--compare", a, c, "--across", "seed"]) == 0
     assert "unpaired" in capsys.readouterr().out
     assert "is no generation setting" in error_of(["evaluate", "--compare", a, b, "--across", "n"], capsys)
