@@ -12,6 +12,7 @@ from latentdiff.evaluate.evaluation import Evaluation
 from latentdiff.evaluate.figure import Figure
 from latentdiff.evaluate.intervals import mean, share
 from latentdiff.evaluate.pictures import Item, load_pictures
+from latentdiff.images import open_image
 
 __all__ = ["clip", "retrieval"]
 
@@ -91,6 +92,7 @@ def _with_prompts(evaluation: Evaluation) -> list[tuple[Path, Item]]:
     drawn = evaluation.drawn
     for path, item in drawn:
         if not item.prompt.strip() and evaluation.given is not None:
+            open_image(path)  # a broken one is refused as such
             raise InputError(f"this metric needs the prompt of each picture, got none of {path}; pass --prompts")
     return drawn
 

@@ -171,6 +171,10 @@ def test_pictures_of_others(call: list[str], tmp_path: Path, capsys: pytest.Capt
     plain = ["evaluate", "--pictures", str(folder), "--metrics", "clip", "--judge", judge]
     plain += ["--out", str(tmp_path / "out")]
     assert "needs the prompt of each picture" in error_of(plain, capsys)
+    whole = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(whole[:100])
+    assert "1.png" in (error := error_of(plain, capsys)) and "prompt" not in error
+    (folder / "1.png").write_bytes(whole)
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": text}) for text in ("a fox", "a cat", "a dog")))
     again = [*plain[:-1], str(tmp_path / "again"), "--prompts", str(file)]

@@ -73,7 +73,7 @@ def test_the_model_s_own_autoencoder_is_measured(pipe: Pipeline, tmp_path: Path)
     rfid, psnr = measure(asked, ["rfid", "psnr"])
     assert rfid.estimate.low <= rfid.estimate.value <= rfid.estimate.high and rfid.estimate.n == 9
     assert rfid.protocol["features"] == "quarters" and psnr.protocol["data_range"] == 255
-    levels = (asked.returned - pictures).mul(127.5).square().mean(dim=(1, 2, 3)).numpy()
+    levels = (asked.returned - chosen).mul(127.5).square().mean(dim=(1, 2, 3)).numpy()
     assert list(psnr.items.values()) == pytest.approx(list(10 * np.log10(255**2 / levels)), abs=1e-3)
 
 

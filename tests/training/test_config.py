@@ -5,11 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from latentdiff.training.config import AutoencoderTraining, DiffusionTraining, completed, load_config, parse_config
+from latentdiff.training.config import (
+    AutoencoderTraining,
+    DiffusionTraining,
+    ImageTextTraining,
+    completed,
+    load_config,
+    parse_config,
+)
 
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from latentdiff.models.image_text import ImageTextConfig, ImageTextModel
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -23,7 +31,7 @@ model: {}
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_shipped_recipes_parse(file: Path) -> None:
-    assert isinstance(load_config(file), AutoencoderTraining | DiffusionTraining)
+    assert isinstance(load_config(file), AutoencoderTraining | DiffusionTraining | ImageTextTraining)
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
@@ -33,6 +41,8 @@ def test_shipped_recipes_build_their_networks(file: Path) -> None:
         if isinstance(config, AutoencoderTraining):
             network = AutoencoderKL(AutoencoderConfig.from_dict(config.model))
             assert network.config.sample_size == config.data.size
+        elif isinstance(config, ImageTextTraining):
+            assert ImageTextModel(ImageTextConfig.from_dict(config.model)).config.image_size == config.data.size
         elif config.start_from is not None:
             assert config.start_from in ("embedded", "sd-v1-5.safetensors")
         else:

@@ -40,17 +40,13 @@ def compose(evaluation: Evaluation) -> list[Figure]:
     rates = error_rates(_scenes(evaluation), checker)
     tree = [[one.text, one.category, one.truth.to_json()] for one in prompts]
     protocol = {"judge": evaluation.judge.digest, "checker": VERSION, "prompts": digest_of({"prompts": tree})}
-    return [
-        evaluation.figure(
-            name,
-            share([hits[n] for n in own]),
-            "higher",
-            protocol,
-            **_bounds(rates, category),
-            **evaluation.by_item([drawn[n] for n in own], [hits[n] for n in own]),
-        )
-        for name, category, own in _parts(prompts)
-    ]
+    figures = []
+    for name, category, own in _parts(prompts):
+        items = evaluation.by_item([drawn[n] for n in own], [hits[n] for n in own])
+        floor, ceiling = _bounds(rates, category)
+        estimate = share([hits[n] for n in own])
+        figures.append(evaluation.figure(name, estimate, "higher", protocol, floor=floor, ceiling=ceiling, **items))
+    return figures
 
 
 def _drawn(evaluation: Evaluation) -> tuple[list[tuple[Path, Item]], list[Prompt]]:
@@ -86,15 +82,13 @@ def _parts(prompts: Sequence[Prompt]) -> Iterator[tuple[str, str | None, list[in
             yield f"compose/{category}", category, own
 
 
-def _bounds(rates: Mapping[str, Rates], category: str | None) -> dict[str, float | None]:
+def _bounds(rates: Mapping[str, Rates], category: str | None) -> tuple[float | None, float | None]:
     """Return floor and ceiling of a category; of all, as all categories count alike, their means."""
     own = [rate for name, rate in rates.items() if category in (None, name)]
     if not own or not all(rate.accepted.n for rate in own):
-        return {"floor": None, "ceiling": None}
-    return {
-        "floor": sum(rate.accepted.value for rate in own) / len(own),
-        "ceiling": sum(rate.broken_accepted.value for rate in own) / len(own),
-    }
+        return None, None
+    accepted, broken = ([getattr(rate, name).value for rate in own] for name in ("accepted", "broken_accepted"))
+    return sum(accepted) / len(own), sum(broken) / len(own)
 
 
 def _scenes(evaluation: Evaluation) -> Iterator[tuple[Image.Image, Mapping[str, Any]]]:
