@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 
 HELP = "Measure how good a model is, by pictures it draws and by captioned real ones."
 SPLITS = ("train", "validation", "test")
+# What `latentdiff.evaluate` has, which is not loaded to show the help.
+METRICS = (
+    *("fid", "kid", "mmd", "precision_recall", "clip", "retrieval", "rfid", "psnr", "ssim", "lpips", "nll", "compose"),
+    *("memorised", "speed"),
+)
+FEATURES = ("image-text", "efficientnet-lite0", "inception", "dinov2", "clip")
 
 
 # Settings that pictures of captions alone have no use for, or that say what the command says by itself.
@@ -52,11 +58,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="folder of captioned pictures, or of splits with such")
     parser.add_argument("--pictures", metavar="FOLDER", help="pictures of any other model, measured in place of one")
     parser.add_argument("--prompts", metavar="FILE", help="JSON lines: what each of --pictures was to show")
-    parser.add_argument("--metrics", default="kid,clip,retrieval", help="comma-separated; see docs/evaluation.md")
-    parser.add_argument("--split", default="test", choices=SPLITS, metavar="SPLIT", help="train, validation or test")
+    parser.add_argument("--metrics", default="kid,clip,retrieval", help=f"comma-separated, of {', '.join(METRICS)}")
+    parser.add_argument(
+        "--split", default="test", choices=SPLITS, metavar="SPLIT", help="train, validation or test (default)"
+    )
     parser.add_argument("--n", type=int, help="pictures of each metric; unless given, what each takes by itself")
     parser.add_argument("--seed", type=int, default=0, help="picture i is drawn with SEED + i")
-    parser.add_argument("--features", default="image-text", help="network of distances (default image-text)")
+    parser.add_argument(
+        "--features",
+        default="image-text",
+        help=f"network of distances: {', '.join(FEATURES)}; a folder may follow a colon",
+    )
     parser.add_argument("--judge", metavar="FOLDER", help="image-text model, in place of the one of the package")
     parser.add_argument("--lpips-weights", metavar="FILE", help="of `python -m latentdiff.training.losses.lpips FILE`")
     parser.add_argument("--out", default="evaluation", help="folder of the report and of the pictures")
@@ -180,7 +192,8 @@ def _measured(
     """Return what was measured, and its figures, once their report is written."""
     from latentdiff.evaluate import Evaluation
     from latentdiff.evaluate.given import find_pictures
-    from latentdiff.evaluate.run import METRICS, evaluate
+    from latentdiff.evaluate.run import METRICS as TABLE
+    from latentdiff.evaluate.run import evaluate
     from latentdiff.images import open_image
 
     prompts = None if options.prompts is None else Path(options.prompts)
@@ -188,7 +201,7 @@ def _measured(
     references: Mapping[str, Reference] = {}
     if options.data is not None:
         size = pipe.native_size if pipe is not None else open_image(given[0][0]).size if given else (0, 0)
-        found = request.out / "cache" if any(METRICS[name].of_training for name in names) else None
+        found = request.out / "cache" if any(TABLE[name].of_training for name in names) else None
         references = open_references(options.data, options.split, size, found)
     return evaluate(Evaluation(request, pipe, references, given, processes), names)
 

@@ -15,7 +15,10 @@ import pytest
 import torch
 
 from latentdiff.cli import main
+from latentdiff.commands import evaluate as command
+from latentdiff.evaluate.features import FEATURES
 from latentdiff.evaluate.report import read_report
+from latentdiff.evaluate.run import METRICS
 from tests.models.tiny import noise_picture
 
 
@@ -238,3 +241,7 @@ def test_what_is_asked_must_fit(call: list[str], tmp_path: Path, capsys: pytest.
     ):
         assert message in error_of(arguments, capsys)
     assert not (tmp_path / "out").exists() and not (tmp_path / "o").exists()
+
+
+def test_the_help_names_every_metric_and_feature_network() -> None:
+    assert tuple(METRICS) == command.METRICS and tuple(FEATURES) == command.FEATURES
