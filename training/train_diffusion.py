@@ -262,7 +262,7 @@ def export(
     print(f"saved {model}; try: latentdiff {call} --model {shlex.quote(str(model))}")
     if isinstance(components.autoencoder, PixelSpace):
         if trained:
-            show_process(components, config, folder)
+            SampleGrids().made(partial(show_process, components, config, folder))
         paths = f"{shlex.quote(str(model))} --data {shlex.quote(config.data.folder)}"
         print(f"bits per dimension: latentdiff evaluate {paths}")
 

@@ -198,45 +198,44 @@ def file_and_rest(text: str) -> tuple[str, str | None]:
 
 
 class Output:
-    """Where pictures go, by number and prompt; names made from prompts never hit an existing file.
+    """Where pictures go, by number and prompt: a file that was named is replaced, every other name is a free one.
 
     Args:
-        out: a PNG (several are fox.png, fox-2.png, ...), a folder, or None for this one.
+        out: a PNG (several are fox.png, fox-2.png, ...), a folder, or None for `default`.
         prompts: of the pictures, in order.
         metadata: whether they carry their records.
+        default: the PNG where none was named, in a folder that was; named by the prompts when None.
 
     Raises:
         InputError, StorageError: nothing can be written there.
     """
 
-    def __init__(self, out: str | None, prompts: Sequence[str], metadata: bool = True) -> None:
+    def __init__(
+        self, out: str | None, prompts: Sequence[str], metadata: bool = True, default: Path | None = None
+    ) -> None:
         self.metadata = metadata
-        self.folder = Path(out or ".")
-        self.fixed: list[Path] = []
-        if out is not None and not is_folder(self.folder):
-            if self.folder.suffix.lower() != ".png":
-                stem = self.folder.stem or "picture"
-                raise InputError(f"-o must name a PNG file or a folder, got {shown(out)}; try {stem[:80]}.png")
-            self.fixed = list(islice(numbered(self.folder), len(prompts)))
-        self.free: dict[str, Iterator[Path]] = {}  # names that may be free, by slug
-        for path in self.fixed or [self.folder / f"{slug(prompts[0])}.png"]:
+        self.place = Path(out or ".")
+        self.replaced = out is not None and not is_folder(self.place)  # the first picture's file, if it is there
+        self.one_name = self.replaced or default is not None
+        if default is not None and not self.replaced:
+            self.place = default if out is None else self.place / default.name
+        if self.replaced and self.place.suffix.lower() != ".png":
+            stem = self.place.stem or "picture"
+            raise InputError(f"-o must name a PNG file or a folder, got {shown(out)}; try {stem[:80]}.png")
+        self.free: dict[Path, Iterator[Path]] = {}  # names that may be free, by the first of them
+        for path in islice(numbered(self._first(prompts[0])), len(prompts) if self.one_name else 1):
             check_writable(path)
+
+    def _first(self, prompt: str) -> Path:
+        return self.place if self.one_name else self.place / f"{slug(prompt)}.png"
 
     def write(self, number: int, image: GeneratedImage) -> Path:
         """Write the picture with a number and return its path."""
-        if self.fixed:
-            image.save(self.fixed[number], metadata=self.metadata)
-            return self.fixed[number]
-        name = slug(image.prompt)
-        for path in self.free.setdefault(name, numbered(self.folder / f"{name}.png")):
-            if path.exists():
-                continue
-            try:
-                image.save(path, metadata=self.metadata, overwrite=False)
-            except FileExistsError:  # of another process, since
-                continue
-            return path
-        raise AssertionError("there is always another number")
+        from latentdiff.generation.result import save_next
+
+        first = self._first(image.prompt)
+        names = self.free.setdefault(first, numbered(first))
+        return save_next(image, names, metadata=self.metadata, replace=self.replaced and number == 0)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -59,8 +59,8 @@ def run(options: argparse.Namespace) -> None:
     loras = parse_loras(options.lora)
     open_picture(options.image, "image")
     source = Path(options.image)
-    name = f"{source.stem}-x{options.scale or 4}"
-    output = Output(options.out or str(source.with_name(f"{name}.png")), [name], options.metadata)
+    default = source.with_name(f"{source.stem}-x{options.scale or 4}.png")
+    output = Output(options.out, [options.prompt], options.metadata, default)
     started = time.perf_counter()
     pipe = load_upscaler(options.model, options.device, options.dtype)
     pipe = pipe.with_loras(loras) if loras else pipe

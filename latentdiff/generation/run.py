@@ -44,7 +44,7 @@ from latentdiff.generation.request import Settings
 from latentdiff.generation.result import GeneratedImage, call_record
 from latentdiff.generation.text import Conditioning, encode_texts
 from latentdiff.generation.upscale import plan_upscale
-from latentdiff.prompts import literal_syntax
+from latentdiff.prompts import prompt_notes
 
 __all__ = ["Call", "Callback", "Stage", "invert", "run"]
 
@@ -254,10 +254,10 @@ def _check_noise(noise: object, expected: tuple[int, ...]) -> None:
 
 
 def _remarks(call: Call) -> list[str]:
-    """Return a note for each notation of other tools in the texts, which is plain text here."""
+    """Return notes on the texts, unless brackets are plain text in them."""
     settings = call.settings
     texts = dict.fromkeys([*settings.prompts, settings.negative_prompt, settings.blend_prompt])
-    found = (note for text in texts for note in literal_syntax(text))
+    found = (note for text in texts for note in prompt_notes(text))
     return list(dict.fromkeys(found)) if settings.prompt_weights else []
 
 

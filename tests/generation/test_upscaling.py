@@ -245,7 +245,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_upscale_writes_beside_and_says_how(folder: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = ["upscale", "small.png", "--model", str(folder), "--steps", "2"]
     assert main(call) == 0
-    assert capsys.readouterr() == ("small-x4.png\n", "")
+    assert main(call) == main([*call, "-o", "."]) == 0
+    assert capsys.readouterr() == ("small-x4.png\nsmall-x4-2.png\nsmall-x4-3.png\n", "")
     smooth(40, 33).save("large.png")
     assert main(["upscale", "large.png", *call[2:], "--scale", "2", "-o", "big.png", "--json"]) == 0
     captured = capsys.readouterr()

@@ -99,6 +99,16 @@ def test_grids_that_cannot_be_drawn_are_told_of_once_and_cost_no_step(
     assert (tmp_path / "run/model/model_index.json").is_file()
 
 
+def test_a_test_split_that_cannot_be_opened_costs_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is first opened when the training is over, to show what was learnt."""
+    pictures(tmp_path / "pictures", 6)
+    (tmp_path / "pictures/test").mkdir()
+    cli_train(recipe(tmp_path), ["run.steps=1"], False, None)
+    captured = capsys.readouterr()
+    assert "samples could not be drawn (InputError: " in captured.err and "/test has neither " in captured.err
+    assert (tmp_path / "run/model/model_index.json").is_file() and "bits per dimension: " in captured.out
+
+
 def test_sample_prompts_are_encoded_as_captions_are(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Brackets, which a prompt on the command line has for weights, are part of the class's name."""
     for metadata in (tmp_path / "pictures").glob("metadata.jsonl"):
