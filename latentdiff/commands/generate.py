@@ -117,9 +117,7 @@ def _embeddings(given: Sequence[str]) -> list[tuple[str, str | None]]:
     for text in given:
         file, word = file_and_rest(text)
         if not is_file(file):
-            raise InputError(
-                f"--embedding must be a file and maybe a word for it, got {shown(text)}; try toy.safetensors:toy"
-            )
+            raise InputError(f"--embedding names {shown(file)}, and there is no such file; check the path")
         found.append((file, word))
     return found
 

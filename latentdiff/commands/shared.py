@@ -183,7 +183,9 @@ def parse_loras(given: Sequence[str]) -> dict[str, Any]:
             numbers = [float(number) for number in ("1" if weight is None else weight).split(",")]
         except ValueError:
             numbers = []
-        if not is_file(file) or len(numbers) not in (1, 2) or file in loras:
+        if not is_file(file):
+            raise InputError(f"--lora names {shown(file)}, and there is no such file; check the path")
+        if len(numbers) not in (1, 2) or file in loras:
             raise InputError(
                 f"--lora must be a file and maybe its weight, once, got {shown(text)}; try style.safetensors:0.8"
             )

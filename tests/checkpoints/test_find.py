@@ -120,7 +120,7 @@ def test_a_link_out_of_the_cache_is_refused(built_model: Path, tmp_path: Path) -
 
 
 def test_unknown_models_name_the_nearest(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="did you mean 'model'"):
+    with pytest.raises(InputError, match="is no folder or file here; did you mean 'model'"):
         find_model(model_folder.with_name("modle"))
     for name in ("embedded", "embedded-inpaint", "embedded-upscale"):
         with pytest.raises(InputError, match=f"did you mean '{name}'"):
