@@ -19,6 +19,7 @@ from latentdiff.training.monitor import samples
 from latentdiff.commands.train import check as cli_check
 from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError, StorageError
+from latentdiff.training import setup
 from latentdiff.training import train_diffusion as stage
 from tests.training.test_objective import recipe
 from tests.training.test_stages import pictures
@@ -56,6 +57,17 @@ def test_a_run_that_would_fail_later_does_not_begin(
         with pytest.raises(InputError) as caught:
             attempt()
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["autoencoder", "text_encoder"])
+def test_parts_that_are_not_there_are_told_of_before_the_data_are_opened(
+    file: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "open_images", no_data)
+    message = f"{key}: there is no folder 'runs/none'; train it first, or choose embedded"
+    for call in (lambda *given: cli_train(*given, False, None), lambda *given: cli_check(*given, None)):
+        with pytest.raises(InputError, match=message):
+            call(file, [f"{key}=runs/none"])
 
 
 def test_what_is_in_the_place_of_the_model_is_found_first(file: str, tmp_path: Path) -> None:
