@@ -302,9 +302,6 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             probe.unlink()
         with suppress(FileNotFoundError):
             os.stat(target)  # fails where the name is too long
-    except (FileNotFoundError, NotADirectoryError) as error:
-        folder = str(target.parent)
-        raise StorageError(f"cannot write {target}: there is no folder {folder!r}; create it first") from error
     except StorageError:
         raise
     except (OSError, ValueError) as error:
@@ -312,5 +309,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def _storage_error(target: Path, error: Exception) -> StorageError:
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return StorageError(f"cannot write {target}: there is no folder {str(target.parent)!r}; create it first")
     reason = getattr(error, "strerror", None) or error
     return StorageError(f"cannot write {target}: {reason}; free space or choose another place")

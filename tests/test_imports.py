@@ -29,7 +29,7 @@ ROOMS = (
     "models",
     "diffusion",
 )
-LEAVES = ("devices", "images", "decoding", "files", "prompts", "errors")
+LEAVES = ("devices", "images", "decoding", "files", "prompts", "interrupts", "errors")
 TRAINING_ROOMS = (
     *("check", "finetune", "train_diffusion", "train_autoencoder", "setup", "monitor", "losses", "networks"),
     *("loop", "datasets", "data", "config"),

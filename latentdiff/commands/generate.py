@@ -28,6 +28,7 @@ from latentdiff.files import is_file
 from latentdiff.generation.options import GENERATE
 from latentdiff.generation.request import Settings
 from latentdiff.generation.rules import check_inputs
+from latentdiff.interrupts import ending_at_once
 
 if TYPE_CHECKING:
     from latentdiff.checkpoints.lora import Weight
@@ -74,7 +75,8 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("--upscale-model says what enlarges the pictures, got no --upscale; add it")
     if not options.prompts and options.image is None and options.model is None:
         raise InputError('PROMPT is missing; say what to draw, as in latentdiff generate "a red fox"')
-    settings = Settings(prompts=tuple(prompts), **chosen)
+    with ending_at_once():  # some checks load torch
+        settings = Settings(prompts=tuple(prompts), **chosen)
     embeddings, loras = _embeddings(options.embedding), parse_loras(options.lora)
     output = Output(options.out, [settings.prompt(index) for index in range(settings.count)], options.metadata)
     started = time.perf_counter()

@@ -27,6 +27,7 @@ from latentdiff.files import is_file
 from latentdiff.generation.options import check_integer
 from latentdiff.generation.request import Settings
 from latentdiff.generation.result import GeneratedImage, read_record
+from latentdiff.interrupts import ending_at_once
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -72,7 +73,8 @@ def run(options: argparse.Namespace) -> None:
     from latentdiff.images import open_rgba, pixel_hash, to_rgba
 
     record, source = read_record(options.image), Path(options.image)
-    request = _Request.of(record)
+    with ending_at_once():  # some checks load torch
+        request = _Request.of(record)
     _check_work(request.settings, options.force)
     original = pixel_hash(open_rgba(source))  # now, as the output may be the same file
     output = Output(options.out, [request.settings.prompt(0)], options.metadata, _beside(source))

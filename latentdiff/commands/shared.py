@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from latentdiff.files import is_file, is_folder
 from latentdiff.generation.options import options_of
 from latentdiff.generation.request import Settings
 from latentdiff.images import check_writable, numbered
+from latentdiff.interrupts import ending_at_once
 from latentdiff.prompts import slug
 
 if TYPE_CHECKING:
@@ -133,16 +132,8 @@ def on_terminal() -> bool:
 
 def load_torch() -> None:
     """Import torch; Ctrl-C ends the process at once meanwhile, because numpy's import loses it."""
-    if threading.current_thread() is not threading.main_thread():
-        import torch
-
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_DFL) if "torch" not in sys.modules else None
-    try:
+    with ending_at_once():
         import torch  # noqa: F401
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGINT, previous)
 
 
 class LoadOptions(TypedDict, total=False):

@@ -25,6 +25,7 @@ from latentdiff.commands.shared import (
 from latentdiff.errors import InputError, shown
 from latentdiff.generation.options import UPSCALE
 from latentdiff.generation.request import Settings
+from latentdiff.interrupts import ending_at_once
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,10 +53,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Enlarge a picture."""
-    from latentdiff.generation.masks import open_picture
-
     chosen = given_settings(options)
-    Settings(prompts=(options.prompt,), **chosen)  # everything that can be refused without the model, before it loads
+    with ending_at_once():  # some checks load torch
+        Settings(prompts=(options.prompt,), **chosen)  # what can be refused without the model is, before it loads
+        from latentdiff.generation.masks import open_picture
     loras = parse_loras(options.lora)
     open_picture(options.image, "image")
     source = Path(options.image)
