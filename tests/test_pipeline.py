@@ -20,7 +20,7 @@ from torch import Tensor
 from latentdiff import Pipeline
 from latentdiff.checkpoints.lora import save_lora
 from latentdiff.diffusion import NoiseSchedule, draw_noise, image_generator
-from latentdiff.errors import InputError
+from latentdiff.errors import InputError, StorageError
 from latentdiff.generation.result import Result, read_record
 from latentdiff.images import from_tensor, open_image, to_tensor
 from tests.checkpoints.test_lora import lora_of
@@ -263,6 +263,11 @@ def test_an_image_that_is_none_cannot_be_written(pipe: Pipeline, tmp_path: Path,
     with pytest.raises(InputError, match="an image must be one of 0 to 1, got "):
         result.write(index, tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_cannot_be_saved_where_there_is_no_folder(pipe: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"there is no folder '.*foxes'; create it first"):
+        pipe("cat", **STEPS).save(tmp_path / "foxes/1.png")
 
 
 def test_tensors_cannot_be_saved(pipe: Pipeline, tmp_path: Path) -> None:
