@@ -19,7 +19,8 @@ LINT = (("ruff", "check", "."), ("ruff", "format", "--check", "."))
 TYPES = ("mypy", "--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache"), "latentdiff")
 TESTS = ("pytest", "-q", "-n", "2", "--dist", "loadfile")
 QUICK = ("tests/diffusion", "tests/models", "tests/generation", "tests/test_imports.py", "tests/test_cli.py")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1"}  # two processes of tests share what are often two cores
+# Two processes of tests share what are often two cores; those that wait leave them to the others.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
 def main() -> int:
