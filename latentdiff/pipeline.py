@@ -37,7 +37,8 @@ from latentdiff.generation.options import check_integer, one_of
 from latentdiff.generation.request import Settings
 from latentdiff.generation.result import GeneratedImage, Result
 from latentdiff.generation.rules import check_defaults, check_inputs, check_names
-from latentdiff.generation.run import Call, Callback, invert, run
+from latentdiff.generation.run import Callback, invert, run
+from latentdiff.generation.stages import Job
 from latentdiff.generation.upscale import UpscalePlan, plan_upscale
 from latentdiff.models.unet import UNet2DConditionModel
 
@@ -242,8 +243,8 @@ class Pipeline:
             inputs = prepare_small_image(settings, image, mask, factor)
         else:
             inputs = prepare_image(settings, image, mask, components.native_size, factor)
-        call = Call(components, self.execution, settings, inputs, latents, scheduler)
-        return run(call, output_type, batch_size, callback, progress)
+        job = Job(components, self.execution, settings, inputs, latents, scheduler)
+        return run(job, output_type, batch_size, callback, progress)
 
     def _chosen(self, options: Mapping[str, object], image: object, mask: object) -> tuple[dict[str, Any], Any]:
         """Return the options with the defaults of the model, and the scheduler object among them."""
@@ -298,13 +299,9 @@ class Pipeline:
             width=width,
         )
         check_integer("iterations", iterations, 1, 100, "try 3")
-        if self.components.upscales:
-            raise InputError(
-                "only pictures of text-to-image models are inverted, got a model that enlarges; use another"
-            )
         factor = self.components.autoencoder.config.downsample_factor
         prepared = prepare_image(settings, image, None, self.native_size, factor, opaque=True)
-        return invert(Call(self.components, self.execution, settings, prepared), iterations)
+        return invert(Job(self.components, self.execution, settings, prepared), iterations)
 
     def upscale_plan(self, image: ImageLike) -> UpscalePlan:
         """Return in how many windows a model that enlarges would draw a picture, and with how much memory.

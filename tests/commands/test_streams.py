@@ -17,7 +17,7 @@ from PIL import Image
 from latentdiff import Pipeline
 from latentdiff.cli import main
 from latentdiff.generation import run as run_module
-from latentdiff.generation.run import Call
+from latentdiff.generation.stages import Job
 
 ROOT = Path(__file__).parents[2]
 FULL = Path("/dev/full")
@@ -72,11 +72,11 @@ def test_an_interrupt_keeps_what_is_done(
     monkeypatch.chdir(tmp_path)
     sample, seen = run_module.sample_stages, list[int]()
 
-    def interrupted(call: Call, stages: Any, images: Any, on_step: Any) -> Any:
+    def interrupted(job: Job, stages: Any, images: Any, on_step: Any) -> Any:
         seen.append(len(list(tmp_path.glob("*.png"))))
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return sample(call, stages, images, on_step)
+        return sample(job, stages, images, on_step)
 
     monkeypatch.setattr(run_module, "sample_stages", interrupted)
     assert main(["generate", "fox", "--model", str(built_model), "--steps", "1", "-n", "20"]) == 130
@@ -131,9 +131,9 @@ def test_two_commands_at_once_never_take_the_same_name(
     monkeypatch.chdir(tmp_path)
     sample, other = run_module.sample_stages, Pipeline.from_pretrained(built_model, device="cpu")
 
-    def meanwhile(call: Call, stages: Any, images: Any, on_step: Any) -> Any:
-        other("owl", num_inference_steps=1).save("fox.png") if call.settings.prompt(0) == "fox" else None
-        return sample(call, stages, images, on_step)
+    def meanwhile(job: Job, stages: Any, images: Any, on_step: Any) -> Any:
+        other("owl", num_inference_steps=1).save("fox.png") if job.settings.prompt(0) == "fox" else None
+        return sample(job, stages, images, on_step)
 
     monkeypatch.setattr(run_module, "sample_stages", meanwhile)
     assert main(["generate", "fox", "--model", str(built_model), "--steps", "1"]) == 0
