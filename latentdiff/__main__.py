@@ -1,7 +1,16 @@
-"""`python -m latentdiff` is the command `latentdiff`."""
+"""Start the command line, as `latentdiff` or `python -m latentdiff`."""
 
 import sys
 
-from latentdiff.cli import main
+from latentdiff.interrupts import ending_at_once
 
-sys.exit(main())
+
+def main() -> int:
+    """Run one command and return its exit code."""
+    with ending_at_once():
+        from latentdiff import cli
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

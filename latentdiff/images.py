@@ -83,13 +83,17 @@ def decode_rgba(data: bytes, name: str) -> Image.Image:
     return to_rgba(decode(data, name), name)
 
 
-def open_rgba(path: str | os.PathLike[str]) -> Image.Image:
+def open_rgba(path: str | os.PathLike[str], what: str = "image") -> Image.Image:
     """Open a PNG, JPEG or WebP file as `decode_rgba` does.
+
+    Args:
+        path: of the file.
+        what: it is, for messages.
 
     Raises:
         InputError: as `open_image`.
     """
-    return decode_rgba(_read(path), os.fspath(path))
+    return decode_rgba(_read(path, what), os.fspath(path))
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
@@ -142,8 +146,8 @@ def from_array(pixels: np.ndarray | torch.Tensor, name: str = "image") -> Image.
     return Image.fromarray(np.ascontiguousarray(values))
 
 
-def _read(path: str | os.PathLike[str]) -> bytes:
-    return read_file(path, MAX_FILE_BYTES, "image")
+def _read(path: str | os.PathLike[str], what: str = "image") -> bytes:
+    return read_file(path, MAX_FILE_BYTES, what)
 
 
 def to_rgb(image: Image.Image, *, opaque: bool = False, name: str = "image") -> Image.Image:
@@ -298,9 +302,6 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             probe.unlink()
         with suppress(FileNotFoundError):
             os.stat(target)  # fails where the name is too long
-    except (FileNotFoundError, NotADirectoryError) as error:
-        folder = str(target.parent)
-        raise StorageError(f"cannot write {target}: there is no folder {folder!r}; create it first") from error
     except StorageError:
         raise
     except (OSError, ValueError) as error:
@@ -308,5 +309,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def _storage_error(target: Path, error: Exception) -> StorageError:
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return StorageError(f"cannot write {target}: there is no folder {str(target.parent)!r}; create it first")
     reason = getattr(error, "strerror", None) or error
     return StorageError(f"cannot write {target}: {reason}; free space or choose another place")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from latentdiff.errors import InputError
 
-__all__ = ["MAX_PROMPT_LENGTH", "check_prompt", "check_prompts", "literal_syntax", "parse_weights", "slug"]
+__all__ = ["MAX_PROMPT_LENGTH", "check_prompt", "check_prompts", "parse_weights", "prompt_notes", "slug"]
 
 MAX_PROMPT_LENGTH = 4000  # characters
 MAX_WEIGHT = 10
@@ -117,18 +117,22 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     return joined or [("", 1.0)]
 
 
-def literal_syntax(prompt: str) -> list[str]:
-    """Return one note for each syntax of other tools in a prompt that is encoded as plain text here.
+def prompt_notes(prompt: str) -> list[str]:
+    """Return what a reader of a prompt may be surprised by: brackets around nothing, and syntax of other tools.
 
-    The notes are for prompts whose weights are read; a sign behind a backslash is text on purpose.
+    There is one note for each syntax that is encoded as plain text here; a sign behind a backslash is text on purpose.
+    The notes are for prompts whose weights are read.
     """
     text = re.sub(r"\\.", "", prompt, flags=re.DOTALL)
     found = [(pattern.search(text), meaning) for pattern, meaning in LITERAL_SYNTAX.items()]
-    return [
+    notes = [
         f"{match[0].strip()[:40]!r} in a prompt is encoded as text: {meaning} is not supported"
         for match, meaning in found
         if match is not None
     ]
+    if prompt.strip() and not any(piece.strip() for piece, _ in parse_weights(prompt)):
+        notes.append(f"{prompt[:40]!r} is brackets alone, drawn as an empty prompt; put a backslash before each")
+    return notes
 
 
 def slug(prompt: str, max_length: int = 40) -> str:

@@ -17,9 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LINT = (("ruff", "check", "."), ("ruff", "format", "--check", "."))
 TYPES = ("mypy", "--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache"), "latentdiff")
-TESTS = ("pytest", "-q", "-n", "2", "--dist", "loadfile")
+TESTS = ("pytest", "-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 QUICK = ("tests/diffusion", "tests/models", "tests/generation", "tests/test_imports.py", "tests/test_cli.py")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1"}  # two processes of tests share what are often two cores
+# Two processes of tests share what are often two cores; those that wait leave them to the others.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
 def main() -> int:

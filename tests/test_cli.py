@@ -22,7 +22,7 @@ from latentdiff import Pipeline, training
 from latentdiff.cli import main
 from latentdiff.commands import train
 from latentdiff.generation.result import read_record
-from latentdiff.images import open_image, read_texts
+from latentdiff.images import open_image, read_texts, write_png
 
 ROOT = Path(__file__).parents[1]
 
@@ -221,6 +221,32 @@ def test_mistakes_of_ours_are_not_hidden(draw: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         draw("fox", "-o", "a.png")
+
+
+def test_a_file_that_was_named_is_replaced_and_its_numbers_are_not(
+    draw: Any, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("x.png", "x-2.png"):
+        Path(name).write_bytes(b"mine")
+    assert draw("fox", "-n", "3", "-o", "x.png") == 0
+    assert capsys.readouterr().out.split() == ["x.png", "x-3.png", "x-4.png"]
+    assert read_record("x.png")["seed"] == 0 and Path("x-2.png").read_bytes() == b"mine"
+
+
+def test_replay_keeps_earlier_ones_and_compares_with_what_it_replaces(
+    draw: Any, built_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert draw("fox", "-o", "x.png") == 0
+    Path("folder").mkdir()
+    Path("folder/x-replay.png").write_bytes(b"mine")
+    for out in (["x-replay.png"], ["x-replay-2.png"], ["folder/x-replay-2.png", "-o", "folder"]):
+        capsys.readouterr()
+        assert main(["replay", "x.png", "--model", str(built_model), *out[1:]]) == 0
+        assert capsys.readouterr() == (f"{out[0]}\n", "")
+    write_png("x.png", Image.new("RGB", (32, 32)), read_texts("x.png"))
+    assert main(["replay", "x.png", "--model", str(built_model), "-o", "x.png", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["identical"] is False and "the pixels differ from x.png" in captured.err
 
 
 def test_replay_makes_the_same_file(draw: Any, built_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

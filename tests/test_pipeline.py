@@ -20,7 +20,7 @@ from torch import Tensor
 from latentdiff import Pipeline
 from latentdiff.checkpoints.lora import save_lora
 from latentdiff.diffusion import NoiseSchedule, draw_noise, image_generator
-from latentdiff.errors import InputError
+from latentdiff.errors import InputError, StorageError
 from latentdiff.generation.result import Result, read_record
 from latentdiff.images import from_tensor, open_image, to_tensor
 from tests.checkpoints.test_lora import lora_of
@@ -245,6 +245,29 @@ def test_saved_pictures_say_how_to_make_them_again(pipe: Pipeline, tmp_path: Pat
     assert record == json.loads(json.dumps(result.record(5)))
     again = pipe("the red fox", seed=6, num_images=2, **STEPS)  # image 1 of a batch of 2 that starts at seed 7 - 1
     assert np.array_equal(np.asarray(again.images[1]), np.asarray(open_image(paths[5])))
+
+
+def test_saved_pictures_replace_the_file_that_was_named_alone(pipe: Pipeline, tmp_path: Path) -> None:
+    for name in ("a.png", "a-2.png"):
+        (tmp_path / name).write_bytes(b"mine")
+    result = pipe("cat", num_images=2, **STEPS)
+    assert result.save(tmp_path / "a.png") == [tmp_path / "a.png", tmp_path / "a-3.png"]
+    assert (tmp_path / "a-2.png").read_bytes() == b"mine" and read_record(tmp_path / "a.png")["seed"] == 0
+    result.write(1, tmp_path / "a-2.png")
+    assert read_record(tmp_path / "a-2.png")["seed"] == 1
+
+
+@pytest.mark.parametrize("index", ["x", None, 1.0, -1, 2, True])
+def test_an_image_that_is_none_cannot_be_written(pipe: Pipeline, tmp_path: Path, index: Any) -> None:
+    result = pipe("cat", num_images=2, **STEPS)
+    with pytest.raises(InputError, match="an image must be one of 0 to 1, got "):
+        result.write(index, tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_cannot_be_saved_where_there_is_no_folder(pipe: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"there is no folder '.*foxes'; create it first"):
+        pipe("cat", **STEPS).save(tmp_path / "foxes/1.png")
 
 
 def test_tensors_cannot_be_saved(pipe: Pipeline, tmp_path: Path) -> None:

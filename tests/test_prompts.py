@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentdiff.errors import InputError, suggest
-from latentdiff.prompts import MAX_PROMPT_LENGTH, check_prompt, check_prompts, literal_syntax, parse_weights, slug
+from latentdiff.prompts import MAX_PROMPT_LENGTH, check_prompt, check_prompts, parse_weights, prompt_notes, slug
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_weights_beyond_reason_are_refused() -> None:
 )
 def test_syntax_of_other_tools_is_told(prompt: str, sign: str, meaning: str) -> None:
     """Once for each syntax, however often it stands there; the prompt itself is read as before."""
-    assert literal_syntax(prompt) == [f"{sign!r} in a prompt is encoded as text: {meaning} is not supported"]
-    assert len(literal_syntax(f"{prompt}\n{prompt}")) == 1
+    assert prompt_notes(prompt) == [f"{sign!r} in a prompt is encoded as text: {meaning} is not supported"]
+    assert len(prompt_notes(f"{prompt}\n{prompt}")) == 1
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,19 @@ def test_syntax_of_other_tools_is_told(prompt: str, sign: str, meaning: str) -> 
         "a (red:1.2) fox, [dim], 16:9, {x}, salt and pepper, breakfast, a_b__c, #1 dad, C# code",
         r"a \[fox|car\], \{a|b\}, \<lora:x:1>",
         "",
+        " ",
+        r"\(\(",
+        ")",
     ],
 )
 def test_other_text_is_not_told(prompt: str) -> None:
-    assert literal_syntax(prompt) == []
+    assert prompt_notes(prompt) == []
+
+
+@pytest.mark.parametrize("prompt", ["((((", "()", "[ ]", "(:1.3)", "[[(\n)"])
+def test_brackets_around_nothing_are_told(prompt: str) -> None:
+    (note,) = prompt_notes(prompt)
+    assert note == f"{prompt!r} is brackets alone, drawn as an empty prompt; put a backslash before each"
 
 
 @given(st.text(alphabet="ab ()[]:\\.123"))

@@ -20,7 +20,8 @@ from latentdiff.checkpoints import (
 )
 from latentdiff.checkpoints.components import Autoencoder
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import InputError
+from latentdiff.errors import InputError, shown
+from latentdiff.files import is_folder
 from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
@@ -64,8 +65,7 @@ def _load_halves(config: DiffusionTraining) -> Encoders:
     if config.autoencoder is None:
         space: Autoencoder = PixelSpace(PixelSpaceConfig(latent_channels=config.channels))
     else:
-        embedded = config.autoencoder == "embedded"
-        space = load_autoencoder(embedded_model() if embedded else Path(config.autoencoder))
+        space = load_autoencoder(_part("autoencoder", config.autoencoder))
     if config.text_encoder in ("labels", "none"):
         labels: tuple[str, ...] = ()
         if config.text_encoder == "labels":
@@ -80,14 +80,26 @@ def _load_halves(config: DiffusionTraining) -> Encoders:
         return Encoders(
             autoencoder=space.requires_grad_(False), text_encoder=classes.requires_grad_(False), schedule=schedule
         )
-    text = embedded_model() if config.text_encoder == "embedded" else Path(config.text_encoder)
-    encoder, tokenizer = load_text_encoder(text)
+    encoder, tokenizer = load_text_encoder(_part("text_encoder", config.text_encoder))
     if isinstance(encoder, CLIPTextModel) and encoder.config.with_projection:  # of OpenCLIP's files, and of no use here
         del encoder.text_projection
         encoder.config = replace(encoder.config, with_projection=False)
     return Encoders(
         autoencoder=space.requires_grad_(False), text_encoder=encoder, tokenizer=tokenizer, schedule=schedule
     )
+
+
+def _part(key: str, value: str) -> Path:
+    """Return the folder that a config names for a part of a model.
+
+    Raises:
+        InputError: there is none.
+    """
+    if value == "embedded":
+        return embedded_model()
+    if not is_folder(value):
+        raise InputError(f"{key}: there is no folder {shown(value)}; train it first, or choose embedded")
+    return Path(value)
 
 
 def move_networks(components: Encoders, device: torch.device) -> None:

@@ -32,6 +32,7 @@ from .config import AutoencoderTraining
 from .data.augment import random_view, random_window, rgb
 from .data.dataset import CaptionedImages, LazyImages, composite, open_held_out, open_images
 from .data.prefetch import prefetched_by_workers, workers
+from .loop.activations import kept_by_step
 from .loop.checkpointing import Checkpoint
 from .loop.cpu import tuned_for_cpu
 from .loop.distributed import (
@@ -102,7 +103,7 @@ def _train(
     held_out = load_held_out(config, data)
     model, state = assemble(config)
     networks = [*state.modules.values(), *([] if perceptual is None else [perceptual])]
-    require_room(config.run, state, networks, accelerator.device)
+    require_room(config.run, state, networks, accelerator.device, activations(model, config, accelerator))
     first = state.restore(checkpoint)
     if config.run.compile:
         compile_autoencoder(model.to(accelerator.device), config, data, accelerator)
@@ -110,6 +111,11 @@ def _train(
         with state.ema.swapped_into(model):
             export(model, load_measured(config, data), held_out, folder)
     return folder / "vae"
+
+
+def activations(model: AutoencoderKL, config: AutoencoderTraining, accelerator: Accelerator) -> int:
+    """Return about how many bytes a micro-step keeps of the autoencoder's alone; see `kept_by_step`."""
+    return kept_by_step(accelerator, config.run, model, torch.empty(1, 3, config.data.size, config.data.size))
 
 
 def assemble(config: AutoencoderTraining) -> tuple[AutoencoderKL, RunState]:

@@ -28,6 +28,7 @@ from .data.batches import Batch, draw_batch, latent_batches, sample_weights
 from .data.conditions import extra_channels
 from .data.latents import LatentSet, warn_of_cut
 from .data.timesteps import ImportanceSampler, logit_normal_timesteps, stratified_timesteps
+from .loop.activations import kept_by_step
 from .loop.checkpointing import Checkpoint
 from .loop.cpu import tuned_for_cpu
 from .loop.distributed import any_process, gathered, micro_batches, own_shares, sample_noise, start_accelerator
@@ -87,7 +88,8 @@ def _train(config: DiffusionTraining, checkpoint: Checkpoint | None, accelerator
     if accelerator.is_main_process:
         warn_of_cut(data.captions, components)
     network, components, state = assemble(config, data, components, accelerator)
-    require_room(config.run, state, (network, components.autoencoder, components.text_encoder), accelerator.device)
+    networks = (network, components.autoencoder, components.text_encoder)
+    require_room(config.run, state, networks, accelerator.device, activations(network, config, data, accelerator))
     state.scaler = accelerator.scaler
     first = state.restore(checkpoint)
     if config.run.compile:
@@ -232,6 +234,12 @@ def called_with(batch: Batch, config: DiffusionTraining) -> tuple[Tensor, Tensor
     return model_inputs(latents, config.objective.self_conditioning, concat=concat), timesteps, batch.context
 
 
+def activations(network: nn.Module, config: DiffusionTraining, data: LatentSet, accelerator: Accelerator) -> int:
+    """Return about how many bytes a micro-step keeps for its backward pass; see `kept_by_step`."""
+    example = draw_batch(data, config, 0, slice(1))
+    return kept_by_step(accelerator, config.run, network, *called_with(example, config), **conditioning(example))
+
+
 def export(
     network: nn.Module, components: Components, config: DiffusionTraining, folder: Path, trained: bool = True
 ) -> None:
@@ -262,7 +270,7 @@ def export(
     print(f"saved {model}; try: latentdiff {call} --model {shlex.quote(str(model))}")
     if isinstance(components.autoencoder, PixelSpace):
         if trained:
-            show_process(components, config, folder)
+            SampleGrids().made(partial(show_process, components, config, folder))
         paths = f"{shlex.quote(str(model))} --data {shlex.quote(config.data.folder)}"
         print(f"bits per dimension: latentdiff evaluate {paths} --metrics nll")
 

@@ -62,7 +62,7 @@ def to_diffusers(components: Components) -> DiffusionPipeline:
             theirs[name] = None
     options = {name: value for name, value in index.items() if not isinstance(value, list) and name[0] != "_"}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*scaling_factor", FutureWarning)
+        warnings.filterwarnings("ignore", "(?s).*(scaling_factor|steps_offset)", FutureWarning)
         pipe = getattr(diffusers, kind)(**theirs, **options)
     for name, schedule in schedules.items():  # which some pipelines have given another offset
         setattr(pipe, name, type(getattr(pipe, name)).from_config(schedule.to_dict()))

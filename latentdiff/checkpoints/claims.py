@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.checkpoints.family import ENLARGING
-from latentdiff.checkpoints.folder import parse_json
+from latentdiff.checkpoints.folder import parse_object
 from latentdiff.checkpoints.header import Header, TensorInfo
 from latentdiff.checkpoints.weights import FLOATS, read_weights
 from latentdiff.diffusion.betas import BETA_SCHEDULES
@@ -144,7 +144,7 @@ def read_claims(path: Path, header: Header) -> Claims:
     if others:
         more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
         notes.append(f"{', '.join(name[:80] for name in others[:NAMED])}{more} in {path.name} is not used")
-    configs = parse_json(metadata[OWN_ENTRY], f"{path}: its metadata") if OWN_ENTRY in metadata else {}
+    configs = parse_object(metadata[OWN_ENTRY], f"{path}: its metadata") if OWN_ENTRY in metadata else {}
     return Claims(prediction, zero_snr, side, table, configs, tuple(notes))
 
 

@@ -79,7 +79,7 @@ def find_model(model: str | os.PathLike[str] | None, *, local: bool = False) -> 
             raise
         siblings = []
     remedy = suggest(folder.name, [*siblings, *ASSETS])
-    raise InputError(f"model {name[:200]!r} is no folder here{remedy}")
+    raise InputError(f"model {name[:200]!r} is no folder or file here{remedy}")
 
 
 def _fetch(model: str, local: bool) -> Path:

@@ -41,7 +41,7 @@ __all__ = [
     "child",
     "home",
     "is_plain",
-    "parse_json",
+    "parse_object",
     "read_json",
     "read_layout",
     "reading",
@@ -162,11 +162,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelFormatError(f"{path}: expected JSON, got something else ({str(error)[:80]})") from error
     except OSError as error:
         raise ModelPathError(f"{path}: cannot be read ({error.strerror})") from error
-    return parse_json(text, str(path))
+    return parse_object(text, str(path))
 
 
-def parse_json(text: str, place: str) -> dict[str, Any]:
-    """Return a JSON object, given its text and what it is called in messages.
+def parse_object(text: str, place: str) -> dict[str, Any]:
+    """Return a JSON object of a model file, given its text and what it is called in messages.
 
     Raises:
         ModelFormatError: it is no JSON object. ModelConfigError: it names code to run.

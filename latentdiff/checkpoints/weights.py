@@ -1,8 +1,9 @@
-"""Tensors of safetensors files: mapped into memory in the precision that is asked for, made ready to be written.
+"""Tensors of safetensors files: in the precision that is asked for, made ready to be written.
 
-What a large file holds in that precision is not copied: its pages are the weights, shared with all processes that map
-them. Such a file may be replaced by another or deleted while a model runs, but not written into or cut: the system then
-changes the weights, or ends the process (SIGBUS). Files of at most `PRIVATE_BYTES` are copied and may be anything.
+Large files are mapped. What such a file holds in that precision is not copied: its pages are the weights, shared with
+all processes that map them. It may be replaced by another or deleted while a model runs, but not written into or cut:
+the system then changes the weights, or ends the process (SIGBUS). Files of at most `PRIVATE_BYTES` are read, and may
+change at any time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Mapping
+from io import BufferedReader
 from math import prod
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def read_weights(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> dict[str, Tensor]:
-    """Map tensors of a file, and cast them one after the other, each of which then lets go of its pages.
+    """Read or map tensors of a file, and cast them one after the other, each of which then lets go of its memory.
 
     Args:
         file: whose header was read before.
@@ -59,22 +61,33 @@ def read_weights(
     weights: dict[str, Tensor] = {}
     try:
         with file.open("rb") as stream:
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-            if os.fstat(stream.fileno()).st_size != len(mapped):
-                raise ValueError("it is being written")
-        for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
-            held = _view(mapped, info)
-            aligned = info.start % held.itemsize == 0  # or else not every operation takes it
-            kind = dtype or (torch.float16 if held.itemsize == 1 and held.is_floating_point() else held.dtype)
-            weights[name] = held.to(device, kind, copy=not aligned or len(mapped) <= PRIVATE_BYTES)
-            _require_finite(file, name, weights[name])
-            if weights[name] is not held:
-                _release(mapped, info.start, held.nbytes)
+            mapped = None
+            if os.fstat(stream.fileno()).st_size > PRIVATE_BYTES:
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+                if os.fstat(stream.fileno()).st_size != len(mapped):
+                    raise ValueError("it is being written")
+            for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
+                held = _read(stream, info) if mapped is None else _view(mapped, info)
+                misaligned = mapped is not None and info.start % held.itemsize != 0  # not every operation takes that
+                kind = dtype or (torch.float16 if held.itemsize == 1 and held.is_floating_point() else held.dtype)
+                weights[name] = held.to(device, kind, copy=misaligned)
+                _require_finite(file, name, weights[name])
+                if mapped is not None and weights[name] is not held:
+                    _release(mapped, info.start, held.nbytes)
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, OutOfDeviceMemoryError):
             raise
         raise ModelLoadError(f"{file}: cannot be read ({str(error).splitlines()[0][:120]})") from error
     return weights
+
+
+def _read(stream: BufferedReader, info: TensorInfo) -> Tensor:
+    dtype = NUMBERS[info.dtype]
+    data = bytearray(prod(info.shape) * dtype.itemsize)
+    stream.seek(info.start)
+    if stream.readinto(data) < len(data):
+        raise ValueError("it is being written")
+    return torch.frombuffer(data, dtype=dtype).reshape(info.shape) if data else torch.empty(info.shape, dtype=dtype)
 
 
 def _view(mapped: mmap.mmap, info: TensorInfo) -> Tensor:

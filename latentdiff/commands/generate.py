@@ -28,6 +28,7 @@ from latentdiff.files import is_file
 from latentdiff.generation.options import GENERATE, check_integer
 from latentdiff.generation.request import Settings
 from latentdiff.generation.rules import check_inputs
+from latentdiff.interrupts import ending_at_once
 
 if TYPE_CHECKING:
     from latentdiff.checkpoints.lora import Weight
@@ -87,7 +88,8 @@ def run(options: argparse.Namespace) -> None:
     among = check_integer("--best-of", options.best_of, 1, 100, "try 4")
     if options.judge is not None and among == 1:
         raise InputError("--judge says what chooses among pictures, got no --best-of; add it")
-    settings = Settings(prompts=tuple(prompts), **chosen)
+    with ending_at_once():  # some checks load torch
+        settings = Settings(prompts=tuple(prompts), **chosen)
     embeddings, loras = _embeddings(options.embedding), parse_loras(options.lora)
     output = Output(options.out, [settings.prompt(index) for index in range(settings.count)], options.metadata)
     started = time.perf_counter()
@@ -143,9 +145,7 @@ def _embeddings(given: Sequence[str]) -> list[tuple[str, str | None]]:
     for text in given:
         file, word = file_and_rest(text)
         if not is_file(file):
-            raise InputError(
-                f"--embedding must be a file and maybe a word for it, got {shown(text)}; try toy.safetensors:toy"
-            )
+            raise InputError(f"--embedding names {shown(file)}, and there is no such file; check the path")
         found.append((file, word))
     return found
 

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from latentdiff.commands.shared import load_torch
 from latentdiff.errors import printable
 from latentdiff.files import is_file
 
@@ -26,6 +27,7 @@ def run(options: argparse.Namespace) -> None:
 
         described = {"kind": "picture", **read_record(path)}
     else:
+        load_torch()
         from latentdiff.checkpoints import find_model
         from latentdiff.checkpoints.inspect import describe_file, describe_folder
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 
+from latentdiff.commands.shared import load_torch
+from latentdiff.generation.options import check_integer
+
 HELP = "Print a sampler's table."
 
 
@@ -18,11 +21,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print a sampler's table."""
+    check_integer("--steps", options.steps, 1, 1000, "try 25")
+    load_torch()
     from latentdiff.checkpoints import find_model, load_schedule
     from latentdiff.diffusion import make_plan
-    from latentdiff.generation.options import check_integer
 
-    check_integer("--steps", options.steps, 1, 1000, "try 25")
     folder, _ = find_model(options.model)
     table = make_plan(load_schedule(folder), options.sampler, options.steps)
     if options.json:

@@ -27,6 +27,7 @@ from latentdiff.files import is_file
 from latentdiff.generation.options import check_integer
 from latentdiff.generation.request import Settings
 from latentdiff.generation.result import GeneratedImage, read_record
+from latentdiff.interrupts import ending_at_once
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -72,14 +73,16 @@ def run(options: argparse.Namespace) -> None:
     from latentdiff.images import open_rgba, pixel_hash, to_rgba
 
     record, source = read_record(options.image), Path(options.image)
-    request = _Request.of(record)
+    with ending_at_once():  # some checks load torch
+        request = _Request.of(record)
     _check_work(request.settings, options.force)
-    output = Output(options.out or str(_beside(source)), [request.settings.prompt(0)], options.metadata)
+    original = pixel_hash(open_rgba(source))  # now, as the output may be the same file
+    output = Output(options.out, [request.settings.prompt(0)], options.metadata, _beside(source))
     started = time.perf_counter()
     then = {key: shown(record.get(key))[:40] for key in ("device", "torch")}
     one = _Replay(options, source, record.get("model_hash")).generate(record, request, str(source))
     report = write_all([one], output, 1, options)
-    identical = pixel_hash(to_rgba(one.image)) == pixel_hash(open_rgba(source))
+    identical = pixel_hash(to_rgba(one.image)) == original
     if not identical:
         now = f"torch {one.record['torch']} on {one.record['device']}"
         say(f"the pixels differ from {source}, which torch {then['torch']} on {then['device']} drew; this is {now}")

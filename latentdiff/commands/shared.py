@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from latentdiff.files import is_file, is_folder
 from latentdiff.generation.options import options_of
 from latentdiff.generation.request import Settings
 from latentdiff.images import check_writable, numbered
+from latentdiff.interrupts import ending_at_once
 from latentdiff.prompts import slug
 
 if TYPE_CHECKING:
@@ -153,16 +152,8 @@ def on_terminal() -> bool:
 
 def load_torch() -> None:
     """Import torch; Ctrl-C ends the process at once meanwhile, because numpy's import loses it."""
-    if threading.current_thread() is not threading.main_thread():
-        import torch
-
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_DFL) if "torch" not in sys.modules else None
-    try:
+    with ending_at_once():
         import torch  # noqa: F401
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGINT, previous)
 
 
 class LoadOptions(TypedDict, total=False):
@@ -203,7 +194,9 @@ def parse_loras(given: Sequence[str]) -> dict[str, Any]:
             numbers = [float(number) for number in ("1" if weight is None else weight).split(",")]
         except ValueError:
             numbers = []
-        if not is_file(file) or len(numbers) not in (1, 2) or file in loras:
+        if not is_file(file):
+            raise InputError(f"--lora names {shown(file)}, and there is no such file; check the path")
+        if len(numbers) not in (1, 2) or file in loras:
             raise InputError(
                 f"--lora must be a file and maybe its weight, once, got {shown(text)}; try style.safetensors:0.8"
             )
@@ -218,45 +211,44 @@ def file_and_rest(text: str) -> tuple[str, str | None]:
 
 
 class Output:
-    """Where pictures go, by number and prompt; names made from prompts never hit an existing file.
+    """Where pictures go, by number and prompt: a file that was named is replaced, every other name is a free one.
 
     Args:
-        out: a PNG (several are fox.png, fox-2.png, ...), a folder, or None for this one.
+        out: a PNG (several are fox.png, fox-2.png, ...), a folder, or None for `default`.
         prompts: of the pictures, in order.
         metadata: whether they carry their records.
+        default: the PNG where none was named, in a folder that was; named by the prompts when None.
 
     Raises:
         InputError, StorageError: nothing can be written there.
     """
 
-    def __init__(self, out: str | None, prompts: Sequence[str], metadata: bool = True) -> None:
+    def __init__(
+        self, out: str | None, prompts: Sequence[str], metadata: bool = True, default: Path | None = None
+    ) -> None:
         self.metadata = metadata
-        self.folder = Path(out or ".")
-        self.fixed: list[Path] = []
-        if out is not None and not is_folder(self.folder):
-            if self.folder.suffix.lower() != ".png":
-                stem = self.folder.stem or "picture"
-                raise InputError(f"-o must name a PNG file or a folder, got {shown(out)}; try {stem[:80]}.png")
-            self.fixed = list(islice(numbered(self.folder), len(prompts)))
-        self.free: dict[str, Iterator[Path]] = {}  # names that may be free, by slug
-        for path in self.fixed or [self.folder / f"{slug(prompts[0])}.png"]:
+        self.place = Path(out or ".")
+        self.replaced = out is not None and not is_folder(self.place)  # the first picture's file, if it is there
+        self.one_name = self.replaced or default is not None
+        if default is not None and not self.replaced:
+            self.place = default if out is None else self.place / default.name
+        if self.replaced and self.place.suffix.lower() != ".png":
+            stem = self.place.stem or "picture"
+            raise InputError(f"-o must name a PNG file or a folder, got {shown(out)}; try {stem[:80]}.png")
+        self.free: dict[Path, Iterator[Path]] = {}  # names that may be free, by the first of them
+        for path in islice(numbered(self._first(prompts[0])), len(prompts) if self.one_name else 1):
             check_writable(path)
+
+    def _first(self, prompt: str) -> Path:
+        return self.place if self.one_name else self.place / f"{slug(prompt)}.png"
 
     def write(self, number: int, image: GeneratedImage) -> Path:
         """Write the picture with a number and return its path."""
-        if self.fixed:
-            image.save(self.fixed[number], metadata=self.metadata)
-            return self.fixed[number]
-        name = slug(image.prompt)
-        for path in self.free.setdefault(name, numbered(self.folder / f"{name}.png")):
-            if path.exists():
-                continue
-            try:
-                image.save(path, metadata=self.metadata, overwrite=False)
-            except FileExistsError:  # of another process, since
-                continue
-            return path
-        raise AssertionError("there is always another number")
+        from latentdiff.generation.result import save_next
+
+        first = self._first(image.prompt)
+        names = self.free.setdefault(first, numbered(first))
+        return save_next(image, names, metadata=self.metadata, replace=self.replaced and number == 0)
 
 
 class Interrupted(KeyboardInterrupt):

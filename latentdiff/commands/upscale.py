@@ -25,6 +25,7 @@ from latentdiff.commands.shared import (
 from latentdiff.errors import InputError, shown
 from latentdiff.generation.options import UPSCALE
 from latentdiff.generation.request import Settings
+from latentdiff.interrupts import ending_at_once
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,15 +53,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Enlarge a picture."""
-    from latentdiff.generation.masks import open_picture
-
     chosen = given_settings(options)
-    Settings(prompts=(options.prompt,), **chosen)  # everything that can be refused without the model, before it loads
+    with ending_at_once():  # some checks load torch
+        Settings(prompts=(options.prompt,), **chosen)  # what can be refused without the model is, before it loads
+        from latentdiff.generation.masks import open_picture
     loras = parse_loras(options.lora)
     open_picture(options.image, "image")
     source = Path(options.image)
-    name = f"{source.stem}-x{options.scale or 4}"
-    output = Output(options.out or str(source.with_name(f"{name}.png")), [name], options.metadata)
+    default = source.with_name(f"{source.stem}-x{options.scale or 4}.png")
+    output = Output(options.out, [options.prompt], options.metadata, default)
     started = time.perf_counter()
     pipe = load_upscaler(options.model, options.device, options.dtype)
     pipe = pipe.with_loras(loras) if loras else pipe

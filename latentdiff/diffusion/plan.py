@@ -78,7 +78,9 @@ def parse_sampler(name: str) -> tuple[Sampler, str | None]:
         base, spacing = base.rsplit("_", 1)
     if base not in SAMPLERS or spacing not in {None, *SIGMA_SPACINGS}:
         ending = f"_{spacing}" if spacing in SIGMA_SPACINGS else ""
-        raise InputError(f"sampler {name!r} is unknown{suggest(str(name), [key + ending for key in SAMPLERS])}")
+        near = [key + ending for key in SAMPLERS]
+        near += [f"{base}_{other}" for other in SIGMA_SPACINGS if base in SAMPLERS]
+        raise InputError(f"sampler {name!r} is unknown{suggest(str(name), near)}")
     return SAMPLERS[base], spacing
 
 

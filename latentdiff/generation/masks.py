@@ -76,7 +76,7 @@ def open_picture(given: object, name: str) -> Image.Image | None:
             raise InputError(f"{name} must be one still picture, got an animation; pass one frame of it")
         return to_rgba(given)
     if isinstance(given, (str, os.PathLike)):
-        return open_rgba(given)
+        return open_rgba(given, name)
     if isinstance(given, (np.ndarray, Tensor)):
         return to_rgba(from_array(given, name))
     raise InputError(f"{name} must be a picture, an array or a path, got {type(given).__name__}; convert it first")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from latentdiff.engine.execution import Execution
     from latentdiff.generation.request import Settings
 
-__all__ = ["GeneratedImage", "Result", "call_record", "read_record", "record_of", "recorded_name"]
+__all__ = ["GeneratedImage", "Result", "call_record", "read_record", "record_of", "recorded_name", "save_next"]
 
 METADATA_KEY = "latentdiff"  # of the PNG text chunk that holds an image's record as JSON, and of PIL's info
 MAX_CHAIN = 4  # pictures made of one another, the records of which are kept within each other
@@ -126,19 +125,42 @@ class Result:
 
     def write(self, index: int, path: str | os.PathLike[str], *, metadata: bool = True) -> None:
         """Write image `index` as a PNG; see `GeneratedImage.save`."""
-        if not isinstance(index, int) or not 0 <= index < len(self.seeds):
+        self._image(index).save(path, metadata=metadata)
+
+    def save(self, path: str | os.PathLike[str], *, metadata: bool = True) -> list[Path]:
+        """Write all images and return their paths: the first is `path`, the others fox-2.png, ... where these are free.
+
+        See `GeneratedImage.save`.
+        """
+        names = numbered(path)
+        indices = range(len(self.seeds))
+        return [save_next(self._image(n), names, metadata=metadata, replace=n == 0) for n in indices]
+
+    def _image(self, index: int) -> GeneratedImage:
+        if type(index) is not int or not 0 <= index < len(self.seeds):
             last = len(self.seeds) - 1
             raise InputError(f"an image must be one of 0 to {last}, got {shown(index)}; choose one of these")
         counts = self.token_counts[index], self.window_counts[index]
         one = self.images[index] if isinstance(self.images, list) else None
-        GeneratedImage(one, self.record(index), *counts).save(path, metadata=metadata)
+        return GeneratedImage(one, self.record(index), *counts)
 
-    def save(self, path: str | os.PathLike[str], *, metadata: bool = True) -> list[Path]:
-        """Write all images, as fox.png, fox-2.png, ..., and return their paths; see `GeneratedImage.save`."""
-        paths = list(islice(numbered(path), len(self.seeds)))
-        for index, one in enumerate(paths):
-            self.write(index, one, metadata=metadata)
-        return paths
+
+def save_next(image: GeneratedImage, names: Iterator[Path], *, metadata: bool = True, replace: bool = False) -> Path:
+    """Write an image to the next of some paths where no file is, and return that; see `GeneratedImage.save`.
+
+    Args:
+        names: without end.
+        replace: write to the next one in any case.
+    """
+    for path in names:
+        if not replace and path.exists():
+            continue
+        try:
+            image.save(path, metadata=metadata, overwrite=replace)
+        except FileExistsError:  # of another process, since
+            continue
+        return path
+    raise AssertionError("there is always another number")
 
 
 def _stacked(images: list[Any]) -> Any:

@@ -48,7 +48,7 @@ from latentdiff.generation.result import GeneratedImage, call_record
 from latentdiff.generation.stages import Job, Stage, prepare
 from latentdiff.generation.text import BatchConditioning, Conditioning
 from latentdiff.generation.upscale import plan_upscale
-from latentdiff.prompts import literal_syntax
+from latentdiff.prompts import prompt_notes
 
 __all__ = ["Callback", "invert", "run"]
 
@@ -227,10 +227,10 @@ def invert(job: Job, iterations: int) -> Tensor:
 
 
 def _remarks(job: Job) -> list[str]:
-    """Return a note for each notation of other tools in the texts, which is plain text here."""
+    """Return notes on the texts, unless brackets are plain text in them."""
     settings = job.settings
     texts = dict.fromkeys([*settings.prompts, settings.negative_prompt, settings.blend_prompt])
-    found = (note for text in texts for note in literal_syntax(text))
+    found = (note for text in texts for note in prompt_notes(text))
     return list(dict.fromkeys(found)) if settings.prompt_weights else []
 
 

@@ -210,7 +210,8 @@ def main() -> None:
         snapshots = {"diffusion": arguments.ema_snapshots}
         stages = ("autoencoder", "diffusion", "lora")
         files = {stage: _config(place, stage, snapshots.get(stage, 0)) for stage in stages}
-        for stage in stages[:-1]:  # what the stages after these start from
+        last = max(map(stages.index, arguments.stages))
+        for stage in stages[:last]:  # what the stages after these start from
             assert Session(files[stage], place / stage, 1).wait(PATIENCE)
         for number, (stage, processes) in enumerate(cases):
             kills = (number + 1) * arguments.kills // len(cases) - number * arguments.kills // len(cases)

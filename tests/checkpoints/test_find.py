@@ -48,16 +48,18 @@ def run(code: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[
 
 def test_a_cached_model_loads_offline(built_model: Path, tmp_path: Path) -> None:
     put_into_cache(built_model, tmp_path)
-    code = "from latentdiff.cli import main\nsys.exit(main(sys.argv[1:]))"
-    for name in ("owner/model", "owner/model@main", f"owner/model@{COMMIT}"):
-        out = tmp_path / "cat.png"
-        done = run(code, tmp_path, "generate", "cat", "--model", name, "--steps", "2", "-o", str(out))
-        assert done.returncode == 0, done.stderr
-        assert out.stat().st_size > 100
-    done = run(code, tmp_path, "generate", "cat", "--model", "owner/other", "--steps", "2", "-o", str(out))
-    assert done.returncode == 2
-    assert "model 'owner/other' is no folder here, and huggingface_hub says: " in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    names = ("owner/model", "owner/model@main", f"owner/model@{COMMIT}", "owner/other")
+    code = """from latentdiff.cli import main
+for number, name in enumerate(sys.argv[2:]):
+    print(main(["generate", "cat", "--model", name, "--steps", "2", "-o", f"{sys.argv[1]}/{number}.png"]))
+"""
+    done = run(code, tmp_path, str(tmp_path), *names)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.isdigit()] == ["0", "0", "0", "2"]
+    assert all((tmp_path / f"{number}.png").stat().st_size > 100 for number in range(3))
+    assert not (tmp_path / "3.png").exists()
+    *_, last = done.stderr.splitlines()
+    assert "model 'owner/other' is no folder here, and huggingface_hub says: " in last
 
 
 class Hub:
@@ -120,7 +122,7 @@ def test_a_link_out_of_the_cache_is_refused(built_model: Path, tmp_path: Path) -
 
 
 def test_unknown_models_name_the_nearest(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="did you mean 'model'"):
+    with pytest.raises(InputError, match="is no folder or file here; did you mean 'model'"):
         find_model(model_folder.with_name("modle"))
     for name in ("embedded", "embedded-inpaint", "embedded-upscale"):
         with pytest.raises(InputError, match=f"did you mean '{name}'"):

@@ -118,10 +118,19 @@ def test_pictures_with_a_lora_in_memory_cannot_be_replayed(pipe: Pipeline, capsy
     assert "drawn with a LoRA in memory, which no file keeps; draw it in Python" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("lora", ["none.safetensors", "style.safetensors:x", "style.safetensors:1,2,3", ":0.5"])
-def test_bad_options(draw: Any, lora: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ("none.safetensors", "--lora names 'none.safetensors', and there is no such file; check the path"),
+        ("none.safetensors:0.8", "--lora names 'none.safetensors', and there is no such file; check the path"),
+        ("style.safetensors:x", "--lora must be a file and maybe its weight, once, got 'style.safetensors:x'; try"),
+        ("style.safetensors:1,2,3", "--lora must be a file and maybe its weight, once, got"),
+        (":0.5", "--lora names ':0.5', and there is no such file; check the path"),
+    ],
+)
+def test_bad_options(draw: Any, lora: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert draw("--lora", lora) == 2
-    assert "--lora must be a file and maybe its weight, once, got" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert draw("--lora", "style.safetensors:nan") == 2
     assert "the weight of a LoRA must be a finite number" in capsys.readouterr().err
 

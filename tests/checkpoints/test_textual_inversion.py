@@ -118,7 +118,7 @@ def test_command_line_and_replay(
     assert main(["replay", "a.png", "--embedding", str(one)]) == 2
     assert "no longer the embedding" in capsys.readouterr().err
     assert main([*call, "--embedding", "none.safetensors"]) == 2
-    assert "--embedding must be a file" in capsys.readouterr().err
+    assert ", and there is no such file; check the path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

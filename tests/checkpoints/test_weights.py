@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from latentdiff.checkpoints import read_header
+from latentdiff.checkpoints import weights as weights_module
 from latentdiff.checkpoints.weights import FLOATS, read_weights
 from latentdiff.errors import ModelLoadError, ModelValueError
 from tests.checkpoints.header_mutations import NON_FINITE, join
@@ -92,11 +93,23 @@ def test_a_file_that_changes_after_its_header_was_read(tmp_path: Path) -> None:
         read_weights(file, tensors, torch.float32, "cpu")
 
 
+def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the end of the process, as of one that is mapped."""
+    file = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(99), "b": torch.ones(99_999), "c": torch.ones(99_999)}, file)
+    tensors = read_header(file).tensors
+    monkeypatch.setattr(weights_module, "_require_finite", lambda *_: os.truncate(file, 0))
+    with pytest.raises(ModelLoadError, match="it is being written"):
+        read_weights(file, tensors, None, "cpu")
+
+
 PEAK = """
 import sys
 from pathlib import Path
 import torch
+from latentdiff.checkpoints import weights as weights_module
 from latentdiff.checkpoints.header import read_header
+from latentdiff.checkpoints import weights as weights_module
 from latentdiff.checkpoints.weights import read_weights
 
 def memory(name):

@@ -6,8 +6,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,26 +127,33 @@ def test_an_interrupt_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not list(tmp_path.iterdir())
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from latentdiff.checkpoints import storage
-folder, moves = Path(sys.argv[1]), int(sys.argv[2])
-really = os.replace
-def replace(source, target):
-    global moves
-    moves -= 1
-    if moves < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    really(source, target)
-os.replace = replace
-def write(place):
+def write_model(place: Path) -> None:
     for name in ("unet", "vae"):
         (place / name).mkdir()
         (place / name / "config.json").write_text("new")
-    (place / "model_index.json").write_text('{"unet": 1, "vae": 1}')
-storage.replace_folder(folder, "model_index.json", write)
-"""
+    (place / INDEX).write_text('{"unet": 1, "vae": 1}')
+
+
+def killed(folder: Path, moves: int) -> None:
+    """Replace a model in a process that is killed after some moves of files."""
+    really = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        nonlocal moves
+        moves -= 1
+        if moves < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        really(source, target)
+
+    process = os.fork()
+    if not process:
+        os.replace = replace  # type: ignore[assignment]
+        try:
+            replace_folder(folder, INDEX, write_model)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("moves", [0, 1, 3, 4, 5])
@@ -158,12 +163,11 @@ def test_what_a_killed_process_leaves_is_removed_by_the_next(tmp_path: Path, mov
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text("old")
     (folder / INDEX).write_text('{"unet": 1, "vae": 1}')
-    run = [sys.executable, "-c", KILLED, str(folder)]
-    assert subprocess.run([*run, str(moves)], check=False).returncode == -signal.SIGKILL
+    killed(folder, moves)
     assert len(list(tmp_path.rglob(".tmp-*"))) == 1
     if (folder / INDEX).exists():  # whole, of one model
         assert {(folder / name / "config.json").read_text() for name in ("unet", "vae")} == {"old"}
-    assert subprocess.run([*run, "99"], check=False).returncode == 0
+    replace_folder(folder, INDEX, write_model)
     assert not list(tmp_path.rglob(".tmp-*"))
     assert {(folder / name / "config.json").read_text() for name in ("unet", "vae")} == {"new"}
     assert (folder / "mine" / "config.json").read_text() == "old"

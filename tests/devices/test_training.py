@@ -137,6 +137,7 @@ def test_a_run_is_looked_at_on_the_device(
 ) -> None:
     for module in (check.diffusion, check.autoencoder):
         monkeypatch.setattr(module, "OVERFIT_STEPS", 2)
+    monkeypatch.setattr(check.diffusion, "MEASURED", 4)
     look(config_of(case, tmp_path, models))
     assert "FLOPs of a step" in capsys.readouterr().out
 

@@ -167,6 +167,9 @@ def test_the_first_row_of_a_cut_multistep_run_is_first_order() -> None:
     ("name", "message"),
     [
         ("dddim", "sampler 'dddim' is unknown; did you mean 'ddim'"),
+        ("euler_karas", "sampler 'euler_karas' is unknown; did you mean 'euler_karras'"),
+        ("eular_karras", "sampler 'eular_karras' is unknown; did you mean 'euler_karras'"),
+        ("euler_b", "sampler 'euler_b' is unknown; did you mean 'euler_a'"),
         ("dpmpp2m_karras", "did you mean 'dpmpp_2m_karras'"),
         ("zzz", "choose one of ddim, ddpm, deis"),
         ("", "choose one of"),

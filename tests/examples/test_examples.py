@@ -33,7 +33,7 @@ def test_text_to_image_on_one_screen_is_the_picture_of_the_pipeline(
 def test_unconditional_diffusion_on_a_folder_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = EXAMPLES.parent / "assets/sample"
     torch.manual_seed(0)
-    run("train_ddpm.py", str(sample), str(tmp_path / "a.png"), "--size", "8", "--steps", "300", monkeypatch=monkeypatch)
+    run("train_ddpm.py", str(sample), str(tmp_path / "a.png"), "--size", "8", "--steps", "160", monkeypatch=monkeypatch)
     pixels = np.asarray(open_image(tmp_path / "a.png"))
     assert pixels.shape == (32, 32, 3)
     assert pixels.mean() > 150  # emoji on white, where noise would be grey

@@ -257,7 +257,7 @@ def test_an_alpha_channel_that_was_changed_is_found(
     ("options", "message"),
     [
         (["--mask", "1,2,3"], "a mask's box must be left, top, right and bottom"),
-        (["--mask", "1,2,3,x"], "cannot read image '1,2,3,x'"),
+        (["--mask", "1,2,3,x"], "cannot read mask '1,2,3,x'"),
         (["--feather", "2"], "feather softens the edge"),
         (["--feather", "x", "--mask", "alpha"], "invalid int value"),
         (["--mask", "alpha"], "the image is opaque everywhere"),

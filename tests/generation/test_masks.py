@@ -125,7 +125,7 @@ def test_the_result_is_as_transparent_as_what_is_kept_of_the_picture() -> None:
         (Image.new("RGB", (24, 16), "red"), None, "the mask must be black and white, got colours"),
         (Image.new("F", (24, 16)), None, "got floating point"),
         ("alpha", None, "the image is opaque everywhere, so mask alpha draws nothing"),
-        ("none.png", None, "cannot read image 'none.png'"),
+        ("none.png", None, "cannot read mask 'none.png'"),
         (3, None, "mask must be a picture, an array or a path, got int"),
         ((1, 2, 3), None, "a mask's box must be left, top, right and bottom, got"),
         ((5, 5, 5, 9), None, "a mask's box must have left < right"),

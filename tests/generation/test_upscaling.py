@@ -245,7 +245,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_upscale_writes_beside_and_says_how(folder: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = ["upscale", "small.png", "--model", str(folder), "--steps", "2"]
     assert main(call) == 0
-    assert capsys.readouterr() == ("small-x4.png\n", "")
+    assert main(call) == main([*call, "-o", "."]) == 0
+    assert capsys.readouterr() == ("small-x4.png\nsmall-x4-2.png\nsmall-x4-3.png\n", "")
     smooth(40, 33).save("large.png")
     assert main(["upscale", "large.png", *call[2:], "--scale", "2", "-o", "big.png", "--json"]) == 0
     captured = capsys.readouterr()
@@ -287,7 +288,7 @@ def test_a_lora_changes_what_is_enlarged(upscaler: Pipeline, folder: Path, workp
         (["small.png", "--steps", "0"], "num_inference_steps must be"),
         (["small.png", "--prompt", "x" * 5000], "at most 4000 characters"),
         (["small.png", "-o", "big.jpg"], "-o must name a PNG file or a folder"),
-        (["small.png", "--lora", "none.safetensors"], "--lora must be a file and maybe its weight"),
+        (["small.png", "--lora", "none.safetensors"], "--lora names 'none.safetensors', and there is no such file"),
         (["animated.png"], "must be one still picture"),
         (["small.png", "--model", "BASE"], "draws pictures and enlarges none; pass a model that does"),
         ([], "required: image"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,6 +77,14 @@ def test_both_use_the_same_memory_and_draw_the_same(components: Components) -> N
         drawn = again("a red fox", sampler="euler", guidance_scale=7.5, output_type="pt", **options).images
         expected = theirs(peer, components, latents=noise, guidance_scale=7.5)
         assert (drawn - expected).abs().max() <= 2 / 255
+
+
+def test_nobody_is_warned_of_what_is_put_right(built_model: Path) -> None:
+    components = load_pipeline(built_model)
+    assert components.schedule.steps_offset == 0  # which pipelines of Stable Diffusion warn of
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Pipeline(components).to_diffusers().scheduler.config.steps_offset == 0
 
 
 def test_a_folder_of_diffusers_is_the_one_we_write(components: Components, tmp_path: Path) -> None:

@@ -136,7 +136,8 @@ FOLDERS = [
 
 
 @pytest.mark.parametrize("place", FOLDERS, ids=lambda place: place[:10].encode("ascii", "backslashreplace").decode())
-def test_places_that_are_none_are_refused(place: str) -> None:
+def test_places_that_are_none_are_refused(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     config = DataConfig(folder="set", size=8).model_copy(update={"folder": place})  # not checked by the config itself
     with pytest.raises(InputError) as caught:
         open_source(config)

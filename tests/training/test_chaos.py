@@ -15,13 +15,11 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks/chaos.py"
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
 def test_killed_runs_end_as_the_unbroken_one_and_damage_is_found() -> None:
-    command = [sys.executable, str(SCRIPT), "--kills", "4", "--flips", "50", "--stages", "autoencoder", "lora"]
+    command = [sys.executable, str(SCRIPT), "--kills", "4", "--flips", "50", "--stages", "autoencoder"]
     ended = subprocess.run([*command, "--processes", "1"], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     figures = json.loads(ended.stdout.splitlines()[-1])
-    # Before and in each file (seven of the autoencoder, five of LoRA), before each is flushed, before and after the
-    # folder takes its name, ...
-    boundaries = figures["boundaries"]
-    assert boundaries["autoencoder-1"] > 7 * 3 and boundaries["lora-1"] > 5 * 3
-    assert figures["boundary_kills"] >= sum(boundaries.values())
-    assert figures["random_kills"] == 4 and figures["finished_runs"] >= 4 and figures["damages"] == 50
+    # Before and in each of seven files, before each is flushed, before and after the folder takes its name, ...
+    boundaries = figures["boundaries"]["autoencoder-1"]
+    assert figures["boundary_kills"] >= boundaries > 7 * 3
+    assert figures["random_kills"] == 4 and figures["finished_runs"] >= 2 and figures["damages"] == 50

@@ -32,6 +32,11 @@ from tests.training.test_objective import LEARNED, recipe
 from tests.training.test_stages import pictures, weights_of
 
 
+@pytest.fixture(autouse=True)
+def speed_not_measured() -> None:
+    """Measure it here, unlike in the other tests of training."""
+
+
 def network() -> UNet2DConditionModel:
     torch.manual_seed(0)
     return UNet2DConditionModel(UNetConfig.from_dict({**UNET, "dropout": 0.5}))

@@ -173,3 +173,4 @@ def test_nothing_is_loaded_where_it_is_switched_off(tmp_path: Path, monkeypatch:
     pictures(tmp_path / "pictures", 4)
     monkeypatch.setattr(Lpips, "forward", None)
     cli_train(recipe(tmp_path, "autoencoder"), ["loss.lpips_weights=no.safetensors", "run.steps=1"], False, None)
+    assert (tmp_path / "autoencoder/vae/config.json").is_file()

@@ -269,5 +269,8 @@ def test_empty_sets_are_refused(tmp_path: Path, content: str) -> None:
     write_tar(tmp_path / "0.tar", [])
     with pytest.raises(InputError, match="is empty"):
         opened(tmp_path / "0.tar")
+    (tmp_path / "notes.md").write_text("")
     with pytest.raises(InputError, match="is nothing else that is known; expected an imagefolder"):
+        opened(tmp_path / "notes.md")
+    with pytest.raises(InputError, match=r"there is no file or folder .*absent'; check the path"):
         opened(tmp_path / "absent")

@@ -19,6 +19,7 @@ from latentdiff.training.monitor import samples
 from latentdiff.commands.train import check as cli_check
 from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError, StorageError
+from latentdiff.training import setup
 from latentdiff.training import train_diffusion as stage
 from tests.training.test_objective import recipe
 from tests.training.test_stages import pictures
@@ -56,6 +57,17 @@ def test_a_run_that_would_fail_later_does_not_begin(
         with pytest.raises(InputError) as caught:
             attempt()
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["autoencoder", "text_encoder"])
+def test_parts_that_are_not_there_are_told_of_before_the_data_are_opened(
+    file: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "open_images", no_data)
+    message = f"{key}: there is no folder 'runs/none'; train it first, or choose embedded"
+    for call in (lambda *given: cli_train(*given, False, None), lambda *given: cli_check(*given, None)):
+        with pytest.raises(InputError, match=message):
+            call(file, [f"{key}=runs/none"])
 
 
 def test_what_is_in_the_place_of_the_model_is_found_first(file: str, tmp_path: Path) -> None:
@@ -97,6 +109,16 @@ def test_grids_that_cannot_be_drawn_are_told_of_once_and_cost_no_step(
     assert said.count("samples could not be drawn (StorageError: no space left); training goes on without") == 1
     assert [names[0] for names in at] == ["step-00000002", "step-00000004"]  # saved before
     assert (tmp_path / "run/model/model_index.json").is_file()
+
+
+def test_a_test_split_that_cannot_be_opened_costs_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is first opened when the training is over, to show what was learnt."""
+    pictures(tmp_path / "pictures", 6)
+    (tmp_path / "pictures/test").mkdir()
+    cli_train(recipe(tmp_path), ["run.steps=1"], False, None)
+    captured = capsys.readouterr()
+    assert "samples could not be drawn (InputError: " in captured.err and "/test has neither " in captured.err
+    assert (tmp_path / "run/model/model_index.json").is_file() and "bits per dimension: " in captured.out
 
 
 def test_sample_prompts_are_encoded_as_captions_are(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

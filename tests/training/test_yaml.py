@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from latentdiff.training.config import dump_yaml, load_config, parse_config, read_yaml
+from latentdiff.training.config import DiffusionTraining, dump_yaml, load_config, parse_config, read_yaml
 from latentdiff.training.config.yaml_file import MAX_BYTES, parse_yaml
 
 from latentdiff.errors import InputError
@@ -172,5 +172,6 @@ def test_an_impossible_value_of_diffusion_too(key: str, value: Any, message: str
 
 
 def test_brackets_are_plain_text_in_samples_as_in_captions() -> None:
-    parse_config({**DIFFUSION, "samples": {"prompts": ["clock showing (10:30)", "model car (1:64)"]}})
-    parse_config({**DIFFUSION, "text_encoder": "none", "samples": {"prompts": [""]}})
+    for given, prompts in (({}, ["clock showing (10:30)", "model car (1:64)"]), ({"text_encoder": "none"}, [""])):
+        config = parse_config({**DIFFUSION, **given, "samples": {"prompts": prompts}})
+        assert isinstance(config, DiffusionTraining) and config.samples.prompts == prompts

@@ -27,6 +27,7 @@ from ..losses.autoencoder import loss_terms
 from ..train_autoencoder import (
     WHOLE,
     accumulate_gradients,
+    activations,
     assemble,
     draw_views,
     image_batches,
@@ -71,7 +72,7 @@ def examine_autoencoder(config: AutoencoderTraining) -> Iterator[Row]:
         yield examine_held_out(config, data)
         model, state = assemble(config)
         networks = [*state.modules.values(), *([] if perceptual is None else [perceptual])]
-        yield from examine_memory(networks, state, accelerator)
+        yield from examine_memory(networks, state, accelerator, activations(model, config, accelerator))
         yield examine_disk(config, state)
         trial = stepper(config, data, perceptual, state, accelerator)
         yield from examine_terms(trial)

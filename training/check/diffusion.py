@@ -46,7 +46,7 @@ from ..setup import (
     open_data,
     require_buildable,
 )
-from ..train_diffusion import accumulate_gradients
+from ..train_diffusion import accumulate_gradients, activations
 from .autoencoder import examine_autoencoder
 from .image_text import examine_image_text
 from .table import (
@@ -125,7 +125,8 @@ def examine_diffusion(config: DiffusionTraining) -> Iterator[Row]:
         yield from examine_samples(config, data, components)
         network, components, state = assemble(config, data, components, accelerator)
         state.scaler = accelerator.scaler
-        yield from examine_memory((network, components.autoencoder, components.text_encoder), state, accelerator)
+        networks = (network, components.autoencoder, components.text_encoder)
+        yield from examine_memory(networks, state, accelerator, activations(network, config, data, accelerator))
         yield examine_disk(config, state)
         network.to(accelerator.device)
         yield from examine_errors(network, config, components, data, state, accelerator)

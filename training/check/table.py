@@ -91,19 +91,23 @@ def examine_pictures(config: TrainingConfig, images: CaptionedImages) -> Iterato
     yield Row("skipped", f"{len(skipped)}: {names}"[:52] if skipped else "0", "0, at most 1 %", not skipped)
 
 
-def examine_memory(networks: Sequence[nn.Module], state: RunState, accelerator: Accelerator) -> Iterator[Row]:
-    """Say how many parameters there are and what they, gradients, optimizer and average take; activations come on top.
+def examine_memory(
+    networks: Sequence[nn.Module], state: RunState, accelerator: Accelerator, activations: int
+) -> Iterator[Row]:
+    """Say how many parameters there are and what they, gradients, optimizer, average and activations take.
 
     Args:
         networks: all that are in memory, those that are trained among them.
+        activations: see `Memory`.
 
     Raises:
         InputError: that is more than the device has.
     """
-    memory = estimate_memory(state, networks, accelerator.device)
+    memory = estimate_memory(state, networks, accelerator.device, activations)
     yield Row("parameters", f"{memory.trained:,} trained", f"of {memory.parameters:,} in all", memory.trained > 0)
-    expected = f"{readable(memory.needed)} and activations, of {readable(memory.there)}"
-    yield Row("memory", str(memory), expected, memory.needed < 0.8 * memory.there)
+    more = f"{readable(activations)} of activations" if activations else "activations"
+    expected = f"{readable(memory.needed)} and {more}, of {readable(memory.there)}"
+    yield Row("memory", str(memory), expected, memory.needed + activations < 0.8 * memory.there)
 
 
 def examine_disk(config: TrainingConfig, state: RunState) -> Row:

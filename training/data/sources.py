@@ -101,6 +101,8 @@ def _files(place: Path, config: DataConfig) -> Source:
     if kinds == {".arrow"}:
         return from_arrow(config, files)
     given = shown(config.folder, 120)
+    if not files and not is_folder(place):
+        raise InputError(f"there is no file or folder {given}; check the path")
     raise InputError(f"{given} has no metadata.jsonl and is nothing else that is known; expected {EXPECTED}")
 
 

@@ -26,10 +26,11 @@ LEAST_BYTES = 12  # of a weight, its gradient and its average, in float32
 
 @dataclass(frozen=True)
 class Memory:
-    """What a run keeps in memory, in bytes, beside activations; and how much the device has.
+    """What a run keeps in memory, in bytes; and how much the device has.
 
     Attributes:
         trained, parameters: how many numbers are trained, of how many in all.
+        activations: about how much a micro-step keeps for its backward pass, 0 where that is not known.
     """
 
     trained: int
@@ -39,10 +40,11 @@ class Memory:
     optimizer: int
     average: int
     there: int
+    activations: int = 0
 
     @property
     def needed(self) -> int:
-        """Return the sum."""
+        """Return the sum, less activations."""
         return self.weights + self.gradients + self.optimizer + self.average
 
     def __str__(self) -> str:
@@ -93,17 +95,20 @@ def require_small_enough(build: Callable[[], nn.Module], device: torch.device, p
         )
 
 
-def require_room(run: RunConfig, state: RunState, networks: Sequence[nn.Module], device: torch.device) -> None:
+def require_room(
+    run: RunConfig, state: RunState, networks: Sequence[nn.Module], device: torch.device, activations: int
+) -> None:
     """See that there is memory and disk for a run; see `estimate_memory` and `estimate_disk`."""
-    estimate_memory(state, networks, device)
+    estimate_memory(state, networks, device, activations)
     estimate_disk(run, state)
 
 
-def estimate_memory(state: RunState, networks: Sequence[nn.Module], device: torch.device) -> Memory:
-    """Return what weights, gradients, optimizers and average take; activations come on top.
+def estimate_memory(state: RunState, networks: Sequence[nn.Module], device: torch.device, activations: int) -> Memory:
+    """Return what weights, gradients, optimizers, average and activations take.
 
     Args:
         networks: everything that is on the device while training.
+        activations: see `Memory`.
 
     Raises:
         InputError: that is more than the device has.
@@ -120,11 +125,18 @@ def estimate_memory(state: RunState, networks: Sequence[nn.Module], device: torc
         optimizer=sum(map(state_bytes, state.optimizers.values())),
         average=sum(own(weight).nbytes for average in averages for weight in average.weights.values()),
         there=memory_of(device),
+        activations=activations,
     )
     if memory.needed > memory.there:
         raise InputError(
             f"training needs {readable(memory.needed)} ({memory}: gradients, optimizer, average) and activations, and "
             f"there are {readable(memory.there)}; train a smaller model, with another optimizer.kind, or a lora"
+        )
+    if memory.needed + activations > memory.there:
+        raise InputError(
+            f"a step keeps about {readable(activations)} for its backward pass, besides {readable(memory.needed)}, and "
+            f"there are {readable(memory.there)}; lower run.batch_size or data.size, raise run.accumulation, or set "
+            "run.gradient_checkpointing"
         )
     return memory
 

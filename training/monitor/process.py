@@ -17,6 +17,7 @@ from latentdiff.images import from_tensor, to_tensor
 
 from ..config import DiffusionTraining
 from ..data.dataset import composite, load_images
+from ..data.source import MissingSplitError
 from ..loop.run import save_grid
 
 STEPS = 250  # of ancestral sampling, at most
@@ -31,8 +32,11 @@ def show_process(components: Components, config: DiffusionTraining, folder: Path
 
     The upper half of process.png are pictures on their way to noise, the lower half noise on its way to pictures.
     """
-    split = "test" if (Path(config.data.folder) / "test").is_dir() else "train"
-    data = load_images(config.data, split, Path(config.cache or folder / "cache"), ROWS)
+    cache = Path(config.cache or folder / "cache")
+    try:
+        data = load_images(config.data, "test", cache, ROWS)
+    except MissingSplitError:
+        data = load_images(config.data, "train", cache, ROWS)
     images = to_tensor(composite(data.images, (255, 255, 255)))  # (N, 3, H, W)
     drawn = reverse_process(components, config.samples.prompts[:PROMPTS])
     rows = forward_process(components, images) + [row[:: (FRAMES - 1) // (COLUMNS - 1)] for row in drawn[:ROWS]]
