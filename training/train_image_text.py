@@ -28,6 +28,7 @@ from .data.augment import rgb
 from .data.captioned_views import CaptionedViews, Pairs, encode_texts, label_of, prepare_views
 from .data.dataset import CaptionedImages, composite, open_held_out, open_images
 from .data.prefetch import prefetched
+from .loop.activations import kept_by_step
 from .loop.cpu import tuned_for_cpu
 from .loop.distributed import start_accelerator
 from .loop.ema import Ema
@@ -74,7 +75,7 @@ def train_image_text(config: ImageTextTraining, resume: bool = False) -> Path:
     with restored_random_state(), open_run(config, resume, accelerator, "image_text") as checkpoint:
         data, held_out, model = assemble(config, accelerator.device)
         state = start_state(config, model)
-        require_room(config.run, state, [model], accelerator.device)
+        require_room(config.run, state, [model], accelerator.device, activations(model, config, accelerator))
         first = state.restore(checkpoint)
         if run_steps(config, data, held_out, model, state, first, accelerator):
             with state.ema.swapped_into(model):
@@ -105,6 +106,12 @@ def assemble(config: ImageTextTraining, device: torch.device) -> tuple[Captioned
     texts = encode_texts(list(known), encoder, tokenizer, cache).take(range(len(known)))
     pictures = to_tensor(composite(apart.images, rgb(config.data.background)))
     return views, HeldOut(pictures, texts, torch.tensor([known[label] for label in labels])), model
+
+
+def activations(model: ImageTextModel, config: ImageTextTraining, accelerator: Accelerator) -> int:
+    """Return about how many bytes a step keeps; see `kept_by_step`."""
+    image, states = torch.empty(1, 3, config.data.size, config.data.size), torch.empty(1, model.config.text_dim)
+    return kept_by_step(accelerator, config.run, model, image, states)
 
 
 def start_state(config: ImageTextTraining, model: ImageTextModel) -> RunState:

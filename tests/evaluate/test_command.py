@@ -176,7 +176,8 @@ def test_pictures_of_others(call: list[str], tmp_path: Path, capsys: pytest.Capt
     assert "needs the prompt of each picture" in error_of(plain, capsys)
     whole = (folder / "1.png").read_bytes()
     (folder / "1.png").write_bytes(whole[:100])
-    assert "1.png" in (error := error_of(plain, capsys)) and "prompt" not in error
+    error = error_of([*plain[:-1], str(tmp_path / "broken")], capsys)
+    assert "1.png" in error and "prompt" not in error
     (folder / "1.png").write_bytes(whole)
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": text}) for text in ("a fox", "a cat", "a dog")))

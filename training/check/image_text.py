@@ -19,7 +19,7 @@ from ..data.captioned_views import CaptionedViews
 from ..loop.run import start_step
 from ..loop.state import RunState
 from ..losses.contrastive import contrastive_loss
-from ..train_image_text import HeldOut, accumulate_gradients, assemble, start_state
+from ..train_image_text import HeldOut, accumulate_gradients, activations, assemble, start_state
 from .table import (
     OVERFIT,
     OVERFIT_RATE,
@@ -47,7 +47,7 @@ def examine_image_text(config: ImageTextTraining) -> Iterator[Row]:
         yield from examine_pictures(config, data.data)
         yield examine_held_out(held_out)
         state = start_state(config, model)
-        yield from examine_memory([model], state, accelerator)
+        yield from examine_memory([model], state, accelerator, activations(model, config, accelerator))
         yield examine_disk(config, state)
         flops = yield from try_steps(apart, data, model, state, accelerator)
         yield overfit(model, small_enough(flops, config, accelerator), apart, data, accelerator)
