@@ -34,6 +34,7 @@ FLOATS = {
     "F64": torch.float64,
 }
 PRIVATE_BYTES = 256 * 2**20
+OWN_PAGES = 2**16  # bytes from which memory of its own goes back to the system, of which malloc would keep pieces
 # Those of numbers beside weights, such as the alpha of a LoRA.
 NUMBERS = {**FLOATS, "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
 # What weights can be written in, by name; the first three are also computed in.
@@ -83,7 +84,8 @@ def read_weights(
 
 def _read(stream: BufferedReader, info: TensorInfo) -> Tensor:
     dtype = NUMBERS[info.dtype]
-    data = bytearray(prod(info.shape) * dtype.itemsize)
+    size = prod(info.shape) * dtype.itemsize
+    data = mmap.mmap(-1, size) if size >= OWN_PAGES else bytearray(size)
     stream.seek(info.start)
     if stream.readinto(data) < len(data):
         raise ValueError("it is being written")

@@ -20,6 +20,11 @@ from tests.training import test_objective, test_stages
 from tests.training.test_stages import pictures
 
 
+@pytest.fixture(autouse=True)
+def activations_not_estimated() -> None:
+    """Estimate them here, unlike in the other tests of training."""
+
+
 def kept_bytes(network: nn.Module, *inputs: Tensor) -> int:
     """Return what is in fact kept, the weights left out."""
     kept = dict[int, Tensor]()

@@ -83,7 +83,7 @@ def test_one_command(
     assert len((out / "lora.safetensors").read_bytes()) == len(lora)
     capsys.readouterr()
     assert main(["finetune", str(tmp_path / "none"), "--out", str(tmp_path / "other")]) == 2
-    assert "has no metadata.jsonl" in capsys.readouterr().err
+    assert "there is no file or folder" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("own_precision", "use_tiny")
