@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -14,8 +16,12 @@ __all__ = [
     "DTYPES",
     "OutOfDeviceMemoryError",
     "copies_unwaited",
+    "device_name",
+    "gpu_of_process",
     "machine_memory",
     "memory_of",
+    "number_of_gpu",
+    "peak_memory",
     "resolve_device",
     "resolve_dtype",
     "restored_random_state",
@@ -86,6 +92,55 @@ def memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return machine_memory()
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a GPU, or else the processor of the machine, is called."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def number_of_gpu(device: torch.device) -> int | None:
+    """Return which of the visible GPUs a device is, None for what is no such."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def gpu_of_process(number: int) -> str | None:
+    """Return the GPU of one of several processes, which take those of the machine in turn; None without any."""
+    return f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else None
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """Yield a list that holds, once this is left, the most bytes held meanwhile: on a GPU, or else by this process."""
+    found: list[int] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield found
+        found.append(torch.cuda.max_memory_allocated(device))
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here on
+    yield found
+    found.append(_peak_of_process())
+
+
+def _peak_of_process() -> int:
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    with suppress(ImportError):  # not on Windows
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    return 0
 
 
 def supports_bfloat16(device: torch.device) -> bool:

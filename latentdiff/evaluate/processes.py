@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
+from latentdiff.devices import gpu_of_process
 from latentdiff.errors import InputError, LatentDiffError
 from latentdiff.evaluate.pictures import Drawing, generate
 from latentdiff.pipeline import Pipeline
@@ -82,9 +82,9 @@ class Processes:
 def own_device(device: str | None) -> str | None:
     """Return which device is this process's: on a machine with GPUs, one after another, unless one is named."""
     place = os.environ.get("LOCAL_RANK", "")
-    if device not in (None, "auto", "cuda") or not place.isdecimal() or not torch.cuda.is_available():
+    if device not in (None, "auto", "cuda") or not place.isdecimal():
         return device
-    return f"cuda:{int(place) % torch.cuda.device_count()}"
+    return gpu_of_process(int(place)) or device
 
 
 @contextmanager

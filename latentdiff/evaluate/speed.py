@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from latentdiff.devices import device_name, number_of_gpu, peak_memory
 from latentdiff.evaluate.evaluation import Evaluation
 from latentdiff.evaluate.figure import Figure
 from latentdiff.evaluate.intervals import Estimate
@@ -47,7 +47,7 @@ def speed(evaluation: Evaluation) -> list[Figure]:
 
     for count in {1, size}:  # what is set up once is not measured
         draw(count)
-    with _watched(pipe.device) as peak:
+    with peak_memory(pipe.device) as peak:
         alone = [_seconds(lambda: draw(1)) for _ in range(REPEATS)]
         with _metered(pipe.device) as joules:
             together = [_seconds(lambda: draw(size)) for _ in range(REPEATS)]
@@ -70,21 +70,12 @@ def speed(evaluation: Evaluation) -> list[Figure]:
 def _machine(pipe: Pipeline) -> dict[str, str | int]:
     """Return what times depend on besides the model."""
     height, width = pipe.native_size
-    device = torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else _processor()
     return {
-        "device": device,
+        "device": device_name(pipe.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "size": f"{width}x{height}",
     }
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -113,36 +104,11 @@ def _flops(draw: Callable[[int], object]) -> int:
 
 
 @contextmanager
-def _watched(device: torch.device) -> Iterator[list[int]]:
-    """Yield a list that holds the largest memory, in bytes, once this is left."""
-    found: list[int] = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield found
-        found.append(torch.cuda.max_memory_allocated(device))
-        return
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here on
-    yield found
-    found.append(_peak_of_process())
-
-
-def _peak_of_process() -> int:
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    with suppress(ImportError):  # not on Windows
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    return 0
-
-
-@contextmanager
 def _metered(device: torch.device) -> Iterator[list[float]]:
     """Yield a list that holds the joules spent once this is left; it stays empty where the machine does not tell."""
     found: list[float] = []
-    meter = _GpuMeter.start(device) if device.type == "cuda" else _CpuMeter.start()
+    gpu = number_of_gpu(device)
+    meter = _CpuMeter.start() if gpu is None else _GpuMeter.start(gpu)
     began = time.perf_counter()
     yield found
     joules = None if meter is None else meter.joules(time.perf_counter() - began)
@@ -188,8 +154,7 @@ class _GpuMeter:
     process: subprocess.Popen[str]
 
     @classmethod
-    def start(cls, device: torch.device) -> _GpuMeter | None:
-        place = device.index if device.index is not None else torch.cuda.current_device()
+    def start(cls, place: int) -> _GpuMeter | None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         name = visible[place] if place < len(visible) and visible[place] else str(place)
         command = ["nvidia-smi", f"--id={name}", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
