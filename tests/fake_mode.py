@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class DeviceMode(TorchFunctionMode):
         return self.methods.get(name, self._call)(func, *args, **(kwargs or {}))
 
     def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        name, tensors = func.__name__, list(tensors_of((args, kwargs)))
+        name, tensors = func.__name__, tensors_of((args, kwargs))
         others = [tensor for tensor in tensors if _mark(tensor) is None]
         held = len(others) < len(tensors)
         asked = self._asked(kwargs.get("device"))
@@ -205,7 +205,7 @@ class DeviceMode(TorchFunctionMode):
         func(tensor, index, value)
 
     def _check_index(self, mark: torch.device | None, index: Any, masked: str) -> None:
-        places = list(tensors_of(index))
+        places = tensors_of(index)
         held = [place for place in places if _mark(place) is not None]
         if mark is None and any(place.ndim for place in held):
             raise RuntimeError(f"indices should be on the CPU, as what they are for, got {self.device}")
@@ -251,17 +251,20 @@ def device_of(tensor: Tensor) -> torch.device:
     return _mark(tensor) or tensor.device
 
 
-def tensors_of(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors in lists, tuples, slices and dictionaries."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, slice):
-        yield from tensors_of([tree.start, tree.stop, tree.step])
-    elif isinstance(tree, dict):
-        yield from tensors_of(list(tree.values()))
-    elif isinstance(tree, (list, tuple)):
-        for branch in tree:
-            yield from tensors_of(branch)
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Return the tensors in lists, tuples, slices and dictionaries, in order."""
+    found, rest = [], [tree]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, Tensor):
+            found.append(one)
+        elif isinstance(one, (list, tuple)):
+            rest.extend(reversed(one))
+        elif isinstance(one, dict):
+            rest.extend(reversed(one.values()))
+        elif isinstance(one, slice):
+            rest += [one.step, one.stop, one.start]
+    return found
 
 
 def _caller() -> str:
