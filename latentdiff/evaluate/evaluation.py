@@ -194,10 +194,15 @@ class Evaluation:
         return self.request.out if self.given is None else common_folder([path for path, _ in self.given])
 
     @cached_property
+    def data(self) -> dict[str, str]:
+        """Which real pictures are measured by, in every report and protocol; empty without any."""
+        test = self.references.get("test")
+        return {} if test is None else {"data": test.name, "data_hash": test.digest, "split": test.split}
+
+    @cached_property
     def subject(self) -> dict[str, Any]:
         """What is measured and how: all that pictures and figures depend on, JSON-ready."""
-        request, test = self.request, self.references.get("test")
-        data = {} if test is None else {"data": test.name, "data_hash": test.digest, "split": test.split}
+        request = self.request
         if self.pipe is None:
             name = self.home.resolve().name
             subject: dict[str, Any] = {"pictures": name, "pictures_hash": digest_of_pictures(self.given or ())}
@@ -205,7 +210,7 @@ class Evaluation:
             dtype = str(self.pipe.dtype).removeprefix("torch.")
             machine = {"device": self.pipe.device.type, "dtype": dtype, "batch_size": request.batch_size}
             subject = {"model": recorded_name(self.pipe.components.name), **self.maker, **machine}
-        return {**subject, **data, "n": request.n, "seed": request.seed}
+        return {**subject, **self.data, "n": request.n, "seed": request.seed}
 
     @cached_property
     def maker(self) -> dict[str, Any]:
@@ -299,13 +304,7 @@ class Evaluation:
 
     def protocol(self, **more: str | float | None) -> Protocol:
         """Return the data that values depend on, and `more`."""
-        reference = self.references.get("test")
-        data = (
-            {}
-            if reference is None
-            else {"data": reference.name, "data_hash": reference.digest, "split": reference.split}
-        )
-        return {**data, **more}
+        return {**self.data, **more}
 
     def figure(
         self,
