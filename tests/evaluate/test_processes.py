@@ -14,7 +14,7 @@ from latentdiff.cli import main
 from latentdiff.evaluate import judge as judging
 from latentdiff.evaluate import processes
 from tests.evaluate.small import make_overflow
-from tests.training.test_distributed import free_port
+from tests.ports import free_port
 
 METRICS = "kid,clip,retrieval"
 NO_MEMORY = 4  # exit code
