@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from latentdiff.generation.request import Settings
 from latentdiff.generation.rules import check_inputs
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from latentdiff.evaluate import Figure, Reference, Request
@@ -78,7 +80,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=V,V,...",
-        help="measure with each of several values of a setting, as in steps=4,8,25; all combinations of several",
+        help="measure with each of several values of a setting, as in steps=4,8,25, or of dtype; all combinations of "
+        "several",
     )
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two reports, in place of a model")
     parser.add_argument("--across", metavar="NAMES", help="settings that may differ between the reports of --compare")
@@ -92,6 +95,7 @@ def run(options: argparse.Namespace) -> None:
     if options.compare is not None:
         compare_reports(options)
         return
+    from latentdiff.devices import resolve_dtype
     from latentdiff.evaluate.features import check_features
     from latentdiff.evaluate.run import check_metrics
 
@@ -103,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
     check_inputs(settings, image=False, mask=False, names=flags(), asked=True)
     combinations = _combinations(options.sweep)
     for one in combinations:
-        Settings(prompts=("",), **{**settings, **one})
+        Settings(prompts=("",), **{**settings, **_drawn_with(one)})
     if options.n is not None:
         check_integer("--n", options.n, 1, 1_000_000, "try 1000")
     loras, request = parse_loras(options.lora), _request(options, settings)
@@ -112,20 +116,32 @@ def run(options: argparse.Namespace) -> None:
         return
     from latentdiff.evaluate.processes import joined, own_device
 
+    model, dtype = _Model(options.model, own_device(options.device), loras), resolve_dtype(options.dtype)
     with joined() as processes, warnings_as_lines():
-        pipe = load(options.model, own_device(options.device), options.dtype)
-        pipe = pipe.with_loras(loras) if loras else pipe
         if processes is not None and processes.number:
-            processes.serve(pipe)
+            processes.serve(model.load)
             return
-        try:
+        with processes.led() if processes is not None else nullcontext():
             if options.sweep:
-                _sweep(options, request, combinations, pipe, processes, names)
+                _sweep(options, request, combinations, model, processes, names)
             else:
-                _print(options, *_measured(options, request, pipe, processes, names))
-        finally:
-            if processes is not None:
-                processes.dismiss()
+                _print(options, *_measured(options, request, model.load(dtype), processes, names))
+
+
+class _Model:
+    """The model in one dtype after another, of which one is held at a time."""
+
+    def __init__(self, name: str, device: str | None, loras: Mapping[str, Any]) -> None:
+        self.name, self.device, self.loras = name, device, loras
+        self.held: Pipeline | None = None
+
+    def load(self, dtype: torch.dtype) -> Pipeline:
+        """Return the model in a dtype."""
+        if self.held is None or self.held.dtype != dtype:
+            self.held = None  # before the next takes its memory
+            pipe = load(self.name, self.device, dtype)
+            self.held = pipe.with_loras(self.loras) if self.loras else pipe
+        return self.held
 
 
 def compare_reports(options: argparse.Namespace) -> None:
@@ -217,35 +233,54 @@ def _print(options: argparse.Namespace, subject: Mapping[str, Any], figures: Seq
 
 
 def _combinations(sweeps: Sequence[str]) -> list[dict[str, Any]]:
-    """Return all combinations of "steps=4,8" and others, as generation options by name; one without any for none."""
+    """Return all combinations of "steps=4,8" and others.
+
+    Each has generation options by name, and dtype; that of no sweep is empty.
+    """
     axes: list[list[tuple[str, Any]]] = []
     for text in sweeps:
         flag, equals, values = text.partition("=")
         if not equals or not values:
             raise InputError(f"--sweep must be a setting with values, got {shown(text)}; try steps=4,8,25")
-        axis = [read_setting(flag, value, *GENERATE, leave_out=LEFT_OUT) for value in values.split(",")]
+        others = {"dtype": _dtype}
+        axis = [read_setting(flag, one, *GENERATE, leave_out=LEFT_OUT, others=others) for one in values.split(",")]
         if any(axis[0][0] == other[0][0] for other in axes) or any(axis.count(one) > 1 for one in axis):
             raise InputError(f"--sweep names something twice, got {shown(text)}; leave that out")
         axes.append(axis)
+    axes.sort(key=lambda axis: axis[0][0] != "dtype")  # first, so that the model is loaded once for each
     return [dict(one) for one in itertools.product(*axes)]
+
+
+def _dtype(text: str) -> str:
+    from latentdiff.devices import resolve_dtype
+
+    return str(resolve_dtype(text)).removeprefix("torch.")
+
+
+def _drawn_with(combination: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a combination is said in each call, and not where the model is loaded."""
+    return {name: value for name, value in combination.items() if name != "dtype"}
 
 
 def _sweep(
     options: argparse.Namespace,
     request: Request,
     combinations: Sequence[Mapping[str, Any]],
-    pipe: Pipeline,
+    model: _Model,
     processes: Processes | None,
     names: Sequence[str],
 ) -> None:
+    from latentdiff.devices import resolve_dtype
     from latentdiff.evaluate.report import report_tree
     from latentdiff.evaluate.sweep import Setting, folder_name, sweep_lines, write_sweep
 
     called, trees, found = flags(), [], []
     for one in combinations:
-        chosen = {called[name].lstrip("-"): value for name, value in one.items()}
-        own = replace(request, settings={**request.settings, **one}, out=request.out / folder_name(chosen))
-        subject, figures = _measured(options, own, pipe, processes, names)
+        chosen = {called.get(name, name).lstrip("-"): value for name, value in one.items()}
+        settings = {**request.settings, **_drawn_with(one)}
+        own = replace(request, settings=settings, out=request.out / folder_name(chosen))
+        dtype = resolve_dtype(one.get("dtype", options.dtype))
+        subject, figures = _measured(options, own, model.load(dtype), processes, names)
         found.append(Setting(chosen, figures))
         trees.append({"sweep": chosen, **report_tree(figures, subject)})
     write_sweep(found, request.out)

@@ -6,11 +6,12 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
 from latentdiff.errors import InputError, printable, shown, suggest
@@ -22,6 +23,7 @@ from latentdiff.interrupts import ending_at_once
 from latentdiff.prompts import slug
 
 if TYPE_CHECKING:
+    import torch
     from typing_extensions import Unpack
 
     from latentdiff.generation.result import GeneratedImage
@@ -54,17 +56,28 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def read_setting(flag: str, text: str, *tasks: str, leave_out: Sequence[str] = ()) -> tuple[str, Any]:
+def read_setting(
+    flag: str,
+    text: str,
+    *tasks: str,
+    leave_out: Sequence[str] = (),
+    others: Mapping[str, Callable[[str], Any]] = MappingProxyType({}),
+) -> tuple[str, Any]:
     """Return name and value of a generation option from its flag without dashes, "steps", and a text, "25".
+
+    Args:
+        others: what else may be set, by its flag: text -> value.
 
     Raises:
         InputError: there is no such flag, or it takes no such value.
     """
+    if flag in others:
+        return flag, others[flag](text)
     parser = _OneSetting(add_help=False, allow_abbrev=False)
     add_settings(parser, *tasks, leave_out=leave_out)
     known = [option[2:] for action in parser._actions for option in action.option_strings if option.startswith("--")]
     if flag not in known:
-        raise InputError(f"--{flag[:80]} is no setting{suggest(flag, known)}")
+        raise InputError(f"--{flag[:80]} is no setting{suggest(flag, [*known, *others])}")
     given = given_settings(parser.parse_args([f"--{flag}={text}"]))
     return next(iter(given.items()))
 
@@ -166,7 +179,9 @@ class LoadOptions(TypedDict, total=False):
     local: bool
 
 
-def load(model: str | None, device: str | None, dtype: str | None, **how: Unpack[LoadOptions]) -> Pipeline:
+def load(
+    model: str | None, device: str | None, dtype: str | torch.dtype | None, **how: Unpack[LoadOptions]
+) -> Pipeline:
     """Load a model; what it warns of is a line each."""
     load_torch()
     from latentdiff.pipeline import Pipeline

@@ -37,7 +37,7 @@ BLOCK = 4096  # rows of a distance matrix at once
 def frechet_distance(mean_a: Floats, covariance_a: Floats, mean_b: Floats, covariance_b: Floats) -> float:
     """Return the squared Frechet distance of two Gaussians: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
-    The root's trace is taken of C_a^(1/2) C_b C_a^(1/2), which has the same eigenvalues and is symmetric, so that
+    The root's trace is taken of L^T C_b L with C_a = L L^T, which has the same eigenvalues and is symmetric, so that
     singular covariances (fewer pictures than features) need no correction.
 
     Args:
@@ -46,11 +46,19 @@ def frechet_distance(mean_a: Floats, covariance_a: Floats, mean_b: Floats, covar
 
     Source: Dowson and Landau 1982; Heusel et al. 2017, arXiv 1706.08500, Eq. 6.
     """
-    values, vectors = np.linalg.eigh(covariance_a)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    product = np.linalg.eigvalsh(root @ covariance_b @ root)
+    factor = _factor(covariance_a)
+    product = np.linalg.eigvalsh(factor.T @ covariance_b @ factor)
     trace = np.trace(covariance_a) + np.trace(covariance_b) - 2 * np.sqrt(product.clip(0)).sum()
     return float(np.square(mean_a - mean_b).sum() + trace)
+
+
+def _factor(covariance: Floats) -> Floats:
+    """Return L (D, D) with L L^T a covariance: Cholesky's, and of a singular one that of its eigenvectors."""
+    try:
+        return np.asarray(np.linalg.cholesky(covariance), np.float64)
+    except np.linalg.LinAlgError:  # several times as fast as what follows
+        values, vectors = np.linalg.eigh(covariance)
+        return vectors * np.sqrt(values.clip(0))
 
 
 def frechet_of(a: Floats, b: Floats) -> float:

@@ -75,7 +75,10 @@ def paired_difference(first: ArrayLike, second: ArrayLike) -> Paired:
 
 
 def grouped_jackknife(statistic: Callable[..., float], *samples: Floats, groups: int = GROUPS) -> Estimate:
-    """Return a statistic of sets with an interval from leaving out each group of each set once.
+    """Return a statistic of sets with an interval from leaving out each group once, of all sets together.
+
+    Of independent sets the variances add up, as if groups of one set after another had been left out; of sets whose
+    items belong together in their order the interval is that of pairs.
 
     Args:
         statistic: of sets (n, ...), any number of them; smooth in their distributions.
@@ -84,16 +87,15 @@ def grouped_jackknife(statistic: Callable[..., float], *samples: Floats, groups:
 
     Source: Efron and Stein 1981, Annals of Statistics 9; delete-a-group as in Kott 2001.
     """
-    value, variance = statistic(*samples), 0.0
-    for place, sample in enumerate(samples):
-        parts = min(groups, len(sample))
-        if parts < 2:
-            return Estimate(value, math.nan, math.nan, len(samples[0]))
-        owner = np.arange(len(sample)) % parts
-        left_out = [_with(samples, place, sample[owner != group]) for group in range(parts)]
-        found = np.array([statistic(*one) for one in left_out])
-        variance += (parts - 1) / parts * float(np.square(found - found.mean()).sum())
-    half = _student(min(groups, *map(len, samples)) - 1) * math.sqrt(variance)
+    value, parts = statistic(*samples), min(groups, *map(len, samples))
+    if parts < 2:
+        return Estimate(value, math.nan, math.nan, len(samples[0]))
+    owners = [np.arange(len(sample)) % parts for sample in samples]
+    found = np.array(
+        [statistic(*(sample[owner != group] for sample, owner in zip(samples, owners))) for group in range(parts)]
+    )
+    variance = (parts - 1) / parts * float(np.square(found - found.mean()).sum())
+    half = _student(parts - 1) * math.sqrt(variance)
     return Estimate(value, value - half, value + half, len(samples[0]))
 
 
@@ -102,10 +104,6 @@ def jackknifed(value: float, left_out: Sequence[Floats]) -> Estimate:
     variance = sum((len(one) - 1) / len(one) * float(np.square(one - one.mean()).sum()) for one in left_out)
     half = _normal() * math.sqrt(variance)
     return Estimate(value, value - half, value + half, len(left_out[0]))
-
-
-def _with(samples: Sequence[Floats], place: int, one: Floats) -> list[Floats]:
-    return [*samples[:place], one, *samples[place + 1 :]]
 
 
 def _student(freedom: int) -> float:

@@ -13,6 +13,7 @@ from latentdiff.models.pixels import PixelSpace
 __all__ = ["eight_bit", "encode", "has_latents", "reconstruct"]
 
 IMAGES_AT_ONCE = 16
+NOT_FINITE = "the autoencoder makes values that are not finite; try --dtype float32"
 
 
 def has_latents(components: Components) -> bool:
@@ -22,10 +23,17 @@ def has_latents(components: Components) -> bool:
 
 @torch.no_grad()
 def encode(components: Components, images: Tensor) -> Tensor:
-    """Return the most likely latents (N, C, h, w) float32, unscaled, of images (N, 3, H, W) in [-1, 1]."""
+    """Return the most likely latents (N, C, h, w) float32, unscaled, of images (N, 3, H, W) in [-1, 1].
+
+    Raises:
+        InputError: they are not finite.
+    """
     weight = next(components.autoencoder.parameters())
     parts = [components.autoencoder.encode(part.to(weight)).mode() for part in images.split(IMAGES_AT_ONCE)]
-    return torch.cat(parts).float().cpu()
+    found = torch.cat(parts).float().cpu()
+    if not found.isfinite().all():
+        raise InputError(NOT_FINITE)
+    return found
 
 
 @torch.no_grad()
@@ -47,7 +55,7 @@ def reconstruct(components: Components, images: Tensor) -> Tensor:
     for part in images.split(IMAGES_AT_ONCE):
         found = components.autoencoder.decode(components.autoencoder.encode(part.to(weight)).mode()).float()
         if not found.isfinite().all():
-            raise InputError("the autoencoder makes values that are not finite; try --dtype float32")
+            raise InputError(NOT_FINITE)
         parts.append(eight_bit(found.cpu()))
     return torch.cat(parts)
 

@@ -27,7 +27,11 @@ IMAGES = 32  # unless a request says otherwise: each takes hundreds of network c
 
 
 def nll(evaluation: Evaluation) -> list[Figure]:
-    """Measure how many bits per dimension test pictures cost; see `negative_log_likelihood`."""
+    """Measure how many bits per dimension test pictures cost; see `negative_log_likelihood`.
+
+    Raises:
+        InputError: a figure is not finite, or the model is one that `negative_log_likelihood` refuses.
+    """
     reference, components = evaluation.reference("test"), evaluation.model.components
     chosen = sample_of(evaluation)
     images = reference.load(chosen).to(evaluation.model.device)
@@ -35,6 +39,8 @@ def nll(evaluation: Evaluation) -> list[Figure]:
     found = negative_log_likelihood(components, images, captions, seed=seed, progress=evaluation.request.progress)
     figures = []
     for name, (value, error) in _leaves(found):
+        if not math.isfinite(value):
+            raise InputError(f"the model makes values that are not finite (nll/{name}); try --dtype float32")
         half = 1.96 * error
         estimate = Estimate(value, value - half, value + half, len(chosen))
         protocol = {"of": found["of"], "seed": seed}

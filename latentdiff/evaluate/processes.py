@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -44,30 +45,44 @@ class Processes:
         Raises:
             InputError, StorageError: one of them could not.
         """
-        dist.broadcast_object_list([drawing])
-        self._draw_share(pipe, drawing, progress)
+        dist.broadcast_object_list([(drawing, pipe.dtype)])
+        self._draw_share(lambda: pipe, drawing, progress)
         return drawing.paths
 
-    def serve(self, pipe: Pipeline) -> None:
-        """Draw this process's share of whatever the main one asks for, until it asks no more."""
+    def serve(self, load: Callable[[torch.dtype], Pipeline]) -> None:
+        """Draw this process's share of whatever the main one asks for, until it asks no more.
+
+        Args:
+            load: the model in some dtype; it may keep the one that it loaded last.
+        """
         while True:
-            asked: list[Drawing | None] = [None]
+            asked: list[tuple[Drawing, torch.dtype] | None] = [None]
             dist.broadcast_object_list(asked)
             if asked[0] is None:
                 return
+            drawing, dtype = asked[0]
             try:
-                self._draw_share(pipe, asked[0], progress=False)
+                self._draw_share(partial(load, dtype), drawing, progress=False)
             except LatentDiffError:  # which the main process reports
                 continue
 
-    def dismiss(self) -> None:
-        """Tell the others that nothing more is asked; for the main process."""
+    @contextmanager
+    def led(self) -> Iterator[None]:
+        """Lead the others, and tell them at the end that nothing more is asked; for the main process.
+
+        What it did not expect may have left them in the midst of a drawing: the connection breaks instead.
+        """
+        try:
+            yield
+        except LatentDiffError:
+            dist.broadcast_object_list([None])
+            raise
         dist.broadcast_object_list([None])
 
-    def _draw_share(self, pipe: Pipeline, drawing: Drawing, progress: bool) -> None:
+    def _draw_share(self, load: Callable[[], Pipeline], drawing: Drawing, progress: bool) -> None:
         error: LatentDiffError | None = None
         try:
-            generate(pipe, drawing, self.share, progress)
+            generate(load(), drawing, self.share, progress)
         except LatentDiffError as caught:
             error = caught
         messages: list[str | None] = [None] * self.count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from latentdiff.evaluate.pictures import make_folder
 from latentdiff.files import is_file, is_folder, parse_json, read_file
 from latentdiff.images import write_file
 
-__all__ = ["claim", "lines", "merged", "read_report", "report_tree", "write_report"]
+__all__ = ["claim", "lines", "merged", "read_report", "release", "report_tree", "write_report"]
 
 REPORT = "report.json"
 REQUEST = "request.json"
@@ -50,6 +51,12 @@ def claim(folder: Path, subject: Mapping[str, Any]) -> None:
     if is_file(folder / REPORT):
         raise InputError(f"{folder} holds a report that does not say of what; choose another --out")
     write_file(path, (json.dumps(subject, indent=2) + "\n").encode())
+
+
+def release(folder: Path) -> None:
+    """Give a folder back in which nothing came of an evaluation, so that one with other settings may have it."""
+    if [path for path in folder.rglob("*") if not path.is_dir()] == [folder / REQUEST]:
+        shutil.rmtree(folder)
 
 
 def merged(folder: Path, figures: Sequence[Figure]) -> list[Figure]:

@@ -15,7 +15,7 @@ from latentdiff.evaluate.figure import Figure
 from latentdiff.evaluate.likelihood import nll, sample_of
 from latentdiff.evaluate.memorised import memorised
 from latentdiff.evaluate.page import write_page
-from latentdiff.evaluate.report import claim, merged, write_report
+from latentdiff.evaluate.report import claim, merged, release, write_report
 from latentdiff.evaluate.speed import speed
 
 __all__ = ["METRICS", "check_metrics", "evaluate", "measure"]
@@ -103,9 +103,13 @@ def evaluate(evaluation: Evaluation, names: Sequence[str]) -> tuple[Mapping[str,
     subject, folder = evaluation.subject, evaluation.request.out
     claim(folder, subject)
     found: list[Figure] = []
-    for name in names:
-        found += METRICS[name].measure(evaluation)
-        figures = merged(folder, found)
-        write_report(figures, subject, folder)
-        write_page(figures, subject, folder, evaluation.home)
+    try:
+        for name in names:
+            found += METRICS[name].measure(evaluation)
+            figures = merged(folder, found)
+            write_report(figures, subject, folder)
+            write_page(figures, subject, folder, evaluation.home)
+    except InputError:
+        release(folder)
+        raise
     return subject, found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from latentdiff.checkpoints import load_text_encoder, save_model
 from latentdiff.checkpoints.hashes import network_digest
 from latentdiff.models.image_text import ImageTextConfig, ImageTextModel
+from tests.models.tiny import noise_picture
 from tests.training.test_stages import text_folder
 
 
@@ -33,6 +35,20 @@ def judge(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     save_model(ImageTextModel(config), folder := tmp_path_factory.mktemp("judge") / "image_text", torch.float16)
     return folder
+
+
+@pytest.fixture(scope="session")
+def call(tmp_path_factory: pytest.TempPathFactory, built_model: Path, judge: Path) -> list[str]:
+    """The command for the tiny model, with a random image-text model and eight captioned pictures."""
+    place = tmp_path_factory.mktemp("evaluate")
+    (place / "data").mkdir()
+    rows = []
+    for index, text in enumerate(("a fox", "a cat", "a fox", "a dog", "a house", "a tree", "a fox", "a fox")):
+        noise_picture(32, 32, seed=index).save(place / f"data/{index}.png")
+        rows.append(json.dumps({"file_name": f"{index}.png", "text": text}))
+    (place / "data/metadata.jsonl").write_text("\n".join(rows))
+    data = ["--data", str(place / "data"), "--split", "train", "--judge", str(judge)]
+    return ["evaluate", str(built_model), *data, "--metrics", "clip", "--steps", "2", "--batch-size", "2", "--n", "6"]
 
 
 @pytest.fixture(autouse=True)

@@ -10,30 +10,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from latentdiff.cli import main
 from latentdiff.commands import evaluate as command
+from latentdiff.commands.shared import load
 from latentdiff.evaluate.features import FEATURES
 from latentdiff.evaluate.report import read_report
 from latentdiff.evaluate.run import METRICS
+from latentdiff.pipeline import Pipeline
+from tests.evaluate.small import make_overflow
 from tests.models.tiny import noise_picture
-
-
-@pytest.fixture(scope="module")
-def call(tmp_path_factory: pytest.TempPathFactory, built_model: Path, judge: Path) -> list[str]:
-    """The command for the tiny model, with a random image-text model and eight captioned pictures."""
-    place = tmp_path_factory.mktemp("evaluate")
-    (place / "data").mkdir()
-    rows = []
-    for index, text in enumerate(("a fox", "a cat", "a fox", "a dog", "a house", "a tree", "a fox", "a fox")):
-        noise_picture(32, 32, seed=index).save(place / f"data/{index}.png")
-        rows.append(json.dumps({"file_name": f"{index}.png", "text": text}))
-    (place / "data/metadata.jsonl").write_text("\n".join(rows))
-    data = ["--data", str(place / "data"), "--split", "train", "--judge", str(judge)]
-    return ["evaluate", str(built_model), *data, "--metrics", "clip", "--steps", "2", "--batch-size", "2", "--n", "6"]
 
 
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
@@ -222,6 +212,58 @@ def test_a_sweep_has_a_report_for_each_setting_and_a_table(
         ("steps=2,2", "names something twice"),
     ):
         assert message in error_of([*call, "--sweep", text], capsys)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # of what is not finite, on the way to being refused
+@pytest.mark.parametrize("network", ["unet", "vae"])
+def test_a_model_that_draws_nan_is_refused_and_leaves_nothing(
+    network: str, call: list[str], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_overflow(model_folder / network)
+    broken = [call[0], str(model_folder), *call[2:], "--out", str(tmp_path / "out"), "--n", "2"]
+    names = ["clip", "retrieval", "compose", "speed"] + ["psnr"] * (network == "vae")
+    for name in names:
+        error = error_of([*broken, "--metrics", name], capsys)
+        assert "NaN" in error or "not finite" in error or "overflowed even in float32" in error, name
+        assert not (tmp_path / "out").exists(), name
+    assert main([*call, "--n", "2", "--metrics", "clip", "--out", str(tmp_path / "out")]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    error_of(broken, capsys)  # the report of another model stays as it is
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_a_sweep_over_dtypes_loads_the_model_for_each(
+    call: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded: list[object] = []
+
+    def counting(*arguments: Any, **more: Any) -> Pipeline:
+        loaded.append(arguments[2])
+        return load(*arguments, **more)
+
+    monkeypatch.setattr(command, "load", counting)
+    sweep = [*call, "--n", "2", "--sweep", "steps=1,2", "--sweep", "dtype=float32,bfloat16"]
+    assert main([*sweep, "--out", str(tmp_path)]) == 0
+    assert loaded == [torch.float32, torch.bfloat16]
+    assert "dtype=bfloat16, steps=2" in capsys.readouterr().out
+    values = {}
+    for dtype in ("float32", "bfloat16"):
+        subject, (figure,) = read_report(tmp_path / f"dtype={dtype},steps=2")
+        assert subject["dtype"] == dtype
+        values[dtype] = figure.estimate.value
+    assert values["float32"] != values["bfloat16"]
+    lines = (tmp_path / "sweep.csv").read_text().splitlines()
+    assert len(lines) == 5 and lines[0].startswith("dtype,steps,")
+    compared = ["evaluate", "--compare", *(str(tmp_path / f"dtype={dtype},steps=2") for dtype in values)]
+    assert main(compared) == 0 and "paired" in capsys.readouterr().out
+    loaded.clear()
+    for text, message in (
+        ("dtype=float32,bfloat", "dtype 'bfloat' is unknown; did you mean 'bfloat16'"),
+        ("dtype=float32,float32", "names something twice"),
+        ("dtyp=float32", "--dtyp is no setting; did you mean 'dtype'"),
+    ):
+        assert message in error_of([*call, "--sweep", text], capsys)
+    assert not loaded
 
 
 def test_what_is_asked_must_fit(call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

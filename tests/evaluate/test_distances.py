@@ -35,7 +35,10 @@ def test_frechet_distance_of_gaussians_with_known_moments() -> None:
     b[:4] = 0  # singular, as of fewer pictures than features
     mean = rng.standard_normal(12)
     found = frechet_distance(mean, basis * a @ basis.T, np.zeros(12), basis * b @ basis.T)
-    assert found == pytest.approx(np.square(mean).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum(), rel=1e-7)
+    expected = np.square(mean).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
+    assert found == pytest.approx(expected, rel=1e-7)
+    again = frechet_distance(np.zeros(12), basis * b @ basis.T, mean, basis * a @ basis.T)
+    assert again == pytest.approx(expected, rel=1e-7)
 
 
 def test_frechet_distance_is_that_of_torchmetrics_and_scipy() -> None:

@@ -28,8 +28,14 @@ def test_intervals_of_statistics_of_sets() -> None:
     rng = np.random.default_rng(1)
     spread = [grouped_jackknife(lambda x: float(np.std(x)), rng.normal(size=200)) for _ in range(RUNS)]
     assert 0.93 <= covered(spread, 1.0) <= 0.97
+    sets = [(rng.exponential(2.0, 100), rng.normal(1.0, 3.0, 240)) for _ in range(RUNS)]  # left out of both at once
+    assert 0.93 <= covered([grouped_jackknife(mean_difference, *pair, groups=10) for pair in sets], 1.0) <= 0.97
     found = [kernel_distance(rng.normal(0, 1, (80, 3)), rng.normal(0.5, 1, (80, 3))) for _ in range(RUNS)]
     assert 0.93 <= covered(found, cubic_truth(0.5, 3)) <= 0.97
+
+
+def mean_difference(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a.mean() - b.mean())
 
 
 def cubic_truth(shift: float, size: int) -> float:

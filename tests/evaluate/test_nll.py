@@ -21,7 +21,9 @@ from latentdiff.diffusion.prediction import Denoiser
 from latentdiff.errors import InputError
 from latentdiff.evaluate import negative_log_likelihood
 from latentdiff.evaluate.likelihood import network_of
+from latentdiff.evaluate.run import measure
 from tests.checkpoints.test_single_file import components_of, tiny
+from tests.evaluate.small import evaluation, images
 from tests.models.test_pixels import components
 from tests.models.tiny import noise_picture
 
@@ -95,6 +97,15 @@ def test_the_command_prints_and_refuses(tmp_path: Path, capsys: pytest.CaptureFi
     assert "--n must be at most the 3 pictures that data has of the split train, got 4" in capsys.readouterr().err
     assert main([*call, "--split", "test"]) == 2
     assert "has no split 'test'" in capsys.readouterr().err
+
+
+def test_figures_that_are_not_finite_are_refused(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits = {"mean": math.nan, "standard_error": 0.1}
+    monkeypatch.setattr(module, "negative_log_likelihood", lambda *_, **__: {"of": "latents", "ode": bits})
+    with pytest.raises(InputError, match=r"not finite \(nll/ode\); try --dtype float32"):
+        measure(evaluation(tmp_path, pipe.components, images(3)), ["nll"])
 
 
 def test_long_captions_are_read_to_their_end(pipe: Pipeline) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
+from tests.ports import free_port
 from tests.training.test_stages import pictures, recipe, weights_of
 
 Run = tuple[str, list[str], bool, str]  # what `cli_train` takes
@@ -42,12 +42,6 @@ def train_as(rank: int, port: int, runs: list[Run], launch: dict[str, str]) -> N
     for run in runs:
         cli_train(*run)
     assert torch.distributed.get_world_size() == 2
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_two_processes_and_micro_steps_train_what_one_process_trains(tmp_path: Path) -> None:

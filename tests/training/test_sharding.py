@@ -21,7 +21,8 @@ from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.conftest import UNET
-from tests.training.test_distributed import OVERRIDES, Run, assert_same_run, free_port, logged, train_as
+from tests.ports import free_port
+from tests.training.test_distributed import OVERRIDES, Run, assert_same_run, logged, train_as
 from tests.training.test_stages import PARTS, pictures, recipe, weights_of
 
 ROOT = Path(__file__).parents[2]
