@@ -13,7 +13,8 @@ import torch
 from accelerate.state import AcceleratorState
 from latentdiff.training.check.diffusion import check as look
 from latentdiff.training.config import AutoencoderTraining, parse_config
-from latentdiff.training.train_autoencoder import fold_statistics, train_autoencoder
+from latentdiff.training.monitor.reconstructions import fold_statistics
+from latentdiff.training.train_autoencoder import train_autoencoder
 from latentdiff.training.train_diffusion import train_diffusion
 from PIL import Image
 
