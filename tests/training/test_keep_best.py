@@ -28,7 +28,7 @@ from latentdiff.evaluate.run import METRICS
 from tests.training.test_stages import pictures, recipe, weights_of
 
 Scalars = dict[int, dict[str, float]]
-HELD_OUT = ["data.held_out=0.4", "run.batch_size=2"]
+HELD_OUT = ["data.held_out=0.5", "run.batch_size=2", "evaluate.n=8"]
 
 
 @pytest.fixture
@@ -56,8 +56,8 @@ def quarters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def diffusion(tmp_path: Path) -> str:
-    """Return a diffusion config over ten pictures and a trained autoencoder."""
-    pictures(tmp_path / "pictures", 10)
+    """Return a diffusion config over some pictures and a trained autoencoder."""
+    pictures(tmp_path / "pictures", 24)
     cli_train(recipe(tmp_path, "autoencoder"), [], False, None)
     return recipe(tmp_path, "diffusion")
 
@@ -98,7 +98,7 @@ def test_the_best_of_the_logged_values_is_kept_and_training_is_as_without(
 def test_patience_ends_a_run_for_good_and_the_best_model_is_that_of_its_step(
     tmp_path: Path, logged: Scalars, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures(tmp_path / "pictures", 10)
+    pictures(tmp_path / "pictures", 24)
     file = recipe(tmp_path, "autoencoder", run__steps=30, optimizer__learning_rate=1.0, run__ema_decay=0.0)
     asked = ["evaluate.every=2", "evaluate.keep_best=held_out_psnr", "evaluate.patience=2"]
     cli_train(file, [*HELD_OUT, *asked, "evaluate.metrics=[psnr]"], False, None)
@@ -232,8 +232,14 @@ def test_values_of_held_out_pictures_need_such(tmp_path: Path, stage: str) -> No
         cli_train(recipe(tmp_path, stage), options, False, str(tmp_path / "new"))
 
 
+def test_distances_of_too_few_pictures_are_refused(tmp_path: Path) -> None:
+    file = diffusion(tmp_path)
+    with pytest.raises(InputError, match="kid needs 8 held-out pictures or more, got 4; raise"):
+        cli_train(file, [*HELD_OUT, "evaluate.metrics=[kid]", "evaluate.n=4"], False, str(tmp_path / "new"))
+
+
 def test_check_says_what_will_be_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pictures(tmp_path / "pictures", 10)
+    pictures(tmp_path / "pictures", 24)
     options = [
         *HELD_OUT,
         "evaluate.every=3",

@@ -41,6 +41,8 @@ from ..loop.state import RunState
 
 REPORT = "report"  # folder in that of a run
 BRACKETS = "()[]\\"  # which are weights in prompts and none in captions
+# Metrics of distances, which are also taken between the halves of the real pictures, and the pictures that needs.
+OF_SETS, LEAST = ("fid", "kid", "mmd", "precision_recall"), 8
 
 Config = AutoencoderTraining | DiffusionTraining
 
@@ -97,9 +99,15 @@ def open_reference(config: Config, cache: Path) -> Reference | None:
     for split in splits:
         data = open_held_out(config.data, cache, asked.n, split)
         if data is not None:
+            short = [name for name in asked.metrics if name in OF_SETS and min(len(data), asked.n) < LEAST]
+            if short:
+                raise InputError(
+                    f"evaluate: {short[0]} needs {LEAST} held-out pictures or more, got {min(len(data), asked.n)}; "
+                    "raise data.held_out or evaluate.n, or leave it out"
+                )
             return _reference(config.data, split, data)
     needing = [name for name in asked.metrics if name != "compose"]
-    needing += [asked.keep_best] if asked.keep_best in HELD_OUT else []
+    needing += [name for name in HELD_OUT if name == asked.keep_best]
     if needing:
         raise InputError(
             f"evaluate: {needing[0]} needs held-out pictures, and {config.data.folder} has none; "
