@@ -22,7 +22,7 @@ from latentdiff import Pipeline
 from latentdiff.checkpoints import load_autoencoder
 from latentdiff.commands.train import check as cli_check
 from latentdiff.commands.train import train as cli_train
-from latentdiff.errors import InputError
+from latentdiff.errors import InputError, LatentDiffError
 from latentdiff.evaluate.features import FeatureNetwork
 from latentdiff.evaluate.run import METRICS
 from tests.training.test_stages import pictures, recipe, weights_of
@@ -217,7 +217,7 @@ def test_what_is_missing_is_refused_before_the_data_are_opened(tmp_path: Path) -
         (["evaluate.features=incepton", "evaluate.metrics=[kid]"], "did you mean 'inception'"),
         ([f"evaluate.judge={tmp_path / 'judge'}", "evaluate.metrics=[clip]"], "judge"),
     ):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(LatentDiffError, match=message):
             cli_train(file, values, False, None)
         assert not (tmp_path / "diffusion").exists()
 
