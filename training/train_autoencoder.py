@@ -7,10 +7,8 @@ Try:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 
+from latentdiff.checkpoints import load_autoencoder
 from latentdiff.checkpoints.lpips import load_lpips
 from latentdiff.devices import restored_random_state
 from latentdiff.errors import InputError
@@ -51,7 +50,6 @@ from .loop.run import (
     checkpoint_gradients,
     compile_checked,
     open_run,
-    save_grid,
     save_run,
     seeded,
     start_step,
@@ -61,9 +59,11 @@ from .loop.sharding import require_shardable
 from .loop.state import RunState
 from .losses.autoencoder import adversarial_term, discriminator_terms, loss_terms
 from .losses.equivariance import equivariance
-from .losses.image import PatchDiscriminator, psnr
+from .losses.image import PatchDiscriminator
+from .monitor.evaluation import Evaluations, Tools, load_tools, open_reference
 from .monitor.instruments import gradient_norms, latent_scalars
 from .monitor.log import Log
+from .monitor.reconstructions import export, mean_psnr, reconstructed, save_normalised, save_pairs
 from .monitor.samples import SampleGrids
 from .monitor.trackers import require_trackers
 from .monitor.validation import ema_distance
@@ -72,7 +72,6 @@ WHOLE = slice(None)
 HELD_OUT = 64  # pictures to measure by, of a split, or as many more as have `HELD_OUT_PIXELS`
 HELD_OUT_PIXELS = 1024 * 64**2
 MEASURED_PIXELS = 4096 * 64**2  # of the pictures whose latents the exported statistics are of
-PIXELS_AT_ONCE = 32 * 128**2  # through the network
 
 
 def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path:
@@ -88,17 +87,23 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
     require_shardable(config, accelerator)
     perceptual = load_perceptual(config, accelerator.device)
     require_trackers(config.run.trackers)
+    tools = load_tools(config, accelerator.device)
     with restored_random_state(), kept_graphs(), open_run(config, resume, accelerator, "vae") as checkpoint:
-        return _train(config, checkpoint, perceptual, accelerator)
+        return _train(config, checkpoint, perceptual, tools, accelerator)
 
 
 def _train(
-    config: AutoencoderTraining, checkpoint: Checkpoint | None, perceptual: Lpips | None, accelerator: Accelerator
+    config: AutoencoderTraining,
+    checkpoint: Checkpoint | None,
+    perceptual: Lpips | None,
+    tools: Tools,
+    accelerator: Accelerator,
 ) -> Path:
     """Run the stage in a run folder that is open, from a checkpoint on; see `train_autoencoder`."""
     folder = Path(config.run.out)
     shape = AutoencoderConfig.from_dict(config.model)
     require_small_enough(lambda: AutoencoderKL(shape), accelerator.device)
+    reference = open_reference(config, folder / "cache")
     data = open_images(config.data, config.run.batch_size, folder)
     held_out = load_held_out(config, data)
     model, state = assemble(config)
@@ -107,10 +112,16 @@ def _train(
     first = state.restore(checkpoint)
     if config.run.compile:
         compile_autoencoder(model.to(accelerator.device), config, data, accelerator)
-    if run_steps(config, data, held_out, perceptual, state, first, accelerator) and accelerator.is_main_process:
+    evaluations, vae = Evaluations(config, tools, reference, state), folder / "vae"
+    reached = run_steps(config, data, held_out, perceptual, state, first, accelerator, evaluations)
+    if reached and accelerator.is_main_process:
         with state.ema.swapped_into(model):
             export(model, load_measured(config, data), held_out, folder)
-    return folder / "vae"
+        device = accelerator.device
+        evaluations.conclude(
+            vae, lambda request, place: evaluations.of_autoencoder(load_autoencoder(place).to(device), request)
+        )
+    return vae
 
 
 def activations(model: AutoencoderKL, config: AutoencoderTraining, accelerator: Accelerator) -> int:
@@ -140,8 +151,9 @@ def run_steps(
     state: RunState,
     first: int,
     accelerator: Accelerator,
+    evaluations: Evaluations,
 ) -> bool:
-    """Train from step `first` to the last; say whether it was reached, not stopped by a signal."""
+    """Train from step `first` to the last; say whether it was reached, or patience ended, not stopped by a signal."""
     run, plain, discriminator = config.run, state.modules["model"], state.modules["discriminator"]
     assert isinstance(plain, AutoencoderKL) and isinstance(discriminator, PatchDiscriminator)
     model, adversary, optimizer, discriminator_optimizer = accelerator.prepare(
@@ -151,7 +163,7 @@ def run_steps(
     log, stopping, grids = Log(run, first, "autoencoder", accelerator), False, SampleGrids()
     batches = image_batches(data, config, first, own_shares(accelerator, run))
     with stop_on_signal() as stopped, tuned_for_cpu(plain):
-        for step in range(first, run.steps):
+        for step in range(first, run.steps if not evaluations.over else first):
             start_step(config, step, optimizer, discriminator_optimizer)
             logged = (step + 1) % run.log_every == 0
             values, scalars = accumulate_gradients(
@@ -176,19 +188,53 @@ def run_steps(
             if logged:
                 skipped = state.guard.skipped
                 log.write(done, {**scalars, "ema_distance": ema_distance(state.ema, plain), "skipped_steps": skipped})
-            if done % run.save_every == 0 or done == run.steps or stopping:
+            over = evaluations.due(done) and evaluate(
+                evaluations, done, state, config, data, held_out, log, accelerator
+            )
+            if done % run.save_every == 0 or done == run.steps or stopping or over:
                 save_run(config, done, state, accelerator)
-            if accelerator.is_main_process and (done % run.sample_every == 0 or done == run.steps):
-                picture = Path(run.out) / f"samples/{done:08d}.png"
-                with state.ema.swapped_into(plain):
-                    decoded = reconstructed(plain, held_out)
-                if grids.made(partial(save_pairs, held_out, decoded, picture)):
-                    log.image(done, picture)
-                log.write(done, {"held_out_psnr": mean_psnr(decoded, held_out), "failed_samples": grids.failed})
-            if stopping:
+            if accelerator.is_main_process and (done % run.sample_every == 0 or done == run.steps or over):
+                write_samples(grids, log, done, state, held_out, Path(run.out))
+            if stopping or over:
                 break
     log.close()
     return not stopping
+
+
+def evaluate(
+    evaluations: Evaluations,
+    done: int,
+    state: RunState,
+    config: AutoencoderTraining,
+    data: CaptionedImages,
+    held_out: Tensor,
+    log: Log,
+    accelerator: Accelerator,
+) -> bool:
+    """Evaluate the averaged network after so many steps, keep it where it is the best; say whether patience ended."""
+    model = state.modules["model"]
+    assert isinstance(model, AutoencoderKL)
+    if accelerator.is_main_process:
+        with state.ema.swapped_into(model):
+            scalars = evaluations.take(
+                done,
+                lambda: {"held_out_psnr": mean_psnr(reconstructed(model, held_out), held_out)},
+                partial(evaluations.of_autoencoder, model),
+                lambda place: save_normalised(model, load_measured(config, data), place),
+            )
+        log.write(done, scalars)
+    return any_process(accelerator, evaluations.over)
+
+
+def write_samples(grids: SampleGrids, log: Log, done: int, state: RunState, held_out: Tensor, folder: Path) -> None:
+    """Save a grid of what the averaged network makes of held-out pictures, and log their error."""
+    model, picture = state.modules["model"], folder / f"samples/{done:08d}.png"
+    assert isinstance(model, AutoencoderKL)
+    with state.ema.swapped_into(model):
+        decoded = reconstructed(model, held_out)
+    if grids.made(partial(save_pairs, held_out, decoded, picture)):
+        log.image(done, picture)
+    log.write(done, {"held_out_psnr": mean_psnr(decoded, held_out), "failed_samples": grids.failed})
 
 
 def accumulate_gradients(
@@ -280,72 +326,6 @@ def kept_graphs() -> AbstractContextManager[Any]:
     if hasattr(functorch, "donated_buffer"):  # of newer releases
         return functorch.patch(donated_buffer=False)
     return nullcontext()
-
-
-@torch.no_grad()
-def reconstructed(model: AutoencoderKL, images: Tensor) -> Tensor:
-    """Return images (N, 3, H, W), on the CPU, decoded from the mode of their latents."""
-    device = next(model.parameters()).device
-    return torch.cat([model.decode(model.encode(part.to(device)).mode()).cpu() for part in in_parts(images)])
-
-
-def save_pairs(images: Tensor, decoded: Tensor, file: Path) -> None:
-    """Save the first 32 images (N, 3, H, W), each row of eight above what they were decoded to."""
-    rows = [torch.cat([images[i : i + 8], decoded[i : i + 8]]) for i in range(0, min(32, len(images)), 8)]
-    save_grid(torch.cat(rows), file, columns=8)
-
-
-def mean_psnr(decoded: Tensor, images: Tensor) -> float:
-    """Return the mean PSNR in dB of decoded images (N, 3, H, W)."""
-    return psnr(decoded, images).mean().item()
-
-
-def in_parts(images: Tensor) -> tuple[Tensor, ...]:
-    """Return images (N, 3, H, W) in parts of `PIXELS_AT_ONCE`, at most 32 images, or one image where that is larger."""
-    return images.split(min(32, max(1, PIXELS_AT_ONCE // images[0, 0].numel())))
-
-
-@torch.no_grad()
-def export(model: AutoencoderKL, images: Tensor, held_out: Tensor, folder: Path) -> None:
-    """Fold the measured latent statistics into the model, save it to folder/vae.
-
-    The per-channel mean and standard deviation of the latents of `images` go into the two 1x1 convolutions around the
-    latent space, so that latents have mean 0 and standard deviation 1 and `scaling_factor` is 1: an ordinary
-    AutoencoderKL that no loader has to know more about.
-    """
-    from latentdiff.checkpoints import save_model
-
-    device = next(model.parameters()).device
-    latents = torch.cat([model.encode(part.to(device)).mode() for part in in_parts(images)])
-    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
-    fold_statistics(model, mean, std)
-    model.config = replace(model.config, scaling_factor=1.0)
-    vae = folder / "vae"
-    save_model(model, vae)
-    figures = {
-        "held_out_psnr_db": mean_psnr(reconstructed(model, held_out), held_out),
-        "held_out_images": len(held_out),
-        "latent_mean_before": mean.tolist(),
-        "latent_std_before": std.tolist(),
-    }
-    (folder / "autoencoder.json").write_text(json.dumps(figures, indent=2) + "\n")
-    print(f"held-out PSNR {figures['held_out_psnr_db']:.2f} dB; saved {vae}")
-
-
-@torch.no_grad()
-def fold_statistics(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """Rescale the latents to (latents - mean) / std per channel inside `quant_conv` and `post_quant_conv`."""
-    before: Any = model.quant_conv
-    after: Any = model.post_quant_conv
-    if before is None or after is None:
-        raise InputError("measured latent statistics need use_quant_conv and use_post_quant_conv: true in the model")
-    channels = len(mean)
-    after.bias += after.weight[:, :, 0, 0] @ mean
-    after.weight *= std[None, :, None, None]
-    before.bias[:channels] -= mean
-    before.weight[:channels] /= std[:, None, None, None]
-    before.bias[:channels] /= std
-    before.bias[channels:] -= 2 * std.log()
 
 
 def _latent_shape(model: AutoencoderKL, images: Tensor) -> tuple[int, int, int]:

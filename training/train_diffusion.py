@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from latentdiff.checkpoints.textual_inversion import save_embedding
 from latentdiff.devices import restored_random_state
 from latentdiff.models.lora import LoRA
 from latentdiff.models.pixels import PixelSpace
+from latentdiff.pipeline import Pipeline
 
 from .config import DiffusionTraining, ObjectiveConfig, RunConfig, TextualInversionConfig
 from .data.batches import Batch, draw_batch, latent_batches, sample_weights
@@ -46,6 +48,7 @@ from .loop.run import (
 from .loop.sharding import averaged_network, blank_unet, prepared, require_shardable, shards_weights, whole
 from .loop.state import RunState
 from .losses.diffusion import conditioning, loss_terms, model_inputs, require_trainable
+from .monitor.evaluation import Evaluations, Tools, load_tools, open_reference
 from .monitor.instruments import LatentStatistics, gradient_norms, measure_speed
 from .monitor.log import Log
 from .monitor.process import show_process
@@ -71,11 +74,12 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     accelerator = start_accelerator(config.run)
     require_shardable(config, accelerator)
     require_trackers(config.run.trackers)
+    tools = load_tools(config, accelerator.device)
     with restored_random_state(), open_run(config, resume, accelerator, export_name(config)) as checkpoint:
-        return _train(config, checkpoint, accelerator)
+        return _train(config, checkpoint, tools, accelerator)
 
 
-def _train(config: DiffusionTraining, checkpoint: Checkpoint | None, accelerator: Accelerator) -> Path:
+def _train(config: DiffusionTraining, checkpoint: Checkpoint | None, tools: Tools, accelerator: Accelerator) -> Path:
     """Run the stage in a run folder that is open, from a checkpoint on; see `train_diffusion`."""
     folder = Path(config.run.out)
     components = load_components(config)
@@ -84,6 +88,7 @@ def _train(config: DiffusionTraining, checkpoint: Checkpoint | None, accelerator
     try_prompts(config, components)
     move_networks(components, accelerator.device)
     with accelerator.main_process_first():  # which writes the cache
+        reference = open_reference(config, Path(config.cache or folder / "cache"))
         data, held_out = prepare_data(config, components, folder), load_held_out(config, components)
     if accelerator.is_main_process:
         warn_of_cut(data.captions, components)
@@ -94,11 +99,18 @@ def _train(config: DiffusionTraining, checkpoint: Checkpoint | None, accelerator
     first = state.restore(checkpoint)
     if config.run.compile:
         compile_unet(network.to(accelerator.device), config, data, accelerator)
-    reached = run_steps(network, config, components, data, state, first, accelerator, held_out)
+    evaluations = Evaluations(config, tools, reference, state)
+    reached = run_steps(network, config, components, data, state, first, accelerator, held_out, evaluations)
     if reached:
         with averaged_network(network, components, state.modules["model"], state.ema, accelerator) as averaged:
             if averaged is not None:
                 export(*averaged, config, folder, trained=first < config.run.steps)
+        if accelerator.is_main_process:
+            load = partial(load_trained, config, device=accelerator.device)
+            evaluations.conclude(
+                model_place(config, folder),
+                lambda request, place: evaluations.of_model(load(place), request),
+            )
     return folder / export_name(config)
 
 
@@ -116,8 +128,9 @@ def run_steps(
     first: int,
     accelerator: Accelerator,
     held_out: Batch | None,
+    evaluations: Evaluations,
 ) -> bool:
-    """Train from step `first` to the last; say whether it was reached, not stopped by a signal.
+    """Train from step `first` to the last; say whether it was reached, or patience ended, not stopped by a signal.
 
     `network` is what is called, and `state.modules["model"]` the part of it, or all, that is trained.
     """
@@ -130,8 +143,9 @@ def run_steps(
     state.to(accelerator.device)
     log, statistics, grids = Log(run, first, "diffusion", accelerator, speed), LatentStatistics(), SampleGrids()
     batches, stopping = statistics.watching(latent_batches(data, config, first, own_shares(accelerator, run))), False
+    average = partial(averaged_network, network, components, trained, state.ema, accelerator)
     with stop_on_signal() as stopped, fast_attention(accelerator.device), tuned_for_cpu(network):
-        for step in range(first, run.steps):
+        for step in range(first, run.steps if not evaluations.over else first):
             start_step(config, step, optimizer)
             seen, weights, timesteps, norms = accumulate_gradients(
                 unet, config, components, batches, importance, step, accelerator
@@ -153,20 +167,57 @@ def run_steps(
                 norms |= {"ema_distance": ema_distance(state.ema, trained), "skipped_steps": state.guard.skipped}
                 log.write(done, {**norms, **statistics.scalars(accelerator)})
             save_snapshot(run, done, state.profiles, accelerator)
-            if done % run.save_every == 0 or done == run.steps or stopping:
+            over = evaluations.due(done) and evaluate(evaluations, done, average(), config, held_out, log, accelerator)
+            if done % run.save_every == 0 or done == run.steps or stopping or over:
                 save_run(config, done, state, accelerator)
-            if done % run.sample_every == 0 or done == run.steps:
-                picture = Path(run.out) / f"samples/{done:08d}.png"
-                with averaged_network(network, components, trained, state.ema, accelerator) as averaged:
+            if done % run.sample_every == 0 or done == run.steps or over:
+                with average() as averaged:
                     if averaged is not None:
-                        if grids.made(partial(draw_samples, averaged[1], config, picture)):
-                            log.image(done, picture)
-                        errors = held_out_scalars(*averaged, config, held_out, accelerator)
-                        log.write(done, {**errors, "failed_samples": grids.failed})
-            if stopping:
+                        write_samples(grids, log, done, *averaged, config, held_out, accelerator)
+            if stopping or over:
                 break
     log.close()
     return not stopping
+
+
+def evaluate(
+    evaluations: Evaluations,
+    done: int,
+    average: AbstractContextManager[tuple[nn.Module, Components] | None],
+    config: DiffusionTraining,
+    held_out: Batch | None,
+    log: Log,
+    accelerator: Accelerator,
+) -> bool:
+    """Evaluate the averaged network after so many steps, keep it where it is the best; say whether patience ended."""
+    with average as averaged:
+        if averaged is not None:
+            scalars = evaluations.take(
+                done,
+                partial(held_out_scalars, *averaged, config, held_out, accelerator),
+                partial(evaluations.of_model, averaged[1]),
+                partial(save_trained, *averaged, config),
+            )
+            log.write(done, scalars)
+    return any_process(accelerator, evaluations.over)
+
+
+def write_samples(
+    grids: SampleGrids,
+    log: Log,
+    done: int,
+    network: nn.Module,
+    components: Components,
+    config: DiffusionTraining,
+    held_out: Batch | None,
+    accelerator: Accelerator,
+) -> None:
+    """Draw a grid with the averaged network, and log it with the held-out errors."""
+    picture = Path(config.run.out) / f"samples/{done:08d}.png"
+    if grids.made(partial(draw_samples, components, config, picture)):
+        log.image(done, picture)
+    errors = held_out_scalars(network, components, config, held_out, accelerator)
+    log.write(done, {**errors, "failed_samples": grids.failed})
 
 
 def accumulate_gradients(
@@ -251,28 +302,47 @@ def export(
     prompt = shlex.quote(config.samples.prompts[0])
     calls = {"inpaint": f"generate {prompt} --image PICTURE --mask MASK", "upscale": "upscale PICTURE"}
     call, base = calls.get(config.task.kind, f"generate {prompt}"), shlex.quote(config.start_from or "embedded")
-    if isinstance(network, Adapted):
-        file = folder / LORA_FILE
-        save_lora(LoRA({"unet": network.factors(torch.float16)}), file, components)
-        print(f"saved {file}; try: latentdiff {call} --model {base} --lora {shlex.quote(str(file))}")
+    place = save_trained(network, components, config, model_place(config, folder))
+    option = {"lora": "lora", "word": "embedding"}.get(config.train.kind)
+    if option is not None:
+        print(f"saved {place}; try: latentdiff {call} --model {base} --{option} {shlex.quote(str(place))}")
         return
-    if (
-        isinstance(network, JointNetwork)
-        and network.words is not None
-        and isinstance(config.train, TextualInversionConfig)
-    ):
-        file = folder / EMBEDDING_FILE
-        save_embedding(config.train.word, network.words.vectors.detach().cpu(), file)
-        print(f"saved {file}; try: latentdiff {call} --model {base} --embedding {shlex.quote(str(file))}")
-        return
-    model = folder / MODEL_FOLDER
-    save_pipeline(components, model, torch.float16)
-    print(f"saved {model}; try: latentdiff {call} --model {shlex.quote(str(model))}")
+    print(f"saved {place}; try: latentdiff {call} --model {shlex.quote(str(place))}")
     if isinstance(components.autoencoder, PixelSpace):
         if trained:
             SampleGrids().made(partial(show_process, components, config, folder))
-        paths = f"{shlex.quote(str(model))} --data {shlex.quote(config.data.folder)}"
+        paths = f"{shlex.quote(str(place))} --data {shlex.quote(config.data.folder)}"
         print(f"bits per dimension: latentdiff evaluate {paths} --metrics nll")
+
+
+def model_place(config: DiffusionTraining, folder: Path) -> Path:
+    """Return the folder that a run's model goes to: its own for a whole model, that of the run for a single file."""
+    return folder / MODEL_FOLDER if export_name(config) == MODEL_FOLDER else folder
+
+
+def save_trained(network: nn.Module, components: Components, config: DiffusionTraining, place: Path) -> Path:
+    """Write what a run trains into a folder, the whole model or a file of what is new; return where it is."""
+    if isinstance(network, Adapted):
+        file = place / LORA_FILE
+        save_lora(LoRA({"unet": network.factors(torch.float16)}), file, components)
+        return file
+    words = network.words if isinstance(network, JointNetwork) else None
+    if words is not None and isinstance(config.train, TextualInversionConfig):
+        file = place / EMBEDDING_FILE
+        save_embedding(config.train.word, words.vectors.detach().cpu(), file)
+        return file
+    save_pipeline(components, place, torch.float16)
+    return place
+
+
+def load_trained(config: DiffusionTraining, place: Path, device: torch.device) -> Components:
+    """Load what `save_trained` wrote, with the model that it is for."""
+    if config.train.kind not in ("lora", "word"):
+        return Pipeline.from_pretrained(place, device=device).components
+    base = Pipeline.from_pretrained(config.start_from, device=device)
+    if isinstance(config.train, TextualInversionConfig):
+        return base.with_embedding(place / EMBEDDING_FILE, config.train.word).components
+    return base.with_loras({str(place / LORA_FILE): 1.0}).components
 
 
 def draw_timesteps(

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from latentdiff.checkpoints import Components
+from latentdiff.checkpoints.components import Autoencoder
 from latentdiff.errors import InputError
 from latentdiff.images import to_unit_range
 from latentdiff.models.pixels import PixelSpace
 
-__all__ = ["eight_bit", "encode", "has_latents", "reconstruct"]
+__all__ = ["eight_bit", "encode", "has_latents", "reconstruct", "returned_by"]
 
 IMAGES_AT_ONCE = 16
 NOT_FINITE = "the autoencoder makes values that are not finite; try --dtype float32"
@@ -47,13 +48,19 @@ def reconstruct(components: Components, images: Tensor) -> Tensor:
         raise InputError(
             "this model draws pixels and has no autoencoder to measure; leave out rfid, psnr, ssim and lpips"
         )
-    factor, side = components.autoencoder.config.downsample_factor, min(images.shape[-2:])
+    return returned_by(components.autoencoder, images)
+
+
+@torch.no_grad()
+def returned_by(autoencoder: Autoencoder, images: Tensor) -> Tensor:
+    """Return images (N, 3, H, W) in [-1, 1] as an autoencoder gives them back, in 8 bits; see `reconstruct`."""
+    factor, side = autoencoder.config.downsample_factor, min(images.shape[-2:])
     if any(length % factor for length in images.shape[-2:]):
         raise InputError(f"pictures must be multiples of {factor} pixels wide and high, got {side}; use another --data")
-    weight = next(components.autoencoder.parameters())
+    weight = next(autoencoder.parameters())
     parts = []
     for part in images.split(IMAGES_AT_ONCE):
-        found = components.autoencoder.decode(components.autoencoder.encode(part.to(weight)).mode()).float()
+        found = autoencoder.decode(autoencoder.encode(part.to(weight)).mode()).float()
         if not found.isfinite().all():
             raise InputError(NOT_FINITE)
         parts.append(eight_bit(found.cpu()))

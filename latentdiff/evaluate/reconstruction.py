@@ -98,7 +98,8 @@ def lpips(evaluation: Evaluation) -> list[Figure]:
 
     Source: Zhang et al. 2018, arXiv 1801.03924, Eq. 1.
     """
-    network, device = evaluation.perceptual, evaluation.model.device
+    network = evaluation.perceptual
+    device = next(network.parameters()).device
     if min(evaluation.real.shape[-2:]) < SMALLEST:
         raise InputError(f"lpips needs pictures of {SMALLEST} pixels or more, got {min(evaluation.real.shape[-2:])}")
 

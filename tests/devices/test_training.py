@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from latentdiff.training.check.diffusion import check as look
 from latentdiff.training.config import AutoencoderTraining, parse_config
-from latentdiff.training.train_autoencoder import fold_statistics
+from latentdiff.training.monitor.reconstructions import fold_statistics
 from PIL import Image
 
 from latentdiff.checkpoints import load_pipeline, save_pipeline

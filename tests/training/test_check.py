@@ -93,7 +93,7 @@ def test_every_objective_is_looked_at(tmp_path: Path, changes: dict[str, Any]) -
     pictures(tmp_path / "pictures", 6)
     rows = found(recipe(tmp_path, **changes), "run.accumulation=2", "run.gradient_checkpointing=true")
     odd = {name for name, row in rows.items() if not row.fine}
-    assert odd <= {"held-out pictures", "overfits 8"} and len(rows) == 19
+    assert odd <= {"held-out pictures", "overfits 8"} and len(rows) == 20
 
 
 @pytest.mark.usefixtures("quick")
@@ -102,7 +102,7 @@ def test_pictures_of_several_shapes_are_looked_at(tmp_path: Path) -> None:
     before = everything_in(tmp_path)
     rows = {row.name: row for row in examine_diffusion(config)}
     assert everything_in(tmp_path) == before
-    assert rows["pictures"].value.startswith("7 with 7 captions") and len(rows) == 19
+    assert rows["pictures"].value.startswith("7 with 7 captions") and len(rows) == 20
 
 
 @pytest.mark.usefixtures("quick")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from latentdiff.training.config import load_config
-from latentdiff.training.train_autoencoder import fold_statistics
+from latentdiff.training.monitor.reconstructions import fold_statistics
 from PIL import Image
 
 from latentdiff import Pipeline

@@ -12,7 +12,7 @@ from latentdiff.training.config import ObjectiveConfig
 from latentdiff.training.data import latents
 from latentdiff.training.data.batches import Batch
 from latentdiff.training.losses.diffusion import loss_terms
-from latentdiff.training.train_autoencoder import in_parts
+from latentdiff.training.monitor.reconstructions import in_parts
 from torch import Tensor, nn
 
 from latentdiff.diffusion import NoiseSchedule

@@ -12,9 +12,9 @@ from latentdiff.training.data.batches import draw_batch
 from latentdiff.training.data.dataset import load_images
 from latentdiff.training.loop.checkpointing import load_latest
 from latentdiff.training.losses.image import psnr
+from latentdiff.training.monitor.reconstructions import fold_statistics
 from latentdiff.training.setup import load_components as diffusion_components
 from latentdiff.training.setup import network_to_train, prepare_data
-from latentdiff.training.train_autoencoder import fold_statistics
 from PIL import Image, ImageDraw
 
 from latentdiff import Pipeline

@@ -14,9 +14,9 @@ import yaml
 from accelerate import Accelerator
 from latentdiff.training.config import load_config
 from latentdiff.training.data.batches import Batch
+from latentdiff.training.monitor.reconstructions import fold_statistics
 from latentdiff.training.monitor.validation import held_out_errors
 from latentdiff.training.setup import load_components, prepare_data
-from latentdiff.training.train_autoencoder import fold_statistics
 from PIL import Image
 from safetensors.torch import save_file
 

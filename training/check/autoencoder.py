@@ -42,6 +42,7 @@ from .table import (
     TIMED,
     Row,
     examine_disk,
+    examine_evaluation,
     examine_folder,
     examine_memory,
     examine_pictures,
@@ -70,6 +71,7 @@ def examine_autoencoder(config: AutoencoderTraining) -> Iterator[Row]:
         data = open_images(config.data, config.run.batch_size, Path(folder))
         yield from examine_pictures(config, data)
         yield examine_held_out(config, data)
+        yield examine_evaluation(config, accelerator, Path(folder))
         model, state = assemble(config)
         networks = [*state.modules.values(), *([] if perceptual is None else [perceptual])]
         yield from examine_memory(networks, state, accelerator, activations(model, config, accelerator))

@@ -56,6 +56,7 @@ from .table import (
     TIMED,
     Row,
     examine_disk,
+    examine_evaluation,
     examine_folder,
     examine_memory,
     examine_pictures,
@@ -122,6 +123,7 @@ def examine_diffusion(config: DiffusionTraining) -> Iterator[Row]:
         data = encode_data(config, components, Path(folder), images)
         warn_of_cut(data.captions, components)
         yield examine_held_out(config, components)
+        yield examine_evaluation(config, accelerator, Path(config.cache or folder))
         yield from examine_samples(config, data, components)
         network, components, state = assemble(config, data, components, accelerator)
         state.scaler = accelerator.scaler

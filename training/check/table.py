@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff.errors import InputError
 
-from ..config import TrainingConfig, completed
+from ..config import AutoencoderTraining, DiffusionTraining, TrainingConfig, completed
 from ..data.dataset import CaptionedImages
 from ..loop.checkpointing import checkpoint_folders, checkpoint_problem, config_differences
 from ..loop.distributed import start_accelerator
@@ -26,6 +26,7 @@ from ..loop.resources import estimate_disk, estimate_memory, readable
 from ..loop.run import EXPORTS, require_own_config, require_replaceable
 from ..loop.sharding import shards_weights
 from ..loop.state import RunState
+from ..monitor.evaluation import load_tools, open_reference
 from ..monitor.instruments import matrix_product_rate
 from ..monitor.trackers import require_trackers
 
@@ -89,6 +90,27 @@ def examine_pictures(config: TrainingConfig, images: CaptionedImages) -> Iterato
     skipped = images.skipped
     names = ", ".join(str(one["name"]) for one in skipped)
     yield Row("skipped", f"{len(skipped)}: {names}"[:52] if skipped else "0", "0, at most 1 %", not skipped)
+
+
+def examine_evaluation(config: AutoencoderTraining | DiffusionTraining, accelerator: Accelerator, cache: Path) -> Row:
+    """Say what will be evaluated, how often, and what decides.
+
+    Raises:
+        InputError, MissingDependencyError, ModelLoadError: something that it needs is missing.
+    """
+    asked, held_out = config.evaluate, "held_out_psnr" if config.stage == "autoencoder" else "held_out/loss"
+    load_tools(config, accelerator.device)
+    reference = open_reference(config, cache)
+    names = ", ".join([held_out, *asked.metrics])
+    when = (
+        f"every {asked.every} steps, {math.ceil(config.run.steps / asked.every)} times" if asked.every else "at the end"
+    )
+    if not asked.every and not asked.metrics:
+        return Row("evaluation", "none", "evaluate.every and evaluate.metrics")
+    pictures = f" of {len(reference)} held-out pictures" if reference is not None and asked.metrics else ""
+    decides = "none kept as the best" if asked.keep_best is None else f"the best by {asked.keep_best} is kept"
+    patience = f", patience {asked.patience}" if asked.patience else ""
+    return Row("evaluation", f"{names}{pictures}", f"{when}; {decides}{patience}")
 
 
 def examine_memory(

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from latentdiff.errors import InputError, suggest
 
 from .earlier import modern
+from .evaluation import HELD_OUT, EvaluateConfig
 from .sections import (
     AutoencoderLoss,
     DataConfig,
@@ -31,11 +32,13 @@ from .stages import STAGES, AutoencoderTraining, DiffusionTraining, ImageTextTra
 from .yaml_file import dump_yaml, parse_yaml, read_yaml, short
 
 __all__ = [
+    "HELD_OUT",
     "STAGES",
     "AutoencoderLoss",
     "AutoencoderTraining",
     "DataConfig",
     "DiffusionTraining",
+    "EvaluateConfig",
     "ImageTextTraining",
     "InpaintTask",
     "LoraConfig",

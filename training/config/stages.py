@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from .checks import check_autoencoder, check_image_text, check_schedule, check_texts, check_unet
+from .evaluation import OF_AUTOENCODERS, OF_PICTURES, EvaluateConfig, check_evaluate
 from .sections import (
     AutoencoderLoss,
     DataConfig,
@@ -38,6 +39,7 @@ class AutoencoderTraining(Section):
     model: dict[str, Any]
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: AutoencoderLoss = AutoencoderLoss()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -49,6 +51,9 @@ class AutoencoderTraining(Section):
             raise ValueError("run.ema_snapshots is for stage diffusion; set it to 0")
         if self.loss.lpips and self.data.size < 16:
             raise ValueError(f"loss.lpips needs pictures of 16 pixels or more, got data.size {self.data.size}")
+        check_evaluate(self.evaluate, OF_AUTOENCODERS, "held_out_psnr")
+        if "lpips" in self.evaluate.metrics and self.loss.lpips_weights is None:
+            raise ValueError("lpips needs loss.lpips_weights: `python -m latentdiff.training.losses.lpips FILE`")
         return self
 
 
@@ -78,6 +83,7 @@ class DiffusionTraining(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     samples: SamplesConfig = SamplesConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     cache: TextPath | None = None
 
     @property
@@ -92,6 +98,8 @@ class DiffusionTraining(Section):
         if self.start_from is None:
             check_unet(self.model)
             check_schedule(self.schedule, "schedule")
+        drawn = isinstance(self.task, TextToImageTask) and not self.data.buckets
+        check_evaluate(self.evaluate, OF_PICTURES if drawn else {}, "held_out/loss")
         return self
 
     @model_validator(mode="after")

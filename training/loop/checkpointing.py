@@ -35,6 +35,7 @@ _NAME = re.compile(r"step-(\d{8})$")
 FREE_KEYS = {
     *("run.out", "run.steps", "run.log_every", "run.sample_every", "run.save_every", "run.keep_checkpoints"),
     *("run.accumulation", "run.compile", "run.gradient_checkpointing", "run.trackers", "samples.prompts"),
+    *("evaluate.every", "evaluate.patience"),
 }
 
 

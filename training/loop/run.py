@@ -34,6 +34,7 @@ from latentdiff.models.layers import ResnetBlock2D
 
 from ..config import OptimizerConfig, RunConfig, TrainingConfig, completed, dump_yaml, read_yaml
 from ..data.batches import Conditioning
+from .best import BEST, RECORD, Best, restore, settle
 from .checkpointing import (
     Checkpoint,
     checkpoint_folders,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.yaml"  # of a run folder
 # Folders of trained models in it, each with the file that it is known by.
-EXPORTS = {"model": INDEX, "vae": "config.json", "image_text": "config.json"}
+EXPORTS = {"model": INDEX, "vae": "config.json", "image_text": "config.json", BEST: RECORD}
 SHOWN_DIFFERENCES = 5  # of two configs, in a message
 
 
@@ -78,7 +79,8 @@ def open_run(
         newest = _checkpoint_to_go_on_from(config, resume, accelerator)
         if accelerator.is_main_process:
             require_own_config(folder)
-            require_replaceable(folder / export)
+            for replaced in (export, BEST):
+                require_replaceable(folder / replaced)
             text = dump_yaml(config.model_dump(mode="json"))
             try:
                 (folder / "samples").mkdir(exist_ok=True)
@@ -86,6 +88,7 @@ def open_run(
             except OSError as error:
                 raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
             remove_leftovers(folder)
+            restore(folder, Best(**newest.state.get("best", {})) if newest else Best())
             remove_snapshots(folder, newest.step if newest else 0)
         yield newest
 
@@ -164,6 +167,7 @@ def save_run(config: TrainingConfig, step: int, state: RunState, accelerator: Ac
     if accelerator.is_main_process:
         counters = state.counters() | {"config": config.model_dump(mode="json")}
         save_checkpoint(Path(config.run.out), step, tensors, counters, config.run.keep_checkpoints)
+        settle(Path(config.run.out))
 
 
 def mixed_precision(run: RunConfig, device: torch.device) -> str:

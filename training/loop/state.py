@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from latentdiff.errors import InputError
 
+from .best import Best
 from .checkpointing import Checkpoint
 from .ema import Ema
 from .posthoc_ema import PowerEma
@@ -61,6 +62,7 @@ class RunState:
         modules, optimizers: by the name of their file in a checkpoint; not wrapped by an accelerator.
         profiles: averages of other widths, by sigma_rel, that snapshots are kept of.
         scaler: of the loss, in fp16.
+        best: of the evaluations until now.
     """
 
     modules: Mapping[str, nn.Module]
@@ -69,6 +71,7 @@ class RunState:
     profiles: Mapping[float, PowerEma] = field(default_factory=dict)
     guard: StepGuard = field(default_factory=StepGuard)
     scaler: torch.amp.GradScaler | None = None
+    best: Best = field(default_factory=Best)
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """Return the tensors, file by file, for `save_checkpoint`; see `gathered_on_main`."""
@@ -79,7 +82,12 @@ class RunState:
 
     def counters(self) -> dict[str, Any]:
         """Return what is not a tensor, for `save_checkpoint`."""
-        counters = {"ema_updates": self.ema.updates, "bad_steps": self.guard.bad_steps, "skipped": self.guard.skipped}
+        counters: dict[str, Any] = {
+            "ema_updates": self.ema.updates,
+            "bad_steps": self.guard.bad_steps,
+            "skipped": self.guard.skipped,
+        }
+        counters["best"] = asdict(self.best)
         return counters | ({"scaler": self.scaler.state_dict()} if self.scaler is not None else {})
 
     def restore(self, checkpoint: Checkpoint | None) -> int:
@@ -97,6 +105,7 @@ class RunState:
             average.weights = {key: sharded_like(tensor, average.weights[key]) for key, tensor in saved}
             average.updates = checkpoint.state["ema_updates"]
         self.guard = StepGuard(checkpoint.state["bad_steps"], checkpoint.state["skipped"])
+        self.best = Best(**checkpoint.state.get("best", {}))  # earlier releases measured none
         if self.scaler is not None:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
         return checkpoint.step
