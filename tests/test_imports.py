@@ -29,7 +29,7 @@ ROOMS = (
     "models",
     "diffusion",
 )
-LEAVES = ("devices", "images", "decoding", "files", "prompts", "interrupts", "errors")
+LEAVES = ("corruptions", "devices", "images", "decoding", "files", "prompts", "interrupts", "errors")
 TRAINING_ROOMS = (
     *(
         "check",

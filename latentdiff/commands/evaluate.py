@@ -24,7 +24,7 @@ from latentdiff.commands.shared import (
     warnings_as_lines,
 )
 from latentdiff.errors import InputError, shown
-from latentdiff.generation.options import GENERATE, check_integer
+from latentdiff.generation.options import BOTH, check_integer
 from latentdiff.generation.request import Settings
 from latentdiff.generation.rules import check_inputs
 
@@ -42,14 +42,14 @@ SPLITS = ("train", "validation", "test")
 # What `latentdiff.evaluate` has, which is not loaded to show the help.
 METRICS = (
     *("fid", "kid", "mmd", "precision_recall", "clip", "retrieval", "rfid", "psnr", "ssim", "lpips", "nll", "compose"),
-    *("memorised", "speed"),
+    *("inpainting", "upscaling", "memorised", "speed"),
 )
 FEATURES = ("image-text", "efficientnet-lite0", "inception", "dinov2", "clip")
 
 
 # Settings that pictures of captions alone have no use for, or that say what the command says by itself.
 LEFT_OUT = (
-    *("seed", "num_images", "strength", "outpaint", "feather", "resampling"),
+    *("seed", "num_images", "strength", "outpaint", "feather", "resampling", "scale"),
     *("variation_strength", "variation_seed", "blend_prompt", "blend"),
 )
 
@@ -85,7 +85,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two reports, in place of a model")
     parser.add_argument("--across", metavar="NAMES", help="settings that may differ between the reports of --compare")
-    add_settings(parser, *GENERATE, leave_out=LEFT_OUT)
+    add_settings(parser, *BOTH, leave_out=LEFT_OUT)
     add_lora(parser)
     add_machine(parser)
 
@@ -216,7 +216,10 @@ def _measured(
     given = None if options.pictures is None else find_pictures(Path(options.pictures), prompts)
     references: Mapping[str, Reference] = {}
     if options.data is not None:
-        size = pipe.native_size if pipe is not None else open_image(given[0][0]).size if given else (0, 0)
+        size = open_image(given[0][0]).size if given else (0, 0)
+        if pipe is not None:
+            height, width = pipe.native_size
+            size = (request.settings.get("height") or height, request.settings.get("width") or width)
         found = request.out / "cache" if any(TABLE[name].of_training for name in names) else None
         references = open_references(options.data, options.split, size, found)
     return evaluate(Evaluation(request, pipe, references, given, processes), names)
@@ -243,7 +246,7 @@ def _combinations(sweeps: Sequence[str]) -> list[dict[str, Any]]:
         if not equals or not values:
             raise InputError(f"--sweep must be a setting with values, got {shown(text)}; try steps=4,8,25")
         others = {"dtype": _dtype}
-        axis = [read_setting(flag, one, *GENERATE, leave_out=LEFT_OUT, others=others) for one in values.split(",")]
+        axis = [read_setting(flag, one, *BOTH, leave_out=LEFT_OUT, others=others) for one in values.split(",")]
         if any(axis[0][0] == other[0][0] for other in axes) or any(axis.count(one) > 1 for one in axis):
             raise InputError(f"--sweep names something twice, got {shown(text)}; leave that out")
         axes.append(axis)

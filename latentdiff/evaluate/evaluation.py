@@ -22,6 +22,7 @@ from latentdiff.evaluate.judge import Judge, load_judge
 from latentdiff.evaluate.latents import reconstruct
 from latentdiff.evaluate.pictures import Drawing, Item, generate, load_pictures
 from latentdiff.evaluate.processes import Processes
+from latentdiff.evaluate.tasks import own_task, spoilt
 from latentdiff.generation.request import Settings
 from latentdiff.generation.result import recorded_name
 from latentdiff.models.lpips import Lpips
@@ -232,30 +233,38 @@ class Evaluation:
             name: of the set, whose folder in `out` it is.
 
         Raises:
-            InputError: the model draws from more than a text, or values that are not finite.
+            InputError: the model draws from more than the items have, or values that are not finite.
         """
-        components = self.model.components
-        if components.inpaints or components.upscales:
-            does = "fills in" if components.inpaints else "enlarges"
+        needy = own_task(self.model.components)
+        if needy is not None and not all(item.inputs for item in items):
             raise InputError(
-                f"metrics of pictures drawn from texts alone cannot measure a model that {does} pictures; "
-                "measure its autoencoder (rfid, psnr, ssim, lpips) or a folder of its pictures"
+                f"{name} asks for pictures drawn from texts alone, got a model made to {needy} pictures; leave it out"
             )
-        drawing = Drawing(
-            items,
-            self.request.out / "pictures" / name,
-            self.maker,
-            self.request.settings,
-            self.request.batch_size,
-        )
+        settings = dict(self.request.settings)
+        if needy == "upscale":  # what is drawn has the size of the picture that was made small
+            settings = {key: value for key, value in settings.items() if key not in ("height", "width")}
+        folder = self.request.out / "pictures" / name
+        drawing = Drawing(items, folder, self.maker, settings, self.request.batch_size)
         if self.processes is None:
             return generate(self.model, drawing, progress=self.request.progress)
         return self.processes.draw(self.model, drawing, self.request.progress)
 
     @cached_property
     def caption_items(self) -> list[Item]:
-        """A picture for the caption of each real test picture."""
+        """A picture for the caption of each real test picture, made of what is left of that if the model needs it."""
+        task = own_task(self.model.components)
+        if task is not None:
+            return self.spoilt_items(task, self.chosen)
         return [Item(caption, self.request.seed + number) for number, caption in enumerate(self.captions)]
+
+    def spoilt_items(self, task: str, numbers: Sequence[int]) -> list[Item]:
+        """Return pictures to be made of what is left of some real test pictures, see `tasks.spoilt`."""
+        reference, first = self.reference("test"), self.request.seed
+        factor = self.model.components.autoencoder.config.downsample_factor
+        return [
+            Item(reference.captions[number], first + place, inputs=spoilt(task, image, factor, (first, place)))
+            for place, (number, image) in enumerate(zip(numbers, reference.load(numbers)))
+        ]
 
     @cached_property
     def captions(self) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.errors import InputError, StorageError
-from latentdiff.images import open_image, to_tensor
+from latentdiff.images import open_image, pixel_hash, to_tensor
 from latentdiff.pipeline import Pipeline
 
 __all__ = ["Drawing", "Item", "generate", "load_pictures", "make_folder"]
@@ -31,11 +31,13 @@ class Item:
         prompt: what it is to show.
         seed: of its noise.
         truth: what a metric checks it by.
+        inputs: pictures that it is made from, as arguments of a call: `image`, and `mask`; see `tasks.spoilt`.
     """
 
     prompt: str
     seed: int
     truth: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Image.Image] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -49,7 +51,8 @@ def path_of(item: Item, folder: Path, maker: Mapping[str, Any]) -> Path:
     Args:
         maker: what else it depends on: hash of the model and settings, JSON-ready.
     """
-    tree = {"prompt": item.prompt, "seed": item.seed, **maker}
+    inputs = {name: pixel_hash(picture) for name, picture in item.inputs.items()}
+    tree = {"prompt": item.prompt, "seed": item.seed, **inputs, **maker}
     return folder / f"{hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:NAME_DIGITS]}.png"
 
 
@@ -62,7 +65,7 @@ class Drawing:
         folder: where the pictures go.
         maker: what else they depend on; see `path_of`.
         settings: of each call, without prompt and seed.
-        batch_size: pictures of a call.
+        batch_size: pictures of a call; one where they are made from pictures.
     """
 
     items: Sequence[Item]
@@ -92,15 +95,16 @@ def generate(pipe: Pipeline, drawing: Drawing, share: tuple[int, int] = (0, 1), 
     items, paths = drawing.items, drawing.paths
     make_folder(drawing.folder)
     own, processes = share
-    batches = list(_batches(items, drawing.batch_size))[own::processes]
+    batch_size = 1 if any(item.inputs for item in items) else drawing.batch_size
+    batches = list(_batches(items, batch_size))[own::processes]
     there = {number: _is_whole(paths[number]) for numbers in batches for number in numbers}
     with tqdm(total=len(there), initial=sum(there.values()), unit="picture", disable=not progress) as bar:
         for numbers in batches:
             if all(there[number] for number in numbers):
                 continue
-            seed = items[numbers[0]].seed
-            prompts = [items[number].prompt for number in numbers]
-            result = pipe(prompts, seed=seed, batch_size=drawing.batch_size, **drawing.settings)
+            first, prompts = items[numbers[0]], [items[number].prompt for number in numbers]
+            options: dict[str, Any] = {"prompt_weights": False, **drawing.settings, **first.inputs}  # as plain text
+            result = pipe(prompts, seed=first.seed, batch_size=batch_size, **options)
             for place, number in enumerate(numbers):
                 result.write(place, paths[number])
                 bar.update(not there[number])

@@ -20,10 +20,11 @@ from latentdiff.evaluate.figure import Figure
 from latentdiff.evaluate.intervals import Estimate, Floats, grouped_jackknife, mean
 from latentdiff.evaluate.sets import blurred
 
-__all__ = ["lpips", "psnr", "rfid", "ssim"]
+__all__ = ["lpips", "psnr", "psnr_of", "rfid", "ssim", "ssim_of"]
 
 RANGE = 255  # of the 8-bit values that are compared
 WINDOW, SIGMA = 11, 1.5  # in pixels, of SSIM
+SSIM_PROTOCOL: Mapping[str, float | str] = {"window": WINDOW, "sigma": SIGMA, "data_range": RANGE, "border": "left out"}
 SMALLEST = 16  # in pixels, the side of a picture that LPIPS can look at
 GROUPS = 10  # of the jackknife
 IMAGES_AT_ONCE = 16
@@ -55,16 +56,17 @@ def rfid(evaluation: Evaluation) -> list[Figure]:
 
 def psnr(evaluation: Evaluation) -> list[Figure]:
     """Measure the mean over test pictures of the peak signal-to-noise ratio, in 8 bits; infinite where all agree."""
-    metrics = torchmetrics(evaluation)
+    torchmetrics(evaluation)
+    return [_figure(evaluation, "psnr", psnr_of, "higher", {"data_range": RANGE}, unit="dB")]
 
-    def compare(returned: Tensor, real: Tensor) -> Tensor:
-        error = (_levels(returned) - _levels(real)).square().mean(dim=(1, 2, 3))
-        value = metrics.peak_signal_noise_ratio(
-            _levels(returned), _levels(real), data_range=float(RANGE), reduction="none", dim=(1, 2, 3)
-        )
-        return torch.where(error == 0, math.inf, value)
 
-    return [_figure(evaluation, "psnr", compare, "higher", {"data_range": RANGE}, unit="dB")]
+def psnr_of(images: Tensor, others: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio in dB of each pair of images (B, 3, H, W) in [-1, 1], (B,)."""
+    error = (_levels(images) - _levels(others)).square().mean(dim=(1, 2, 3))
+    value = torchmetrics().peak_signal_noise_ratio(
+        _levels(images), _levels(others), data_range=float(RANGE), reduction="none", dim=(1, 2, 3)
+    )
+    return torch.where(error == 0, math.inf, value)
 
 
 def ssim(evaluation: Evaluation) -> list[Figure]:
@@ -72,25 +74,29 @@ def ssim(evaluation: Evaluation) -> list[Figure]:
 
     Source: Wang et al. 2004, IEEE TIP 13(4), Eq. 13.
     """
-    metrics = torchmetrics(evaluation)
-    if min(evaluation.real.shape[-2:]) < WINDOW:
-        raise InputError(f"ssim needs pictures of {WINDOW} pixels or more, got {min(evaluation.real.shape[-2:])}")
+    torchmetrics(evaluation)
+    return [_figure(evaluation, "ssim", ssim_of, "higher", SSIM_PROTOCOL)]
 
-    def compare(returned: Tensor, real: Tensor) -> Tensor:
-        _, whole = metrics.structural_similarity_index_measure(
-            *(_levels(returned), _levels(real)),
-            gaussian_kernel=True,
-            sigma=SIGMA,
-            kernel_size=WINDOW,
-            data_range=float(RANGE),
-            reduction="none",
-            return_full_image=True,
-        )
-        edge = WINDOW // 2  # where the window stands over; left out, as in the paper
-        return whole[..., edge:-edge, edge:-edge].mean(dim=(1, 2, 3))
 
-    protocol: dict[str, float | str] = {"window": WINDOW, "sigma": SIGMA, "data_range": RANGE, "border": "left out"}
-    return [_figure(evaluation, "ssim", compare, "higher", protocol)]
+def ssim_of(images: Tensor, others: Tensor) -> Tensor:
+    """Return the structural similarity of each pair of images (B, 3, H, W) in [-1, 1], (B,).
+
+    Raises:
+        InputError: they are smaller than its window.
+    """
+    if min(images.shape[-2:]) < WINDOW:
+        raise InputError(f"ssim needs pictures of {WINDOW} pixels or more, got {min(images.shape[-2:])}")
+    _, whole = torchmetrics().structural_similarity_index_measure(
+        *(_levels(images), _levels(others)),
+        gaussian_kernel=True,
+        sigma=SIGMA,
+        kernel_size=WINDOW,
+        data_range=float(RANGE),
+        reduction="none",
+        return_full_image=True,
+    )
+    edge = WINDOW // 2  # where the window stands over; left out, as in the paper
+    return whole[..., edge:-edge, edge:-edge].mean(dim=(1, 2, 3))
 
 
 def lpips(evaluation: Evaluation) -> list[Figure]:
@@ -141,7 +147,7 @@ def _levels(images: Tensor) -> Tensor:
     return images.double().add(1).mul(RANGE / 2).round()
 
 
-def torchmetrics(_: Evaluation) -> ModuleType:
+def torchmetrics(_: Evaluation | None = None) -> ModuleType:
     """Return the functions of images of torchmetrics.
 
     Raises:
@@ -151,5 +157,5 @@ def torchmetrics(_: Evaluation) -> ModuleType:
         return importlib.import_module("torchmetrics.functional.image")
     except ImportError as error:
         raise MissingDependencyError(
-            "psnr and ssim need torchmetrics, which is not installed; `pip install 'latentdiff[evaluate]'`"
+            "this metric needs torchmetrics, which is not installed; `pip install 'latentdiff[evaluate]'`"
         ) from error

@@ -8,7 +8,7 @@ from operator import attrgetter, methodcaller
 from typing import Any
 
 from latentdiff.errors import InputError, suggest
-from latentdiff.evaluate import matching, reconstruction, sets
+from latentdiff.evaluate import matching, reconstruction, restoration, sets
 from latentdiff.evaluate.compose.metric import compose
 from latentdiff.evaluate.evaluation import Evaluation, Metric
 from latentdiff.evaluate.figure import Figure
@@ -23,7 +23,7 @@ __all__ = ["METRICS", "check_metrics", "evaluate", "measure"]
 Need = Callable[[Evaluation], object]
 """Asks an evaluation for what a metric cannot do without; it raises LatentDiffError where that is missing."""
 
-REAL, NETWORK, JUDGE = attrgetter("chosen"), attrgetter("network"), attrgetter("judge")
+REAL, NETWORK, JUDGE, MODEL = map(attrgetter, ("chosen", "network", "judge", "model"))
 TRAINING, PERCEPTUAL = methodcaller("reference", "train"), attrgetter("perceptual")
 
 
@@ -55,6 +55,8 @@ METRICS = {
     "lpips": Entry(reconstruction.lpips, (REAL, PERCEPTUAL)),
     "nll": Entry(nll, (sample_of,)),
     "compose": Entry(compose, (JUDGE,)),
+    "inpainting": Entry(restoration.inpainting, (REAL, MODEL)),
+    "upscaling": Entry(restoration.upscaling, (REAL, restoration.upscaler, reconstruction.torchmetrics)),
     "memorised": Entry(memorised, (TRAINING, REAL, NETWORK), of_training=True),
     "speed": Entry(speed),
 }

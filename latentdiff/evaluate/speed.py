@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +22,7 @@ from latentdiff.devices import device_name, number_of_gpu, peak_memory
 from latentdiff.evaluate.evaluation import Evaluation
 from latentdiff.evaluate.figure import Figure
 from latentdiff.evaluate.intervals import Estimate
+from latentdiff.evaluate.tasks import own_task, spoilt
 from latentdiff.pipeline import Pipeline
 
 __all__ = ["speed"]
@@ -42,8 +44,11 @@ def speed(evaluation: Evaluation) -> list[Figure]:
     pipe, settings, size = evaluation.model, evaluation.request.settings, evaluation.request.batch_size
     prompt = PROMPT if pipe.components.reads_text else ""
 
+    task = own_task(pipe.components)
+    inputs: Mapping[str, Any] = {} if task is None else _inputs(pipe, task)
+
     def draw(count: int, **more: Any) -> None:
-        pipe([prompt] * count, seed=evaluation.request.seed, batch_size=count, **{**settings, **more})
+        pipe([prompt] * count, **inputs, seed=evaluation.request.seed, batch_size=count, **{**settings, **more})
 
     for count in {1, size}:  # what is set up once is not measured
         draw(count)
@@ -65,6 +70,11 @@ def speed(evaluation: Evaluation) -> list[Figure]:
         Figure(f"speed/{name}", estimate, better, {**protocol, "n": estimate.n}, unit=unit)  # type: ignore[arg-type]
         for name, estimate, better, unit in found
     ]
+
+
+def _inputs(pipe: Pipeline, task: str) -> Mapping[str, Image.Image]:
+    """Return what a model draws from that needs a picture, made of a grey one of its size."""
+    return spoilt(task, torch.zeros(3, *pipe.native_size), pipe.autoencoder.config.downsample_factor, (0, 0))
 
 
 def _machine(pipe: Pipeline) -> dict[str, str | int]:

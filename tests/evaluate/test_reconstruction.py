@@ -16,7 +16,6 @@ from latentdiff.evaluate import reconstruction
 from latentdiff.evaluate.latents import eight_bit
 from latentdiff.evaluate.run import measure
 from latentdiff.evaluate.sets import blurred
-from tests.checkpoints.test_single_file import components_of, tiny
 from tests.evaluate.small import Shift, evaluation, images
 from tests.models.test_pixels import components as pixel_model
 from tests.training.test_lpips import network, weights  # noqa: F401  (fixtures)
@@ -104,18 +103,8 @@ def test_metrics_without_their_package_name_the_extra(
         raise ImportError(name)
 
     monkeypatch.setattr(reconstruction.importlib, "import_module", absent)
-    with pytest.raises(LatentDiffError, match=r"psnr and ssim need torchmetrics.*latentdiff\[evaluate\]"):
+    with pytest.raises(LatentDiffError, match=r"this metric needs torchmetrics.*latentdiff\[evaluate\]"):
         measure(evaluation(tmp_path, pipe.components, images(3)), ["ssim"])
-
-
-@pytest.mark.parametrize("channels", [9])
-def test_models_that_fill_in_are_measured_by_their_autoencoder_alone(channels: int, tmp_path: Path) -> None:
-    variant = components_of(tiny("Stable Diffusion 1.x"), channels)
-    assert variant.inpaints
-    asked = evaluation(tmp_path, variant, images(4))
-    assert measure(asked, ["psnr"])[0].estimate.n == 4
-    with pytest.raises(InputError, match="cannot measure a model that fills in pictures; measure its autoencoder"):
-        measure(asked, ["fid"])
 
 
 def test_blurred_pictures_keep_their_light() -> None:

@@ -240,8 +240,8 @@ class UpscaleTask(Section):
 
     kind: Literal["upscale"] = "upscale"
     # How strongly small pictures are blurred, noisy and compressed at most, each sample by a strength of its own from 0
-    # up (`data/degradation.py`); and how much noise is put on them at most, of which the U-Net is told, in timesteps of
-    # low_res_schedule (keys of `latentdiff.diffusion.schedule.NoiseSchedule`).
+    # up (`latentdiff/corruptions/degradation.py`); and how much noise is put on them at most, of which the U-Net is
+    # told, in timesteps of low_res_schedule (keys of `latentdiff.diffusion.schedule.NoiseSchedule`).
     degradation: float = Field(1.0, ge=0, le=1)
     max_noise_level: int = Field(350, ge=0, le=999)
     low_res_schedule: dict[str, Any] = {}

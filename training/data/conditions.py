@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latentdiff.checkpoints import Components, Encoders
+from latentdiff.corruptions.degradation import degrade
+from latentdiff.corruptions.masks import draw_mask
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
 from latentdiff.images import from_tensor, to_tensor
@@ -21,8 +23,6 @@ from latentdiff.models.unet import UNet2DConditionModel
 from ..config import DiffusionTraining, InpaintTask, LoraConfig, UpscaleTask
 from .augment import rgb
 from .dataset import composite, load_images, open_held_out
-from .degradation import degrade
-from .masks import draw_mask
 
 EXAMPLES = 8  # pictures that samples are drawn of
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
@@ -40,7 +39,6 @@ from ..loop.best import BEST, PICTURES, Best, is_record, keep
 from ..loop.state import RunState
 
 REPORT = "report"  # folder in that of a run
-BRACKETS = "()[]\\"  # which are weights in prompts and none in captions
 # Metrics of distances, which are also taken between the halves of the real pictures, and the pictures that needs.
 OF_SETS, LEAST = ("fid", "kid", "mmd", "precision_recall"), 8
 
@@ -212,11 +210,7 @@ class Evaluations:
         judge = None if asked.judge is None else Path(asked.judge)
         found = Request(out, n=there, features=asked.features, judge=judge)
         if isinstance(config, DiffusionTraining):
-            settings: dict[str, Any] = {"guidance_scale": config.samples.guidance_scale}
-            captions = () if self.reference is None else self.reference.captions
-            if any(set(caption) & set(BRACKETS) for caption in captions):
-                settings["prompt_weights"] = False
-            found = replace(found, settings=settings)
+            found = replace(found, settings={"guidance_scale": config.samples.guidance_scale})
         return found
 
     def of_model(self, components: Components, request: Request) -> Evaluation:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from latentdiff.training.data.masks import (
+from scipy import ndimage
+
+from latentdiff.corruptions.masks import (
     BORDER,
     COVERED,
     KINDS,
@@ -16,7 +18,6 @@ from latentdiff.training.data.masks import (
     draw_mask,
     draw_strokes,
 )
-from scipy import ndimage
 
 
 def drawn(count: int, height: int, width: int, full: float = 0.0) -> Iterator[np.ndarray]:

@@ -6,9 +6,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from latentdiff.training.data.degradation import KERNELS, add_noise, blur, compress, degrade
 from PIL import Image
 from scipy import ndimage
+
+from latentdiff.corruptions.degradation import KERNELS, add_noise, blur, compress, degrade
 
 RNG = np.random.default_rng(0)
 PICTURE = ndimage.gaussian_filter(RNG.uniform(0, 255, (48, 64, 3)), (2, 2, 0)).astype(np.uint8)
