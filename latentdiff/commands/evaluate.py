@@ -41,10 +41,24 @@ HELP = "Measure how good a model is, by pictures it draws and by captioned real 
 SPLITS = ("train", "validation", "test")
 # What `latentdiff.evaluate` has, which is not loaded to show the help.
 METRICS = (
-    *("fid", "kid", "mmd", "precision_recall", "clip", "retrieval", "rfid", "psnr", "ssim", "lpips", "nll", "compose"),
+    *(
+        "fid",
+        "kid",
+        "mmd",
+        "precision_recall",
+        "clip",
+        "retrieval",
+        "neighbours",
+        "rfid",
+        "psnr",
+        "ssim",
+        "lpips",
+        "nll",
+        "compose",
+    ),
     *("inpainting", "upscaling", "memorised", "speed"),
 )
-FEATURES = ("image-text", "efficientnet-lite0", "inception", "dinov2", "clip")
+FEATURES = ("image-text", "latents", "efficientnet-lite0", "inception", "dinov2", "clip")
 
 
 # Settings that pictures of captions alone have no use for, or that say what the command says by itself.
@@ -75,6 +89,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lpips-weights", metavar="FILE", help="of `python -m latentdiff.training.losses.lpips FILE`")
     parser.add_argument("--out", default="evaluation", help="folder of the report and of the pictures")
     parser.add_argument("--batch-size", type=int, default=4, help="pictures drawn together (default 4)")
+    parser.add_argument(
+        "--best-of", type=int, default=1, metavar="N", help="measure of N pictures the one that fits its text best"
+    )
     parser.add_argument(
         "--sweep",
         action="append",
@@ -178,7 +195,7 @@ def _check_subject(options: argparse.Namespace, settings: Mapping[str, object]) 
         raise InputError(f"a MODEL is measured, or a folder of --pictures, got {got}; pass one of them")
     if options.pictures is None and options.prompts is not None:
         raise InputError("--prompts says what --pictures show, got no --pictures; leave it out")
-    if options.pictures is not None and (settings or options.lora or options.sweep):
+    if options.pictures is not None and (settings or options.lora or options.sweep or options.best_of != 1):
         raise InputError("--pictures are drawn already, got settings to draw with; leave them out")
 
 
@@ -194,6 +211,7 @@ def _request(options: argparse.Namespace, settings: Mapping[str, Any]) -> Reques
         judge=None if options.judge is None else Path(options.judge),
         lpips_weights=None if options.lpips_weights is None else Path(options.lpips_weights),
         batch_size=check_integer("--batch-size", options.batch_size, 1, 1024, "try 4"),
+        best_of=check_integer("--best-of", options.best_of, 1, 100, "try 4"),
         progress=on_terminal(),
     )
 

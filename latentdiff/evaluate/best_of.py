@@ -18,9 +18,7 @@ __all__ = ["keep_best", "scores"]
 def scores(judge: Judge, images: Iterable[GeneratedImage]) -> list[float]:
     """Return how well each picture fits its prompt, -1 to 1."""
     given = list(images)
-    pictures = judge.images(to_tensor([one.image.convert("RGB") for one in given]))
-    texts = judge.texts([one.prompt for one in given])
-    return (pictures * texts).sum(dim=1).tolist()
+    return judge.fits(to_tensor([one.image.convert("RGB") for one in given]), [one.prompt for one in given]).tolist()
 
 
 def keep_best(judge: Judge, images: Iterable[GeneratedImage], among: int) -> Iterator[GeneratedImage]:

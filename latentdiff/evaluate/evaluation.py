@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from latentdiff.checkpoints.lpips import load_lpips
 from latentdiff.errors import InputError
-from latentdiff.evaluate.features import FeatureNetwork, features_of, find_features
+from latentdiff.evaluate.features import LATENTS, FeatureNetwork, features_of, find_features
 from latentdiff.evaluate.figure import Figure, Protocol
 from latentdiff.evaluate.given import common_folder, digest_of_pictures
 from latentdiff.evaluate.intervals import Estimate, Floats
 from latentdiff.evaluate.judge import Judge, load_judge
-from latentdiff.evaluate.latents import reconstruct
+from latentdiff.evaluate.latents import latent_features, reconstruct
 from latentdiff.evaluate.pictures import Drawing, Item, generate, load_pictures
 from latentdiff.evaluate.processes import Processes
 from latentdiff.evaluate.tasks import own_task, spoilt
@@ -75,10 +75,12 @@ class Request:
         n: pictures of each metric, fewer where there are fewer; None for what each metric takes by itself.
         seed: picture i is drawn with seed + i.
         settings: of the calls: num_inference_steps, guidance_scale, sampler, ...; the rest are the model's defaults.
-        features: name of the feature network of distances; see `features.find_features`.
+        features: name of the feature network of distances, see `features.find_features`; or "latents", those of the
+            model's own autoencoder.
         judge: folder of the image-text model; None for that of the package.
         lpips_weights: file that `python -m latentdiff.training.losses.lpips` made; None where lpips is not measured.
         batch_size: pictures drawn together.
+        best_of: of so many pictures of each text the one is measured that fits it best by the image-text model.
         out: folder of the report and of the pictures.
         progress: show bars on stderr.
     """
@@ -91,6 +93,7 @@ class Request:
     judge: Path | None = None
     lpips_weights: Path | None = None
     batch_size: int = 4
+    best_of: int = 1
     progress: bool = False
 
 
@@ -165,6 +168,8 @@ class Evaluation:
     def network(self) -> FeatureNetwork:
         """The feature network of distances."""
         device, choice = "cpu" if self.pipe is None else self.pipe.device, self.request.features
+        if choice == LATENTS:
+            return latent_features(self.model.components)
         own_judge = choice == "image-text" and self.request.judge is not None
         return find_features(f"{choice}:{self.request.judge}" if own_judge else choice, device)
 
@@ -211,7 +216,7 @@ class Evaluation:
             dtype = str(self.pipe.dtype).removeprefix("torch.")
             machine = {"device": self.pipe.device.type, "dtype": dtype, "batch_size": request.batch_size}
             subject = {"model": recorded_name(self.pipe.components.name), **self.maker, **machine}
-        return {**subject, **self.data, "n": request.n, "seed": request.seed}
+        return {**subject, **self.chosen_by, **self.data, "n": request.n, "seed": request.seed}
 
     @cached_property
     def maker(self) -> dict[str, Any]:
@@ -225,6 +230,28 @@ class Evaluation:
         """The settings that pictures are drawn with, defaults of the model included."""
         whole = Settings(prompts=("",), **{**self.model.components.defaults, **self.request.settings})
         return {name: getattr(whole, name) for name in dict.fromkeys([*ALWAYS_TOLD, *sorted(self.request.settings)])}
+
+    @cached_property
+    def chosen_by(self) -> dict[str, Any]:
+        """How pictures are chosen among those drawn; empty where each is measured."""
+        return {"best_of": self.request.best_of, "chosen_by": self.judge.digest} if self.request.best_of > 1 else {}
+
+    def draw_best(self, name: str, items: Sequence[Item]) -> list[tuple[Path, Item]]:
+        """Return a picture of each item, as `draw` makes it: the best of `best_of` with seeds in a row."""
+        among, first = self.request.best_of, self.request.seed
+        if among == 1:
+            return list(zip(self.draw(name, items), items))
+        candidates = [
+            replace(item, seed=first + place * among + offset)
+            for place, item in enumerate(items)
+            for offset in range(among)
+        ]
+        drawn = list(zip(self.draw(name, candidates), candidates))
+        return [self._best(drawn[start : start + among]) for start in range(0, len(drawn), among)]
+
+    def _best(self, drawn: Sequence[tuple[Path, Item]]) -> tuple[Path, Item]:
+        fits = self.judge.fits(load_pictures([path for path, _ in drawn]), [item.prompt for _, item in drawn])
+        return drawn[int(fits.argmax())]
 
     def draw(self, name: str, items: Sequence[Item]) -> list[Path]:
         """Return the pictures of items, those that are there already and the rest drawn now.
@@ -281,7 +308,7 @@ class Evaluation:
         """The generated pictures with what they are of: the test set's captions, or what was given."""
         if self.given is not None:
             return list(self.given[: self.count(SET)])
-        return list(zip(self.draw("captions", self.caption_items), self.caption_items))
+        return self.draw_best("captions", self.caption_items)
 
     @cached_property
     def generated(self) -> Tensor:
@@ -329,7 +356,8 @@ class Evaluation:
         Args:
             drawn: whether it is of pictures that the model drew, so that it depends on seed and settings.
         """
-        settings = {"seed": self.request.seed, **self.drawn_with} if drawn and self.pipe is not None else {}
+        asked = self.request
+        settings = {"seed": asked.seed, **self.drawn_with, **self.chosen_by} if drawn and self.pipe is not None else {}
         return Figure(name, estimate, better, self.protocol(**settings, n=estimate.n, **protocol), **more)
 
 

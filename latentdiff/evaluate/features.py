@@ -26,8 +26,9 @@ from latentdiff.evaluate.intervals import Floats
 from latentdiff.evaluate.judge import load_judge
 from latentdiff.images import to_unit_range
 
-__all__ = ["FEATURES", "FeatureNetwork", "check_features", "features_of", "find_features"]
+__all__ = ["FEATURES", "LATENTS", "FeatureNetwork", "check_features", "features_of", "find_features"]
 
+LATENTS = "latents"  # not of a network of its own: those of the autoencoder of the model that is measured
 IMAGES_AT_ONCE = 64
 SIDE = 224  # in pixels, of what DINOv2 and EfficientNet-Lite0 look at
 EXTRA = "pip install 'latentdiff[evaluate]'"
@@ -193,8 +194,8 @@ def find_features(choice: str, device: str | torch.device = "cpu") -> FeatureNet
 def check_features(choice: str) -> None:
     """Raise InputError where there is no feature network of that name; see `find_features`."""
     name = choice.partition(":")[0]
-    if name not in FEATURES:
-        raise InputError(f"features {shown(name)} are unknown{suggest(name, FEATURES)}")
+    if name not in FEATURES and choice != LATENTS:
+        raise InputError(f"features {shown(name)} are unknown{suggest(name, [*FEATURES, LATENTS])}")
 
 
 @torch.no_grad()

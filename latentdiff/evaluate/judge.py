@@ -50,6 +50,10 @@ class Judge:
         parts = [texts[first : first + IMAGES_AT_ONCE] for first in range(0, len(texts), IMAGES_AT_ONCE)]
         return torch.cat([self.model.embed_texts(mean_states(self.encoder, self.tokenizer, one)) for one in parts])
 
+    def fits(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Return how well each image (N, 3, H, W) in [-1, 1] fits its text, (N,), -1 to 1."""
+        return (self.images(images) * self.texts(texts)).sum(dim=1)
+
 
 def load_judge(
     folder: str | os.PathLike[str] | None = None,

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from latentdiff.checkpoints import Components
 from latentdiff.checkpoints.components import Autoencoder
+from latentdiff.checkpoints.hashes import network_digest
 from latentdiff.errors import InputError
+from latentdiff.evaluate.features import LATENTS, FeatureNetwork
 from latentdiff.images import to_unit_range
 from latentdiff.models.pixels import PixelSpace
 
-__all__ = ["eight_bit", "encode", "has_latents", "reconstruct", "returned_by"]
+__all__ = ["eight_bit", "encode", "has_latents", "latent_features", "reconstruct", "returned_by"]
 
 IMAGES_AT_ONCE = 16
 NOT_FINITE = "the autoencoder makes values that are not finite; try --dtype float32"
@@ -35,6 +37,18 @@ def encode(components: Components, images: Tensor) -> Tensor:
     if not found.isfinite().all():
         raise InputError(NOT_FINITE)
     return found
+
+
+def latent_features(components: Components) -> FeatureNetwork:
+    """Return the latents of a model's autoencoder as features, (B, C*h*w).
+
+    Raises:
+        InputError: the model has none.
+    """
+    if not has_latents(components):
+        raise InputError("this model draws pixels and has no latents; choose other --features")
+    digest = network_digest(components.autoencoder)
+    return FeatureNetwork(LATENTS, digest, "none", lambda images: encode(components, images).flatten(1))
 
 
 @torch.no_grad()

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from latentdiff.errors import InputError
 from latentdiff.evaluate.evaluation import Evaluation
+from latentdiff.evaluate.features import features_of
 from latentdiff.evaluate.figure import Figure
-from latentdiff.evaluate.intervals import mean, share
+from latentdiff.evaluate.intervals import Floats, mean, share
 from latentdiff.evaluate.pictures import Item, load_pictures
+from latentdiff.evaluate.sets import blurred
 from latentdiff.images import open_image
 
-__all__ = ["clip", "retrieval"]
+__all__ = ["clip", "neighbours", "retrieval"]
 
 BEST = (1, 5)
+NEAREST = 5
+BLOCK = 1024  # real pictures in memory at once
 PROMPTS = 200
 
 
@@ -28,10 +35,9 @@ def clip(evaluation: Evaluation) -> list[Figure]:
     Source: Hessel et al. 2021, arXiv 2104.08718, without their factor and cut at 0.
     """
     judge, drawn = evaluation.judge, _with_prompts(evaluation)
-    images = judge.images(evaluation.generated)
-    texts = judge.texts([item.prompt for _, item in drawn])
-    fits = 100 * (images * texts).sum(dim=1).cpu().double().numpy()
-    others = 100 * (images * texts.roll(1, dims=0)).sum(dim=1)
+    prompts = [item.prompt for _, item in drawn]
+    fits = 100 * judge.fits(evaluation.generated, prompts).cpu().double().numpy()
+    others = 100 * judge.fits(evaluation.generated, [prompts[-1], *prompts[:-1]])
     return [
         evaluation.figure(
             "clip",
@@ -46,9 +52,7 @@ def clip(evaluation: Evaluation) -> list[Figure]:
 
 
 def _fit_of_real(evaluation: Evaluation) -> float:
-    judge = evaluation.judge
-    real = judge.images(evaluation.real)
-    return float(100 * (real * judge.texts(evaluation.captions)).sum(dim=1).mean())
+    return float(100 * evaluation.judge.fits(evaluation.real, evaluation.captions).mean())
 
 
 def retrieval(evaluation: Evaluation) -> list[Figure]:
@@ -79,13 +83,67 @@ def retrieval(evaluation: Evaluation) -> list[Figure]:
     ]
 
 
+def neighbours(evaluation: Evaluation) -> list[Figure]:
+    """Measure how often one of the five nearest real pictures has the text that a picture was drawn from as its label.
+
+    The pictures are those of `retrieval`; they are looked up among all test pictures by Euclidean distance of features.
+    Floor: of as many real pictures, each left out of those it is looked up among. Ceiling: of these, blurred.
+    """
+    reference, network = evaluation.reference("test"), evaluation.network
+    drawn = _of_labels(evaluation, _labels(evaluation))
+    features = features_of(load_pictures([path for path, _ in drawn]), network)
+    real = np.concatenate([features_of(reference.load(block), network) for block in _blocks(len(reference))])
+    names = np.array([_label(row) for row in reference.rows])
+    hits = _near(features, np.array([item.prompt for _, item in drawn]), real, names)
+    apart = np.array(reference.sample(len(drawn)))
+    damaged = features_of(blurred(reference.load(apart.tolist())), network)
+    floor, ceiling = (_near(some, names[apart], real, names, apart).mean() for some in (real[apart], damaged))
+    protocol = {**network.protocol, "n_real": len(real), "nearest": NEAREST}
+    items = evaluation.by_item(drawn, hits.tolist())
+    return [
+        evaluation.figure(
+            "neighbours", share(hits), "higher", protocol, floor=float(floor), ceiling=float(ceiling), **items
+        )
+    ]
+
+
+def _near(
+    features: Floats,
+    texts: NDArray[np.str_],
+    real: Floats,
+    names: NDArray[np.str_],
+    without: NDArray[np.int64] | None = None,
+) -> NDArray[np.bool_]:
+    """Return whether one of the nearest real pictures of each has its text, (N,).
+
+    Args:
+        features, texts: (N, D) and (N,).
+        real, names: of all real pictures.
+        without: place of the real picture that is left out for each, (N,).
+    """
+    squares = np.square(features).sum(axis=1)[:, None] - 2 * features @ real.T + np.square(real).sum(axis=1)
+    if without is not None:
+        squares[np.arange(len(squares)), without] = np.inf
+    nearest = np.argsort(squares, axis=1, kind="stable")[:, :NEAREST]
+    return (names[nearest] == texts[:, None]).any(axis=1)
+
+
+def _blocks(count: int) -> Iterator[range]:
+    return (range(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK))
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    """Return what a picture is of: its `thing`, or its first caption."""
+    return str(row.get("thing") or row["captions"][0])
+
+
 def _of_labels(evaluation: Evaluation, labels: list[str]) -> list[tuple[Path, Item]]:
     """Return pictures of labels, a different one each, or those that were given."""
     if evaluation.given is not None:
         return _with_prompts(evaluation)
     chosen = np.random.default_rng(evaluation.request.seed).permutation(len(labels))[: evaluation.count(PROMPTS)]
     items = [Item(labels[number], evaluation.request.seed + place) for place, number in enumerate(chosen)]
-    return list(zip(evaluation.draw("retrieval", items), items))
+    return evaluation.draw_best("retrieval", items)
 
 
 def _with_prompts(evaluation: Evaluation) -> list[tuple[Path, Item]]:
@@ -102,4 +160,4 @@ def _labels(evaluation: Evaluation) -> list[str]:
     test = evaluation.references.get("test")
     rows = [] if test is None else test.rows
     given = [] if evaluation.given is None else [item.prompt for _, item in _with_prompts(evaluation)]
-    return sorted({*given, *(str(row.get("thing") or row["captions"][0]) for row in rows if not row.get("variant"))})
+    return sorted({*given, *(_label(row) for row in rows if not row.get("variant"))})

@@ -49,6 +49,7 @@ METRICS = {
     "precision_recall": Entry(sets.precision_recall, (REAL, NETWORK)),
     "clip": Entry(matching.clip, (JUDGE,)),
     "retrieval": Entry(matching.retrieval, (JUDGE,)),
+    "neighbours": Entry(matching.neighbours, (REAL, NETWORK)),
     "rfid": Entry(reconstruction.rfid, (REAL, NETWORK)),
     "psnr": Entry(reconstruction.psnr, (REAL, reconstruction.torchmetrics)),
     "ssim": Entry(reconstruction.ssim, (REAL, reconstruction.torchmetrics)),

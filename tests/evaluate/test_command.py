@@ -18,7 +18,7 @@ import torch
 from latentdiff.cli import main
 from latentdiff.commands import evaluate as command
 from latentdiff.commands.shared import load
-from latentdiff.evaluate.features import FEATURES
+from latentdiff.evaluate.features import FEATURES, LATENTS
 from latentdiff.evaluate.report import read_report
 from latentdiff.evaluate.run import METRICS
 from latentdiff.pipeline import Pipeline
@@ -279,6 +279,8 @@ def test_what_is_asked_must_fit(call: list[str], tmp_path: Path, capsys: pytest.
         ([*call, "--metrics", "kid,kid"], "names one twice"),
         ([*call, "--metrics", "kid,"], "metric '' is unknown"),
         ([*call, "--features", "inceptoin"], "features 'inceptoin' are unknown; did you mean 'inception'"),
+        ([*call, "--features", "latents:there"], "features 'latents' are unknown"),
+        ([*call, "--best-of", "0"], "--best-of must be a whole number from 1 to 100, got 0"),
         ([*call, "--guidance", "99"], "guidance_scale must be"),
         (["evaluate", call[1], "--metrics", "kid", "--out", str(tmp_path / "o")], "pass --data"),
     ):
@@ -287,4 +289,4 @@ def test_what_is_asked_must_fit(call: list[str], tmp_path: Path, capsys: pytest.
 
 
 def test_the_help_names_every_metric_and_feature_network() -> None:
-    assert tuple(METRICS) == command.METRICS and tuple(FEATURES) == command.FEATURES
+    assert tuple(METRICS) == command.METRICS and {*FEATURES, LATENTS} == {*command.FEATURES}

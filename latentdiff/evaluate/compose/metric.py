@@ -54,7 +54,7 @@ def _drawn(evaluation: Evaluation) -> tuple[list[tuple[Path, Item]], list[Prompt
     request = evaluation.request
     prompts = make_prompts(max(1, evaluation.count(PROMPTS) // len(CATEGORIES)), request.seed)
     items = [Item(one.text, request.seed + number) for number, one in enumerate(prompts)]
-    drawn = list(zip(evaluation.draw("compose", items), items))
+    drawn = evaluation.draw_best("compose", items)
     write_prompts(prompts, request.out / FILE)
     return drawn, prompts
 
