@@ -104,33 +104,29 @@ class ServedJob:
         Raises:
             TimeoutError: nothing happened in that time.
         """
-        place = 0
-        while True:
+        place, last = 0, ""
+        while last not in ENDS:
             with self._changed:
-                if not self._changed.wait_for(lambda seen=place: len(self._history) > seen, timeout):
-                    raise TimeoutError(f"nothing happened to the job in {timeout} seconds")
-                found, place = self._history[place:], len(self._history)
+                while len(self._history) == place:
+                    if not self._changed.wait(timeout):
+                        raise TimeoutError(f"nothing happened to the job in {timeout} seconds")
+                found, place = self._since(place)
             for event in found:
-                if event is not None:
-                    yield event
-            if any(event is not None and event.kind in ENDS for event in found):
-                return
+                yield event
+                last = event.kind
 
     async def stream(self) -> AsyncIterator[Event]:
         """Yield the same in an event loop of asyncio, which is never blocked."""
-        loop, woken, place = asyncio.get_running_loop(), asyncio.Event(), 0
+        loop, woken, place, last = asyncio.get_running_loop(), asyncio.Event(), 0, ""
         forget = self.listen(lambda event: loop.call_soon_threadsafe(woken.set))
         try:
-            while True:
+            while last not in ENDS:
                 await woken.wait()
                 woken.clear()
-                with self._changed:
-                    found, place = self._history[place:], len(self._history)
+                found, place = self._since(place)
                 for event in found:
-                    if event is not None:
-                        yield event
-                        if event.kind in ENDS:
-                            return
+                    yield event
+                    last = event.kind
         finally:
             forget()
 
@@ -218,6 +214,11 @@ class ServedJob:
             self._end, self.drawing = last, None  # with all that was encoded for it
             self._listeners.clear()
         self._on_end(kind)
+
+    def _since(self, place: int) -> tuple[list[Event], int]:
+        """Return the events from a place in the history on, and where it ends."""
+        with self._changed:
+            return [event for event in self._history[place:] if event is not None], len(self._history)
 
     def _tell(self, callback: Callable[[Event], Any], event: Event) -> None:
         try:

@@ -10,6 +10,7 @@ the U-Net alone, which is made once for all images whose maps, texts and model h
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -176,11 +177,11 @@ class Scheduler:
                 else:
                     nearest = self._waiting.nearest_deadline()
                     self._woken.wait(None if nearest is None else max(0.0, nearest - time.monotonic()))
-        except BaseException as error:  # a fault of ours: nobody may wait for ever
-            broken = ClosedError(f"the scheduler ended with {type(error).__name__}: {error}")
+        except Exception as error:  # a fault of ours: nobody may wait for ever
+            logging.getLogger(__name__).critical("the scheduler ended", exc_info=error)
+            broken = ClosedError(f"the scheduler ended with {type(error).__name__}: {error}; make a new one")
             for job in [*self._waiting.close(), *(place.job for place in self._places.running)]:
                 job.fail(broken)
-            raise
 
     def _admit(self) -> None:
         """Give free places to the images whose turn it is."""

@@ -6,7 +6,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from latentdiff.errors import ClosedError, QueueFullError
 from latentdiff.serve.jobs import ServedJob
@@ -16,7 +16,8 @@ __all__ = ["Turn", "Waiting"]
 MOST_CLIENTS = 10_000  # whose last turn is remembered
 
 
-class Turn(NamedTuple):
+@dataclass(frozen=True)
+class Turn:
     """An image whose turn it is."""
 
     job: ServedJob
