@@ -1,7 +1,7 @@
 """A served picture is the one that the pipeline draws alone, whatever is drawn beside it.
 
-To the bit where an image has its calls of the U-Net to itself. Where calls are joined, kernels add in another order: that
-is equal to rounding, one of 255 levels at most in a picture, and 1e-4 in latents (float32).
+To the bit where an image has its calls of the U-Net to itself. Where calls are joined, kernels add in another order, so
+it is to rounding: one of 255 levels at most in a picture, and 1e-4 in latents (float32).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def requests() -> list[dict[str, Any]]:
         {"prompt": "", "seed": 20, "sampler": "lcm", "num_inference_steps": 4},
         {"prompt": "cat", "seed": 21, "sigmas": (20.0, 3.0, 0.4), "sampler": "euler"},
         {"prompt": "cat", "seed": 22, "sampler": "plms", "num_inference_steps": 1},
-        {"prompt": "(red:1.4) fox", "seed": 23, "sampler": "dpm2_a", "num_inference_steps": 30},
+        {"prompt": "(red:1.4) fox", "seed": 23, "sampler": "dpm2_a", "num_inference_steps": 12},
         {"prompt": "cat", "seed": 24, "latents": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))},
     ]
 
@@ -114,8 +114,8 @@ def test_latents_agree_to_rounding(pipe: Pipeline) -> None:
 def test_an_image_with_calls_of_its_own_is_the_same_to_the_bit(pipe: Pipeline, alone: list[list[Image.Image]]) -> None:
     """In a scheduler of one place, or beside images of other shapes."""
     with Scheduler(pipe, batch=1) as scheduler:
-        jobs = [scheduler.submit(**with_steps(request)) for request in requests()]
-        for job, expected in zip(jobs, alone):
+        jobs = [scheduler.submit(**with_steps(request)) for request in requests()[::3]]
+        for job, expected in zip(jobs, alone[::3], strict=True):
             assert [difference(*both) for both in zip(job.result(60).images, expected, strict=True)] == [0] * job.count
     sizes = [{"prompt": "cat", "width": width, "output_type": "latent", "num_inference_steps": 4} for width in (16, 32)]
     with Scheduler(pipe) as scheduler:
