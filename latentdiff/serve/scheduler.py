@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 
 import torch
@@ -25,6 +26,7 @@ from latentdiff.generation.decode import OUTPUT_TYPES
 from latentdiff.generation.masks import MaskLike
 from latentdiff.generation.options import check_integer, number, one_of
 from latentdiff.generation.run import Drawing, prepare_drawing
+from latentdiff.generation.text import TextCache
 from latentdiff.pipeline import ImageLike, Pipeline
 from latentdiff.serve.helper import DECODE, PREPARE, Helper
 from latentdiff.serve.jobs import ServedJob
@@ -66,7 +68,7 @@ class Scheduler:
         self.pipe, self.batch = pipe, check_integer("batch", batch, 1, 1024, "try 8")
         self.memory = None if memory is None else check_integer("memory", memory, 1, 2**60, "try 8 * 2**30")
         self._waiting = Waiting(check_integer("queue", queue, 1, 100_000, "try 64"))
-        self._preview = LinearPreview() if preview is None else preview
+        self._preview, self._texts = LinearPreview() if preview is None else preview, TextCache()
         self._recorder, self._woken, self._stopping = Recorder(self.batch), threading.Event(), False
         self._decoding, self._lock = 0, threading.Lock()
         self._places = Places(self._preview, self._sampled)
@@ -113,8 +115,9 @@ class Scheduler:
             number(1e-3, 1e9, "try 60")("deadline", deadline)
         try:
             self._waiting.require_room()  # before pictures are opened
+            request = chosen.make_job(prompt, image=image, mask=mask, latents=latents, **options)
             job = ServedJob(
-                chosen.make_job(prompt, image=image, mask=mask, latents=latents, **options),
+                replace(request, texts=self._texts),
                 output_type=output_type,
                 client=client,
                 priority=priority,

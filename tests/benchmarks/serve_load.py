@@ -3,7 +3,7 @@
 python tests/benchmarks/serve_load.py --model embedded --steps 8
 python tests/benchmarks/serve_load.py --clients 1,4 --pictures 2 --model path/to/model --device cuda
 
-For each number of clients it prints, for the scheduler and for the same pipeline behind a lock, pictures per second, the
+For each number of clients it prints, for the scheduler and for the pipeline behind a lock, pictures per second, the
 time from asking for a picture to having it (median and 95th percentile), the time to its first step, and how late an
 event loop of asyncio in the same process is meanwhile. Pictures are drawn once before anything is timed.
 """

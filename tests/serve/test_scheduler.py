@@ -26,6 +26,8 @@ from latentdiff.errors import (
     OutOfMemoryError,
     QueueFullError,
 )
+from latentdiff.generation.text import TextCache
+from latentdiff.models.encoding import TokenStates
 from latentdiff.serve.jobs import Event, ServedJob
 from latentdiff.serve.scheduler import Scheduler
 from tests.serve.gate import Gate, eventually
@@ -358,3 +360,29 @@ def test_nothing_is_left_of_two_hundred_jobs(pipe: Pipeline) -> None:
         eventually(lambda: gc.collect() >= 0 and all(job() is None for job in jobs))
         assert tensors() <= before
         assert scheduler.stats().waiting == 0
+
+
+def test_no_text_is_encoded_twice(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded, encode = list[str](), TokenStates.__call__
+
+    def counted(self: TokenStates, texts: list[str], **options: Any) -> Any:
+        encoded.extend(texts)
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(TokenStates, "__call__", counted)
+    with Scheduler(pipe) as scheduler:
+        for prompt in ("cat", "fox", "cat", "fox"):
+            scheduler.submit(prompt, **PLAIN).result(30)
+        scheduler.submit("cat", pipe=pipe.to("cpu"), **PLAIN).result(30)  # another model, for all that is known
+    assert encoded == ["", "cat", "fox", "", "cat"]
+
+
+def test_a_cache_of_texts_is_bounded_and_keeps_no_model(pipe: Pipeline) -> None:
+    cache, other = TextCache(3), pipe.to("cpu").components
+    for text in ("a", "b", "a", "c", "d"):
+        cache.get(other, text, 0, True)
+    assert len(cache) == 3
+    kept = weakref.ref(other)
+    del other
+    gc.collect()
+    assert kept() is None
