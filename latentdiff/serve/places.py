@@ -70,6 +70,7 @@ class Places:
         self.running = list[Place]()
         self._preview, self._finished = preview, finished
         self._joined = dict[Hashable, JoinedUNet]()  # of the step before
+        self._last: torch.cuda.Event | None = None  # of the step before
         self._most = dict[Hashable, int]()  # images in a call, where there was no memory for more
 
     def admit(self, turn: Turn, drawing: Drawing, need: int) -> None:
@@ -84,8 +85,8 @@ class Places:
         self.running = [place for place in self.running if not place.job.ended]
         self._forget()
 
-    def step(self) -> int:
-        """Make the calls of the U-Net that are due, as few as can be; return how many rows they had."""
+    def step(self) -> None:
+        """Make the calls of the U-Net that are due, as few as can be."""
         alike = dict[_Kind, list[_Due]]()
         for place in self.running:
             if place.due is not None:
@@ -99,7 +100,14 @@ class Places:
         for key, (kind, group) in groups.items():
             self._call(key, kind, group)
         self._forget()
-        return sum(len(call.inputs) for calls in alike.values() for _, call in calls)
+        self._keep_pace([call.inputs.device for calls in alike.values() for _, call in calls])
+
+    def _keep_pace(self, devices: Sequence[torch.device]) -> None:
+        """Be one step ahead of a GPU at most, so that what is cancelled stops soon, and times are true."""
+        if devices and devices[0].type == "cuda":
+            before, self._last = self._last, torch.cuda.current_stream(devices[0]).record_event()
+            if before is not None:
+                before.synchronize()
 
     def _forget(self) -> None:
         if not self.running:
