@@ -25,7 +25,7 @@ def free_port() -> int:
 
 
 def run_two(function: Callable[..., None], *arguments: Any) -> None:
-    """Call a function with the number of the process, 0 or 1, and arguments, in two new processes, and wait for both."""
+    """Call a function with its number, 0 or 1, and arguments, in each of two new processes, and wait for both."""
     method = "spawn" if sys.platform == "win32" else "forkserver"
     if method == "forkserver":
         multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
