@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,11 +70,13 @@ def test_held_out_pictures_are_found_among_all_labels(recipe: Path, tmp_path: Pa
 
 
 def test_a_picture_beside_another_has_no_label(recipe: Path) -> None:
-    tree = yaml.safe_load(recipe.read_text())
-    config = parse_config({**tree, "data": {**tree["data"], "variants": ["pair"]}})
+    config = parse_config(yaml.safe_load(recipe.read_text()))
     assert isinstance(config, ImageTextTraining)
     data, _, _ = assemble(config, torch.device("cpu"))
-    assert len(data.labels) == len(data.label_texts) == 8 and (data.batch(config, 0).labels == -1).all()
+    assert len(data.labels) == len(data.label_texts) == 8
+    assert sorted(data.batch(config, 0).labels.tolist()) == list(range(8))
+    pairs = [[replace(view, beside=0) for view in views] for views in data.plans]
+    assert (replace(data, plans=pairs).batch(config, 0).labels == -1).all()
 
 
 def test_the_loss_of_labels_is_that_of_the_pictures_that_have_one() -> None:
