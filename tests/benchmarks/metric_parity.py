@@ -274,11 +274,9 @@ def estimators() -> Iterator[tuple[str, Callable[[], Estimate], float | None]]:
     yield "mean, 100 exponential", lambda: intervals.mean(rng.exponential(2.0, 100)), 2.0
     yield "share, 100 of 80 %", lambda: intervals.share(rng.random(100) < 0.8), 0.8
     yield "paired_difference, 60", pair, 0.3
-    yield (
-        "kid, 80",
-        lambda: distances.kernel_distance(normal(n=80), normal(0.5, n=80)),
-        cubic[0] + cubic[1] - 2 * cubic[2],
-    )
+    known = cubic[0] + cubic[1] - 2 * cubic[2]
+    yield "kid, 80", lambda: distances.kernel_distance(normal(n=80), normal(0.5, n=80)), known
+    yield "kid, 300", lambda: distances.kernel_distance(normal(n=300), normal(0.5, n=300)), known
     yield "mmd, 80", lambda: distances.gaussian_distance(normal(n=80), normal(0.5, n=80), 1.5), float(gaussian)
     yield "fid, 100", lambda: distances.frechet(normal(), normal(0.5, 1.5)), None
     yield "fid_infinite, 100", lambda: distances.frechet_extrapolated(normal(), normal(0.5, 1.5)), 3 * (0.25 + 0.25)
