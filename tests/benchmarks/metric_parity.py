@@ -63,9 +63,9 @@ def main() -> None:
     warnings.simplefilter("ignore")  # of the packages that are compared with
     with tempfile.TemporaryDirectory() as folder:
         rows = [*of_pictures(Path(folder)), *of_numbers()]
-    print(f"{'metric':24}{'ours':>14}{'theirs':>14}{'difference':>12}  by")
+    print(f"{'metric':24}{'ours':>16}{'theirs':>16}{'difference':>12}  by")
     for name, ours, by, theirs in rows:
-        print(f"{name:24}{ours:14.8g}{theirs:14.8g}{abs(ours - theirs):12.1e}  {by}")
+        print(f"{name:24}{ours:16.8g}{theirs:16.8g}{abs(ours - theirs):12.1e}  {by}")
     print(f"no independent implementation here: {ALONE}")
     print(f"\n{'Gaussians, 400 of each':24}{'fid_infinite':>14}{'interval':>22}{'closed form':>14}")
     closed = [gaussians(size, seed) for size in (4, 16, 32) for seed in (0, 1, 2)]
