@@ -276,7 +276,7 @@ def estimators() -> Iterator[tuple[str, Callable[[], Estimate], float | None]]:
     yield "paired_difference, 60", pair, 0.3
     known = cubic[0] + cubic[1] - 2 * cubic[2]
     yield "kid, 80", lambda: distances.kernel_distance(normal(n=80), normal(0.5, n=80)), known
-    yield "kid, 300", lambda: distances.kernel_distance(normal(n=300), normal(0.5, n=300)), known
+    yield "kid, 200", lambda: distances.kernel_distance(normal(n=200), normal(0.5, n=200)), known
     yield "mmd, 80", lambda: distances.gaussian_distance(normal(n=80), normal(0.5, n=80), 1.5), float(gaussian)
     yield "fid, 100", lambda: distances.frechet(normal(), normal(0.5, 1.5)), None
     yield "fid_infinite, 100", lambda: distances.frechet_extrapolated(normal(), normal(0.5, 1.5)), 3 * (0.25 + 0.25)
