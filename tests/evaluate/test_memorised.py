@@ -36,13 +36,15 @@ def test_nearest_by_brute_force() -> None:
 def test_intervals_contain_the_truth_as_often_as_they_say() -> None:
     """Both sets of one distribution: the share below the 5 % quantile is 5 %, and the quantile is known."""
     rng = np.random.default_rng(1)
-    shares = quantiles = 0
+    shares, quantiles, mean = 0, 0, 0.0
     for _ in range(1000):
         values, others = rng.uniform(0, 1, 200), rng.uniform(0, 1, 200)
         found, quantile = share_below(values, others, 0.05), quantile_of(others, 0.05)
         shares += found.low <= 0.05 <= found.high
         quantiles += quantile.low <= 0.05 <= quantile.high
-    assert 930 <= shares <= 985 and 930 <= quantiles <= 985, (shares, quantiles)
+        mean += found.value / 1000
+    assert 930 <= shares <= 970 and 930 <= quantiles <= 970, (shares, quantiles)
+    assert mean == pytest.approx(0.05, abs=0.002)  # a quantile at rank 1 + (n - 1) q makes it 0.055
 
 
 def test_copies_are_found_in_every_space(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
