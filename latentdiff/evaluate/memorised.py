@@ -119,8 +119,8 @@ def share_below(values: Floats, others: Floats, quantile: float) -> Estimate:
 def quantile_of(values: Floats, quantile: float) -> Estimate:
     """Return a quantile of independent distances with its interval: no distribution is assumed.
 
-    It is at rank (n + 1) q, so that a share q of the distribution is below it on average. Ends at whole ranks would make
-    the interval too wide; between two values a line stands in for the distribution.
+    It is at rank (n + 1) q, so that a share q of the distribution is below it on average. Ends at whole ranks would
+    make the interval too wide; between two values a line stands in for the distribution.
 
     Source: Hutson 1999, Journal of Applied Statistics 26.
     """
