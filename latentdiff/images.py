@@ -39,6 +39,7 @@ __all__ = [
     "open_rgba",
     "pixel_hash",
     "read_texts",
+    "sheet",
     "to_rgb",
     "to_rgba",
     "to_tensor",
@@ -234,6 +235,16 @@ def write_png(
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=chunks)
     write_file(path, buffer.getvalue(), overwrite=overwrite)
+
+
+def sheet(pictures: Sequence[Image.Image], columns: int, gap: int = 0) -> Image.Image:
+    """Return pictures of one size as one, row by row, with white pixels between."""
+    width, height = pictures[0].width + gap, pictures[0].height + gap
+    rows = -(-len(pictures) // columns)
+    found = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
+    for index, picture in enumerate(pictures):
+        found.paste(picture, ((index % columns) * width, (index // columns) * height))
+    return found
 
 
 def write_file(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = True) -> None:

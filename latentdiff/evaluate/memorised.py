@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from latentdiff.errors import InputError, StorageError
+from latentdiff.errors import InputError
 from latentdiff.evaluate.evaluation import Evaluation, Reference
 from latentdiff.evaluate.features import features_of
 from latentdiff.evaluate.figure import Figure
 from latentdiff.evaluate.intervals import LEVEL, Estimate, Floats, share
 from latentdiff.evaluate.latents import encode, has_latents
+from latentdiff.evaluate.pictures import make_folder
 from latentdiff.evaluate.sets import blurred
-from latentdiff.images import from_tensor, write_png
+from latentdiff.images import from_tensor, sheet, write_png
 
 __all__ = ["Nearest", "memorised", "nearest", "share_below"]
 
@@ -220,23 +220,10 @@ def _draw_pairs(evaluation: Evaluation, space: str, found: Nearest, training: Re
     """Write a picture of the nearest pairs into the folder of the report: generated above, training below."""
     first = found.distances.argsort(kind="stable")[:PAIRS]
     neighbours = torch.cat([training.load([place]) for place in found.places[first].tolist()])
-    rows = [from_tensor(evaluation.generated[first.tolist()]), from_tensor(neighbours)]
-    folder = evaluation.request.out
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    pictures = from_tensor(torch.cat([evaluation.generated[first.tolist()], neighbours]))
+    make_folder(evaluation.request.out)
     far = ", ".join(f"{distance:.4g}" for distance in found.distances[first])
-    write_png(folder / f"memorised-{space}.png", _grid(rows), {"distances": far})
-
-
-def _grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    width, height = rows[0][0].size
-    grid = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
-    for row, images in enumerate(rows):
-        for column, image in enumerate(images):
-            grid.paste(image, (width * column, height * row))
-    return grid
+    write_png(evaluation.request.out / f"memorised-{space}.png", sheet(pictures, len(first)), {"distances": far})
 
 
 def _reduced(images: Tensor) -> Tensor:
