@@ -29,7 +29,18 @@ ROOMS = (
     "models",
     "diffusion",
 )
-LEAVES = ("corruptions", "devices", "images", "decoding", "files", "prompts", "interrupts", "errors")
+LEAVES = (
+    "corruptions",
+    "devices",
+    "images",
+    "encoding",
+    "decoding",
+    "marks",
+    "files",
+    "prompts",
+    "interrupts",
+    "errors",
+)
 TRAINING_ROOMS = (
     *(
         "check",
