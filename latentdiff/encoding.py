@@ -8,45 +8,43 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 from PIL import ExifTags, Image, PngImagePlugin
 
 from latentdiff.errors import InputError
 from latentdiff.marks import mark
 
-__all__ = ["FORMATS", "Format", "encode", "format_of", "texts_of"]
+__all__ = ["FORMATS", "encode", "format_of", "texts_of"]
 
-Format = Literal["PNG", "JPEG", "WEBP"]
-
-FORMATS: dict[str, Format] = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # by the name's ending
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # Pillow's names, by the ending of a file's
 QUALITY = 95  # of JPEG and WebP
 PARAMETERS = "parameters"  # what the web UIs call the settings of a picture, which they keep as EXIF's comment
 XMP_KEY = "XML:com.adobe.xmp"  # of the PNG chunk
 COMMENT = b"UNICODE\0"  # before a UserComment in UTF-16; Exif 3.0, table 9
 MAKER = b"latentdiff\0"  # before a MakerNote of ours
 MAX_EXIF = 2**16 - 3  # bytes in a JPEG segment, without the length
+MAX_WEBP = 2**14 - 1  # pixels along a side
 
 
-def format_of(path: Path) -> Format:
+def format_of(path: Path) -> str:
     """Return the format that a file is written in by its name: PNG where that does not tell."""
     return FORMATS.get(path.suffix.lower(), "PNG")
 
 
 def encode(
-    image: Image.Image, kind: Format = "PNG", texts: Mapping[str, str] | None = None, source_type: str | None = None
+    image: Image.Image, kind: str = "PNG", texts: Mapping[str, str] | None = None, source_type: str | None = None
 ) -> bytes:
     """Return a picture as the bytes of a file, which depend on nothing but the arguments and Pillow's version.
 
     Args:
         image: mode "RGB" or "RGBA"; JPEG has no transparency, and gets it over white.
-        kind: of file.
+        kind: of file, one of `FORMATS`.
         texts: chunks of a PNG; in other formats "parameters" goes into EXIF's UserComment, and the one beside it into
             its MakerNote.
         source_type: IPTC digital source type that its mark names; None for no mark.
 
     Raises:
-        InputError: a JPEG cannot hold that much text.
+        InputError: a JPEG cannot hold that much text, or a WebP so many pixels.
     """
     # No lone surrogates, which no file can hold.
     written = {key: text.encode("utf-8", "backslashreplace").decode() for key, text in (texts or {}).items()}
@@ -63,6 +61,9 @@ def encode(
     if kind == "JPEG" and len(exif) > MAX_EXIF:
         size = f"{len(exif) / 2**10:,.0f} KiB"
         raise InputError(f"a JPEG holds at most 64 KiB of settings, and these are {size}; write a PNG or WebP")
+    if kind == "WEBP" and max(bare.size) > MAX_WEBP:
+        got = f"{bare.width}x{bare.height}"
+        raise InputError(f"a WebP holds at most {MAX_WEBP} pixels along a side, and these are {got}; write a PNG")
     # Each pixel has its own colour, where JPEG would let four share one.
     quality = {"quality": QUALITY, "subsampling": 0} if kind == "JPEG" else {"quality": QUALITY}
     bare.save(buffer, kind, exif=exif, xmp=packet or b"", **quality)

@@ -22,7 +22,6 @@ from latentdiff.decoding import MAX_PIXELS, decode, parse, refusing, upright
 from latentdiff.encoding import encode, texts_of
 from latentdiff.errors import InputError, StorageError
 from latentdiff.files import is_folder, read_file, require_path
-from latentdiff.marks import source_type_of
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +37,8 @@ __all__ = [
     "numbered",
     "open_image",
     "open_rgba",
+    "open_stored",
     "pixel_hash",
-    "read_source_type",
     "read_texts",
     "to_rgb",
     "to_rgba",
@@ -119,13 +118,13 @@ def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
         return texts_of(image)
 
 
-def read_source_type(path: str | os.PathLike[str]) -> str | None:
-    """Return the IPTC digital source type that a picture file is marked with, a URI; None where it is not.
+def open_stored(path: str | os.PathLike[str]) -> Image.Image:
+    """Open a PNG, JPEG or WebP file as it is stored, with its `format` and all that it carries in `info`.
 
     Raises:
         InputError: as `open_image`.
     """
-    return source_type_of(decode(_read(path), os.fspath(path)))
+    return decode(_read(path), os.fspath(path))
 
 
 def from_array(pixels: np.ndarray | torch.Tensor, name: str = "image") -> Image.Image:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from latentdiff.commands.shared import load_torch
-from latentdiff.errors import printable
+from latentdiff.encoding import FORMATS
+from latentdiff.errors import InputError, printable
 from latentdiff.files import is_file
 
-HELP = "Say what a model folder, safetensors file or generated PNG is."
+HELP = "Say what a model folder, safetensors file or generated picture is."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -22,10 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Say what a model folder, weight file or generated picture is."""
     path = Path(options.path) if options.path else None
-    if path and path.suffix.lower() == ".png":
-        from latentdiff.generation.result import read_record
-
-        described = {"kind": "picture", **read_record(path)}
+    if path and path.suffix.lower() in FORMATS:
+        described = _describe_picture(path)
     else:
         load_torch()
         from latentdiff.checkpoints import find_model
@@ -37,3 +37,22 @@ def run(options: argparse.Namespace) -> None:
         return
     for key, value in described.items():
         print(printable(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}"))
+
+
+def _describe_picture(path: Path) -> dict[str, Any]:
+    """Return the mark of a picture file, which any may have, and the settings of one of ours.
+
+    Raises:
+        InputError: the file cannot be read, or has neither.
+    """
+    from latentdiff.generation.result import read_record
+    from latentdiff.images import open_stored
+    from latentdiff.marks import source_type_of
+
+    described = {"kind": "picture", "digital_source_type": source_type_of(open_stored(path))}
+    try:
+        return described | read_record(path)
+    except InputError:
+        if described["digital_source_type"] is None:
+            raise
+    return described
