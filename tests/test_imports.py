@@ -32,6 +32,7 @@ ROOMS = (
 LEAVES = (
     "corruptions",
     "devices",
+    "signing",
     "images",
     "encoding",
     "decoding",

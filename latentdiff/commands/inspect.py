@@ -9,8 +9,8 @@ from typing import Any
 
 from latentdiff.commands.shared import load_torch
 from latentdiff.encoding import FORMATS
-from latentdiff.errors import InputError, printable
-from latentdiff.files import is_file
+from latentdiff.errors import InputError, MissingDependencyError, printable
+from latentdiff.files import is_file, read_file
 
 HELP = "Say what a model folder, safetensors file or generated picture is."
 
@@ -40,16 +40,23 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _describe_picture(path: Path) -> dict[str, Any]:
-    """Return the mark of a picture file, which any may have, and the settings of one of ours.
+    """Return mark and signature of a picture file, which any may have, and the settings of one of ours.
 
     Raises:
-        InputError: the file cannot be read, or has neither.
+        InputError: the file cannot be read, or has no mark and no settings.
     """
     from latentdiff.generation.result import read_record
-    from latentdiff.images import open_stored
+    from latentdiff.images import MAX_FILE_BYTES, open_stored
     from latentdiff.marks import source_type_of
+    from latentdiff.signing import signature_of
 
-    described = {"kind": "picture", "digital_source_type": source_type_of(open_stored(path))}
+    described: dict[str, Any] = {"kind": "picture", "digital_source_type": source_type_of(open_stored(path))}
+    try:
+        signature = signature_of(read_file(path, MAX_FILE_BYTES, "image"))
+    except MissingDependencyError as error:
+        signature = {"state": "not checked", "reason": str(error)}
+    if signature is not None:
+        described["signature"] = signature
     try:
         return described | read_record(path)
     except InputError:

@@ -152,11 +152,28 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="leave out that a model made the pictures, which law may ask for",
     )
+    parser.add_argument(
+        "--sign",
+        nargs=2,
+        metavar=("CERT.pem", "KEY.pem"),
+        help="sign pictures by C2PA with a certificate chain and its private key (needs the extra c2pa)",
+    )
 
 
 def writing(options: argparse.Namespace) -> SaveOptions:
-    """Return what pictures carry by the options of a command."""
-    return {"metadata": options.metadata, "mark": options.mark}
+    """Return what pictures carry by the options of a command.
+
+    Raises:
+        InputError, MissingDependencyError: they cannot be signed as asked for.
+    """
+    how: SaveOptions = {"metadata": options.metadata, "mark": options.mark}
+    if options.sign is not None:
+        if not options.mark:
+            raise InputError("--sign says that a model made the pictures, got --no-mark; leave out one of them")
+        from latentdiff.signing import load_signer
+
+        how["signer"] = load_signer(*options.sign)
+    return how
 
 
 def say(message: object) -> None:

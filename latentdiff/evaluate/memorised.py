@@ -22,6 +22,7 @@ from latentdiff.evaluate.intervals import LEVEL, Estimate, Floats, share
 from latentdiff.evaluate.latents import encode, has_latents
 from latentdiff.evaluate.sets import blurred
 from latentdiff.images import from_tensor, write_png
+from latentdiff.marks import COMPOSITE
 
 __all__ = ["Nearest", "memorised", "nearest", "share_below"]
 
@@ -214,7 +215,7 @@ def _draw_pairs(evaluation: Evaluation, space: str, found: Nearest, training: Re
     except OSError as error:
         raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
     far = ", ".join(f"{distance:.4g}" for distance in found.distances[first])
-    write_png(folder / f"memorised-{space}.png", _grid(rows), {"distances": far})
+    write_png(folder / f"memorised-{space}.png", _grid(rows), {"distances": far}, COMPOSITE)
 
 
 def _grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:

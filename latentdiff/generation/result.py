@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from latentdiff.checkpoints import Components
     from latentdiff.engine.execution import Execution
     from latentdiff.generation.request import Settings
+    from latentdiff.signing import Signer
 
 __all__ = [
     "GeneratedImage",
@@ -48,6 +49,7 @@ class SaveOptions(TypedDict, total=False):
 
     metadata: bool
     mark: bool
+    signer: Signer | None
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,13 @@ class GeneratedImage:
         return GENERATED if given is None or given.get("generated") is True else COMPOSITE
 
     def save(
-        self, path: str | os.PathLike[str], *, metadata: bool = True, mark: bool = True, overwrite: bool = True
+        self,
+        path: str | os.PathLike[str],
+        *,
+        metadata: bool = True,
+        mark: bool = True,
+        signer: Signer | None = None,
+        overwrite: bool = True,
     ) -> None:
         """Write a PNG, JPEG or WebP file that says how to make the image again, and that a model made it.
 
@@ -100,19 +108,25 @@ class GeneratedImage:
             path: of the file, a PNG unless its name ends in .jpg, .jpeg or .webp.
             metadata: False for no prompt and no settings, so that `latentdiff replay` knows nothing of it.
             mark: False for no IPTC digital source type (`source_type`).
+            signer: what signs it by C2PA; see `signing.load_signer`.
             overwrite: replace an existing file; with False that is a FileExistsError.
 
         Raises:
-            InputError: the request had another output_type than "pil", or the settings are too long for a JPEG.
+            InputError: the request had another output_type than "pil", the settings are too long for a JPEG, or it is
+                to be signed and not marked.
             StorageError: the file cannot be written.
         """
         if not isinstance(self.image, Image.Image):
             raise InputError('only pictures can be saved, got tensors; call with output_type="pil"')
         target = require_path(path, "a picture")
+        if signer is not None and not mark:
+            raise InputError("a signature says that a model made the picture, got mark=False; leave out one of them")
         if target.suffix.lower() in OTHER_FORMATS:
             raise InputError(f"pictures are written as PNG, JPEG or WebP, got {shown(os.fspath(path))}; name it .png")
         texts = {METADATA_KEY: json.dumps(self.record), "parameters": infotext(self.record)} if metadata else {}
-        data = encode(self.image, format_of(target), texts, self.source_type if mark else None)
+        kind = format_of(target)
+        data = encode(self.image, kind, texts, self.source_type if mark else None)
+        data = data if signer is None else signer.sign(data, kind, self.source_type)
         write_file(target, data, overwrite=overwrite)
 
 
