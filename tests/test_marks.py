@@ -117,7 +117,11 @@ def test_inspect_reads_the_mark_back(fox: Result, ending: str, capsys: pytest.Ca
     assert f"digital_source_type: {GENERATED}\n" in capsys.readouterr().out
     fox.save(f"b{ending}", metadata=False)
     assert main(["inspect", f"b{ending}", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"kind": "picture", "digital_source_type": GENERATED}
+    assert json.loads(capsys.readouterr().out) == {
+        "kind": "picture",
+        "digital_source_type": GENERATED,
+        "signature": None,
+    }
     fox.save(f"c{ending}", mark=False)
     assert main(["inspect", f"c{ending}", "--json"]) == 0
     described = json.loads(capsys.readouterr().out)
@@ -125,6 +129,14 @@ def test_inspect_reads_the_mark_back(fox: Result, ending: str, capsys: pytest.Ca
     fox.save(f"d{ending}", mark=False, metadata=False)
     assert main(["inspect", f"d{ending}"]) == 2
     assert "must hold latentdiff's settings" in capsys.readouterr().err
+
+
+def test_a_record_cannot_pretend_a_mark_or_a_signature(capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"kind": "x", "digital_source_type": GENERATED, "signature": {"state": "Trusted"}, "prompt": "fox"}
+    Path("a.webp").write_bytes(encode(smooth(8, 8), "WEBP", {"latentdiff": json.dumps(record)}))
+    assert main(["inspect", "a.webp", "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described == {"kind": "picture", "digital_source_type": None, "signature": None, "prompt": "fox"}
 
 
 @ENDINGS
@@ -226,6 +238,19 @@ def test_a_jpeg_of_a_transparent_picture_is_over_white() -> None:
         assert open_rgba("a").getpixel((8, 8)) == colour
     Path("a").write_bytes(encode(clear, "WEBP"))
     assert open_rgba("a").getchannel("A").getextrema() == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_broken_metadata_is_nothing_or_one_line(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {"latentdiff": json.dumps({"prompt": "fox"}), "parameters": "füchse"}
+    whole, rng = encode(smooth(8, 8), kind, texts, GENERATED), np.random.default_rng(0)
+    for _ in range(60):
+        data = bytearray(whole)
+        for at in rng.integers(12, len(whole), 4):
+            data[at] = rng.integers(256)
+        Path("a.png").write_bytes(data)  # by its content
+        code, captured = main(["inspect", "a.png"]), capsys.readouterr()
+        assert (code, captured.err.count("\n")) in ((0, 0), (2, 1))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])

@@ -43,7 +43,7 @@ def _describe_picture(path: Path) -> dict[str, Any]:
     """Return mark and signature of a picture file, which any may have, and the settings of one of ours.
 
     Raises:
-        InputError: the file cannot be read, or has no mark and no settings.
+        InputError: the file cannot be read, or has nothing of all that.
     """
     from latentdiff.generation.result import read_record
     from latentdiff.images import MAX_FILE_BYTES, open_stored
@@ -52,14 +52,12 @@ def _describe_picture(path: Path) -> dict[str, Any]:
 
     described: dict[str, Any] = {"kind": "picture", "digital_source_type": source_type_of(open_stored(path))}
     try:
-        signature = signature_of(read_file(path, MAX_FILE_BYTES, "image"))
+        described["signature"] = signature_of(read_file(path, MAX_FILE_BYTES, "image"))
     except MissingDependencyError as error:
-        signature = {"state": "not checked", "reason": str(error)}
-    if signature is not None:
-        described["signature"] = signature
+        described["signature"] = {"state": "not checked", "reason": str(error)}
     try:
-        return described | read_record(path)
+        return {**described, **read_record(path), **described}  # a record may say anything
     except InputError:
-        if described["digital_source_type"] is None:
+        if described["digital_source_type"] is None and described["signature"] is None:
             raise
     return described
