@@ -11,8 +11,8 @@ from PIL import Image
 
 __all__ = ["COMPOSITE", "GENERATED", "mark", "source_type_of"]
 
-# Terms of the vocabulary http://cv.iptc.org/newscodes/digitalsourcetype: what a model generated, and what it generated
-# a part of, or made of another picture ("such as with inpainting or outpainting operations").
+# Terms of the vocabulary http://cv.iptc.org/newscodes/digitalsourcetype: what a model generated, and what it made of
+# something else, as inpainting and outpainting do.
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 COMPOSITE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
 
