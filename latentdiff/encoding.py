@@ -23,7 +23,7 @@ XMP_KEY = "XML:com.adobe.xmp"  # of the PNG chunk
 COMMENT = b"UNICODE\0"  # before a UserComment in UTF-16; Exif 3.0, table 9
 MAKER = b"latentdiff\0"  # before a MakerNote of ours
 MAX_EXIF = 2**16 - 3  # bytes in a JPEG segment, without the length
-MAX_WEBP = 2**14 - 1  # pixels along a side
+MAX_SIDE = {"PNG": 2**31 - 1, "JPEG": 2**16 - 1, "WEBP": 2**14 - 1}  # pixels along a side
 
 
 def format_of(path: Path) -> str:
@@ -44,11 +44,14 @@ def encode(
         source_type: IPTC digital source type that its mark names; None for no mark.
 
     Raises:
-        InputError: a JPEG cannot hold that much text, or a WebP so many pixels.
+        InputError: a JPEG cannot hold that much text, or the format that large a picture.
     """
     # No lone surrogates, which no file can hold.
     written = {key: text.encode("utf-8", "backslashreplace").decode() for key, text in (texts or {}).items()}
     packet = None if source_type is None else mark(source_type)
+    if max(image.size) > MAX_SIDE[kind]:
+        got = f"{image.width}x{image.height}"
+        raise InputError(f"a {kind} holds at most {MAX_SIDE[kind]} pixels along a side, got {got}; write a PNG")
     bare = image.copy()
     bare.info = {}
     if kind == "JPEG" and bare.mode == "RGBA":
@@ -61,9 +64,6 @@ def encode(
     if kind == "JPEG" and len(exif) > MAX_EXIF:
         size = f"{len(exif) / 2**10:,.0f} KiB"
         raise InputError(f"a JPEG holds at most 64 KiB of settings, and these are {size}; write a PNG or WebP")
-    if kind == "WEBP" and max(bare.size) > MAX_WEBP:
-        got = f"{bare.width}x{bare.height}"
-        raise InputError(f"a WebP holds at most {MAX_WEBP} pixels along a side, and these are {got}; write a PNG")
     # Each pixel has its own colour, where JPEG would let four share one.
     quality = {"quality": QUALITY, "subsampling": 0} if kind == "JPEG" else {"quality": QUALITY}
     bare.save(buffer, kind, exif=exif, xmp=packet or b"", **quality)
