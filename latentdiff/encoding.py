@@ -23,7 +23,7 @@ XMP_KEY = "XML:com.adobe.xmp"  # of the PNG chunk
 COMMENT = b"UNICODE\0"  # before a UserComment in UTF-16; Exif 3.0, table 9
 MAKER = b"latentdiff\0"  # before a MakerNote of ours
 MAX_EXIF = 2**16 - 3  # bytes in a JPEG segment, without the length
-MAX_SIDE = {"PNG": 2**31 - 1, "JPEG": 2**16 - 1, "WEBP": 2**14 - 1}  # pixels along a side
+MAX_SIDE = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 2**14 - 1}  # pixels along a side, of libjpeg and libwebp
 
 
 def format_of(path: Path) -> str:
