@@ -22,6 +22,7 @@ from latentdiff.evaluate.latents import encode, has_latents
 from latentdiff.evaluate.pictures import make_folder
 from latentdiff.evaluate.sets import blurred
 from latentdiff.images import from_tensor, sheet, write_png
+from latentdiff.marks import COMPOSITE
 
 __all__ = ["Nearest", "memorised", "nearest", "share_below"]
 
@@ -223,7 +224,8 @@ def _draw_pairs(evaluation: Evaluation, space: str, found: Nearest, training: Re
     pictures = from_tensor(torch.cat([evaluation.generated[first.tolist()], neighbours]))
     make_folder(evaluation.request.out)
     far = ", ".join(f"{distance:.4g}" for distance in found.distances[first])
-    write_png(evaluation.request.out / f"memorised-{space}.png", sheet(pictures, len(first)), {"distances": far})
+    grid = sheet(pictures, len(first))
+    write_png(evaluation.request.out / f"memorised-{space}.png", grid, {"distances": far}, COMPOSITE)
 
 
 def _reduced(images: Tensor) -> Tensor:

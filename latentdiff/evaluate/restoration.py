@@ -20,6 +20,7 @@ from latentdiff.evaluate.pictures import Item, load_pictures
 from latentdiff.evaluate.reconstruction import RANGE, SSIM_PROTOCOL, psnr_of, ssim_of
 from latentdiff.evaluate.tasks import own_task
 from latentdiff.images import from_tensor, sheet, to_tensor, write_png
+from latentdiff.marks import COMPOSITE
 
 __all__ = ["inpainting", "upscaler", "upscaling"]
 
@@ -131,7 +132,8 @@ def _draw_sheet(evaluation: Evaluation, name: str, columns: Sequence[Tensor]) ->
     """Write some pictures of each column, (N, 3, H, W) in [-1, 1], beside each other into the folder of the report."""
     chosen = torch.linspace(0, len(columns[0]) - 1, min(SHOWN, len(columns[0]))).long()
     rows = torch.stack([column[chosen] for column in columns], dim=1).flatten(0, 1)
-    write_png(evaluation.request.out / f"{name}.png", sheet(from_tensor(rows), len(columns), gap=2), {})
+    grid = sheet(from_tensor(rows), len(columns), gap=2)
+    write_png(evaluation.request.out / f"{name}.png", grid, {}, COMPOSITE)
 
 
 def _values(measure: Callable[[Tensor, Tensor], Tensor], images: Tensor, others: Tensor) -> Floats:

@@ -14,7 +14,8 @@ from latentdiff.cli import main
 from latentdiff.errors import InputError
 from latentdiff.evaluate import memorised as module
 from latentdiff.evaluate.memorised import memorised, nearest, quantile_of, share_below
-from latentdiff.images import open_image, read_texts, to_tensor
+from latentdiff.images import open_image, open_stored, read_texts, to_tensor
+from latentdiff.marks import COMPOSITE, source_type_of
 from tests.evaluate.small import evaluation, images, reference
 from tests.evaluate.test_features import dinov2_folder  # noqa: F401  (a fixture)
 from tests.models.test_pixels import components as pixel_model
@@ -66,6 +67,7 @@ def test_copies_are_found_in_every_space(pipe: Pipeline, tmp_path: Path, monkeyp
         assert torch.equal(picture[:, :32, :96], picture[:, 32:, :96])  # the three copies come first
         assert not torch.equal(picture[:, :32, 96:], picture[:, 32:, 96:])
         assert read_texts(tmp_path / f"out/memorised-{space}.png")["distances"].startswith("0, 0, 0, 0.")
+        assert source_type_of(open_stored(tmp_path / f"out/memorised-{space}.png")) == COMPOSITE  # real ones below
     quantile = found["memorised/pixels/distance_50%"]
     assert quantile.estimate.low < quantile.estimate.value < quantile.estimate.high and quantile.better is None
     assert quantile.floor is not None and 0.5 < quantile.estimate.value / quantile.floor < 1.2
