@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from latentdiff import Pipeline
 from latentdiff.errors import InputError
 from latentdiff.evaluate import Evaluation, Request
 from latentdiff.evaluate.compare import compare
+from latentdiff.evaluate.features import FeatureNetwork
 from latentdiff.evaluate.pictures import Item
 from latentdiff.evaluate.restoration import MOST, psnr_inside
 from latentdiff.evaluate.run import measure
@@ -67,6 +69,7 @@ def test_a_model_that_fills_in_is_measured_beside_one_that_blends(pipe: Pipeline
     model = Pipeline(components_of(tiny("Stable Diffusion 1.x"), 9))
     assert model.components.inpaints
     evaluation = asked(model, tmp_path / "one", num_inference_steps=1)
+    evaluation.network = FeatureNetwork("quarters", "0", "none", lambda x: F.adaptive_avg_pool2d(x, 2).flatten(1))
     assert evaluation.caption_items[0].inputs.keys() == {"image", "mask"}
     ours = measure(evaluation, ["inpainting"])
     assert [path for path, _ in evaluation.drawn] == [  # the same pictures serve other metrics
@@ -75,6 +78,9 @@ def test_a_model_that_fills_in_is_measured_beside_one_that_blends(pipe: Pipeline
     theirs = measure(asked(pipe, tmp_path / "two", num_inference_steps=1), ["inpainting"])
     (one, other) = compare(theirs, ours, [])
     assert one.paired and not one.refused and not other.refused
+    (near,) = measure(evaluation, ["neighbours"])
+    assert near.items.keys() == ours[0].items.keys()  # made of remains, too
+    assert near.estimate.value == 0  # each label is of one picture alone, which is left out
     with pytest.raises(InputError, match="compose asks for pictures drawn from texts alone, got a model made to inpai"):
         evaluation.draw("compose", [Item("a fox", 0)])
 
