@@ -131,7 +131,8 @@ def _near(
     left_out = np.flatnonzero(without >= 0)
     squares[left_out, without[left_out]] = np.inf
     nearest = np.argsort(squares, axis=1, kind="stable")[:, :NEAREST]
-    return (names[nearest] == texts[:, None]).any(axis=1)
+    there = np.isfinite(np.take_along_axis(squares, nearest, axis=1))  # where others are fewer
+    return ((names[nearest] == texts[:, None]) & there).any(axis=1)
 
 
 def _blocks(count: int) -> Iterator[range]:
