@@ -13,7 +13,8 @@ from torch import Tensor
 
 from latentdiff.checkpoints import load_pipeline
 from latentdiff.diffusion import Call, draw_noise, image_generator, make_plan, sample, start
-from latentdiff.images import from_tensor
+from latentdiff.images import from_tensor, write_png
+from latentdiff.marks import GENERATED
 
 
 @torch.no_grad()
@@ -44,4 +45,4 @@ def text_to_image(prompt: str, seed: int = 0, steps: int = 25, guidance_scale: f
 
 
 if __name__ == "__main__":
-    text_to_image(sys.argv[1]).save(sys.argv[2])
+    write_png(sys.argv[2], text_to_image(sys.argv[1]), {}, GENERATED)  # marked as made by a model

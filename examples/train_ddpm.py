@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import trange
 
 from latentdiff.diffusion import NoiseSchedule, as_denoiser, draw_noise, image_generator, make_plan, sample, start
-from latentdiff.images import fit, from_tensor, open_image, to_tensor
+from latentdiff.images import fit, from_tensor, open_image, to_tensor, write_png
+from latentdiff.marks import GENERATED
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 
 
@@ -59,4 +60,4 @@ if __name__ == "__main__":
     options = parser.parse_args()
     pictures = generate(*train(options.folder, options.size, options.steps), options.size)
     rows = torch.cat([torch.cat(list(row), dim=-1) for row in pictures.split(4)], dim=-2)  # a grid of four by four
-    from_tensor(rows[None])[0].save(options.out)
+    write_png(options.out, from_tensor(rows[None])[0], {}, GENERATED)  # marked as made by a model

@@ -110,7 +110,10 @@ def upright(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | N
         image = image.transpose(turn)
     color, alpha = _split_alpha(image, name)
     color = _apply_profile(color, profile) if profile else color
-    return color if color.mode == "RGB" else color.convert("RGB"), alpha
+    color = color if color.mode == "RGB" else color.convert("RGB")
+    if "xmp" in image.info:  # by which it may be marked, and which not all of this keeps
+        color.info["xmp"] = image.info["xmp"]
+    return color, alpha
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

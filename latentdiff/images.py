@@ -7,7 +7,6 @@ profile, an EXIF rotation) comes out as an upright 8-bit sRGB picture; transpare
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import os
 import secrets
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
 
 from latentdiff.decoding import MAX_PIXELS, decode, parse, refusing, upright
+from latentdiff.encoding import encode, texts_of
 from latentdiff.errors import InputError, StorageError
 from latentdiff.files import is_folder, read_file, require_path
 
@@ -37,8 +37,10 @@ __all__ = [
     "numbered",
     "open_image",
     "open_rgba",
+    "open_stored",
     "pixel_hash",
     "read_texts",
+    "sheet",
     "to_rgb",
     "to_rgba",
     "to_tensor",
@@ -106,17 +108,24 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
 
 
 def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Return the text chunks of a PNG file.
+    """Return the text chunks of a PNG file, or the settings that a JPEG or WebP file carries; see `encoding.encode`.
 
     Raises:
-        InputError: there is no such file, or it is no PNG that can be read.
+        InputError: as `open_image`, as far as the header tells.
     """
     name = os.fspath(path)
     image = parse(_read(path), name)
-    if not isinstance(image, PngImagePlugin.PngImageFile):
-        raise InputError(f"{name} must be a PNG written by latentdiff, got {image.format}; pass the original file")
     with refusing(name, "pass the original file"):
-        return {str(key): str(value) for key, value in image.text.items()}
+        return texts_of(image)
+
+
+def open_stored(path: str | os.PathLike[str]) -> Image.Image:
+    """Open a PNG, JPEG or WebP file as it is stored, with its `format` and all that it carries in `info`.
+
+    Raises:
+        InputError: as `open_image`.
+    """
+    return decode(_read(path), os.fspath(path))
 
 
 def from_array(pixels: np.ndarray | torch.Tensor, name: str = "image") -> Image.Image:
@@ -214,26 +223,25 @@ def from_tensor(images: torch.Tensor) -> list[Image.Image]:
 
 
 def write_png(
-    path: str | os.PathLike[str], image: Image.Image, texts: Mapping[str, str], *, overwrite: bool = True
+    path: str | os.PathLike[str], image: Image.Image, texts: Mapping[str, str], source_type: str | None = None
 ) -> None:
-    """Write a PNG with text chunks, atomically; see `write_file`.
+    """Write a PNG with text chunks and a mark, atomically; see `encoding.encode` and `write_file`.
 
     Raises:
         InputError: that is no path.
-
-    The bytes depend on nothing but the arguments and Pillow's version.
     """
     require_path(path, "a picture")
-    chunks = PngImagePlugin.PngInfo()
-    for key, text in texts.items():
-        text = text.encode("utf-8", "backslashreplace").decode()  # no lone surrogates, which no file can hold
-        if text.isascii():
-            chunks.add_text(key, text)
-        else:
-            chunks.add_itxt(key, text)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=chunks)
-    write_file(path, buffer.getvalue(), overwrite=overwrite)
+    write_file(path, encode(image, "PNG", texts, source_type))
+
+
+def sheet(pictures: Sequence[Image.Image], columns: int, gap: int = 0) -> Image.Image:
+    """Return pictures of one size as one, row by row, with white pixels between."""
+    width, height = pictures[0].width + gap, pictures[0].height + gap
+    rows = -(-len(pictures) // columns)
+    found = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
+    for index, picture in enumerate(pictures):
+        found.paste(picture, ((index % columns) * width, (index // columns) * height))
+    return found
 
 
 def write_file(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = True) -> None:

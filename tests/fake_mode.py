@@ -27,6 +27,18 @@ MIXED = {"__deepcopy__", "_foreach_copy_", "_has_compatible_shallow_copy_type", 
 MIXED |= {"__set__", "is_same_size", "result_type", "set_"}
 JOINED = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}  # take no number from the CPU, as others do
 MAKERS = {"tensor", "as_tensor", "asarray"}
+# What is known of a tensor wherever it is, asked often: answered at once.
+KNOWN = {"shape", "dtype", "layout", "ndim", "nbytes", "itemsize", "is_meta", "is_leaf", "requires_grad", "grad_fn"}
+KNOWN_CALLS = {
+    "untyped_storage",
+    "_set_grad_enabled",
+    "is_floating_point",
+    "numel",
+    "is_contiguous",
+    "data_ptr",
+    "size",
+}
+KNOWN_CALLS |= {"dim", "stride", "element_size", "is_complex", "requires_grad_"}
 
 
 class DeviceMode(TorchFunctionMode):
@@ -54,6 +66,8 @@ class DeviceMode(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.__name__
+        if name in KNOWN_CALLS or (name == "__get__" and func.__self__.__name__ in KNOWN):
+            return func(*args, **(kwargs or {}))
         return self.methods.get(name, self._call)(func, *args, **(kwargs or {}))
 
     def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:

@@ -135,7 +135,11 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "strength alone": (["fox", "--strength", "0.5"], 2, "got no --image"),
     "no such folder": (["fox", "-o", "none/a.png"], 4, "there is no folder 'none'"),
     "unwritable": (["fox", "-o", "/proc/a.png"], 4, "cannot write /proc/a.png"),
-    "not a PNG": (["fox", "-o", "a.jpg"], 2, "-o must name a PNG file or a folder, got 'a.jpg'; try a.png"),
+    "not a PNG": (
+        ["fox", "-o", "a.gif"],
+        2,
+        "-o must name a PNG, JPEG or WebP file or a folder, got 'a.gif'; try a.png",
+    ),
     "unknown option": (["fox", "--stepz", "3"], 2, "unrecognized arguments: --stepz"),
     "shortened option": (["fox", "--samp", "ddim"], 2, "unrecognized arguments: --samp"),
     "nothing": ([], 2, "PROMPT"),

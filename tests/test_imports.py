@@ -30,7 +30,19 @@ ROOMS = (
     "models",
     "diffusion",
 )
-LEAVES = ("corruptions", "devices", "images", "decoding", "files", "prompts", "interrupts", "errors")
+LEAVES = (
+    "corruptions",
+    "devices",
+    "signing",
+    "images",
+    "encoding",
+    "decoding",
+    "marks",
+    "files",
+    "prompts",
+    "interrupts",
+    "errors",
+)
 TRAINING_ROOMS = (
     *(
         "check",

@@ -433,7 +433,10 @@ def test_bad_masks(pipe: Pipeline, options: dict[str, Any], message: str) -> Non
         (lambda pipe: pipe("x", latents=torch.zeros(1, 4, 8, 8, device="meta"), **STEPS), "latents must be a dense"),
         (lambda pipe: pipe("x", callback=3, **STEPS), "callback must be a function of three arguments, got 3"),
         (lambda pipe: pipe("x", **STEPS).write(5, "x.png"), "an image must be one of 0 to 0, got 5"),
-        (lambda pipe: pipe("x", **STEPS).save("x.jpg"), r"pictures are written as PNG, got 'x.jpg'; name it \.png"),
+        (
+            lambda pipe: pipe("x", **STEPS).save("x.gif"),
+            r"pictures are written as PNG, JPEG or WebP, got 'x.gif'; name it \.png",
+        ),
         (lambda pipe: pipe.invert(photo(), "x", iterations=10**9), "iterations must be a whole number from 1 to 100"),
         (lambda pipe: pipe.to(dtype="x" * 10**5), "dtype 'x"),
     ],

@@ -36,7 +36,7 @@ from .loop.optimizers import make_optimizer
 from .loop.resources import require_room, require_small_enough
 from .loop.run import open_run, save_run, start_step, stop_on_signal
 from .loop.state import RunState
-from .losses.contrastive import contrastive_loss, ranks
+from .losses.contrastive import contrastive_loss, label_loss, ranks
 from .monitor.log import Log
 from .monitor.trackers import require_trackers
 
@@ -141,7 +141,7 @@ def run_steps(
     with stop_on_signal() as stopped, tuned_for_cpu(model):
         for step in range(first, run.steps):
             start_step(config, step, optimizer)
-            loss, norm = accumulate_gradients(network, next(batches), config, accelerator)
+            loss, norm = accumulate_gradients(network, next(batches), data.label_texts, config, accelerator)
             finite = state.guard.allows(loss, norm, step)
             if finite:
                 optimizer.step()
@@ -161,17 +161,21 @@ def run_steps(
 
 
 def accumulate_gradients(
-    network: nn.Module, batch: Pairs, config: ImageTextTraining, accelerator: Accelerator
+    network: nn.Module, batch: Pairs, label_texts: Tensor, config: ImageTextTraining, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
     """Add the gradients of a batch's loss to those of the network; return the loss and their norm.
 
     Args:
         network: an `ImageTextModel` as accelerate prepared it.
+        label_texts: see `CaptionedViews`.
     """
-    pictures, states, alike = (part.to(accelerator.device) for part in batch)
+    batch, count = batch.to(accelerator.device), len(batch.texts)
+    given = torch.cat([batch.texts, label_texts.to(batch.texts)]) if config.label_weight else batch.texts
     with accelerator.autocast():
-        images, texts, scale = network(pictures, states)
-    loss = contrastive_loss(images.float(), texts.float(), scale.float(), alike)
+        images, texts, scale = (part.float() for part in network(batch.images, given))
+    loss = contrastive_loss(images, texts[:count], scale, batch.alike)
+    if config.label_weight:
+        loss = loss + config.label_weight * label_loss(images, texts[count:], scale, batch.labels)
     accelerator.backward(loss)
     return loss.detach(), accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm)
 

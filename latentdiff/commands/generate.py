@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from latentdiff.commands.shared import (
     Output,
     add_machine,
-    add_metadata,
     add_model,
     add_settings,
+    add_writing,
     file_and_rest,
     flags,
     given_settings,
@@ -21,6 +21,7 @@ from latentdiff.commands.shared import (
     parse_loras,
     print_report,
     write_all,
+    writing,
 )
 from latentdiff.commands.upscale import UPSCALER, load_upscaler, upscaled
 from latentdiff.errors import InputError, shown
@@ -44,7 +45,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--out",
-        help="PNG to write (several are fox.png, fox-2.png, ...) or folder; named by the prompt otherwise",
+        help="PNG, JPEG or WebP to write (several are fox.png, fox-2.png, ...) or folder; "
+        "a PNG named by the prompt otherwise",
     )
     add_model(parser)
     parser.add_argument("--image", help="PNG, JPEG or WebP to start from")
@@ -70,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--upscale-model", metavar="M", help=f"model that --upscale uses; {UPSCALER} by default")
     parser.add_argument("--attention", default="sdpa", help="sdpa (torch's own, default) or xformers (CUDA only)")
     parser.add_argument("--offload", action="store_true", help="keep networks in CPU memory while they do not run")
-    add_metadata(parser)
+    add_writing(parser)
     add_machine(parser)
 
 
@@ -91,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     with ending_at_once():  # some checks load torch
         settings = Settings(prompts=tuple(prompts), **chosen)
     embeddings, loras = _embeddings(options.embedding), parse_loras(options.lora)
-    output = Output(options.out, [settings.prompt(index) for index in range(settings.count)], options.metadata)
+    output = Output(options.out, [settings.prompt(index) for index in range(settings.count)], writing(options))
     started = time.perf_counter()
     pipe = _load(options, embeddings, loras)
     if not options.prompts and options.image is None and pipe.components.reads_text:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from latentdiff.commands.shared import load_torch
-from latentdiff.errors import printable
-from latentdiff.files import is_file
+from latentdiff.encoding import FORMATS
+from latentdiff.errors import InputError, MissingDependencyError, printable
+from latentdiff.files import is_file, read_file
 
-HELP = "Say what a model folder, safetensors file or generated PNG is."
+HELP = "Say what a model folder, safetensors file or generated picture is."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -22,10 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Say what a model folder, weight file or generated picture is."""
     path = Path(options.path) if options.path else None
-    if path and path.suffix.lower() == ".png":
-        from latentdiff.generation.result import read_record
-
-        described = {"kind": "picture", **read_record(path)}
+    if path and path.suffix.lower() in FORMATS:
+        described = _describe_picture(path)
     else:
         load_torch()
         from latentdiff.checkpoints import find_model
@@ -37,3 +37,27 @@ def run(options: argparse.Namespace) -> None:
         return
     for key, value in described.items():
         print(printable(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}"))
+
+
+def _describe_picture(path: Path) -> dict[str, Any]:
+    """Return mark and signature of a picture file, which any may have, and the settings of one of ours.
+
+    Raises:
+        InputError: the file cannot be read, or has nothing of all that.
+    """
+    from latentdiff.generation.result import read_record
+    from latentdiff.images import MAX_FILE_BYTES, open_stored
+    from latentdiff.marks import source_type_of
+    from latentdiff.signing import signature_of
+
+    described: dict[str, Any] = {"kind": "picture", "digital_source_type": source_type_of(open_stored(path))}
+    try:
+        described["signature"] = signature_of(read_file(path, MAX_FILE_BYTES, "image"))
+    except MissingDependencyError as error:
+        described["signature"] = {"state": "not checked", "reason": str(error)}
+    try:
+        return {**described, **read_record(path), **described}  # a record may say anything
+    except InputError:
+        if described["digital_source_type"] is None and described["signature"] is None:
+            raise
+    return described

@@ -15,13 +15,15 @@ from latentdiff.commands.shared import (
     LoadOptions,
     Output,
     add_machine,
-    add_metadata,
+    add_writing,
     load,
     on_terminal,
     print_report,
     say,
     write_all,
+    writing,
 )
+from latentdiff.encoding import FORMATS, encode
 from latentdiff.errors import InputError, shown
 from latentdiff.files import is_file
 from latentdiff.generation.options import check_integer
@@ -34,14 +36,16 @@ if TYPE_CHECKING:
 
     from latentdiff.pipeline import Pipeline
 
-HELP = "Generate a picture again from the settings in its PNG file."
+HELP = "Generate a picture again from the settings in its file."
 MAX_WORK = 20_000  # calls of the network that a record may ask for without --force
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("image", help="PNG written by latentdiff")
-    parser.add_argument("-o", "--out", help="file to write; IMAGE-replay.png by default")
+    parser.add_argument("image", help="PNG, JPEG or WebP written by latentdiff")
+    parser.add_argument(
+        "-o", "--out", help="PNG, JPEG or WebP to write; IMAGE-replay beside IMAGE, of its format, by default"
+    )
     parser.add_argument(
         "--model",
         action="append",
@@ -64,25 +68,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             help=f"where the recorded {what} is now; it is found by its hash",
         )
     parser.add_argument("--force", action="store_true", help="go on with another model, LoRA or image than recorded")
-    add_metadata(parser)
+    add_writing(parser)
     add_machine(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Generate a picture again from the settings in its file."""
-    from latentdiff.images import open_rgba, pixel_hash, to_rgba
+    from latentdiff.images import open_stored, pixel_hash, to_rgba
 
     record, source = read_record(options.image), Path(options.image)
     with ending_at_once():  # some checks load torch
         request = _Request.of(record)
     _check_work(request.settings, options.force)
-    original = pixel_hash(open_rgba(source))  # now, as the output may be the same file
-    output = Output(options.out, [request.settings.prompt(0)], options.metadata, _beside(source))
+    stored = open_stored(source)  # now, as the output may be the same file
+    kind, original = stored.format or "PNG", pixel_hash(to_rgba(stored))
+    output = Output(options.out, [request.settings.prompt(0)], writing(options), _beside(source))
     started = time.perf_counter()
     then = {key: shown(record.get(key))[:40] for key in ("device", "torch")}
     one = _Replay(options, source, record.get("model_hash")).generate(record, request, str(source))
     report = write_all([one], output, 1, options)
-    identical = pixel_hash(to_rgba(one.image)) == original
+    identical = pixel_hash(_as_written(one.image, kind)) == original
     if not identical:
         now = f"torch {one.record['torch']} on {one.record['device']}"
         say(f"the pixels differ from {source}, which torch {then['torch']} on {then['device']} drew; this is {now}")
@@ -90,8 +95,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _beside(source: Path) -> Path:
-    """Return IMAGE-replay.png, its name cut to what file systems take."""
-    return source.with_name(f"{source.stem[:200]}-replay.png")
+    """Return IMAGE-replay.png, its name cut to what file systems take; of the format of IMAGE by its name."""
+    ending = source.suffix if source.suffix.lower() in FORMATS else ".png"
+    return source.with_name(f"{source.stem[:200]}-replay{ending}")
+
+
+def _as_written(picture: Image.Image, kind: str) -> Image.Image:
+    """Return what is left of a picture in a file of a format; JPEG and WebP lose some of it."""
+    from latentdiff.images import decode_rgba, to_rgba
+
+    return to_rgba(picture) if kind == "PNG" else decode_rgba(encode(picture, kind), "the picture")
 
 
 def _check_work(settings: Settings, force: bool) -> None:

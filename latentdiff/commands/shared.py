@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
+from latentdiff.encoding import FORMATS
 from latentdiff.errors import InputError, printable, shown, suggest
 from latentdiff.files import is_file, is_folder
 from latentdiff.generation.options import options_of
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Unpack
 
-    from latentdiff.generation.result import GeneratedImage
+    from latentdiff.generation.result import GeneratedImage, SaveOptions
     from latentdiff.pipeline import Pipeline
 
 TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
@@ -140,11 +141,39 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
 
-def add_metadata(parser: argparse.ArgumentParser) -> None:
-    """Add the option that leaves the record out of pictures."""
+def add_writing(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what pictures carry besides pixels."""
     parser.add_argument(
-        "--no-metadata", dest="metadata", action="store_false", help="write pixels alone: no prompt, no settings"
+        "--no-metadata", dest="metadata", action="store_false", help="write no prompt and no settings into pictures"
     )
+    parser.add_argument(
+        "--no-mark",
+        dest="mark",
+        action="store_false",
+        help="leave out that a model made the pictures, which law may ask for",
+    )
+    parser.add_argument(
+        "--sign",
+        nargs=2,
+        metavar=("CERT.pem", "KEY.pem"),
+        help="sign pictures by C2PA with a certificate chain and its private key (needs the extra c2pa)",
+    )
+
+
+def writing(options: argparse.Namespace) -> SaveOptions:
+    """Return what pictures carry by the options of a command.
+
+    Raises:
+        InputError, MissingDependencyError: they cannot be signed as asked for.
+    """
+    how: SaveOptions = {"metadata": options.metadata, "mark": options.mark}
+    if options.sign is not None:
+        if not options.mark:
+            raise InputError("--sign says that a model made the pictures, got --no-mark; leave out one of them")
+        from latentdiff.signing import load_signer
+
+        how["signer"] = load_signer(*options.sign)
+    return how
 
 
 def say(message: object) -> None:
@@ -229,27 +258,27 @@ class Output:
     """Where pictures go, by number and prompt: a file that was named is replaced, every other name is a free one.
 
     Args:
-        out: a PNG (several are fox.png, fox-2.png, ...), a folder, or None for `default`.
+        out: a file (several are fox.png, fox-2.png, ...), a folder, or None for `default`.
         prompts: of the pictures, in order.
-        metadata: whether they carry their records.
-        default: the PNG where none was named, in a folder that was; named by the prompts when None.
+        how: they are written.
+        default: the file where none was named, in a folder that was; named by the prompts when None.
 
     Raises:
         InputError, StorageError: nothing can be written there.
     """
 
-    def __init__(
-        self, out: str | None, prompts: Sequence[str], metadata: bool = True, default: Path | None = None
-    ) -> None:
-        self.metadata = metadata
+    def __init__(self, out: str | None, prompts: Sequence[str], how: SaveOptions, default: Path | None = None) -> None:
+        self.how = how
         self.place = Path(out or ".")
         self.replaced = out is not None and not is_folder(self.place)  # the first picture's file, if it is there
         self.one_name = self.replaced or default is not None
         if default is not None and not self.replaced:
             self.place = default if out is None else self.place / default.name
-        if self.replaced and self.place.suffix.lower() != ".png":
+        if self.replaced and self.place.suffix.lower() not in FORMATS:
             stem = self.place.stem or "picture"
-            raise InputError(f"-o must name a PNG file or a folder, got {shown(out)}; try {stem[:80]}.png")
+            raise InputError(
+                f"-o must name a PNG, JPEG or WebP file or a folder, got {shown(out)}; try {stem[:80]}.png"
+            )
         self.free: dict[Path, Iterator[Path]] = {}  # names that may be free, by the first of them
         for path in islice(numbered(self._first(prompts[0])), len(prompts) if self.one_name else 1):
             check_writable(path)
@@ -263,7 +292,7 @@ class Output:
 
         first = self._first(image.prompt)
         names = self.free.setdefault(first, numbered(first))
-        return save_next(image, names, metadata=self.metadata, replace=self.replaced and number == 0)
+        return save_next(image, names, replace=self.replaced and number == 0, **self.how)
 
 
 class Interrupted(KeyboardInterrupt):

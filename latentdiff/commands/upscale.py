@@ -12,8 +12,8 @@ from latentdiff.commands.shared import (
     Output,
     add_lora,
     add_machine,
-    add_metadata,
     add_settings,
+    add_writing,
     given_settings,
     load,
     on_terminal,
@@ -21,6 +21,7 @@ from latentdiff.commands.shared import (
     print_report,
     say,
     write_all,
+    writing,
 )
 from latentdiff.errors import InputError, shown
 from latentdiff.generation.options import UPSCALE
@@ -40,14 +41,16 @@ UPSCALER = "embedded-upscale"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("image", help="PNG, JPEG or WebP of any size; the result is transparent where it is")
-    parser.add_argument("-o", "--out", help="PNG to write, or folder; IMAGE-x4.png beside IMAGE by default")
+    parser.add_argument(
+        "-o", "--out", help="PNG, JPEG or WebP to write, or folder; IMAGE-x4.png beside IMAGE by default"
+    )
     parser.add_argument(
         "--prompt", default="", metavar="TEXT", help="text that describes it; may help, may be left out"
     )
     parser.add_argument("--model", help=f"folder, or owner/name on a hub; {UPSCALER} by default")
     add_lora(parser)
     add_settings(parser, *UPSCALE, leave_out=("num_images",))
-    add_metadata(parser)
+    add_writing(parser)
     add_machine(parser)
 
 
@@ -61,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     open_picture(options.image, "image")
     source = Path(options.image)
     default = source.with_name(f"{source.stem}-x{options.scale or 4}.png")
-    output = Output(options.out, [options.prompt], options.metadata, default)
+    output = Output(options.out, [options.prompt], writing(options), default)
     started = time.perf_counter()
     pipe = load_upscaler(options.model, options.device, options.dtype)
     pipe = pipe.with_loras(loras) if loras else pipe

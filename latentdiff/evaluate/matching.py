@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from latentdiff.evaluate.figure import Figure
 from latentdiff.evaluate.intervals import Floats, mean, share
 from latentdiff.evaluate.pictures import Item, load_pictures
 from latentdiff.evaluate.sets import blurred
+from latentdiff.evaluate.tasks import own_task
 from latentdiff.images import open_image
 
 __all__ = ["clip", "neighbours", "retrieval"]
@@ -59,14 +61,16 @@ def retrieval(evaluation: Evaluation) -> list[Figure]:
     """Measure how often a picture fits the text that it was drawn from best of all texts, or is among the five best.
 
     The texts are the different labels of the test pictures (their `thing`, or first caption); prompts are drawn from
-    them with the seed.
+    them with the seed. A model that inpaints or enlarges has captions of test pictures as prompts, with their remains.
     """
     judge, labels = evaluation.judge, _labels(evaluation)
     if len(labels) < 2:
         raise InputError(f"retrieval needs at least 2 different texts, got {len(labels)}; pass more captioned pictures")
-    drawn = _of_labels(evaluation, labels)
+    found = _labelled(evaluation, labels)
+    labels = sorted({*labels, *(one.label for one in found)})
+    drawn = [one.drawn for one in found]
     images = judge.images(load_pictures([path for path, _ in drawn]))
-    numbers = torch.tensor([labels.index(item.prompt) for _, item in drawn])
+    numbers = torch.tensor([labels.index(one.label) for one in found])
     similarities = images @ judge.texts(labels).T  # (N, M)
     own = similarities.gather(1, numbers[:, None].to(similarities.device))
     ranks = (similarities > own).sum(dim=1).cpu().numpy()
@@ -86,15 +90,17 @@ def retrieval(evaluation: Evaluation) -> list[Figure]:
 def neighbours(evaluation: Evaluation) -> list[Figure]:
     """Measure how often one of the five nearest real pictures has the text that a picture was drawn from as its label.
 
-    The pictures are those of `retrieval`; they are looked up among all test pictures by Euclidean distance of features.
+    The pictures are those of `retrieval`; they are looked up among all test pictures by Euclidean distance of features,
+    without the one whose remains a picture was made of.
     Floor: of as many real pictures, each left out of those it is looked up among. Ceiling: of these, blurred.
     """
     reference, network = evaluation.reference("test"), evaluation.network
-    drawn = _of_labels(evaluation, _labels(evaluation))
+    found = _labelled(evaluation, _labels(evaluation))
+    drawn, own = [one.drawn for one in found], np.array([one.place for one in found])
     features = features_of(load_pictures([path for path, _ in drawn]), network)
     real = np.concatenate([features_of(reference.load(block), network) for block in _blocks(len(reference))])
     names = np.array([_label(row) for row in reference.rows])
-    hits = _near(features, np.array([item.prompt for _, item in drawn]), real, names)
+    hits = _near(features, np.array([one.label for one in found]), real, names, own)
     apart = np.array(reference.sample(len(drawn)))
     damaged = features_of(blurred(reference.load(apart.tolist())), network)
     floor, ceiling = (_near(some, names[apart], real, names, apart).mean() for some in (real[apart], damaged))
@@ -112,20 +118,21 @@ def _near(
     texts: NDArray[np.str_],
     real: Floats,
     names: NDArray[np.str_],
-    without: NDArray[np.int64] | None = None,
+    without: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
     """Return whether one of the nearest real pictures of each has its text, (N,).
 
     Args:
         features, texts: (N, D) and (N,).
         real, names: of all real pictures.
-        without: place of the real picture that is left out for each, (N,).
+        without: place of the real picture that is left out for each, (N,); -1 for none.
     """
     squares = np.square(features).sum(axis=1)[:, None] - 2 * features @ real.T + np.square(real).sum(axis=1)
-    if without is not None:
-        squares[np.arange(len(squares)), without] = np.inf
+    left_out = np.flatnonzero(without >= 0)
+    squares[left_out, without[left_out]] = np.inf
     nearest = np.argsort(squares, axis=1, kind="stable")[:, :NEAREST]
-    return (names[nearest] == texts[:, None]).any(axis=1)
+    there = np.isfinite(np.take_along_axis(squares, nearest, axis=1))  # where others are fewer
+    return ((names[nearest] == texts[:, None]) & there).any(axis=1)
 
 
 def _blocks(count: int) -> Iterator[range]:
@@ -137,13 +144,33 @@ def _label(row: Mapping[str, Any]) -> str:
     return str(row.get("thing") or row["captions"][0])
 
 
-def _of_labels(evaluation: Evaluation, labels: list[str]) -> list[tuple[Path, Item]]:
-    """Return pictures of labels, a different one each, or those that were given."""
+@dataclass(frozen=True)
+class Labelled:
+    """A picture that is to be found again.
+
+    Attributes:
+        drawn: it, and what was asked for.
+        label: of what it shows.
+        place: of the real picture whose remains it was made of; -1 if it was made of a text alone.
+    """
+
+    drawn: tuple[Path, Item]
+    label: str
+    place: int = -1
+
+
+def _labelled(evaluation: Evaluation, labels: list[str]) -> list[Labelled]:
+    """Return pictures of different labels, or those that were given, or those made of what is left of real ones."""
     if evaluation.given is not None:
-        return _with_prompts(evaluation)
-    chosen = np.random.default_rng(evaluation.request.seed).permutation(len(labels))[: evaluation.count(PROMPTS)]
-    items = [Item(labels[number], evaluation.request.seed + place) for place, number in enumerate(chosen)]
-    return evaluation.draw_best("retrieval", items)
+        return [Labelled(one, one[1].prompt) for one in _with_prompts(evaluation)]
+    task, seed = own_task(evaluation.model.components), evaluation.request.seed
+    if task is not None:
+        places, rows = evaluation.sample(PROMPTS), evaluation.reference("test").rows
+        drawn = evaluation.draw_best("captions", evaluation.spoilt_items(task, places))
+        return [Labelled(one, _label(rows[place]), place) for one, place in zip(drawn, places)]
+    chosen = np.random.default_rng(seed).permutation(len(labels))[: evaluation.count(PROMPTS)]
+    items = [Item(labels[number], seed + place) for place, number in enumerate(chosen)]
+    return [Labelled(one, one[1].prompt) for one in evaluation.draw_best("retrieval", items)]
 
 
 def _with_prompts(evaluation: Evaluation) -> list[tuple[Path, Item]]:

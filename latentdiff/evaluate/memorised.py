@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from latentdiff.errors import InputError, StorageError
+from latentdiff.errors import InputError
 from latentdiff.evaluate.evaluation import Evaluation, Reference
 from latentdiff.evaluate.features import features_of
 from latentdiff.evaluate.figure import Figure
 from latentdiff.evaluate.intervals import LEVEL, Estimate, Floats, share
 from latentdiff.evaluate.latents import encode, has_latents
+from latentdiff.evaluate.pictures import make_folder
 from latentdiff.evaluate.sets import blurred
-from latentdiff.images import from_tensor, write_png
+from latentdiff.images import from_tensor, sheet, write_png
+from latentdiff.marks import COMPOSITE
 
 __all__ = ["Nearest", "memorised", "nearest", "share_below"]
 
@@ -117,16 +118,29 @@ def share_below(values: Floats, others: Floats, quantile: float) -> Estimate:
 
 
 def quantile_of(values: Floats, quantile: float) -> Estimate:
-    """Return a quantile of independent values with its interval, two of the values: no distribution is assumed.
+    """Return a quantile of independent distances with its interval: no distribution is assumed.
 
-    Source: David and Nagaraja 2003, Order Statistics, section 7.1.
+    It is at rank (n + 1) q, so that a share q of the distribution is below it on average. Ends at whole ranks would
+    make the interval too wide; between two values a line stands in for the distribution.
+
+    Source: Hutson 1999, Journal of Applied Statistics 26.
     """
-    from scipy.stats import binom
-
     ordered, n = np.sort(values), len(values)
-    first, last = (int(binom.ppf(end, n, quantile)) for end in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    low = 0.0 if first < 1 else float(ordered[first - 1])
-    return Estimate(float(np.quantile(ordered, quantile)), low, float(ordered[min(last, n - 1)]), n)
+    low, high = (_rank(n, quantile, end) for end in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    lowest = 0.0 if low < 1 else float(np.interp(low, range(1, n + 1), ordered))  # without a value below it
+    value = float(np.quantile(ordered, quantile, method="weibull"))
+    return Estimate(value, lowest, float(np.interp(high, range(1, n + 1), ordered)), n)
+
+
+def _rank(n: int, quantile: float, probability: float) -> float:
+    """Return the rank, a fraction, of the value that lies above a quantile of n with a probability.
+
+    The share of a distribution below the value of rank r is of the beta distribution (r, n + 1 - r).
+    """
+    from scipy.optimize import brentq
+    from scipy.special import betainc
+
+    return float(brentq(lambda rank: betainc(rank, n + 1 - rank, quantile) - 1 + probability, 1e-9, n + 1 - 1e-9))
 
 
 def _require(evaluation: Evaluation, held_out: Reference, training: Reference) -> None:
@@ -207,23 +221,11 @@ def _draw_pairs(evaluation: Evaluation, space: str, found: Nearest, training: Re
     """Write a picture of the nearest pairs into the folder of the report: generated above, training below."""
     first = found.distances.argsort(kind="stable")[:PAIRS]
     neighbours = torch.cat([training.load([place]) for place in found.places[first].tolist()])
-    rows = [from_tensor(evaluation.generated[first.tolist()]), from_tensor(neighbours)]
-    folder = evaluation.request.out
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    pictures = from_tensor(torch.cat([evaluation.generated[first.tolist()], neighbours]))
+    make_folder(evaluation.request.out)
     far = ", ".join(f"{distance:.4g}" for distance in found.distances[first])
-    write_png(folder / f"memorised-{space}.png", _grid(rows), {"distances": far})
-
-
-def _grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    width, height = rows[0][0].size
-    grid = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
-    for row, images in enumerate(rows):
-        for column, image in enumerate(images):
-            grid.paste(image, (width * column, height * row))
-    return grid
+    grid = sheet(pictures, len(first))
+    write_png(evaluation.request.out / f"memorised-{space}.png", grid, {"distances": far}, COMPOSITE)
 
 
 def _reduced(images: Tensor) -> Tensor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from latentdiff.encoding import encode
 from latentdiff.errors import InputError
 from latentdiff.evaluate.figure import Figure
-from latentdiff.images import open_image, write_file
+from latentdiff.images import open_stored, to_rgb, write_file
+from latentdiff.marks import source_type_of
 
 __all__ = ["page", "write_page"]
 
@@ -107,12 +108,11 @@ def _cells(figure: Figure, names: Sequence[str], home: Path) -> Iterator[str]:
 
 
 def _inlined(path: Path) -> str:
-    """Return a picture, made small, as the address of itself; nothing where it is gone since it was measured."""
+    """Return a picture, made small and marked as it was, as the address of itself; nothing where it is gone since."""
     try:
-        image = open_image(path)
+        stored = open_stored(path)
+        image = to_rgb(stored, name=str(path))
     except InputError:
         return ""
     image.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(encode(image, source_type=source_type_of(stored))).decode()}"

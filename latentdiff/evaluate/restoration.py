@@ -19,10 +19,12 @@ from latentdiff.evaluate.latents import has_latents, reconstruct
 from latentdiff.evaluate.pictures import Item, load_pictures
 from latentdiff.evaluate.reconstruction import RANGE, SSIM_PROTOCOL, psnr_of, ssim_of
 from latentdiff.evaluate.tasks import own_task
-from latentdiff.images import to_tensor
+from latentdiff.images import from_tensor, sheet, to_tensor, write_png
+from latentdiff.marks import COMPOSITE
 
 __all__ = ["inpainting", "upscaler", "upscaling"]
 
+SHOWN = 8  # pictures on the sheet
 PICTURES = 200  # unless a request says otherwise
 MOST = 20 * math.log10(255)  # in dB: of pixels that are one level apart; a hole in plain white counts no more than that
 
@@ -33,7 +35,8 @@ def inpainting(evaluation: Evaluation) -> list[Figure]:
     `inpainting/psnr` is the peak signal-to-noise ratio of the pixels inside the mask, at most `MOST`. Floor: of what
     the autoencoder makes of the whole picture. Ceiling: of the mean colour of what is kept. `inpainting/kept` is the
     share of pictures of which all other pixels are those given. A model made to draw from texts is measured too: it
-    is shown at each step what is kept.
+    is shown at each step what is kept. Rows of what is given, what is made of it and the truth are drawn into the
+    folder of the report.
     """
     numbers = evaluation.sample(PICTURES)
     items = evaluation.spoilt_items("inpaint", numbers)
@@ -46,6 +49,8 @@ def inpainting(evaluation: Evaluation) -> list[Figure]:
     if has_latents(evaluation.model.components):
         floor = float(psnr_inside(reconstruct(evaluation.model.components, real), real, holes).mean())
     ceiling = float(psnr_inside(filled, real, holes).mean())
+    remains = real * ~holes  # grey holes
+    _draw_sheet(evaluation, "inpainting", [remains, made, real])
     drawn, protocol = list(zip(paths, items)), {"masks": "seeded"}
     return [
         evaluation.figure(
@@ -66,7 +71,8 @@ def upscaling(evaluation: Evaluation) -> list[Figure]:
     """Measure how near what a model enlarges is to the real test pictures, by PSNR in dB and SSIM.
 
     They were made small by Lanczos' filter, and blurred, noisy and compressed besides (`degraded`). Floor: of what the
-    autoencoder makes of the large picture. Ceiling: of the small one enlarged by Lanczos' filter.
+    autoencoder makes of the large picture. Ceiling: of the small one enlarged by Lanczos' filter. Rows of that, of what
+    the model makes and of the truth are drawn into the folder of the report.
     """
     return [*_upscaling(evaluation, "upscale"), *_upscaling(evaluation, "upscale_degraded")]
 
@@ -94,6 +100,7 @@ def _upscaling(evaluation: Evaluation, task: str) -> list[Figure]:
     paths, made, real = _drawn(evaluation, task, items, numbers)
     size = (real.shape[3], real.shape[2])
     plain = to_tensor([item.inputs["image"].resize(size, Image.Resampling.LANCZOS) for item in items])
+    _draw_sheet(evaluation, f"upscaling{'' if task == 'upscale' else '-degraded'}", [plain, made, real])
     returned, drawn = reconstruct(evaluation.model.components, real), list(zip(paths, items))
     found = []
     for name, measure, unit in (("psnr", psnr_of, "dB"), ("ssim", ssim_of, "")):
@@ -119,6 +126,14 @@ def _drawn(
     own = own_task(evaluation.model.components)
     paths = evaluation.draw("captions" if task == own else task, items)  # those of other metrics, if that is its task
     return paths, load_pictures(paths), evaluation.reference("test").load(numbers)
+
+
+def _draw_sheet(evaluation: Evaluation, name: str, columns: Sequence[Tensor]) -> None:
+    """Write some pictures of each column, (N, 3, H, W) in [-1, 1], beside each other into the folder of the report."""
+    chosen = torch.linspace(0, len(columns[0]) - 1, min(SHOWN, len(columns[0]))).long()
+    rows = torch.stack([column[chosen] for column in columns], dim=1).flatten(0, 1)
+    grid = sheet(from_tensor(rows), len(columns), gap=2)
+    write_png(evaluation.request.out / f"{name}.png", grid, {}, COMPOSITE)
 
 
 def _values(measure: Callable[[Tensor, Tensor], Tensor], images: Tensor, others: Tensor) -> Floats:

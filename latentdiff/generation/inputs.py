@@ -17,6 +17,7 @@ from latentdiff.generation.options import SIZE_MULTIPLE, check_size
 from latentdiff.generation.request import Settings
 from latentdiff.generation.result import record_of, recorded_name
 from latentdiff.images import MAX_PIXELS, fit, pixel_hash, to_rgb, to_tensor
+from latentdiff.marks import GENERATED, source_type_of
 
 __all__ = ["PreparedImage", "prepare_image", "prepare_small_image"]
 
@@ -78,7 +79,7 @@ def prepare_image(
     left, top, right, bottom = sides = settings.outpaint or (0, 0, 0, 0)
     result = (height + top + bottom, width + left + right)
     _check_sides(result, native, multiple, " with outpaint" if settings.outpaint else "")
-    given = {"image": _trace(image, seen), "mask": None if mask_image is None else mask_image.given}
+    given = {"image": _trace(image, picture, seen), "mask": None if mask_image is None else mask_image.given}
     pixels = F.pad(to_tensor([fit(seen, width, height)]), (left, right, top, bottom), mode="replicate")  # (1, 3, H, W)
     if not edited:
         return PreparedImage(*result, pixels, None, given)
@@ -132,7 +133,7 @@ def prepare_small_image(settings: Settings, image: object, mask: object, factor:
         most = f"{MAX_PIXELS // 2**20} megapixels"
         raise InputError(f"the picture would have more than {most}, got {picture.width}x{picture.height}; cut it first")
     opacity = opened.getchannel("A")
-    given = {"image": _trace(image, picture), "mask": None}
+    given = {"image": _trace(image, opened, picture), "mask": None}
     clear = opacity.getextrema()[0] < 255  # type: ignore[operator]  # one band
     return PreparedImage(
         picture.height * factor,
@@ -170,9 +171,17 @@ def _size(
     return settings.height or height, settings.width or width
 
 
-def _trace(given: object, picture: Image.Image) -> dict[str, Any]:
-    """Return what a record keeps of a picture that was passed in: the hash of it, its path or else what made it."""
+def _trace(given: object, opened: Image.Image, picture: Image.Image) -> dict[str, Any]:
+    """Return what a record keeps of a picture that was passed in: the hash of it, its path or else what made it.
+
+    Args:
+        given: as it was passed in.
+        opened: what it is, with its mark.
+        picture: what the result is made from, without transparency.
+    """
+    trace: dict[str, Any] = {"path": None, "hash": pixel_hash(picture)}
     if isinstance(given, (str, os.PathLike)):
-        return {"path": recorded_name(given), "hash": pixel_hash(picture)}
-    record = record_of(given) if isinstance(given, Image.Image) else None
-    return {"path": None, "hash": pixel_hash(picture), **({} if record is None else {"record": record})}
+        trace["path"] = recorded_name(given)
+    elif isinstance(given, Image.Image) and (record := record_of(given)) is not None:
+        trace["record"] = record
+    return trace | ({"generated": True} if source_type_of(opened) == GENERATED else {})

@@ -7,27 +7,49 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from PIL import Image
 
 from latentdiff import __version__
+from latentdiff.encoding import encode, format_of
 from latentdiff.errors import InputError, shown
 from latentdiff.files import require_path
 from latentdiff.generation.infotext import infotext
-from latentdiff.images import numbered, read_texts, write_png
+from latentdiff.images import numbered, read_texts, write_file
+from latentdiff.marks import COMPOSITE, GENERATED, mark
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from latentdiff.checkpoints import Components
     from latentdiff.engine.execution import Execution
     from latentdiff.generation.request import Settings
+    from latentdiff.signing import Signer
 
-__all__ = ["GeneratedImage", "Result", "call_record", "read_record", "record_of", "recorded_name", "save_next"]
+__all__ = [
+    "GeneratedImage",
+    "Result",
+    "SaveOptions",
+    "call_record",
+    "read_record",
+    "record_of",
+    "recorded_name",
+    "save_next",
+]
 
 METADATA_KEY = "latentdiff"  # of the PNG text chunk that holds an image's record as JSON, and of PIL's info
 MAX_CHAIN = 4  # pictures made of one another, the records of which are kept within each other
-OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+OTHER_FORMATS = (".gif", ".bmp", ".tif", ".tiff", ".avif")
 OWN = ("prompt", "seed", "variation_seed", "batch_size", "batch_index")  # keys of a record that differ between images
+
+
+class SaveOptions(TypedDict, total=False):
+    """How pictures are written; see `GeneratedImage.save`."""
+
+    metadata: bool
+    mark: bool
+    signer: Signer | None
 
 
 @dataclass(frozen=True)
@@ -50,9 +72,10 @@ class GeneratedImage:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Let a picture carry its record, so that a picture made of it can be replayed too."""
+        """Let a picture carry its record and mark, so that a picture made of it can be replayed and marked too."""
         if isinstance(self.image, Image.Image):
             self.image.info[METADATA_KEY] = json.dumps(self.record)
+            self.image.info["xmp"] = mark(self.source_type)
 
     @property
     def prompt(self) -> str:
@@ -64,23 +87,47 @@ class GeneratedImage:
         """The seed that makes it again, alone."""
         return int(self.record["seed"])
 
-    def save(self, path: str | os.PathLike[str], *, metadata: bool = True, overwrite: bool = True) -> None:
-        """Write a PNG that says how to make the image again (`latentdiff replay`).
+    @property
+    def source_type(self) -> str:
+        """The IPTC digital source type of its mark: whether a model made it of nothing but noise, or of a picture."""
+        given = self.record.get("image")
+        return GENERATED if given is None or given.get("generated") is True else COMPOSITE
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        metadata: bool = True,
+        mark: bool = True,
+        signer: Signer | None = None,
+        overwrite: bool = True,
+    ) -> None:
+        """Write a PNG, JPEG or WebP file that says how to make the image again, and that a model made it.
 
         Args:
-            metadata: False for pixels alone.
+            path: of the file, a PNG unless its name ends in .jpg, .jpeg or .webp.
+            metadata: False for no prompt and no settings, so that `latentdiff replay` knows nothing of it.
+            mark: False for no IPTC digital source type (`source_type`).
+            signer: what signs it by C2PA; see `signing.load_signer`.
             overwrite: replace an existing file; with False that is a FileExistsError.
 
         Raises:
-            InputError: the request had another output_type than "pil".
+            InputError: the request had another output_type than "pil", the settings are too long for a JPEG, or it is
+                to be signed and not marked.
             StorageError: the file cannot be written.
         """
         if not isinstance(self.image, Image.Image):
             raise InputError('only pictures can be saved, got tensors; call with output_type="pil"')
-        if require_path(path, "a picture").suffix.lower() in OTHER_FORMATS:
-            raise InputError(f"pictures are written as PNG, got {shown(os.fspath(path))}; name it .png")
+        target = require_path(path, "a picture")
+        if signer is not None and not mark:
+            raise InputError("a signature says that a model made the picture, got mark=False; leave out one of them")
+        if target.suffix.lower() in OTHER_FORMATS:
+            raise InputError(f"pictures are written as PNG, JPEG or WebP, got {shown(os.fspath(path))}; name it .png")
         texts = {METADATA_KEY: json.dumps(self.record), "parameters": infotext(self.record)} if metadata else {}
-        write_png(path, self.image, texts, overwrite=overwrite)
+        kind = format_of(target)
+        data = encode(self.image, kind, texts, self.source_type if mark else None)
+        data = data if signer is None else signer.sign(data, kind, self.source_type)
+        write_file(target, data, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -123,18 +170,18 @@ class Result:
         """Return everything that makes image `index` again, JSON-ready."""
         return {**self.own[index], **self.settings}
 
-    def write(self, index: int, path: str | os.PathLike[str], *, metadata: bool = True) -> None:
-        """Write image `index` as a PNG; see `GeneratedImage.save`."""
-        self._image(index).save(path, metadata=metadata)
+    def write(self, index: int, path: str | os.PathLike[str], **how: Unpack[SaveOptions]) -> None:
+        """Write image `index`; see `GeneratedImage.save`."""
+        self._image(index).save(path, **how)
 
-    def save(self, path: str | os.PathLike[str], *, metadata: bool = True) -> list[Path]:
+    def save(self, path: str | os.PathLike[str], **how: Unpack[SaveOptions]) -> list[Path]:
         """Write all images and return their paths: the first is `path`, the others fox-2.png, ... where these are free.
 
         See `GeneratedImage.save`.
         """
         names = numbered(path)
         indices = range(len(self.seeds))
-        return [save_next(self._image(n), names, metadata=metadata, replace=n == 0) for n in indices]
+        return [save_next(self._image(n), names, replace=n == 0, **how) for n in indices]
 
     def _image(self, index: int) -> GeneratedImage:
         if type(index) is not int or not 0 <= index < len(self.seeds):
@@ -145,7 +192,9 @@ class Result:
         return GeneratedImage(one, self.record(index), *counts)
 
 
-def save_next(image: GeneratedImage, names: Iterator[Path], *, metadata: bool = True, replace: bool = False) -> Path:
+def save_next(
+    image: GeneratedImage, names: Iterator[Path], *, replace: bool = False, **how: Unpack[SaveOptions]
+) -> Path:
     """Write an image to the next of some paths where no file is, and return that; see `GeneratedImage.save`.
 
     Args:
@@ -156,7 +205,7 @@ def save_next(image: GeneratedImage, names: Iterator[Path], *, metadata: bool = 
         if not replace and path.exists():
             continue
         try:
-            image.save(path, metadata=metadata, overwrite=replace)
+            image.save(path, overwrite=replace, **how)
         except FileExistsError:  # of another process, since
             continue
         return path
@@ -240,7 +289,7 @@ def _chain(record: object) -> int:
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the record that `GeneratedImage.save` put into a PNG.
+    """Read the record that `GeneratedImage.save` put into a file.
 
     Raises:
         InputError: the file cannot be read, or holds no settings.

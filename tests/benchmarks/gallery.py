@@ -13,6 +13,8 @@ from pathlib import Path
 from PIL import Image
 
 from latentdiff import Pipeline
+from latentdiff.images import write_png
+from latentdiff.marks import GENERATED
 
 ASSETS = Path(__file__).parents[2] / "assets"
 
@@ -32,7 +34,7 @@ def main() -> None:
     sheet = Image.new("RGB", (arguments.columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for index, image in enumerate(images):
         sheet.paste(image, (index % arguments.columns * (width + gap), index // arguments.columns * (height + gap)))
-    sheet.save(arguments.out)
+    write_png(arguments.out, sheet, {}, GENERATED)
     print(f"{len(images)} pictures in {arguments.out}")
 
 

@@ -25,6 +25,7 @@ from latentdiff.training.loop.run import save_grid
 
 from latentdiff import Pipeline
 from latentdiff.images import to_tensor
+from latentdiff.marks import GENERATED
 
 TIMESTEPS = 20  # of each picture, evenly spread
 PROMPTS = ("a fox", "a cat", "a house", "a pizza", "a pine tree", "a red heart", "a rocket", "a smiling face")
@@ -56,7 +57,7 @@ def main() -> None:
         drawn = [
             pipe([f"{prompt}, {STYLE}" for prompt in PROMPTS], output_type="pt").images for pipe in (plain, styled)
         ]
-        save_grid(torch.cat(drawn) * 2 - 1, arguments.grid, columns=len(PROMPTS))
+        save_grid(torch.cat(drawn) * 2 - 1, arguments.grid, columns=len(PROMPTS), source_type=GENERATED)
     print(json.dumps(figures))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +23,7 @@ from latentdiff.commands.shared import load
 from latentdiff.evaluate.features import FEATURES, LATENTS
 from latentdiff.evaluate.report import read_report
 from latentdiff.evaluate.run import METRICS
+from latentdiff.marks import GENERATED
 from latentdiff.pipeline import Pipeline
 from tests.evaluate.small import make_overflow
 from tests.models.tiny import noise_picture
@@ -56,7 +59,8 @@ def test_killed_at_random_and_resumed_it_writes_the_identical_report(
     (figure,) = read_report(broken)[1]
     assert len(figure.items) == 6  # though two captions are the same
     assert all((broken / place).is_file() for place in figure.pictures.values())
-    assert "data:image/png;base64," in (broken / "report.html").read_text()
+    inlined = re.findall('data:image/png;base64,([^"]+)', (broken / "report.html").read_text())
+    assert inlined and all(GENERATED.encode() in base64.b64decode(data) for data in inlined)
 
 
 def test_metrics_of_sets_and_of_texts(call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,8 @@ from latentdiff.cli import main
 from latentdiff.errors import InputError
 from latentdiff.evaluate import memorised as module
 from latentdiff.evaluate.memorised import memorised, nearest, quantile_of, share_below
-from latentdiff.images import open_image, read_texts, to_tensor
+from latentdiff.images import open_image, open_stored, read_texts, to_tensor
+from latentdiff.marks import COMPOSITE, source_type_of
 from tests.evaluate.small import evaluation, images, reference
 from tests.evaluate.test_features import dinov2_folder  # noqa: F401  (a fixture)
 from tests.models.test_pixels import components as pixel_model
@@ -36,13 +37,15 @@ def test_nearest_by_brute_force() -> None:
 def test_intervals_contain_the_truth_as_often_as_they_say() -> None:
     """Both sets of one distribution: the share below the 5 % quantile is 5 %, and the quantile is known."""
     rng = np.random.default_rng(1)
-    shares = quantiles = 0
+    shares, quantiles, mean = 0, 0, 0.0
     for _ in range(1000):
         values, others = rng.uniform(0, 1, 200), rng.uniform(0, 1, 200)
         found, quantile = share_below(values, others, 0.05), quantile_of(others, 0.05)
         shares += found.low <= 0.05 <= found.high
         quantiles += quantile.low <= 0.05 <= quantile.high
-    assert 930 <= shares <= 985 and 930 <= quantiles <= 985, (shares, quantiles)
+        mean += found.value / 1000
+    assert 930 <= shares <= 970 and 930 <= quantiles <= 970, (shares, quantiles)
+    assert mean == pytest.approx(0.05, abs=0.002)  # a quantile at rank 1 + (n - 1) q makes it 0.055
 
 
 def test_copies_are_found_in_every_space(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +67,7 @@ def test_copies_are_found_in_every_space(pipe: Pipeline, tmp_path: Path, monkeyp
         assert torch.equal(picture[:, :32, :96], picture[:, 32:, :96])  # the three copies come first
         assert not torch.equal(picture[:, :32, 96:], picture[:, 32:, 96:])
         assert read_texts(tmp_path / f"out/memorised-{space}.png")["distances"].startswith("0, 0, 0, 0.")
+        assert source_type_of(open_stored(tmp_path / f"out/memorised-{space}.png")) == COMPOSITE  # real ones below
     quantile = found["memorised/pixels/distance_50%"]
     assert quantile.estimate.low < quantile.estimate.value < quantile.estimate.high and quantile.better is None
     assert quantile.floor is not None and 0.5 < quantile.estimate.value / quantile.floor < 1.2

@@ -14,7 +14,7 @@ from latentdiff.cli import main
 from latentdiff.evaluate import judge as judging
 from latentdiff.evaluate import processes
 from tests.evaluate.small import make_overflow
-from tests.ports import free_port
+from tests.two_processes import free_port, run_two
 
 METRICS = "kid,clip,retrieval"
 NO_MEMORY = 4  # exit code
@@ -57,7 +57,7 @@ def test_two_processes_write_the_report_of_one(call: list[str], built_model: Pat
         assert main([*calls[name], "--out", str(tmp_path / "one" / name)]) == 0
     two = [[*one, "--out", str(tmp_path / "two" / name)] for name, one in calls.items()]
     ports = [free_port() for _ in two]
-    torch.multiprocessing.spawn(evaluate_as, (ports, two, text, torch.get_num_threads(), tmp_path), nprocs=2)
+    run_two(evaluate_as, ports, two, text, torch.get_num_threads(), tmp_path)
     codes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert codes == [[0, 0, 2, NO_MEMORY], [0, 0, 0, "Connection"]]
     ours, theirs = (

@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from latentdiff import Pipeline
 from latentdiff.errors import InputError
 from latentdiff.evaluate import Evaluation, Request
 from latentdiff.evaluate.compare import compare
+from latentdiff.evaluate.features import FeatureNetwork
 from latentdiff.evaluate.pictures import Item
 from latentdiff.evaluate.restoration import MOST, psnr_inside
 from latentdiff.evaluate.run import measure
 from latentdiff.evaluate.tasks import spoilt
-from latentdiff.images import to_tensor
+from latentdiff.images import open_image, to_tensor
 from tests.checkpoints.test_single_file import components_of, tiny
 from tests.evaluate.small import images, reference
 from tests.generation.test_upscaling import upscaler  # noqa: F401  (fixture)
@@ -57,6 +59,7 @@ def test_a_model_of_texts_is_measured_by_what_it_blends_into_holes(pipe: Pipelin
     assert {"seed", "num_inference_steps", "masks"} <= psnr.protocol.keys()
     drawn = [tmp_path / place for place in psnr.pictures.values()]
     assert len(drawn) == len(psnr.items) == 3 and all(place.is_file() for place in drawn)
+    assert open_image(tmp_path / "inpainting.png").size == (3 * 32 + 4, 3 * 32 + 4)  # given, made, truth
     times = [place.stat().st_mtime_ns for place in drawn]
     again = measure(asked(pipe, tmp_path), ["inpainting"])
     assert [place.stat().st_mtime_ns for place in drawn] == times and again[0] == psnr
@@ -66,6 +69,7 @@ def test_a_model_that_fills_in_is_measured_beside_one_that_blends(pipe: Pipeline
     model = Pipeline(components_of(tiny("Stable Diffusion 1.x"), 9))
     assert model.components.inpaints
     evaluation = asked(model, tmp_path / "one", num_inference_steps=1)
+    evaluation.network = FeatureNetwork("quarters", "0", "none", lambda x: F.adaptive_avg_pool2d(x, 2).flatten(1))
     assert evaluation.caption_items[0].inputs.keys() == {"image", "mask"}
     ours = measure(evaluation, ["inpainting"])
     assert [path for path, _ in evaluation.drawn] == [  # the same pictures serve other metrics
@@ -74,6 +78,9 @@ def test_a_model_that_fills_in_is_measured_beside_one_that_blends(pipe: Pipeline
     theirs = measure(asked(pipe, tmp_path / "two", num_inference_steps=1), ["inpainting"])
     (one, other) = compare(theirs, ours, [])
     assert one.paired and not one.refused and not other.refused
+    (near,) = measure(evaluation, ["neighbours"])
+    assert near.items.keys() == ours[0].items.keys()  # made of remains, too
+    assert near.estimate.value == 0  # each label is of one picture alone, which is left out
     with pytest.raises(InputError, match="compose asks for pictures drawn from texts alone, got a model made to inpai"):
         evaluation.draw("compose", [Item("a fox", 0)])
 
@@ -89,6 +96,7 @@ def test_a_model_that_enlarges_is_measured_from_clean_and_degraded_pictures(
     for name in names:
         assert math.isfinite(found[name].estimate.value) and found[name].floor is not None
     clean, degraded = (found[name].ceiling for name in ("upscaling/psnr", "upscaling/degraded_psnr"))
+    assert (tmp_path / "upscaling.png").is_file() and (tmp_path / "upscaling-degraded.png").is_file()
     assert clean is not None and degraded is not None and clean > degraded  # of Lanczos' filter
     assert found["upscaling/psnr"].protocol["height"] == 32
     assert found["upscaling/psnr"].protocol_digest != found["upscaling/degraded_psnr"].protocol_digest

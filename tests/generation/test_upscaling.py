@@ -287,7 +287,7 @@ def test_a_lora_changes_what_is_enlarged(upscaler: Pipeline, folder: Path, workp
         (["small.png", "--noise-level", "351"], "noise_level must be a whole number from 0 to 350"),
         (["small.png", "--steps", "0"], "num_inference_steps must be"),
         (["small.png", "--prompt", "x" * 5000], "at most 4000 characters"),
-        (["small.png", "-o", "big.jpg"], "-o must name a PNG file or a folder"),
+        (["small.png", "-o", "big.gif"], "-o must name a PNG, JPEG or WebP file or a folder"),
         (["small.png", "--lora", "none.safetensors"], "--lora names 'none.safetensors', and there is no such file"),
         (["animated.png"], "must be one still picture"),
         (["small.png", "--model", "BASE"], "draws pictures and enlarges none; pass a model that does"),

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
-from tests.ports import free_port
 from tests.training.test_stages import pictures, recipe, weights_of
+from tests.two_processes import free_port, run_two
 
 Run = tuple[str, list[str], bool, str]  # what `cli_train` takes
 # Slow enough that roundings stay roundings: AdamW's first steps are of one size, whatever that of the gradients.
@@ -52,7 +52,7 @@ def test_two_processes_and_micro_steps_train_what_one_process_trains(tmp_path: P
     for stage, file in files.items():
         cli_train(file, OVERRIDES[stage], False, str(tmp_path / f"{stage}-one"))
     runs = [(file, OVERRIDES[stage], False, str(tmp_path / f"{stage}-two")) for stage, file in files.items()]
-    torch.multiprocessing.spawn(train_as, (free_port(), runs, {}), nprocs=2)
+    run_two(train_as, free_port(), runs, {})
     plain = OVERRIDES["autoencoder"][:4]
     cli_train(
         files["diffusion"], [*OVERRIDES["diffusion"], "run.accumulation=2"], False, str(tmp_path / "diffusion-parts")

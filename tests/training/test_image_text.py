@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from latentdiff.training.check import image_text as check_image_text
-from latentdiff.training.config import parse_config
-from latentdiff.training.losses.contrastive import contrastive_loss, ranks
+from latentdiff.training.config import ImageTextTraining, parse_config
+from latentdiff.training.losses.contrastive import contrastive_loss, label_loss, ranks
+from latentdiff.training.train_image_text import assemble
 from torch.nn import functional as F
 
 from latentdiff.cli import main
@@ -41,8 +43,10 @@ def recipe(tmp_path: Path) -> Path:
     return file
 
 
-def test_it_learns_which_text_is_of_which_picture(recipe: Path, tmp_path: Path) -> None:
-    cli_train(str(recipe), ["run.steps=120", "run.save_every=120", "run.sample_every=120"], False, None)
+@pytest.mark.parametrize("weight", [0, 1])
+def test_it_learns_which_text_is_of_which_picture(recipe: Path, tmp_path: Path, weight: float) -> None:
+    steps = ["run.steps=120", "run.save_every=120", "run.sample_every=120"]
+    cli_train(str(recipe), [*steps, f"label_weight={weight}"], False, None)
     judge = load_judge(tmp_path / "run/image_text", text_encoder=tmp_path / "text")
     images = to_tensor([open_image(tmp_path / f"pictures/{number}.png") for number in range(8)])
     fits = judge.images(images) @ judge.texts(list(LETTERS)).T
@@ -51,6 +55,7 @@ def test_it_learns_which_text_is_of_which_picture(recipe: Path, tmp_path: Path) 
 
 
 def test_a_run_that_was_broken_off_ends_like_the_unbroken_one(recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(recipe.read_text() + "label_weight: 0.5\n")
     check_interrupted(str(recipe), tmp_path)
 
 
@@ -62,6 +67,26 @@ def test_held_out_pictures_are_found_among_all_labels(recipe: Path, tmp_path: Pa
     measured = json.loads((tmp_path / "run/image_text.json").read_text())
     assert (measured["held_out_images"], measured["texts"]) == (3, 8)
     assert 0 <= measured["held_out_top1"] <= measured["held_out_top5"] <= 1
+
+
+def test_a_picture_beside_another_has_no_label(recipe: Path) -> None:
+    config = parse_config(yaml.safe_load(recipe.read_text()))
+    assert isinstance(config, ImageTextTraining)
+    data, _, _ = assemble(config, torch.device("cpu"))
+    assert len(data.labels) == len(data.label_texts) == 8
+    assert sorted(data.batch(config, 0).labels.tolist()) == list(range(8))
+    pairs = [[replace(view, beside=0) for view in views] for views in data.plans]
+    assert (replace(data, plans=pairs).batch(config, 0).labels == -1).all()
+
+
+def test_the_loss_of_labels_is_that_of_the_pictures_that_have_one() -> None:
+    torch.manual_seed(0)
+    images, labels = (F.normalize(torch.randn(count, 8), dim=1) for count in (4, 6))
+    right, scale = torch.tensor([5, -1, 0, 5]), torch.tensor(3.0)
+    rows = (3 * images @ labels.T).log_softmax(dim=1)
+    expected = -(rows[0, 5] + rows[2, 0] + rows[3, 5]) / 3
+    torch.testing.assert_close(label_loss(images, labels, scale, right), expected)
+    assert label_loss(images, labels, scale, torch.full((4,), -1)) == 0
 
 
 def test_a_check_looks_at_everything_and_writes_nothing(

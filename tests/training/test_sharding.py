@@ -21,9 +21,9 @@ from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.conftest import UNET
-from tests.ports import free_port
 from tests.training.test_distributed import OVERRIDES, Run, assert_same_run, logged, train_as
 from tests.training.test_stages import PARTS, pictures, recipe, weights_of
+from tests.two_processes import free_port, run_two
 
 ROOT = Path(__file__).parents[2]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what accelerate makes of its launch file
@@ -82,7 +82,7 @@ def test_shared_out_weights_train_as_whole_ones_do_and_resume_as_them_and_from_t
     cli_train(file, overrides, True, broken(two, tmp_path / "two-then-one"))
     saving = [*overrides, "run.accumulation=2", "run.gradient_checkpointing=true"]
     runs = [(file, overrides, True, broken(run, tmp_path / f"{run.name}-then-two")) for run in (one, two)]
-    torch.multiprocessing.spawn(shard_as, (free_port(), [*runs, (file, saving, False, str(parts))]), nprocs=2)
+    run_two(shard_as, free_port(), [*runs, (file, saving, False, str(parts))])
     assert_same_run(one, two)
     assert_same_run(one, parts)
     assert "held_out/loss" in logged(two)

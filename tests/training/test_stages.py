@@ -224,8 +224,10 @@ def test_training_goes_on_from_the_weights_of_another_model(tmp_path: Path) -> N
 
 def test_eight_pictures_are_reproduced(tmp_path: Path) -> None:
     pictures(tmp_path / "pictures", 8)
-    cli_train(recipe(tmp_path, "autoencoder", run__steps=240, run__batch_size=8, run__save_every=240), [], False, None)
-    changes = {"run__steps": 600, "run__batch_size": 16, "run__save_every": 600, "run__ema_decay": 0.98}
+    often = {"run__batch_size": 8, "run__save_every": 240, "run__log_every": 240}
+    cli_train(recipe(tmp_path, "autoencoder", run__steps=240, **often), [], False, None)
+    changes = {"run__steps": 600, "run__batch_size": 16, "run__save_every": 600, "run__log_every": 600}
+    changes["run__ema_decay"] = 0.98
     config: Any = load_config(recipe(tmp_path, "diffusion", **changes))
     cli_train(recipe(tmp_path, "diffusion", **changes), ["caption_dropout=0"], False, None)
     truth = torch.from_numpy(load_images(config.data).images[..., :3]).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -21,6 +21,7 @@ from latentdiff.checkpoints import load_pipeline, save_pipeline
 from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
+from latentdiff.marks import COMPOSITE, source_type_of
 from tests.training.test_lora_stage import file as lora_file  # noqa: F401  (a fixture)
 from tests.training.test_stages import SIZE, check_interrupted, pictures, recipe
 
@@ -94,6 +95,7 @@ def test_an_inpainting_run_resumes_and_makes_a_model_that_paints(lora_file: str,
     assert drawn.getpixel((1, 1)) == (255, 0, 0)
     with Image.open(tmp_path / "unbroken/samples/00000004.png") as samples:
         assert samples.height == 2 * SIZE + 2
+        assert source_type_of(samples) == COMPOSITE  # of what is drawn and what it is drawn from
 
 
 def test_an_upscaling_run_makes_a_model_that_enlarges(upscale_file: str, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from latentdiff.training.monitor import samples
 from latentdiff.commands.train import check as cli_check
 from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError, StorageError
+from latentdiff.images import open_stored
+from latentdiff.marks import GENERATED, source_type_of
 from latentdiff.training import setup
 from latentdiff.training import train_diffusion as stage
 from tests.training.test_objective import recipe
@@ -172,7 +174,7 @@ def test_a_finished_run_is_not_shown_again(
 def test_prompts_may_change_when_a_run_goes_on(file: str, tmp_path: Path) -> None:
     cli_train(file, ["run.steps=1"], False, None)
     cli_train(file, ["run.steps=2", "prompts=[c]"], True, None)
-    assert (tmp_path / "run/samples/00000002.png").is_file()
+    assert source_type_of(open_stored(tmp_path / "run/samples/00000002.png")) == GENERATED
 
 
 def test_commands_to_try_can_be_pasted(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def try_steps(
 
     def take_step(step: int) -> Tensor:
         start_step(config, step, optimizer)
-        _, norm = accumulate_gradients(network, data.batch(config, step), config, accelerator)
+        _, norm = accumulate_gradients(network, data.batch(config, step), data.label_texts, config, accelerator)
         optimizer.step()
         state.ema.update(model)
         return norm
@@ -88,9 +88,8 @@ def overfit(
         itself: whether that is trained, or a small new one because it would take too long.
     """
     run = config.run.model_copy(update={"batch_size": OVERFIT})
-    images, texts, alike = (
-        part.to(accelerator.device) for part in data.batch(config.model_copy(update={"run": run}), 0)
-    )
+    pairs = data.batch(config.model_copy(update={"run": run}), 0).to(accelerator.device)
+    alike = pairs.alike
     least = (alike[:, None] == alike).sum(dim=1).double().log().mean()  # where some show the same
     torch.manual_seed(run.seed)
     small = replace(model.config, block_out_channels=(32,), layers_per_block=1, norm_num_groups=8)
@@ -98,7 +97,7 @@ def overfit(
     optimizer, losses = torch.optim.AdamW(used.parameters(), lr=OVERFIT_RATE, weight_decay=0.0), []
     for _ in range(OVERFIT_STEPS):
         with accelerator.autocast():
-            own, theirs, scale = used(images, texts)
+            own, theirs, scale = used(pairs.images, pairs.texts)
         loss = contrastive_loss(own.float(), theirs.float(), scale.float(), alike)
         optimizer.zero_grad()
         loss.backward()

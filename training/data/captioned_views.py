@@ -27,8 +27,25 @@ CAPTIONS_OF_A_VIEW = 3  # at most; more would take longer to encode than they ar
 SMALLEST, LARGEST = 0.55, 1.2  # sides of a placed view, of the frame's
 
 
-Pairs = tuple[Tensor, Tensor, Tensor]
-"""Images (B, 3, H, W), mean states (B, text_dim) of a caption of each, and which show the same, (B,) int64."""
+@dataclass(frozen=True)
+class Pairs:
+    """Pictures with a caption of each.
+
+    Attributes:
+        images: (B, 3, H, W).
+        texts: (B, text_dim), mean states of the captions.
+        alike: (B,) int64, equal where they show the same.
+        labels: (B,) int64, the label of what each shows; -1 for a picture with a thing beside its own.
+    """
+
+    images: Tensor
+    texts: Tensor
+    alike: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> Pairs:
+        """Return them on a device."""
+        return Pairs(*(part.to(device) for part in (self.images, self.texts, self.alike, self.labels)))
 
 
 @dataclass(frozen=True)
@@ -39,31 +56,36 @@ class CaptionedViews:
         plans: plans[n][v], how view v of picture n is made; see `DataConfig.views`.
         texts: mean states (text_dim,) of the captions, in their order.
         captions: all different ones.
+        labels: all labels, see `label_of`.
+        label_texts: (M, text_dim), mean states of the labels, in their order.
     """
 
     data: CaptionedImages
     plans: list[list[Variant]]
     texts: CachedTensors
     captions: dict[str, int]
+    labels: dict[str, int]
+    label_texts: Tensor
 
     def batch(self, config: ImageTextTraining, step: int) -> Pairs:
         """Return the pairs of a step: a pure function of (seed, step)."""
         seed = config.run.seed
         indices, _ = self.data.order.batch(step, config.run.batch_size, seed)
-        pictures, numbers, keys, places = [], [], [], []
+        pictures, numbers, keys, labels, places = [], [], [], [], []
         for index in indices:
             rng = np.random.default_rng([seed, step, self.data.place(index)])
             variant = self.plans[index][draw_view(config.data, rng)]
             caption = str(rng.choice(variant.captions[:CAPTIONS_OF_A_VIEW]))
             pictures.append(paint(self.data, variant))
             numbers.append(self.captions[caption])
-            plain = not variant.turn and variant.beside is None
-            keys.append(label_of(self.data.rows[index], config.label_column) if plain else caption)
+            label = label_of(self.data.rows[index], config.label_column)
+            keys.append(label if not variant.turn and variant.beside is None else caption)
+            labels.append(self.labels[label] if variant.beside is None else -1)
             places.append(rng.uniform([SMALLEST, -1, -1], [LARGEST, 1, 1]))
         known: dict[str, int] = {}
         alike = torch.tensor([known.setdefault(key, len(known)) for key in keys])
         images = placed(to_tensor(np.stack(pictures)), torch.from_numpy(np.stack(places)).float())
-        return images, self.texts.take(numbers), alike
+        return Pairs(images, self.texts.take(numbers), alike, torch.tensor(labels))
 
 
 def label_of(row: dict[str, Any], column: str | None) -> str:
@@ -97,7 +119,11 @@ def prepare_views(
     plans = [plan_variants(data, index, config.data, config.run.seed) for index in range(len(data))]
     used = (caption for views in plans for view in views for caption in view.captions[:CAPTIONS_OF_A_VIEW])
     captions = {caption: number for number, caption in enumerate(dict.fromkeys(used))}
-    return CaptionedViews(data, plans, encode_texts(list(captions), encoder, tokenizer, cache), captions)
+    texts = encode_texts(list(captions), encoder, tokenizer, cache)
+    found = dict.fromkeys(label_of(row, config.label_column) for row in data.rows)
+    labels = {label: number for number, label in enumerate(found)}
+    label_texts = encode_texts(list(labels), encoder, tokenizer, cache).take(range(len(labels)))
+    return CaptionedViews(data, plans, texts, captions, labels, label_texts)
 
 
 def encode_texts(texts: list[str], encoder: TextEncoder, tokenizer: Tokenizer, cache: Path) -> CachedTensors:

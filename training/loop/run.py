@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
-from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
@@ -28,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from latentdiff.checkpoints.folder import INDEX
 from latentdiff.devices import supports_bfloat16
 from latentdiff.errors import InputError, StorageError
-from latentdiff.images import from_tensor, write_file
+from latentdiff.images import from_tensor, sheet, write_file, write_png
+from latentdiff.marks import COMPOSITE
 from latentdiff.models.attention import Transformer2DModel
 from latentdiff.models.layers import ResnetBlock2D
 
@@ -299,14 +298,12 @@ def stop_on_signal() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def save_grid(images: Tensor | Sequence[Tensor], file: Path, columns: int, gap: int = 2) -> None:
-    """Save images (N, 3, H, W) in [-1, 1] as one PNG, row by row on white."""
-    pictures = from_tensor(torch.stack(list(images)))
-    width, height = pictures[0].width + gap, pictures[0].height + gap
-    rows = math.ceil(len(pictures) / columns)
-    sheet = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
-    for index, picture in enumerate(pictures):
-        sheet.paste(picture, ((index % columns) * width, (index // columns) * height))
-    content = BytesIO()
-    sheet.save(content, "PNG")
-    write_file(file, content.getvalue())
+def save_grid(
+    images: Tensor | Sequence[Tensor], file: Path, columns: int, gap: int = 2, source_type: str = COMPOSITE
+) -> None:
+    """Save images (N, 3, H, W) in [-1, 1] as one PNG, row by row on white.
+
+    Args:
+        source_type: `marks.GENERATED` where a model made all of them.
+    """
+    write_png(file, sheet(from_tensor(torch.stack(list(images))), columns, gap), {}, source_type)

@@ -24,6 +24,20 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, alike: Tensor
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 
 
+def label_loss(images: Tensor, labels: Tensor, scale: Tensor, right: Tensor) -> Tensor:
+    """Return the mean cross entropy of finding the label of an image among all labels; 0 where no image has one.
+
+    Args:
+        images: (B, D) unit vectors.
+        labels: (M, D) unit vectors of the texts of all labels.
+        scale: of their similarities.
+        right: (B,) int64, the label of each image; -1 for one that has none.
+    """
+    logits = scale * images @ labels.T  # (B, M)
+    losses = F.cross_entropy(logits, right, ignore_index=-1, reduction="sum")
+    return losses / (right >= 0).sum().clamp(min=1)
+
+
 @torch.no_grad()
 def ranks(images: Tensor, texts: Tensor, right: Tensor) -> Tensor:
     """Return for each image how many texts fit better than the right one, (N,) int64: 0 where that is the first.

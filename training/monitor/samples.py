@@ -11,6 +11,7 @@ import torch
 
 from latentdiff.checkpoints import Components, Encoders
 from latentdiff.generation.request import Settings
+from latentdiff.marks import GENERATED
 from latentdiff.pipeline import Pipeline
 
 from ..config import DiffusionTraining
@@ -62,7 +63,8 @@ def draw_samples(components: Components, config: DiffusionTraining, file: Path) 
     options |= {"output_type": "pt", "prompt_weights": False}
     pipe = Pipeline(components)
     if config.task.kind == "text_to_image":
-        save_grid(pipe(config.samples.prompts, seed=0, **options).images.cpu() * 2 - 1, file, columns=8)
+        images = pipe(config.samples.prompts, seed=0, **options).images.cpu() * 2 - 1
+        save_grid(images, file, columns=8, source_type=GENERATED)
         return
     shown, drawn = [], []
     for number, (prompt, given, picture) in enumerate(examples(config, components)):
