@@ -52,7 +52,8 @@ def make_app(models: Models, desk: Desk) -> FastAPI:
 def _add_errors(app: FastAPI, desk: Desk) -> None:
     async def answered(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, HTTPException):
-            error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", "no_such_route")
+            code = "no_such_route" if error.status_code in (404, 405) else "invalid_body"
+            error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", code)
         known = api_error(error, desk.retry_after)
         return JSONResponse(known.body, known.status, known.headers)
 
