@@ -341,7 +341,7 @@ def test_nothing_is_left_of_two_hundred_jobs(pipe: Pipeline) -> None:
     def draw(count: int) -> list[weakref.ref[ServedJob]]:
         jobs = list[ServedJob]()
         for number in range(count):
-            steps = {"num_inference_steps": 1 + number % 2, "guidance_scale": 1.0}
+            steps: dict[str, Any] = {"num_inference_steps": 1 + number % 2, "guidance_scale": 1.0}
             jobs.append(scheduler.submit("cat", seed=number, client=str(number), **steps))
             if number % 7 == 0:
                 jobs[-1].cancel()
