@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> None:
     with listen(options.host, options.port) as opened:
         pipes = {name: load(model, options.device, options.dtype) for name, model in zip(names, given)}
         server = Server(pipes, host=options.host, token=token, batch=options.batch, limits=limits)
+        opened.listen()
         host, port = opened.getsockname()[:2]
         print(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
         say(f"serving {', '.join(names)}; Ctrl-C ends it when all jobs are done")

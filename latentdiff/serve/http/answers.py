@@ -21,7 +21,7 @@ from latentdiff.serve.http.errors import api_error
 from latentdiff.serve.http.orders import FORMATS, Kind, Order
 from latentdiff.serve.jobs import Event, ServedJob
 
-__all__ = ["ErrorAnswer", "ImagesAnswer", "ModelAnswer", "ModelList", "answer", "server_sent"]
+__all__ = ["ErrorAnswer", "ImagesAnswer", "ModelAnswer", "ModelList", "answer", "server_sent", "sse_event"]
 
 EVENTS: dict[Kind, str] = {"generation": "image_generation", "edit": "image_edit", "variation": "image_edit"}
 Linked = Callable[[bytes, str], str]
@@ -131,7 +131,7 @@ async def server_sent(kind: Kind, order: Order, job: ServedJob) -> AsyncIterator
         if event.error is not None:
             if not opened:
                 raise event.error
-            yield _line("error", api_error(event.error).body)
+            yield sse_event("error", api_error(event.error).body)
             return
         if not opened:
             opened = True
@@ -140,9 +140,9 @@ async def server_sent(kind: Kind, order: Order, job: ServedJob) -> AsyncIterator
             number = previews.get(event.index, 0)
             previews[event.index] = number + 1
             if number < order.partial_images:
-                yield _line(*await asyncio.to_thread(_partial, kind, order, job, event, number))
+                yield sse_event(*await asyncio.to_thread(_partial, kind, order, job, event, number))
         if event.picture is not None:
-            yield _line(*await asyncio.to_thread(_completed, kind, order, job, event.picture, event.index))
+            yield sse_event(*await asyncio.to_thread(_completed, kind, order, job, event.picture, event.index))
 
 
 async def _pictures(job: ServedJob) -> list[GeneratedImage]:
@@ -191,7 +191,8 @@ def _completed(
     }
 
 
-def _line(name: str, data: dict[str, Any]) -> bytes:
+def sse_event(name: str, data: dict[str, Any]) -> bytes:
+    """Return a server-sent event."""
     return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
 
 

@@ -17,7 +17,15 @@ from starlette.exceptions import HTTPException
 
 from latentdiff import __version__
 from latentdiff.errors import LatentDiffError
-from latentdiff.serve.http.answers import ErrorAnswer, ImagesAnswer, ModelAnswer, ModelList, answer, server_sent
+from latentdiff.serve.http.answers import (
+    ErrorAnswer,
+    ImagesAnswer,
+    ModelAnswer,
+    ModelList,
+    answer,
+    server_sent,
+    sse_event,
+)
 from latentdiff.serve.http.desk import Claim, Desk
 from latentdiff.serve.http.errors import ApiError, api_error
 from latentdiff.serve.http.fields import Fields, GenerationRequest, read_form, read_json
@@ -143,8 +151,11 @@ def _add_health(app: FastAPI, desk: Desk) -> None:
 async def _to_the_end(opening: bytes, events: AsyncIterator[bytes], stack: AsyncExitStack) -> AsyncIterator[bytes]:
     async with stack:
         yield opening
-        async for event in events:
-            yield event
+        try:
+            async for event in events:
+                yield event
+        except Exception as error:  # such as settings that a JPEG cannot hold
+            yield sse_event("error", api_error(error).body)
 
 
 async def _read_multipart(request: Request) -> tuple[dict[str, str], list[Upload]]:

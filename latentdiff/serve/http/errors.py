@@ -50,7 +50,8 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(printable(message))
-        self.status, self.code, self.param = status, code, param
+        self.status, self.code = status, code
+        self.param = None if param is None else printable(param)
         self.headers = dict(headers or {})
         if status in (429, 503):
             self.headers["retry-after"] = str(5 if retry_after is None else retry_after)

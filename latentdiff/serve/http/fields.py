@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields as fields_of
 from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AliasChoices, BaseModel, Field, ValidationError, create_model
 
 from latentdiff.errors import InputError, shown, suggest
 from latentdiff.generation.options import Option, options_of
@@ -28,8 +28,6 @@ SHORT = {"num_inference_steps": "steps"}
 
 class Fields(BaseModel):
     """The fields of OpenAI's that mean something here; null is as good as left out."""
-
-    model_config = ConfigDict(extra="allow")
 
     prompt: str = Field("", description="What to draw.")
     model: str | None = Field(None, description="A name of GET /v1/models; those of OpenAI stand for the first one.")
@@ -106,20 +104,27 @@ def read_form(values: Mapping[str, str]) -> tuple[Fields, list[str]]:
 
 def _read(values: Mapping[str, Any]) -> tuple[Fields, list[str]]:
     given = {name: value for name, value in values.items() if value is not None}
-    ignored = [name for name in given if name.partition("[")[0] in IGNORED]
+    known = {name: given[name] for name in given if _plain(name) not in IGNORED}
+    ignored = list(dict.fromkeys(_plain(name) for name in given if name not in known))
+    names = [SHORT.get(own, own) for own in GenerationRequest.model_fields]
+    for name in known:
+        if name not in names and name not in SHORT:
+            message = f"there is no field {shown(name)}{suggest(name[:80], names)}"
+            raise ApiError(400, message, "unknown_parameter", name[:80])
     try:
-        request = GenerationRequest.model_validate({name: given[name] for name in given if name not in ignored})
+        request = GenerationRequest.model_validate(known)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         param = str(first["loc"][0]) if first["loc"] else None
         says = first["msg"][0].lower() + first["msg"][1:]
         message = f"{param}: {says}, got {shown(first['input'])}"
         raise ApiError(400, message, "invalid_value", param) from None
-    for name in request.model_extra or ():
-        known = [SHORT.get(known, known) for known in GenerationRequest.model_fields]
-        message = f"there is no field {shown(name)}{suggest(name[:80], known)}"
-        raise ApiError(400, message, "unknown_parameter", str(name)[:80])
     return request, ignored
+
+
+def _plain(name: str) -> str:
+    """Return the field that a part of one is of, as `svg[model]` in a form is of `svg`."""
+    return name.partition("[")[0]
 
 
 def parse_size(size: str | None) -> tuple[int, int] | None:

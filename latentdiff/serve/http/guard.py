@@ -55,6 +55,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, *, token: str | None, local: bool, limits: Limits) -> None:
         self._app, self._token, self._local, self._limits = app, token, local, limits
+        self._requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -70,6 +71,7 @@ class Guard:
                 MutableHeaders(scope=message)["x-request-id"] = number
             await send(message)
 
+        self._requests += 1
         try:
             headers = Headers(scope=scope)
             self._check(scope, headers)
@@ -80,11 +82,15 @@ class Guard:
             answer = api_error(error)
             closing = {**answer.headers, "connection": "close"}  # a body may not have been read
             await JSONResponse(answer.body, answer.status, closing)(scope, receive, numbered)
+        finally:
+            self._requests -= 1
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         host, path = headers.get("host", ""), str(scope["path"])
         if self._local and not is_loopback(urlsplit(f"//{host}").hostname or ""):
             raise ApiError(403, f"this server is called localhost, got {shown(host)}; use that", "host_not_allowed")
+        if self._requests > self._limits.requests and path not in OPEN:
+            raise self._limits.exceeded("requests", f"{self._limits.requests} requests are being answered; try later")
         file = path.startswith(FILES) and scope["method"] in ("GET", "HEAD")
         if not file:
             self._check_page(host, headers)

@@ -24,6 +24,7 @@ class Limits:
         InputError: a limit is no whole number above 0.
     """
 
+    requests: int = limit(256, 503, "requests at once")
     json_bytes: int = limit(2**20, 413, "bytes of a JSON body")
     upload_bytes: int = limit(64 * 2**20, 413, "bytes of a body with pictures")
     image_bytes: int = limit(50 * 10**6, 413, "bytes of an uploaded picture")

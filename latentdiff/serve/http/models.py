@@ -14,7 +14,7 @@ from latentdiff.serve.http.errors import ApiError
 __all__ = ["Models", "served_name"]
 
 # What clients send without being asked; it stands for the first model here.
-ALIAS = re.compile(r"(gpt-image|chatgpt-image|dall-e)-[\w.-]{1,40}")
+ALIAS = re.compile(r"(gpt-image|chatgpt-image|dall-e)-[A-Za-z0-9_.-]{1,40}")
 
 
 def served_name(model: str | None) -> str:

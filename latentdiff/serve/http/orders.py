@@ -100,6 +100,8 @@ def make_order(
     Raises:
         ApiError, InputError: something that cannot be used, or is too much.
     """
+    if kind != "variation" and "prompt" not in fields.model_fields_set:
+        raise ApiError(400, "prompt must be a text, which may be empty, got none", "missing_parameter", "prompt")
     model, pipe = models.find(fields.model)
     options, mapped = own_options(fields), list[str]()
     if fields.model is not None and fields.model != model:

@@ -32,7 +32,8 @@ def opened(b64: str | None) -> Image.Image:
 
 def post(server: Running, **fields: Any) -> httpx.Response:
     with server.http() as client:
-        return client.post("/v1/images/generations", json={"prompt": "fox", **STEPS, **fields})
+        body = json.dumps({"prompt": "fox", **STEPS, **fields})  # which httpx refuses to make of half a character
+        return client.post("/v1/images/generations", content=body, headers={"content-type": "application/json"})
 
 
 def refused(server: Running, **fields: Any) -> tuple[int, dict[str, Any]]:
@@ -158,6 +159,9 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "transparent JPEG": ({"output_format": "jpeg", "background": "transparent"}, "background", "no transparency"),
     "prompt": ({"prompt": 3}, "prompt", "valid string"),
     "NUL": ({"prompt": "a\0b"}, "prompt", "NUL"),
+    "half a character": ({"p\ud800": 1}, "p\\ud800", "there is no field"),
+    "prompt of half a character": ({"prompt": "\ud800"}, "prompt", "prompt"),
+    "null prompt": ({"prompt": None}, "prompt", "which may be empty"),
     "no image": ({"strength": 0.5}, "strength", "got no image"),
 }
 

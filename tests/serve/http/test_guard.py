@@ -161,7 +161,11 @@ def ask_beside(server: Running) -> threading.Thread:
 
 @pytest.mark.parametrize(
     ("limits", "status", "code"),
-    [(Limits(queue=1), 503, "queue_full"), (Limits(client_jobs=2), 429, "limit_client_jobs")],
+    [
+        (Limits(queue=1), 503, "queue_full"),
+        (Limits(requests=2), 503, "limit_requests"),
+        (Limits(client_jobs=2), 429, "limit_client_jobs"),
+    ],
 )
 def test_a_full_queue_and_too_many_jobs_of_a_client(
     gate: Gate, serve: Serve, limits: Limits, status: int, code: str
@@ -199,7 +203,7 @@ def test_a_job_that_takes_too_long(gate: Gate, serve: Serve) -> None:
     assert answer.headers["x-should-retry"] == "false"
 
 
-ELSEWHERE = {"queue", "client_jobs", "body_seconds", "seconds"}  # above
+ELSEWHERE = {"requests", "queue", "client_jobs", "body_seconds", "seconds"}  # above
 ELSEWHERE |= {"drain_seconds"}  # test_drain
 ELSEWHERE |= {"link_seconds", "link_bytes"}  # test_links
 
