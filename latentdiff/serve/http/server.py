@@ -107,8 +107,9 @@ def listen(host: str, port: int) -> socket.socket:
         opened = socket.socket(family, kind, protocol)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind(address)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError of what no name of a machine can be
         if opened is not None:
             opened.close()
-        raise StorageError(f"cannot listen at {shown(host)}, port {port}: {error.strerror}; try another") from error
+        why = getattr(error, "strerror", None) or error
+        raise StorageError(f"cannot listen at {shown(host)}, port {port}: {why}; try another") from error
     return opened

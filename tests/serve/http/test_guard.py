@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -208,5 +209,9 @@ ELSEWHERE |= {"drain_seconds"}  # test_drain
 ELSEWHERE |= {"link_seconds", "link_bytes"}  # test_links
 
 
-def test_every_limit_has_a_test() -> None:
+def test_every_limit_has_a_test_and_is_documented() -> None:
     assert {item.name for item in fields(Limits)} == set(TOO_MUCH) | ELSEWHERE
+    documented = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    for item in fields(Limits):
+        row = f"| `{item.name}` | {item.default:,} | {item.metadata['says']} | {item.metadata['status']} |"
+        assert row in documented, row
