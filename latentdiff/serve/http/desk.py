@@ -20,7 +20,7 @@ from latentdiff.serve.scheduler import Scheduler
 
 __all__ = ["Claim", "Desk", "Taken"]
 
-PATIENCE = 3.0  # seconds in which a client that repeats by itself comes again
+PATIENCE = 5.0  # seconds in which a client that repeats by itself comes again
 KEPT_SECONDS, MOST_KEPT = 120, 32  # how long jobs that ended can be joined, and how many
 
 

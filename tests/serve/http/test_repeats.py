@@ -20,6 +20,12 @@ BODY: dict[str, Any] = {"prompt": "fox", "steps": 2, "guidance_scale": 1.0}
 FIRST, AGAIN = {"x-stainless-retry-count": "0"}, {"x-stainless-retry-count": "1"}
 
 
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let jobs wait for a repeat longer than a busy machine takes to send it."""
+    monkeypatch.setattr(latentdiff.serve.http.desk, "PATIENCE", 60)
+
+
 def ask(server: Running, headers: dict[str, str], timeout: float = 30, **fields: Any) -> httpx.Response:
     with server.http() as client:
         return client.post(GENERATIONS, json={**BODY, **fields}, headers=headers, timeout=timeout)
@@ -29,6 +35,7 @@ def pictures(*answers: httpx.Response) -> list[str]:
     return [answer.json()["data"][0]["b64_json"] for answer in answers]
 
 
+@pytest.mark.usefixtures("patience")
 def test_the_client_repeats_by_itself_and_the_picture_is_drawn_once(gate: Gate, serve: Serve) -> None:
     server = serve(gate.pipe)
     found = list[Any]()
@@ -64,6 +71,7 @@ def test_a_repeat_of_another_content_does_not_join(server: Running) -> None:
     assert len(set(pictures(first, other))) == 2
 
 
+@pytest.mark.usefixtures("patience")
 def test_two_repeats_join_the_two_jobs_they_repeat(gate: Gate, serve: Serve) -> None:
     server, found = serve(gate.pipe), list[httpx.Response]()
     for _ in range(2):
