@@ -12,7 +12,10 @@ import reprlib
 from collections.abc import Iterable
 
 __all__ = [
+    "ClosedError",
+    "DeadlineError",
     "InputError",
+    "JobCancelledError",
     "LatentDiffError",
     "MissingDependencyError",
     "ModelConfigError",
@@ -21,6 +24,8 @@ __all__ = [
     "ModelMismatchError",
     "ModelPathError",
     "ModelValueError",
+    "OutOfMemoryError",
+    "QueueFullError",
     "StorageError",
     "UnsafeModelError",
     "printable",
@@ -103,6 +108,26 @@ class StorageError(LatentDiffError, OSError):
     """A file or folder could not be written (no space, no permission, no such place), or a remote one not be read."""
 
     exit_code = 4
+
+
+class QueueFullError(LatentDiffError):
+    """As many jobs wait as may; one that is asked for later may be taken."""
+
+
+class ClosedError(LatentDiffError):
+    """A scheduler takes no more jobs, or ended before this one was done."""
+
+
+class JobCancelledError(LatentDiffError):
+    """A job was cancelled."""
+
+
+class DeadlineError(LatentDiffError):
+    """A job was not done by its deadline."""
+
+
+class OutOfMemoryError(LatentDiffError, MemoryError):
+    """A picture needs more memory than the device has left."""
 
 
 class ModelLoadError(LatentDiffError):

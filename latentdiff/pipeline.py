@@ -8,11 +8,9 @@ A pipeline keeps no state between calls, so threads may share one.
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +29,7 @@ from latentdiff.engine.execution import Execution
 from latentdiff.engine.offload import Offload
 from latentdiff.errors import InputError, shown
 from latentdiff.generation.decode import OUTPUT_TYPES
+from latentdiff.generation.documentation import document
 from latentdiff.generation.inputs import prepare_image, prepare_small_image
 from latentdiff.generation.masks import MaskLike, open_picture
 from latentdiff.generation.options import check_integer, one_of
@@ -233,6 +232,22 @@ class Pipeline:
         one_of(tuple(OUTPUT_TYPES))("output_type", output_type)
         if callback is not None and not callable(callback):
             raise InputError(f"callback must be a function of three arguments, got {shown(callback)}; see Callback")
+        job = self.make_job(prompt, image=image, mask=mask, latents=latents, **options)
+        return run(job, output_type, batch_size, callback, progress)
+
+    def make_job(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        image: ImageLike | None = None,
+        mask: MaskLike | None = None,
+        latents: Tensor | None = None,
+        **options: object,
+    ) -> Job:
+        """Return a request with this model, checked, its pictures opened: what `stream` draws, and a server later.
+
+        Arguments and errors are those of `__call__`.
+        """
         components = self.components
         chosen, scheduler = self._chosen(options, image, mask)
         settings = Settings(prompts=prompt, **chosen)  # type: ignore[arg-type]  # checked and made a tuple there
@@ -243,8 +258,7 @@ class Pipeline:
             inputs = prepare_small_image(settings, image, mask, factor)
         else:
             inputs = prepare_image(settings, image, mask, components.native_size, factor)
-        job = Job(components, self.execution, settings, inputs, latents, scheduler)
-        return run(job, output_type, batch_size, callback, progress)
+        return Job(components, self.execution, settings, inputs, latents, scheduler)
 
     def _chosen(self, options: Mapping[str, object], image: object, mask: object) -> tuple[dict[str, Any], Any]:
         """Return the options with the defaults of the model, and the scheduler object among them."""
@@ -354,44 +368,4 @@ def _given(options: Mapping[str, object]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None or name == "seed"}
 
 
-def _document(method: Any) -> None:
-    """Give `Pipeline.__call__` the signature and documentation of all options, from where they are declared."""
-    signature = inspect.signature(method)
-    *own, _ = signature.parameters.values()
-    declared = [item for item in fields(Settings) if "option" in item.metadata]
-    added = [
-        inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=item.type)
-        for item in declared
-    ]
-    method.__signature__ = signature.replace(parameters=[*own, *added])
-    lines = [f"    {item.name}: {item.metadata['option'].help}." for item in declared]
-    method.__doc__ = CALL_DOCUMENTATION.format(options="\n".join(lines))
-
-
-CALL_DOCUMENTATION = """Generate `num_images` images of each prompt; image i, counted over all prompts, has seed + i.
-
-Args:
-    prompt: one text or several; empty for images of no text in particular.
-    image: initial image, or its path: a picture, or uint8 array (H, W, 3). It is scaled to cover the size and cropped
-        evenly; without height and width the result has its shape and the model's own area. For a model that upscales,
-        the small picture, of any size and shape; where it is transparent, so is the result.
-    mask: part of the image to generate (inpainting): a picture of its size, or a path of one, white where something is
-        generated; "alpha" for where the image is transparent; or left, top, right and bottom of a box. All other pixels
-        are kept, bit for bit, and so is the size of the image, without height and width, where its sides are
-        multiples of 8 within the model's limit. A model trained for it (9 input channels) sees what is kept; with any
-        other it is put into every step.
-    sampler: its name, or any scheduler object of diffusers, whose images cannot be replayed.
-    latents: standard normal noise (B, C, h, w) to start from instead of that of the seeds.
-    output_type: "pil", "pt", "np" or "latent"; see `Result.images`.
-    callback: called after each step, see `Callback`; what it raises ends the call.
-    progress: show a bar on stderr.
-    batch_size: how many images are sampled at once at most.
-
-Options, each with a default of its own or of the model:
-{options}
-
-Raises:
-    InputError: something that cannot be used, with what can.
-"""
-
-_document(Pipeline.__call__)
+document(Pipeline.__call__)

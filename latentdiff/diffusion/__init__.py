@@ -14,7 +14,17 @@ from latentdiff.diffusion.diffusers_scheduler import Scheduler, SchedulerPlan
 from latentdiff.diffusion.discretization import Discretization
 from latentdiff.diffusion.guidance import adaptive_projected, classifier_free, guidance_scales, rescaled
 from latentdiff.diffusion.inversion import make_inversion_plan
-from latentdiff.diffusion.loop import KnownRegion, Step, draw_noise, image_generator, sample, slerp, start
+from latentdiff.diffusion.loop import (
+    KnownRegion,
+    Question,
+    Step,
+    draw_noise,
+    image_generator,
+    sample,
+    sampling,
+    slerp,
+    start,
+)
 from latentdiff.diffusion.plan import Plan, make_plan, overshoot, overshoot_note, parse_sampler
 from latentdiff.diffusion.prediction import Call, as_denoiser, preconditioning
 from latentdiff.diffusion.samplers import SAMPLERS
@@ -27,6 +37,7 @@ __all__ = [
     "KnownRegion",
     "NoiseSchedule",
     "Plan",
+    "Question",
     "Scheduler",
     "SchedulerPlan",
     "Step",
@@ -44,6 +55,7 @@ __all__ = [
     "preconditioning",
     "rescaled",
     "sample",
+    "sampling",
     "slerp",
     "start",
 ]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.loop import Step, require_finite
+from latentdiff.diffusion.loop import Question, Questions, Step, answered, require_finite
 from latentdiff.diffusion.plan import skipped_steps
 from latentdiff.diffusion.prediction import Call, Network, halves
 from latentdiff.diffusion.schedule import NoiseSchedule
@@ -102,6 +102,16 @@ class SchedulerPlan:
 
         Args:
             network: see `prediction.Network`.
+            noise, generators, image_latents: see `sampling`.
+        """
+        return answered(self.sampling(noise, generators, image_latents), network)
+
+    def sampling(
+        self, noise: Tensor, generators: Sequence[torch.Generator], image_latents: Tensor | None = None
+    ) -> Questions:
+        """Leave the calls of the network to the caller, as `loop.sampling` does.
+
+        Args:
             noise: (B, C, H, W) standard normal.
             generators: one per image.
             image_latents: (B, C, H, W) scaled latents to start from.
@@ -123,7 +133,7 @@ class SchedulerPlan:
             levels = (timestep, self.sigmas[index])
             times, sigmas = (torch.full((len(x),), float(level), device=x.device) for level in levels)
             inputs = scheduler.scale_model_input(x, timestep)
-            output = network(inputs, Call(index, images, torch.full_like(images, index), sigmas, times))
+            output = yield Question(inputs, Call(index, images, torch.full_like(images, index), sigmas, times))
             if output.shape[1] > x.shape[1] and not learned:
                 output = halves(output)[0]
             result = scheduler.step(output.to(x.dtype), timestep, x, **options)

@@ -11,7 +11,7 @@ different samplers and step counts can share a batch. Tables are float64, applie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -22,17 +22,21 @@ from torch import Tensor
 
 from latentdiff.devices import copies_unwaited, widest_float
 from latentdiff.diffusion.plan import Plan
-from latentdiff.diffusion.prediction import Call, Denoise, Denoiser, halves
+from latentdiff.diffusion.prediction import Call, Denoise, Denoiser, Network, halves
 from latentdiff.errors import InputError
 
 __all__ = [
     "KnownRegion",
+    "Question",
+    "Questions",
     "Step",
+    "answered",
     "draw_noise",
     "image_generator",
     "require_finite",
     "require_one_each",
     "sample",
+    "sampling",
     "slerp",
     "start",
 ]
@@ -123,6 +127,22 @@ class Step:
         return self.make_denoised()
 
 
+class Question(NamedTuple):
+    """A call of the network that is due.
+
+    Attributes:
+        inputs: (b, C, H, W), what the network is given; see `prediction.Network`.
+        call: where these images are in their runs.
+    """
+
+    inputs: Tensor
+    call: Call
+
+
+# Yields each Question, is sent the network's output for it, and yields the Step that follows.
+Questions = Generator[Question | Step, Tensor, None]
+
+
 class KnownRegion(NamedTuple):
     """Known latents of a part of the result, for inpainting with any model.
 
@@ -161,16 +181,41 @@ def sample(
         InputError: not as many plans or generators as images, or known latents of another shape than x; at the end, if
             the result is not finite.
     """
+    return answered(sampling(denoise, plans, x, generators, known), _denoiser(denoise).network)
+
+
+def sampling(
+    denoise: Denoise,
+    plans: Plan | Sequence[Plan],
+    x: Tensor,
+    generators: Sequence[torch.Generator] | None = None,
+    known: KnownRegion | None = None,
+) -> Questions:
+    """Run the plans like `sample`, but leave the calls of the network to the caller, who may join those of many runs.
+
+    Arguments and errors are those of `sample`; of `denoise` only what does not call its network is used.
+    """
     each = _one_per_image(plans, x)
     if generators is None and any(plan.noise.any() for plan in each):
         raise InputError("this sampler draws noise and needs one generator per image, got none; pass generators")
     if generators is not None:
         require_one_each(generators, x)
-    denoiser = denoise if isinstance(denoise, Denoiser) else Denoiser(denoise, None)
     if known is not None and (known.latents.shape != x.shape or known.mask.shape != (len(x), 1, *x.shape[2:])):
         shapes = f"{tuple(known.latents.shape)} and {tuple(known.mask.shape)}"
         raise InputError(f"known latents must have the shape {tuple(x.shape)} of x and one mask each, got {shapes}")
-    return _run(denoiser, each, x.to(torch.promote_types(x.dtype, torch.float32)), generators or [], known)
+    return _run(_denoiser(denoise), each, x.to(torch.promote_types(x.dtype, torch.float32)), generators or [], known)
+
+
+def answered(questions: Questions, network: Network) -> Iterator[Step]:
+    """Yield the steps of a run whose questions a network answers."""
+    for item in questions:
+        while isinstance(item, Question):
+            item = questions.send(network(item.inputs, item.call))
+        yield item
+
+
+def _denoiser(denoise: Denoise) -> Denoiser:
+    return denoise if isinstance(denoise, Denoiser) else Denoiser(denoise, None)
 
 
 def require_finite(x: Tensor, remedy: str = "use dtype float32 or a lower guidance_scale") -> None:
@@ -185,7 +230,7 @@ def _run(
     x: Tensor,
     generators: Sequence[torch.Generator],
     known: KnownRegion | None,
-) -> Iterator[Step]:
+) -> Questions:
     batch, draws = _folded(denoiser, plans, x), [plan.noise.any(dim=1).tolist() for plan in plans]
     total, size, channels = max(len(plan) for plan in plans), batch.noise.shape[1], x.shape[1]
     denoised = torch.zeros_like(x)
@@ -204,7 +249,7 @@ def _run(
             call = Call(index, images, numbers[row], sigmas[row], timesteps[row])
             places = [slots[place] for place in range(size)]
             inputs = places[0]
-            output = denoiser.network(inputs if estimate is None else torch.cat([inputs, estimate], dim=1), call)
+            output = yield Question(inputs if estimate is None else torch.cat([inputs, estimate], dim=1), call)
             output, share = (output.to(x.dtype), None) if output.shape[1] == channels else halves(output.to(x.dtype))
             if denoiser.bounds_estimates:
                 output = part.output(row, inputs, denoiser.bounded(part.estimate(row, inputs, output)))

@@ -13,7 +13,7 @@ from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.pixels import PixelSpace
 from latentdiff.models.unet import DOWN_BLOCKS, UNet2DConditionModel
 
-__all__ = ["enlarging_bytes"]
+__all__ = ["enlarging_bytes", "sampling_bytes"]
 
 RUNTIME = 400 * 2**20  # what Python and torch take before a model is loaded
 HELD = 12  # maps of the size of the latents that a sampler, its noise and its inputs are
@@ -41,14 +41,32 @@ def enlarging_bytes(
     dtype, config = unet.conv_in.weight.dtype, autoencoder.config
     weights = sum(tensor.nbytes for network in networks for tensor in network.parameters())
     area = windows.height * windows.width
-    latents = HELD * batch * max(config.latent_channels, unet.config.in_channels) * area * 4
-    sampling = latents + batch * _unet_numbers(unet, windows.tall * windows.wide) * dtype.itemsize
+    latents = _held_bytes(unet, config.latent_channels, area, batch)
+    sampling = sampling_bytes(unet, config.latent_channels, area, windows.tall * windows.wide, batch)
     pixels = area * config.downsample_factor**2
     decoding = latents + PIXELS * 3 * pixels * 4
     if isinstance(config, AutoencoderConfig):
         height, width = (side * config.downsample_factor for side in (windows.height, windows.width))
         decoding += _decoder_numbers(config, height, width, dtype) * dtype.itemsize
     return RUNTIME + weights + max(sampling, decoding)
+
+
+def sampling_bytes(unet: UNet2DConditionModel, channels: int, area: int, window: int, batch: int) -> int:
+    """Return about how many bytes it takes to sample, the weights left out.
+
+    Args:
+        unet: is called for one window at a time.
+        channels: of the latents.
+        area: of their map.
+        window: area of the part of it that the U-Net is called for.
+        batch: rows of a call of the U-Net.
+    """
+    numbers = batch * _unet_numbers(unet, window)
+    return _held_bytes(unet, channels, area, batch) + numbers * unet.conv_in.weight.dtype.itemsize
+
+
+def _held_bytes(unet: UNet2DConditionModel, channels: int, area: int, batch: int) -> int:
+    return HELD * batch * max(channels, unet.config.in_channels) * area * 4
 
 
 def _unet_numbers(unet: UNet2DConditionModel, area: int) -> int:

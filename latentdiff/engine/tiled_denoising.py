@@ -10,7 +10,7 @@ Source: Bar-Tal et al. 2023, arXiv 2302.08113, Eq. 5 (the least-squares fit of a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from itertools import product
 
@@ -21,8 +21,8 @@ __all__ = ["Windows", "make_windows", "tiled"]
 
 OVERLAP = 1 / 4  # of a window's side, at least
 
-# (map (b, C, h, w), rows (b,)) -> map (b, C', h, w)
-MapNetwork = Callable[[Tensor, Tensor], Tensor]
+# Yields each window of a map (b, C, tall, wide), is sent the network's output for it, and returns the joined map.
+Looks = Generator[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,27 +81,26 @@ def _starts(length: int, most: int) -> tuple[list[int], int]:
     return [i * (length - most) // (count - 1) for i in range(count)], most
 
 
-def tiled(network: MapNetwork, windows: Windows | None) -> MapNetwork:
-    """Return a network that looks at a map through windows.
+def tiled(windows: Windows | None) -> Callable[[Tensor], Looks]:
+    """Return how a map is looked at through windows: what is called for each map.
 
     Args:
-        network: may be called with any map whose sides are multiples of that of the windows.
-        windows: of all maps it will be called with; None for none.
+        windows: of all maps, whose sides are multiples of theirs; None for the whole map at once.
     """
     if windows is None or windows.is_map:
-        return network
+        return _whole
     heights, widths = (_weights(starts, side) for starts, side in _axes(windows))
     shares = torch.stack([torch.outer(down, along) for down, along in product(heights, widths)])  # (n, tall, wide)
     sent: dict[torch.device, Tensor] = {}  # the same in float32, once for each device
 
-    def joined(inputs: Tensor, rows: Tensor) -> Tensor:
+    def joined(inputs: Tensor) -> Looks:
         filled = _filled(inputs, windows)
         if inputs.device not in sent:
             sent[inputs.device] = shares.to(inputs.device, torch.float32)
         total: Tensor | None = None
         for (top, left), share in zip(product(windows.rows, windows.columns), sent[inputs.device]):
             place = (..., slice(top, top + windows.tall), slice(left, left + windows.wide))
-            output = network(filled[place], rows).float()
+            output = (yield filled[place]).float()
             if total is None:
                 total = output.new_zeros(*output.shape[:2], *filled.shape[2:])
             total[place] += output * share
@@ -109,6 +108,10 @@ def tiled(network: MapNetwork, windows: Windows | None) -> MapNetwork:
         return total[..., : windows.height, : windows.width]
 
     return joined
+
+
+def _whole(inputs: Tensor) -> Looks:
+    return (yield inputs)
 
 
 def _axes(windows: Windows) -> tuple[tuple[tuple[int, ...], int], tuple[tuple[int, ...], int]]:

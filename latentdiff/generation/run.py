@@ -1,14 +1,14 @@
 """Run a request: prepare what its images share, then sample and decode them, batch by batch.
 
-`run` has the order of it; `sample_stage` samples the latents of some images; `guided_network` makes the function that
-calls the U-Net with and without the prompt. The sampling loop itself is `diffusion.loop.sample`.
+`run` has the order of it; `image_steps` samples the latents of some images; the network it asks, which calls the U-Net
+with and without the prompt, is in `guided.py`, and the sampling loop itself is `diffusion.loop.sampling`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -22,38 +22,36 @@ from latentdiff.diffusion import (
     Call,
     KnownRegion,
     Plan,
+    Question,
     SchedulerPlan,
     Step,
-    adaptive_projected,
-    classifier_free,
     draw_noise,
-    guidance_scales,
     image_generator,
     make_inversion_plan,
-    preconditioning,
-    rescaled,
-    sample,
+    sampling,
     slerp,
     start,
 )
+from latentdiff.diffusion.loop import Questions
 from latentdiff.diffusion.plan import overshoot_note
-from latentdiff.diffusion.prediction import Network
-from latentdiff.engine.tiled_denoising import Windows, tiled
+from latentdiff.engine.tiled_denoising import Windows
 from latentdiff.errors import InputError
 from latentdiff.generation.decode import OUTPUT_TYPES, decode_latents, with_opacity
+from latentdiff.generation.guided import Guided, UNetCall, guided_network
 from latentdiff.generation.inputs import PreparedImage
 from latentdiff.generation.options import check_integer
-from latentdiff.generation.request import Settings
 from latentdiff.generation.result import GeneratedImage, call_record
 from latentdiff.generation.stages import Job, Stage, prepare
-from latentdiff.generation.text import BatchConditioning, Conditioning
+from latentdiff.generation.text import Conditioning
 from latentdiff.generation.upscale import plan_upscale
 from latentdiff.prompts import prompt_notes
 
-__all__ = ["Callback", "invert", "run"]
+__all__ = ["Callback", "Drawing", "ImageSteps", "image_steps", "invert", "prepare_drawing", "run"]
 
 # (steps done, steps in all, newest estimate of the batch's clean latents (b, C, h, w)) -> None
 Callback = Callable[[int, int, Tensor], None]
+ImageSteps = Generator[UNetCall | Step, Tensor, Tensor]
+"""See `image_steps`."""
 
 
 @torch.no_grad()
@@ -65,51 +63,120 @@ def run(
     Raises:
         InputError: the request does not fit the model, or an output of a network is not finite.
     """
+    drawing = prepare_drawing(job, batch_size)
+    batches = make_batches(job.settings.count, drawing.stages[0].conditioning, batch_size)
+    with _counted_steps(drawing.steps * len(batches), callback, progress) as on_step:
+        for batch in batches:
+            with job.execution.onload(job.components.unet):
+                latents = sample_stages(job, drawing.stages, batch, on_step)
+            # Decoded one by one, since a decoder needs far more memory than a U-Net.
+            for row, index in enumerate(batch):
+                yield drawing.finish(latents[row : row + 1], index, (len(batch), row), output_type)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A request, prepared: all that its images share.
+
+    Attributes:
+        job: the request.
+        stages: its passes.
+        record: see `call_record`.
+        notes: messages to the caller, which the image that is finished next takes along.
+    """
+
+    job: Job
+    stages: list[Stage]
+    record: Callable[[int, int, int], dict[str, Any]]
+    notes: list[str]
+
+    @property
+    def steps(self) -> int:
+        """How many steps an image takes."""
+        return sum(len(stage.plan) for stage in self.stages)
+
+    def finish(self, latents: Tensor, index: int, place: tuple[int, int], output_type: str) -> GeneratedImage:
+        """Decode the sampled latents (1, C, h, w) of image `index`.
+
+        Args:
+            place: size of the batch it was drawn in, and its row there.
+            output_type: a key of `OUTPUT_TYPES`.
+        """
+        image = _finish(self.job, self.stages[-1], latents, output_type, self.notes)
+        tokens, windows = self.stages[0].conditioning.counts(index)
+        finished = GeneratedImage(image, self.record(index, *place), tokens, windows, tuple(self.notes))
+        self.notes.clear()
+        return finished
+
+
+def prepare_drawing(job: Job, batch_size: int) -> Drawing:
+    """Encode the texts and pictures of a request, and plan its passes.
+
+    Args:
+        job: the request.
+        batch_size: how many images are drawn at once at most.
+
+    Raises:
+        InputError: the request does not fit the model.
+    """
     notes = [*job.image.notes, *_remarks(job)]
     stages = prepare(job, notes)
     unstable = (overshoot_note(stage.plan, job.settings.sampler) for stage in stages if isinstance(stage.plan, Plan))
     notes += dict.fromkeys(note for note in unstable if note is not None)
-    batches = make_batches(job.settings.count, stages[0].conditioning, batch_size)
     if job.components.upscales:
-        stages = [replace(stages[0], windows=_windows(job, max(map(len, batches))))]
-    steps = sum(len(stage.plan) for stage in stages) * len(batches)
+        largest = max(map(len, make_batches(job.settings.count, stages[0].conditioning, batch_size)))
+        stages = [replace(stages[0], windows=_windows(job, largest))]
     record = call_record(job.components, job.execution, stages[0].settings, _given(job, stages[-1].image))
-    with _counted_steps(steps, callback, progress) as on_step:
-        for batch in batches:
-            with job.execution.onload(job.components.unet):
-                latents = sample_stages(job, stages, batch, on_step)
-            # Decoded one by one, since a decoder needs far more memory than a U-Net.
-            for row, index in enumerate(batch):
-                image = _finish(job, stages[-1], latents[row : row + 1], output_type, notes)
-                tokens, windows = stages[0].conditioning.counts(index)
-                yield GeneratedImage(image, record(index, len(batch), row), tokens, windows, tuple(notes))
-                notes.clear()
+    return Drawing(job, stages, record, notes)
 
 
 def sample_stages(job: Job, stages: Sequence[Stage], images: Sequence[int], on_step: Callable[[Step], None]) -> Tensor:
     """Return the scaled latents (b, C, h, w) float32 of some images: of each pass from those of the one before."""
+    return _run_calls(image_steps(job, stages, images), on_step)
+
+
+def _run_calls(steps: ImageSteps, on_step: Callable[[Step], None] | None = None) -> Tensor:
+    """Answer the calls of the U-Net one by one, and return the sampled latents (b, C, h, w)."""
+    output: Tensor | None = None
+    while True:
+        try:
+            item = next(steps) if output is None else steps.send(output)
+        except StopIteration as sampled:
+            return sampled.value
+        output = item.run() if isinstance(item, UNetCall) else None
+        if isinstance(item, Step) and on_step is not None:
+            on_step(item)
+
+
+def image_steps(job: Job, stages: Sequence[Stage], images: Sequence[int]) -> ImageSteps:
+    """Sample some images, leaving the calls of the U-Net to the caller, who may join those of several requests.
+
+    Each pass starts from the result of the one before.
+
+    Returns:
+        Yields each call and is sent its output (b, C', h, w); yields the `Step` of the batch after each row; returns
+        the scaled latents (b, C, h, w) float32.
+    """
     generators = [image_generator(job.settings.seeds(index)[0]) for index in images]
-    latents = sample_stage(job, stages[0], images, generators, on_step)
+    latents = yield from _stage_steps(job, stages[0], images, generators)
     for stage in stages[1:]:
         larger = F.interpolate(latents, stage.shape[1:], mode="bicubic")
-        latents = sample_stage(job, stage, images, generators, on_step, larger)
+        latents = yield from _stage_steps(job, stage, images, generators, larger)
     return latents
 
 
-def sample_stage(
+def _stage_steps(
     job: Job,
     stage: Stage,
     images: Sequence[int],
     generators: Sequence[torch.Generator],
-    on_step: Callable[[Step], None],
     latents: Tensor | None = None,
-) -> Tensor:
-    """Return the scaled latents (b, C, h, w) float32 of some images after one pass.
+) -> ImageSteps:
+    """Sample some images in one pass, see `image_steps`.
 
     Args:
         images: their numbers.
         generators: of these images.
-        on_step: called after each step.
         latents: (b, C, h, w) to start from; None for those of the initial image, if there is one.
     """
     concat = stage.concat if stage.small is None else _noised(job.components, stage, generators)
@@ -117,99 +184,32 @@ def sample_stage(
     sees_all = stage.concat is not None and stage.strength == 1  # what to keep, by the network itself
     if latents is None and stage.image_latents is not None and not sees_all:
         latents = stage.image_latents.expand_as(noise)
-    network = guided_network(
+    guided = guided_network(
         job.components, stage.settings, stage.conditioning.of(images), stage.plan, concat, stage.windows
     )
     if isinstance(stage.plan, SchedulerPlan):
-        steps = stage.plan.run(network, noise, generators, latents)
-    else:
-        x, known = start(stage.plan, noise, latents), None
-        if stage.mask is not None and latents is not None and stage.concat is None:
-            known = KnownRegion(_latent_mask(job.components, stage.mask, len(noise)), latents)
-            if stage.strength == 1:  # nothing of the image is left where it is generated
-                x = torch.lerp(x, start(stage.plan, noise), known.mask)
-        steps = sample(job.components.denoiser(network), stage.plan, x, generators, known)
-    for step in steps:
-        on_step(step)
+        return (yield from _asked(stage.plan.sampling(noise, generators, latents), guided))
+    x, known = start(stage.plan, noise, latents), None
+    if stage.mask is not None and latents is not None and stage.concat is None:
+        known = KnownRegion(_latent_mask(job.components, stage.mask, len(noise)), latents)
+        if stage.strength == 1:  # nothing of the image is left where it is generated
+            x = torch.lerp(x, start(stage.plan, noise), known.mask)
+    denoiser = job.components.denoiser(_answered_by_others)
+    return (yield from _asked(sampling(denoiser, stage.plan, x, generators, known), guided))
+
+
+def _asked(questions: Questions, guided: Guided) -> ImageSteps:
+    """Turn the questions of a sampler into calls of the U-Net; return the sampled latents."""
+    for item in questions:
+        while isinstance(item, Question):
+            item = questions.send((yield from guided(item.inputs, item.call)))
+        step = item
+        yield step
     return step.x
 
 
-def guided_network(
-    components: Components,
-    settings: Settings,
-    cond: BatchConditioning,
-    plan: Plan | SchedulerPlan,
-    concat: Tensor | None = None,
-    windows: Windows | None = None,
-) -> Network:
-    """Return the guided network for a batch of b images, text and time computed once.
-
-    Args:
-        components: of the model.
-        settings: of the job.
-        cond: conditioning of these images.
-        plan: whose timesteps it is called at.
-        concat: (b or 1, C', h, w) input channels besides x, or None.
-        windows: in which it looks at the map; None for all of it at once.
-    """
-    unet, context = components.unet, cond.context
-    count, dtype = len(context) // 2, unet.conv_in.weight.dtype
-    scales = guidance_scales(
-        plan.sigmas, settings.guidance_scale, settings.guidance_interval, settings.guidance_schedule
-    ).tolist()
-    if unet.config.time_cond_proj_dim is not None or _same_halves(cond):  # the network itself knows the scale, or
-        scales = [1.0] * len(scales)  # there is nothing to steer away from
-    timesteps = plan.timesteps.to(context.device, torch.float32)
-    prepared = unet.prepare(timesteps, context, added=cond.added, class_labels=cond.class_labels)
-    guided, unguided = (tiled(one, windows) for one in (prepared, prepared.rows(slice(count, 2 * count))))
-
-    def network(model_input: Tensor, call: Call) -> Tensor:
-        scale, inputs = scales[call.index], model_input
-        if concat is not None:
-            inputs = torch.cat([inputs, concat.expand(len(inputs), -1, -1, -1)], dim=1)
-        inputs = inputs.to(dtype)
-        if scale == 1:
-            return unguided(inputs, call.rows).float()
-        both = guided(torch.cat([inputs, inputs]), call.rows.repeat(2)).float()  # (2b, C, h, w)
-        unconditional, conditional = both.chunk(2)
-        return _guide(components, settings, conditional, unconditional, scale, model_input, call)
-
-    return network
-
-
-def _same_halves(cond: BatchConditioning) -> bool:
-    """Say whether conditional and unconditional halves are equal, as with two empty prompts; nothing is guided then."""
-    return all(torch.equal(*tensor.chunk(2)) for tensor in (cond.context, *cond.added.values()))
-
-
-def _guide(
-    components: Components,
-    settings: Settings,
-    conditional: Tensor,
-    unconditional: Tensor,
-    scale: float,
-    inputs: Tensor,
-    call: Call,
-) -> Tensor:
-    """Return the guided output (b, C, h, w); where the network learns its variance, that of the conditional one."""
-    channels = components.autoencoder.config.latent_channels
-    shares = conditional[:, channels:]  # none, or (b, C, h, w)
-    conditional, unconditional = conditional[:, :channels], unconditional[:, :channels]
-    if settings.guidance_parallel == 1 and settings.guidance_limit is None:
-        guided = classifier_free(conditional, unconditional, scale, settings.guidance_rescale)
-        return torch.cat([guided, shares], dim=1)
-    sigmas = call.sigmas.reshape(-1, 1, 1, 1)
-    c_skip, c_out, c_in = preconditioning(components.schedule.prediction_type, sigmas)
-    skipped = c_skip / c_in * inputs[:, :channels]
-    guided = adaptive_projected(  # of x0 estimates
-        skipped + c_out * conditional,
-        skipped + c_out * unconditional,
-        scale,
-        parallel=settings.guidance_parallel,
-        limit=settings.guidance_limit,
-    )
-    guided = (guided - skipped) / c_out
-    return torch.cat([rescaled(guided, conditional, settings.guidance_rescale), shares], dim=1)
+def _answered_by_others(inputs: Tensor, call: Call) -> Tensor:
+    raise AssertionError("the guided network is asked through its questions")
 
 
 @torch.no_grad()
@@ -220,10 +220,9 @@ def invert(job: Job, iterations: int) -> Tensor:
         raise InputError("only pictures of text-to-image models are inverted, got a model that enlarges; use another")
     plan = make_inversion_plan(job.components.schedule, job.settings.num_inference_steps, iterations)
     with job.execution.onload(job.components.unet):
-        conditioning = stage.conditioning.of([0])
-        network = guided_network(job.components, stage.settings, conditioning, plan, stage.concat)
-        *_, step = sample(job.components.denoiser(network), plan, stage.image_latents)
-    return step.x
+        guided = guided_network(job.components, stage.settings, stage.conditioning.of([0]), plan, stage.concat)
+        questions = sampling(job.components.denoiser(_answered_by_others), plan, stage.image_latents)
+        return _run_calls(_asked(questions, guided))
 
 
 def _remarks(job: Job) -> list[str]:

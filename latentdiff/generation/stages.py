@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from latentdiff.errors import InputError, shown
 from latentdiff.generation.decode import encode_image
 from latentdiff.generation.inputs import PreparedImage, hires_size
 from latentdiff.generation.request import Settings
-from latentdiff.generation.text import Conditioning, encode_texts
+from latentdiff.generation.text import Conditioning, TextCache, encode_texts
 
 __all__ = ["Job", "Stage", "prepare"]
 
@@ -34,6 +34,7 @@ class Job:
         image: prepared for the first pass, where there are two.
         noise: standard normal noise (N, C, h, w) in place of that of the seeds, or None.
         scheduler: of diffusers, in place of the sampler of the settings, or None.
+        texts: those of earlier requests, which need not be encoded again.
     """
 
     components: Components
@@ -42,6 +43,7 @@ class Job:
     image: PreparedImage
     noise: Tensor | None = None
     scheduler: Scheduler | None = None
+    texts: TextCache = field(default_factory=TextCache)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def prepare(job: Job, notes: list[str]) -> list[Stage]:
     """Return the sampling passes of a request; nothing is encoded or opened after that."""
     components, settings, image = job.components, job.settings, job.image
     with job.execution.onload(components.text_encoder, components.text_encoder_2):
-        texts = encode_texts(components, settings)
+        texts = encode_texts(components, settings, job.texts)
     stages = [prepare_stage(job, texts, image, settings.strength, notes)]
     _check_noise(job.noise, (settings.count, *stages[0].shape))
     if settings.hires > 1 and image.pixels is None and not components.upscales:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +16,7 @@ from latentdiff.generation.request import Settings
 from latentdiff.models.encoding import Encoded
 from latentdiff.models.layers import sinusoidal_embedding
 
-__all__ = ["BatchConditioning", "Conditioning", "encode_texts"]
+__all__ = ["BatchConditioning", "Conditioning", "TextCache", "encode_texts"]
 
 GUIDANCE_SCALING = 1000.0  # of guidance scales before they are embedded, as consistency models are distilled
 
@@ -33,12 +36,38 @@ class BatchConditioning:
     class_labels: Tensor | None
 
 
-def encode_texts(components: Components, settings: Settings) -> dict[str, Encoded]:
+class TextCache:
+    """The encoded texts of earlier requests, the newest `most` of them; threads may share one."""
+
+    def __init__(self, most: int = 64) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self._texts = OrderedDict[tuple[int, str, int, bool], tuple[weakref.ref[Components], Encoded]]()
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def get(self, components: Components, text: str, clip_skip: int, weighted: bool) -> Encoded:
+        """Return what a text is encoded as; it is encoded if it is new."""
+        key = (id(components), text, clip_skip, weighted)
+        with self._lock:
+            model, known = self._texts.get(key, (None, None))
+            if model is not None and known is not None and model() is components:  # no other that has its place now
+                self._texts.move_to_end(key)
+                return known
+        encoded = components.prompt_encoder([text], clip_skip=clip_skip, weighted=weighted)[0]
+        with self._lock:
+            self._texts[key] = weakref.ref(components), encoded
+            self._texts.move_to_end(key)
+            if len(self._texts) > self._most:
+                self._texts.popitem(last=False)
+        return encoded
+
+
+def encode_texts(components: Components, settings: Settings, cache: TextCache) -> dict[str, Encoded]:
     """Encode every text of a request once: prompts, negative prompt, blend prompt and the empty text."""
     texts = dict.fromkeys(["", settings.negative_prompt, settings.blend_prompt, *settings.prompts])
-    encode, clip_skip, weighted = components.prompt_encoder, settings.clip_skip, settings.prompt_weights
     # One by one, so that no text has a say in the rounding of another.
-    return {text: encode([text], clip_skip=clip_skip, weighted=weighted)[0] for text in texts}
+    return {text: cache.get(components, text, settings.clip_skip, settings.prompt_weights) for text in texts}
 
 
 class Conditioning:
