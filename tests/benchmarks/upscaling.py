@@ -4,9 +4,9 @@
     python tests/benchmarks/upscaling.py --data data/emoji256 --out assets/upscaling.png
     python tests/benchmarks/upscaling.py --data data/emoji256 --model runs/upscale/model --images 20 --noise-level 0
 
-Each drawing of the test split is made small in two ways: clean (by Lanczos), and degraded (by
-`latentdiff/corruptions/degradation.py` at full strength, seeded). The model is told the first caption. Measured are PSNR and
-SSIM over the whole picture, what the model is better by picture by picture, and the time and memory that it takes.
+Each drawing of the test split is made small in two ways: clean (by Lanczos), and degraded (by `latentdiff/corruptions/`
+at full strength, seeded). The model is told the first caption. Measured are PSNR and SSIM over the whole picture, what
+the model is better by picture by picture, and the time and memory that it takes.
 """
 
 from __future__ import annotations
