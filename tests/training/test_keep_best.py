@@ -71,6 +71,7 @@ def model_of(run: Path) -> dict[str, torch.Tensor]:
     return Pipeline.from_pretrained(run / BEST).unet.state_dict()
 
 
+@pytest.mark.long
 def test_the_best_of_the_logged_values_is_kept_and_training_is_as_without(
     tmp_path: Path, logged: Scalars, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +96,7 @@ def test_the_best_of_the_logged_values_is_kept_and_training_is_as_without(
     assert not list((tmp_path / "with").glob(".*evaluation*")) and not (tmp_path / "with" / BEFORE).exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("task", "metric"), [("inpaint", "inpainting"), ("upscale", "upscaling")])
 def test_models_of_a_task_are_measured_by_it(tmp_path: Path, logged: Scalars, task: str, metric: str) -> None:
     """Also when training turns a model of texts into one that inpaints."""
@@ -131,6 +133,7 @@ def test_patience_ends_a_run_for_good_and_the_best_model_is_that_of_its_step(
     assert not logged and f"at step {best}; saved" in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("better", ["lower", "higher"])
 def test_an_interrupted_run_ends_with_the_same_best(
     tmp_path: Path, better: str, monkeypatch: pytest.MonkeyPatch
@@ -250,6 +253,7 @@ def test_distances_of_too_few_pictures_are_refused(tmp_path: Path) -> None:
         cli_train(file, [*HELD_OUT, "evaluate.metrics=[kid]", "evaluate.n=4"], False, str(tmp_path / "new"))
 
 
+@pytest.mark.long
 def test_check_says_what_will_be_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures(tmp_path / "pictures", 24)
     options = [
