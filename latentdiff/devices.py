@@ -15,6 +15,7 @@ from latentdiff.errors import InputError, shown, suggest
 __all__ = [
     "DTYPES",
     "OutOfDeviceMemoryError",
+    "Pace",
     "copies_unwaited",
     "device_name",
     "gpu_of_process",
@@ -22,6 +23,7 @@ __all__ = [
     "memory_of",
     "number_of_gpu",
     "peak_memory",
+    "release_freed_memory",
     "resolve_device",
     "resolve_dtype",
     "restored_random_state",
@@ -141,6 +143,26 @@ def _peak_of_process() -> int:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     return 0
+
+
+class Pace:
+    """Lets the CPU be one step ahead of a GPU at most, so that what is cancelled stops soon, and times are true."""
+
+    def __init__(self) -> None:
+        self._last: torch.cuda.Event | None = None  # of the step before
+
+    def keep(self, device: torch.device) -> None:
+        """Wait for the step before, once this one has been handed in."""
+        if device.type == "cuda":
+            before, self._last = self._last, torch.cuda.current_stream(device).record_event()
+            if before is not None:
+                before.synchronize()
+
+
+def release_freed_memory() -> None:
+    """Give back what torch keeps of a GPU's memory for later."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def supports_bfloat16(device: torch.device) -> bool:

@@ -1,7 +1,8 @@
 """Run every check of the repository in turn and stop at the first that fails.
 
-python tests/check.py                # lint, formatting, types, tests
+python tests/check.py                # lint, formatting, types, and all tests but the long ones
 python tests/check.py --quick        # the same, with the tests of the parts that everything else stands on
+python tests/check.py --all          # the same, with every test, as CI runs it
 python tests/check.py tests/models   # the same, with pytest given these arguments
 """
 
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LINT = (("ruff", "check", "."), ("ruff", "format", "--check", "."))
 TYPES = ("mypy", "--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache"), "latentdiff")
 TESTS = ("pytest", "-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+WITHOUT_LONG = ("-m", "not long")
 QUICK = ("tests/diffusion", "tests/models", "tests/generation", "tests/test_imports.py", "tests/test_cli.py")
 # Two processes of tests share what are often two cores; those that wait leave them to the others.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -26,7 +28,13 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 def main() -> int:
     """Return the exit code of the first check that fails, or 0."""
     chosen = sys.argv[1:]
-    chosen = [*QUICK, *chosen[1:]] if chosen[:1] == ["--quick"] else chosen
+    match chosen[:1]:
+        case []:
+            chosen = [*WITHOUT_LONG]
+        case ["--quick"]:
+            chosen = [*QUICK, *chosen[1:]]
+        case ["--all"]:
+            chosen = chosen[1:]
     for command in LINT:
         if code := run(command, ROOT):
             return code

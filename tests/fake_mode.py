@@ -29,16 +29,8 @@ JOINED = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}  # take n
 MAKERS = {"tensor", "as_tensor", "asarray"}
 # What is known of a tensor wherever it is, asked often: answered at once.
 KNOWN = {"shape", "dtype", "layout", "ndim", "nbytes", "itemsize", "is_meta", "is_leaf", "requires_grad", "grad_fn"}
-KNOWN_CALLS = {
-    "untyped_storage",
-    "_set_grad_enabled",
-    "is_floating_point",
-    "numel",
-    "is_contiguous",
-    "data_ptr",
-    "size",
-}
-KNOWN_CALLS |= {"dim", "stride", "element_size", "is_complex", "requires_grad_"}
+KNOWN_CALLS = {"untyped_storage", "_set_grad_enabled", "is_floating_point", "numel", "is_contiguous", "data_ptr"}
+KNOWN_CALLS |= {"size", "dim", "stride", "element_size", "is_complex", "requires_grad_"}
 
 
 class DeviceMode(TorchFunctionMode):

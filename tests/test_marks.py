@@ -20,19 +20,11 @@ from latentdiff.generation.result import METADATA_KEY, Result, read_record
 from latentdiff.images import open_image, open_rgba, open_stored
 from latentdiff.marks import COMPOSITE, GENERATED, mark, source_type_of
 from tests.generation.test_upscaling import folder, smooth, upscaler  # noqa: F401  # fixtures
+from tests.test_cli import workplace  # noqa: F401  # fixture
 
 STEPS: dict[str, Any] = {"num_inference_steps": 2}
 DESCRIPTION = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description"
 DIGITAL_SOURCE_TYPE = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test runs in a folder of its own."""
-    place = tmp_path / "work"
-    place.mkdir()
-    monkeypatch.chdir(place)
-    return place
 
 
 def packet(path: str | Path) -> bytes | None:

@@ -72,6 +72,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("model", nargs="?", help="model folder, or `embedded`")
     parser.add_argument("--data", help="folder of captioned pictures, or of splits with such")
+    parser.add_argument(
+        "--recipe", metavar="FILE", help="config of a training, whose keep and drop choose among --data"
+    )
     parser.add_argument("--pictures", metavar="FOLDER", help="pictures of any other model, measured in place of one")
     parser.add_argument("--prompts", metavar="FILE", help="JSON lines: what each of --pictures was to show")
     parser.add_argument("--metrics", default="kid,clip,retrieval", help=f"comma-separated, of {', '.join(METRICS)}")
@@ -193,6 +196,8 @@ def _check_subject(options: argparse.Namespace, settings: Mapping[str, object]) 
     if (options.model is None) == (options.pictures is None):
         got = "neither" if options.model is None else "both"
         raise InputError(f"a MODEL is measured, or a folder of --pictures, got {got}; pass one of them")
+    if options.data is None and options.recipe is not None:
+        raise InputError("--recipe chooses among the pictures of --data, got no --data; add it")
     if options.pictures is None and options.prompts is not None:
         raise InputError("--prompts says what --pictures show, got no --pictures; leave it out")
     if options.pictures is not None and (settings or options.lora or options.sweep or options.best_of != 1):
@@ -239,7 +244,7 @@ def _measured(
             height, width = pipe.native_size
             size = (request.settings.get("height") or height, request.settings.get("width") or width)
         found = request.out / "cache" if any(TABLE[name].of_training for name in names) else None
-        references = open_references(options.data, options.split, size, found)
+        references = open_references(options.data, options.split, size, found, options.recipe)
     return evaluate(Evaluation(request, pipe, references, given, processes), names)
 
 
@@ -313,13 +318,14 @@ def _sweep(
 
 
 def open_references(
-    folder: str, split: str, size: tuple[int, int], found: Path | None = None
+    folder: str, split: str, size: tuple[int, int], found: Path | None = None, recipe: str | None = None
 ) -> Mapping[str, Reference]:
     """Return the real pictures of a folder, by what they are used for: "test", and "train" where it is asked for.
 
     Args:
         split: of the pictures that are measured by.
         found: where to keep what is found of the pictures trained on; None to leave these out.
+        recipe: see `training.config.data_config`.
 
     Raises:
         InputError: the folder or the split cannot be used, or pictures of the size are not square.
@@ -327,34 +333,20 @@ def open_references(
     height, width = size
     if height != width:
         raise InputError(f"only square pictures can be measured beside real ones, got {width}x{height}")
-    references = {"test": open_reference(folder, split, height)}
+    from latentdiff.training.config import data_config
+    from latentdiff.training.data.dataset import load_images, open_lazily
+
+    config = data_config(folder, height, recipe)
+    references = {"test": _reference(folder, split, load_images(config, split))}
     if found is not None and split != "train":
-        references |= open_training(folder, height, found)
+        training = open_lazily(config, "train", found)  # read whenever they are asked for
+        if training is not None:
+            references["train"] = _reference(folder, "train", training)
     return references
 
 
-def open_reference(folder: str, split: str, size: int) -> Reference:
-    """Return the real pictures of one split, squares of `size` on white."""
-    from latentdiff.training.config import data_config
-    from latentdiff.training.data.dataset import load_images
-
-    return _reference(folder, split, load_images(data_config(folder, size), split))
-
-
-def open_training(folder: str, size: int, found: Path) -> dict[str, Reference]:
-    """Return the pictures that a model was trained on, which are read whenever they are asked for; empty if none are.
-
-    Args:
-        found: folder in which is kept what is found of them.
-    """
-    from latentdiff.training.config import data_config
-    from latentdiff.training.data.dataset import open_lazily
-
-    data = open_lazily(data_config(folder, size), "train", found)
-    return {} if data is None else {"train": _reference(folder, "train", data)}
-
-
 def _reference(folder: str, split: str, data: CaptionedImages) -> Reference:
+    """Return real pictures as they are measured by: squares on white."""
     import numpy as np
 
     from latentdiff.evaluate import Reference

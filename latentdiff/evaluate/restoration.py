@@ -42,14 +42,14 @@ def inpainting(evaluation: Evaluation) -> list[Figure]:
     items = evaluation.spoilt_items("inpaint", numbers)
     paths, made, real = _drawn(evaluation, "inpaint", items, numbers)
     holes = torch.stack([_hole(item) for item in items])  # (N, 1, H, W)
-    filled = real * ~holes + holes * ((real * ~holes).sum((2, 3), True) / (~holes).sum((2, 3), True))
+    remains = real * ~holes  # grey holes
+    filled = remains + holes * (remains.sum((2, 3), True) / (~holes).sum((2, 3), True))
     values = psnr_inside(made, real, holes)
     kept = ((made == real) | holes).all(dim=3).all(dim=2).all(dim=1).numpy()
     floor = None
     if has_latents(evaluation.model.components):
         floor = float(psnr_inside(reconstruct(evaluation.model.components, real), real, holes).mean())
     ceiling = float(psnr_inside(filled, real, holes).mean())
-    remains = real * ~holes  # grey holes
     _draw_sheet(evaluation, "inpainting", [remains, made, real])
     drawn, protocol = list(zip(paths, items)), {"masks": "seeded"}
     return [

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from latentdiff.devices import OutOfDeviceMemoryError
+from latentdiff.devices import OutOfDeviceMemoryError, Pace, release_freed_memory
 from latentdiff.diffusion import Step
 from latentdiff.engine.joined_calls import JoinedUNet, text_shape
 from latentdiff.errors import LatentDiffError, OutOfMemoryError
@@ -70,7 +70,7 @@ class Places:
         self.running = list[Place]()
         self._preview, self._finished = preview, finished
         self._joined = dict[Hashable, JoinedUNet]()  # of the step before
-        self._last: torch.cuda.Event | None = None  # of the step before
+        self._pace = Pace()
         self._most = dict[Hashable, int]()  # images in a call, where there was no memory for more
 
     def admit(self, turn: Turn, drawing: Drawing, need: int) -> None:
@@ -100,14 +100,8 @@ class Places:
         for key, (kind, group) in groups.items():
             self._call(key, kind, group)
         self._forget()
-        self._keep_pace([call.inputs.device for calls in alike.values() for _, call in calls])
-
-    def _keep_pace(self, devices: Sequence[torch.device]) -> None:
-        """Be one step ahead of a GPU at most, so that what is cancelled stops soon, and times are true."""
-        if devices and devices[0].type == "cuda":
-            before, self._last = self._last, torch.cuda.current_stream(devices[0]).record_event()
-            if before is not None:
-                before.synchronize()
+        for device in {call.inputs.device for calls in alike.values() for _, call in calls}:
+            self._pace.keep(device)
 
     def _forget(self) -> None:
         if not self.running:
@@ -128,7 +122,7 @@ class Places:
                 self._most[kind[1:]] = len(group) // 2
         if outputs is None:
             self._joined.pop(key, None)
-            _empty_cache()
+            release_freed_memory()
             half = len(group) // 2
             for name, part in (("first", group[:half]), ("second", group[half:])):
                 self._call((key, name), kind, part)
@@ -183,11 +177,6 @@ def explained(error: Exception) -> Exception:
 
 def _lacks_memory(error: Exception) -> bool:
     return isinstance(error, (OutOfDeviceMemoryError, MemoryError)) or "not enough memory" in str(error)  # of the CPU
-
-
-def _empty_cache() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _kind(call: UNetCall) -> _Kind:

@@ -36,11 +36,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from concept_retrieval import NEAREST, encode, nearest, whole_set
 from latentdiff.training.config import DataConfig, load_config
 from latentdiff.training.data.dataset import composite, load_images
-from latentdiff.training.data.masks import draw_mask
 from latentdiff.training.data.sources import is_wanted
 from latentdiff.training.loop.run import save_grid
 
 from latentdiff import Pipeline
+from latentdiff.corruptions.masks import draw_mask
 from latentdiff.images import to_tensor
 
 SHOWN, ENLARGED = 8, 2  # drawings in the grid, and how many times as large

@@ -4,9 +4,9 @@
     python tests/benchmarks/upscaling.py --data data/emoji256 --out assets/upscaling.png
     python tests/benchmarks/upscaling.py --data data/emoji256 --model runs/upscale/model --images 20 --noise-level 0
 
-Each drawing of the test split is made small in two ways: clean (by Lanczos), and degraded (by
-`training/data/degradation.py` at full strength, seeded). The model is told the first caption. Measured are PSNR and
-SSIM over the whole picture, what the model is better by picture by picture, and the time and memory that it takes.
+Each drawing of the test split is made small in two ways: clean (by Lanczos), and degraded (by `latentdiff/corruptions/`
+at full strength, seeded). The model is told the first caption. Measured are PSNR and SSIM over the whole picture, what
+the model is better by picture by picture, and the time and memory that it takes.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from inpainting import mean_error
 from latentdiff.training.config import DataConfig
 from latentdiff.training.data.dataset import composite, open_held_out
-from latentdiff.training.data.degradation import degrade
 from latentdiff.training.loop.run import save_grid
 from latentdiff.training.losses.image import psnr, ssim
 from tiled_decoding import resident
 
 from latentdiff import Pipeline
+from latentdiff.corruptions.degradation import degrade
 from latentdiff.images import to_tensor
 
 KINDS = ("clean", "degraded")

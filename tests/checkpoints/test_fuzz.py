@@ -16,6 +16,7 @@ from tests.checkpoints.header_mutations import MUTATIONS, good
 from tests.checkpoints.oracle import rules
 
 
+@pytest.mark.long
 def test_mutated_models_are_judged_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLOW", "ALARM"):  # other tests may be running
         monkeypatch.setattr(fuzz_loader, name, 60.0)

@@ -46,6 +46,7 @@ def test_a_full_output_is_said_and_ends_with_4(tmp_path: Path, command: str) -> 
     )
 
 
+@pytest.mark.long
 def test_closed_streams_lose_no_picture(built_model: Path, tmp_path: Path) -> None:
     for number, streams in enumerate((">&-", "2>&-", ">&- 2>&-")):
         done = shell(f"latentdiff generate fox --model {built_model} --steps 1 -o {number}.png {streams}", tmp_path)

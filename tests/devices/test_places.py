@@ -18,8 +18,9 @@ from latentdiff.cli import main
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.diffusion.guidance import adaptive_projected
 from latentdiff.diffusion.loop import slerp
-from latentdiff.engine.tiled_denoising import make_windows, tiled
+from latentdiff.engine.tiled_denoising import make_windows
 from tests.checkpoints.small_models import build_folders, weights_of
+from tests.engine.test_joint import tiled
 from tests.fake_device import FakeDevice
 
 ROOT = Path(__file__).parents[2]

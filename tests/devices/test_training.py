@@ -135,6 +135,7 @@ def test_training_runs_where_the_accelerator_says_and_goes_on(
     assert device.copies  # it was used
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["scratch", "lora", "word", "dreambooth", "inpaint", "upscale", "autoencoder"])
 def test_a_run_is_looked_at_on_the_device(
     case: str,

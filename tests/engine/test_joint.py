@@ -62,9 +62,10 @@ MapNetwork = Callable[[Tensor, Tensor], Tensor]
 
 def tiled(network: MapNetwork, windows: Windows | None) -> MapNetwork:
     """Return a network that looks at a map through windows."""
+    look = tiled_denoising.tiled(windows)
 
     def joined(inputs: Tensor, rows: Tensor) -> Tensor:
-        looks = tiled_denoising.tiled(windows)(inputs)
+        looks = look(inputs)
         window = next(looks)
         while True:
             try:

@@ -285,11 +285,25 @@ def test_what_is_asked_must_fit(call: list[str], tmp_path: Path, capsys: pytest.
         ([*call, "--features", "inceptoin"], "features 'inceptoin' are unknown; did you mean 'inception'"),
         ([*call, "--features", "latents:there"], "features 'latents' are unknown"),
         ([*call, "--best-of", "0"], "--best-of must be a whole number from 1 to 100, got 0"),
+        ([*call[:2], "--recipe", "x.yaml"], "got no --data; add it"),
+        ([*call, "--recipe", str(tmp_path / "none.yaml")], "none.yaml"),
         ([*call, "--guidance", "99"], "guidance_scale must be"),
         (["evaluate", call[1], "--metrics", "kid", "--out", str(tmp_path / "o")], "pass --data"),
     ):
         assert message in error_of(arguments, capsys)
     assert not (tmp_path / "out").exists() and not (tmp_path / "o").exists()
+
+
+def test_a_recipe_chooses_among_the_pictures(call: list[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    tree = {"stage": "autoencoder", "data": {"folder": "elsewhere", "size": 32, "keep": {"text": ["a fox", "a cat"]}}}
+    recipe.write_text(
+        json.dumps({**tree, "run": {"out": "x", "steps": 1, "batch_size": 1}, "model": {}, "loss": {"l1": 1}})
+    )
+    data = call[call.index("--data") + 1]
+    (all_of_them, chosen) = (command.open_references(data, "train", (32, 32), None, one) for one in (None, str(recipe)))
+    assert (len(all_of_them["test"]), {*chosen["test"].captions}) == (8, {"a fox", "a cat"})
+    assert all_of_them["test"].digest != chosen["test"].digest
 
 
 def test_the_help_names_every_metric_and_feature_network() -> None:

@@ -42,6 +42,7 @@ def no_memory(*_: object) -> None:
     raise MemoryError
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:invalid value")  # of what is not finite
 def test_two_processes_write_the_report_of_one(call: list[str], built_model: Path, text: Path, tmp_path: Path) -> None:
     """Also over two dtypes; and what the model cannot do, or what nobody expected, leaves none of them waiting."""

@@ -32,6 +32,7 @@ def test_text_to_image_on_one_screen_is_the_picture_of_the_pipeline(
     assert len((EXAMPLES / "text_to_image.py").read_text().splitlines()) <= 60
 
 
+@pytest.mark.long
 def test_unconditional_diffusion_on_a_folder_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = EXAMPLES.parent / "assets/sample"
     torch.manual_seed(0)

@@ -51,6 +51,7 @@ def test_a_run_that_measures_ends_as_one_that_does_not(
     assert not any("/" in name for name in logged(tmp_path / "without"))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of what reads the network
 def test_a_compiled_network_is_gone_back_through_term_by_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures(tmp_path / "pictures", 4)

@@ -13,6 +13,7 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "benchmarks/chaos.py"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
 def test_killed_runs_end_as_the_unbroken_one_and_damage_is_found() -> None:
     command = [sys.executable, str(SCRIPT), "--kills", "4", "--flips", "50", "--stages", "autoencoder"]

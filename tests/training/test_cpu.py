@@ -61,6 +61,7 @@ def test_odd_sides_and_layers_beside_the_convolution_are_left_alone(transposed: 
     assert not transposed
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted by Linux")
 def test_freed_memory_is_not_asked_for_again() -> None:
     script = """if True:

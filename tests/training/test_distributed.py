@@ -44,6 +44,7 @@ def train_as(rank: int, port: int, runs: list[Run], launch: dict[str, str]) -> N
     assert torch.distributed.get_world_size() == 2
 
 
+@pytest.mark.long
 def test_two_processes_and_micro_steps_train_what_one_process_trains(tmp_path: Path) -> None:
     pictures(tmp_path / "pictures", 10)
     files = {"autoencoder": recipe(tmp_path, "autoencoder")}

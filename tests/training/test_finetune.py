@@ -86,6 +86,7 @@ def test_one_command(
     assert "there is no file or folder" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("own_precision", "use_tiny")
 @pytest.mark.parametrize(
     ("family", "task"), [("Stable Diffusion 1.x", "inpaint"), ("Stable Diffusion x4 upscaler", "upscale")]

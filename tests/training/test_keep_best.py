@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from latentdiff.training.config import load_config
-from latentdiff.training.config.evaluation import OF_AUTOENCODERS, OF_PICTURES
+from latentdiff.training.config.evaluation import OF_AUTOENCODERS, OF_TASKS
 from latentdiff.training.loop.best import BEFORE, BEST, Best, keep, restore, settle
 from latentdiff.training.loop.checkpointing import load_latest
 from latentdiff.training.monitor.log import Log
@@ -71,6 +71,7 @@ def model_of(run: Path) -> dict[str, torch.Tensor]:
     return Pipeline.from_pretrained(run / BEST).unet.state_dict()
 
 
+@pytest.mark.long
 def test_the_best_of_the_logged_values_is_kept_and_training_is_as_without(
     tmp_path: Path, logged: Scalars, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +94,19 @@ def test_the_best_of_the_logged_values_is_kept_and_training_is_as_without(
     assert report["subject"]["model_hash"] == Pipeline.from_pretrained(tmp_path / "with/best").components.model_hash
     assert (tmp_path / "with/report/report.html").is_file()
     assert not list((tmp_path / "with").glob(".*evaluation*")) and not (tmp_path / "with" / BEFORE).exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("task", "metric"), [("inpaint", "inpainting"), ("upscale", "upscaling")])
+def test_models_of_a_task_are_measured_by_it(tmp_path: Path, logged: Scalars, task: str, metric: str) -> None:
+    """Also when training turns a model of texts into one that inpaints."""
+    file = Path(diffusion(tmp_path))
+    file.write_text(f"{file.read_text()}\ntask: {task}\n" + ("max_noise_level: 20\n" if task == "upscale" else ""))
+    asked = ["evaluate.every=2", f"evaluate.keep_best={metric}/psnr", f"evaluate.metrics=[{metric}, neighbours]"]
+    cli_train(str(file), [*HELD_OUT, *asked, "evaluate.n=3", "evaluate.features=latents"], False, str(tmp_path / "run"))
+    assert {f"evaluate/{metric}/psnr", "evaluate/neighbours"} <= logged[4].keys()
+    assert best_of(tmp_path / "run")["name"] == f"{metric}/psnr"
+    assert (tmp_path / f"run/report/{metric}.png").is_file()
 
 
 def test_patience_ends_a_run_for_good_and_the_best_model_is_that_of_its_step(
@@ -119,6 +133,7 @@ def test_patience_ends_a_run_for_good_and_the_best_model_is_that_of_its_step(
     assert not logged and f"at step {best}; saved" in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("better", ["lower", "higher"])
 def test_an_interrupted_run_ends_with_the_same_best(
     tmp_path: Path, better: str, monkeypatch: pytest.MonkeyPatch
@@ -238,6 +253,7 @@ def test_distances_of_too_few_pictures_are_refused(tmp_path: Path) -> None:
         cli_train(file, [*HELD_OUT, "evaluate.metrics=[kid]", "evaluate.n=4"], False, str(tmp_path / "new"))
 
 
+@pytest.mark.long
 def test_check_says_what_will_be_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures(tmp_path / "pictures", 24)
     options = [
@@ -253,4 +269,5 @@ def test_check_says_what_will_be_evaluated(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_every_metric_is_of_a_stage_or_left_to_the_command() -> None:
-    assert {*OF_PICTURES, *OF_AUTOENCODERS, "memorised", "speed"} == {*METRICS}
+    of_models = {name for metrics in OF_TASKS.values() for name in metrics}
+    assert {*of_models, *OF_AUTOENCODERS, "memorised", "speed"} == {*METRICS}

@@ -166,6 +166,7 @@ def test_timesteps_are_stratified() -> None:
     assert sorted(int(t) // 100 for t in drawn) == list(range(10))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [

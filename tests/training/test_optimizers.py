@@ -159,6 +159,7 @@ def test_an_optimizer_put_back_goes_on_as_if_nothing_had_happened(kind: str, tmp
         assert torch.equal(ours, theirs) and not torch.equal(ours, start)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("eight_bit")
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
 @pytest.mark.parametrize("kind", KINDS[1:])

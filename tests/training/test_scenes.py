@@ -106,6 +106,7 @@ def test_scenes_do_not_depend_on_processes_or_on_how_many_there_are(drawings: Pa
     assert len(set(pictures.values())) > 1
 
 
+@pytest.mark.long
 def test_processes_need_not_be_copies_of_the_one_that_starts_them(
     drawings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

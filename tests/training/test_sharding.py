@@ -69,6 +69,7 @@ def shard_as(rank: int, port: int, runs: list[Run]) -> None:
     assert 0.49 < share < 0.51
 
 
+@pytest.mark.long
 def test_shared_out_weights_train_as_whole_ones_do_and_resume_as_them_and_from_them(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     pictures(tmp_path / "pictures/train", 10)

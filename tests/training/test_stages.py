@@ -222,6 +222,7 @@ def test_training_goes_on_from_the_weights_of_another_model(tmp_path: Path) -> N
         parse_config({**tree, "lora": {"rank": 4}})
 
 
+@pytest.mark.long
 def test_eight_pictures_are_reproduced(tmp_path: Path) -> None:
     pictures(tmp_path / "pictures", 8)
     often = {"run__batch_size": 8, "run__save_every": 240, "run__log_every": 240}

@@ -60,6 +60,7 @@ def write_checkpoint(place: Path, layout: str, prediction_type: str) -> Path:
     return place / "base.safetensors"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ["folder", "single file"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_a_checkpoint_learns_what_it_predicts_and_resumes_to_the_bit(

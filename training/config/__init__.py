@@ -88,14 +88,18 @@ def parse_config(tree: dict[str, Any], name: str = "config") -> TrainingConfig:
         raise InputError(f"{name}: {_first_problem(error, STAGES[stage])}") from error
 
 
-def data_config(folder: str, size: int) -> DataConfig:
+def data_config(folder: str, size: int, recipe: str | None = None) -> DataConfig:
     """Return what says which captioned pictures are meant, of the side that a model has.
 
+    Args:
+        recipe: file of a config, whose `keep` and `drop` choose among the pictures; None for all.
+
     Raises:
-        InputError: no path is like that, or pictures of that side are not trained on or measured.
+        InputError: no path is like that, pictures of that side are not trained on or measured, or the recipe is wrong.
     """
+    rules = {} if recipe is None else load_config(recipe).data.model_dump(include={"keep", "drop"})
     try:
-        return DataConfig(folder=folder, size=size)
+        return DataConfig(folder=folder, size=size, **rules)
     except ValidationError as error:
         raise InputError(f"the pictures cannot be read at {size} px: {_first_problem(error, DataConfig)}") from error
 

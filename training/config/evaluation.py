@@ -24,8 +24,18 @@ OF_PICTURES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "precision_recall": ("precision", "recall"),
         "clip": ("clip",),
         "retrieval": ("retrieval_top1", "retrieval_top5"),
-        "nll": ("nll/ode",),
-        "compose": ("compose",),
+        "neighbours": ("neighbours",),
+    }
+)
+# The same by what a model draws from, with those that are of one task alone.
+OF_TASKS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "text_to_image": {**OF_PICTURES, "nll": ("nll/ode",), "compose": ("compose",)},
+        "inpaint": {**OF_PICTURES, "inpainting": ("inpainting/psnr",)},
+        "upscale": {
+            **OF_PICTURES,
+            "upscaling": tuple(f"upscaling/{name}" for name in ("psnr", "ssim", "degraded_psnr", "degraded_ssim")),
+        },
     }
 )
 OF_AUTOENCODERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -45,7 +55,8 @@ class EvaluateConfig(Section):
     metrics: list[str] = Field([])
     # Held-out pictures that each metric takes, fewer where there are fewer.
     n: int = Field(100, ge=2, le=1_000_000)
-    # Network of distances: image-text, efficientnet-lite0, inception, dinov2 or clip; a folder may follow a colon.
+    # Network of distances: image-text, efficientnet-lite0, inception, dinov2 or clip, and a folder may follow a colon;
+    # or latents, those of the model's autoencoder.
     features: str = "image-text"
     # Folder of the image-text model that clip, retrieval and compose ask; that of the package when null.
     judge: TextPath | None = None
@@ -76,7 +87,7 @@ def check_evaluate(evaluate: EvaluateConfig, metrics: Mapping[str, Collection[st
     for name in evaluate.metrics:
         if name in metrics:
             continue
-        if name in OF_PICTURES or name in OF_AUTOENCODERS:
+        if any(name in others for others in (*OF_TASKS.values(), OF_AUTOENCODERS)):
             reason = "does not change in this stage, or needs pictures that it does not draw"
             raise ValueError(f"evaluate.metrics: {name} {reason}; leave it out")
         if name in ("memorised", "speed"):

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from .checks import check_autoencoder, check_image_text, check_schedule, check_texts, check_unet
-from .evaluation import OF_AUTOENCODERS, OF_PICTURES, EvaluateConfig, check_evaluate
+from .evaluation import OF_AUTOENCODERS, OF_TASKS, EvaluateConfig, check_evaluate
 from .sections import (
     AutoencoderLoss,
     DataConfig,
@@ -98,8 +98,7 @@ class DiffusionTraining(Section):
         if self.start_from is None:
             check_unet(self.model)
             check_schedule(self.schedule, "schedule")
-        drawn = isinstance(self.task, TextToImageTask) and not self.data.buckets
-        check_evaluate(self.evaluate, OF_PICTURES if drawn else {}, "held_out/loss")
+        check_evaluate(self.evaluate, {} if self.data.buckets else OF_TASKS[self.task.kind], "held_out/loss")
         return self
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from latentdiff.checkpoints.lpips import load_lpips
 from latentdiff.devices import restored_random_state
 from latentdiff.errors import InputError, ModelValueError
 from latentdiff.evaluate.evaluation import Evaluation, Reference, Request
-from latentdiff.evaluate.features import FeatureNetwork, check_features, find_features
+from latentdiff.evaluate.features import LATENTS, FeatureNetwork, check_features, find_features
 from latentdiff.evaluate.judge import Judge, load_judge
 from latentdiff.evaluate.latents import returned_by
 from latentdiff.evaluate.page import PAGE
@@ -77,7 +77,7 @@ def load_tools(config: Config, device: torch.device) -> Tools:
         torchmetrics(Evaluation(Request(Path(config.run.out)), None, {}))
     return Tools(
         find_features(f"image-text:{asked.judge}" if own_judge else asked.features, device)
-        if NETWORK in needs
+        if NETWORK in needs and asked.features != LATENTS
         else None,
         load_judge(asked.judge, device) if JUDGE in needs else None,
         load_lpips(Path(weights), device) if PERCEPTUAL in needs and weights is not None else None,
