@@ -20,7 +20,7 @@ from torch import Tensor
 
 from latentdiff.checkpoints import Components, load_pipeline, save_pipeline
 from latentdiff.checkpoints.components import moved
-from latentdiff.checkpoints.lora import Weight, apply_loras
+from latentdiff.checkpoints.lora import apply_loras
 from latentdiff.checkpoints.textual_inversion import add_embedding
 from latentdiff.devices import resolve_device, resolve_dtype
 from latentdiff.diffusion.plan import EXTERNAL
@@ -39,6 +39,7 @@ from latentdiff.generation.rules import check_defaults, check_inputs, check_name
 from latentdiff.generation.run import Callback, invert, run
 from latentdiff.generation.stages import Job
 from latentdiff.generation.upscale import UpscalePlan, plan_upscale
+from latentdiff.lora_tags import Weight
 from latentdiff.models.unet import UNet2DConditionModel
 
 if TYPE_CHECKING:

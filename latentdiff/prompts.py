@@ -21,7 +21,7 @@ LITERAL_SYNTAX = {
     re.compile(r"\[[^\[\]|]*:\s*\d*\.?\d+\s*\]"): "changing the prompt between steps",
     re.compile(r"\[[^\[\]]*\|[^\[\]]*\]"): "alternating between words",
     re.compile(r"\{[^{}]*\|[^{}]*\}"): "choosing one of several words",
-    re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>", re.IGNORECASE): "adding weights by the prompt",
+    re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>", re.IGNORECASE): "adding weights by the prompt (without --lora-dir)",
     re.compile(r"\bembedding:\S+"): "naming an embedding by its file",
     re.compile(r"__[\w/*-]+__"): "a wildcard",
     re.compile(r"^#.*|\s#\s.*", re.MULTILINE): "a comment",

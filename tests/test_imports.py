@@ -38,6 +38,7 @@ LEAVES = (
     "encoding",
     "decoding",
     "marks",
+    "lora_tags",
     "files",
     "prompts",
     "interrupts",

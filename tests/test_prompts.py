@@ -104,7 +104,7 @@ def test_weights_beyond_reason_are_refused() -> None:
         ("a [:car:.5 ]", "[:car:.5 ]", "changing the prompt between steps"),
         ("a [fox|car]", "[fox|car]", "alternating between words"),
         ("a {red|blue} fox", "{red|blue}", "choosing one of several words"),
-        ("a fox <lora:style:0.8>", "<lora:style:0.8>", "adding weights by the prompt"),
+        ("a fox <lora:style:0.8>", "<lora:style:0.8>", "adding weights by the prompt (without --lora-dir)"),
         ("a fox, embedding:easynegative", "embedding:easynegative", "naming an embedding by its file"),
         ("a __color__ fox", "__color__", "a wildcard"),
         ("# my fox\na fox", "# my fox", "a comment"),

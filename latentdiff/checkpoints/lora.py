@@ -40,13 +40,11 @@ from latentdiff.checkpoints.weights import FLOATS, NUMBERS, read_weights, stored
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, suggest
 from latentdiff.files import require_path
 from latentdiff.images import check_writable
+from latentdiff.lora_tags import Weight
 from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.lora import Factors, LoRA, WeightedLoRA, factors_fit, layers_of, merge, share_weights
 
 __all__ = ["apply_loras", "describe_lora", "load_lora", "save_lora"]
-
-Weight = float | tuple[float, float]
-"""How much of a LoRA: one number, or one for the U-Net and one for the text encoders."""
 
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 NAMED = 5  # layers in an error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from latentdiff.commands.shared import (
     Output,
+    add_lora_dir,
     add_machine,
     add_model,
     add_settings,
@@ -25,14 +26,14 @@ from latentdiff.commands.shared import (
 )
 from latentdiff.commands.upscale import UPSCALER, load_upscaler, upscaled
 from latentdiff.errors import InputError, shown
-from latentdiff.files import is_file
+from latentdiff.files import is_file, require_path
 from latentdiff.generation.options import GENERATE, check_integer
 from latentdiff.generation.request import Settings
 from latentdiff.generation.rules import check_inputs
 from latentdiff.interrupts import ending_at_once
+from latentdiff.lora_tags import Weight, take_loras
 
 if TYPE_CHECKING:
-    from latentdiff.checkpoints.lora import Weight
     from latentdiff.generation.result import GeneratedImage
     from latentdiff.pipeline import Pipeline
 
@@ -49,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "a PNG named by the prompt otherwise",
     )
     add_model(parser)
+    add_lora_dir(parser)
     parser.add_argument("--image", help="PNG, JPEG or WebP to start from")
     parser.add_argument(
         "--mask",
@@ -90,9 +92,12 @@ def run(options: argparse.Namespace) -> None:
     among = check_integer("--best-of", options.best_of, 1, 100, "try 4")
     if options.judge is not None and among == 1:
         raise InputError("--judge says what chooses among pictures, got no --best-of; add it")
+    prompts, named = _taken_loras(prompts, options.lora_dir)
     with ending_at_once():  # some checks load torch
         settings = Settings(prompts=tuple(prompts), **chosen)
-    embeddings, loras = _embeddings(options.embedding), parse_loras(options.lora)
+    embeddings, loras = _embeddings(options.embedding), {**parse_loras(options.lora), **named}
+    if len(loras) < len(options.lora) + len(named):
+        raise InputError("a LoRA must be given once, by --lora or in the prompt, got one twice; leave one of them out")
     output = Output(options.out, [settings.prompt(index) for index in range(settings.count)], writing(options))
     started = time.perf_counter()
     pipe = _load(options, embeddings, loras)
@@ -150,6 +155,14 @@ def _embeddings(given: Sequence[str]) -> list[tuple[str, str | None]]:
             raise InputError(f"--embedding names {shown(file)}, and there is no such file; check the path")
         found.append((file, word))
     return found
+
+
+def _taken_loras(prompts: Sequence[str], folder: str | None) -> tuple[list[str], dict[str, Weight]]:
+    """Return prompts without the LoRAs that they name, and these, where there is a folder of them."""
+    if folder is None:
+        return [*prompts], {}
+    plain, loras = take_loras(prompts, require_path(folder, "a folder of LoRAs"))
+    return plain, {str(file): weight for file, weight in loras.items()}
 
 
 def _mask(text: str | None) -> str | list[int] | None:

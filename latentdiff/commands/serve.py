@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 
-from latentdiff.commands.shared import load, say
+from latentdiff.commands.shared import add_lora_dir, load, say
 from latentdiff.errors import InputError, MissingDependencyError
+from latentdiff.files import require_path
 from latentdiff.generation.options import check_integer
+from latentdiff.lora_tags import lora_files
 
 HELP = "Serve models over HTTP, by OpenAI's images API."
 EXTRA = 'pip install "latentdiff[serve]"'
@@ -23,6 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="folders, safetensors files, or owner/name on a hub, each served by its last name; a request that names "
         "none gets the first one; the embedded one by default",
     )
+    add_lora_dir(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; this machine alone by default")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 for any that is free (default 8000)")
     parser.add_argument(
@@ -56,9 +59,12 @@ def run(options: argparse.Namespace) -> None:
     names = [served_name(model) for model in given]
     if len(set(names)) < len(names):
         raise InputError(f"models must have names of their own, got {', '.join(names)}; rename a folder")
+    lora_dir = None if options.lora_dir is None else require_path(options.lora_dir, "a folder of LoRAs")
+    if lora_dir is not None:
+        lora_files(lora_dir)  # before models load
     with listen(options.host, options.port) as opened:
         pipes = {name: load(model, options.device, options.dtype) for name, model in zip(names, given)}
-        server = Server(pipes, host=options.host, token=token, batch=options.batch, limits=limits)
+        server = Server(pipes, host=options.host, token=token, batch=options.batch, limits=limits, lora_dir=lora_dir)
         opened.listen()
         host, port = opened.getsockname()[:2]
         print(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)

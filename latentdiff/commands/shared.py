@@ -134,6 +134,15 @@ def add_lora(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_lora_dir(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names a folder of LoRAs."""
+    parser.add_argument(
+        "--lora-dir",
+        metavar="FOLDER",
+        help="where the LoRAs are that prompts name, as in <lora:style:0.8>, which is style.safetensors there",
+    )
+
+
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where a model runs and how the result is reported."""
     parser.add_argument("--device", help="cpu, cuda, mps; the fastest there is by default")

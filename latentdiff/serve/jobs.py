@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image
 
 from latentdiff.errors import DeadlineError, JobCancelledError
+from latentdiff.generation.inputs import hires_size
 from latentdiff.generation.result import GeneratedImage, Result
 from latentdiff.generation.run import Drawing
 from latentdiff.generation.stages import Job
@@ -33,6 +34,7 @@ class Event:
         preview: small picture of what the image will be.
         picture: the image.
         error: why the job failed.
+        number: of the event in its job, from 1; of several previews of an image only the newest is kept.
     """
 
     kind: str
@@ -42,6 +44,7 @@ class Event:
     preview: Image.Image | None = None
     picture: GeneratedImage | None = None
     error: Exception | None = None
+    number: int = field(default=0, compare=False)
 
 
 class ServedJob:
@@ -55,6 +58,11 @@ class ServedJob:
         deadline: seconds from now after which nobody wants it any more; None for no such time.
         preview_every: how many steps lie between previews; 0 for none.
         on_end: called once, when it has ended, with the kind of its last event.
+
+    Attributes:
+        size: width and height of its pictures.
+        pixels_per_latent: of them.
+        given_pixels: of the picture that was given, as the model takes it; 0 without one.
     """
 
     def __init__(
@@ -68,7 +76,12 @@ class ServedJob:
         preview_every: int = 0,
         on_end: Callable[[str], None] = lambda kind: None,
     ) -> None:
-        self.request, self.output_type = request, output_type
+        self.request: Job | None = request  # until it has ended
+        self.output_type = output_type
+        self.size = _size(request)
+        self.pixels_per_latent = request.components.autoencoder.config.downsample_factor**2
+        given = request.image.pixels
+        self.given_pixels = 0 if given is None else given.shape[-2] * given.shape[-1]
         self.client, self.priority, self.preview_every = client, priority, preview_every
         self.submitted = time.monotonic()
         self.deadline = None if deadline is None else self.submitted + deadline
@@ -93,7 +106,19 @@ class ServedJob:
     @property
     def ended(self) -> bool:
         """Whether it is done, failed or cancelled."""
-        return self._end is not None
+        with self._changed:
+            return self._end is not None
+
+    @property
+    def pictures(self) -> dict[int, GeneratedImage]:
+        """Those that are drawn, by their numbers."""
+        with self._changed:
+            return dict(self._pictures)
+
+    def past(self, after: int = 0) -> list[Event]:
+        """Return what has happened, from the event after that of a number on."""
+        with self._changed:
+            return [event for event in self._history[max(0, after) :] if event is not None]
 
     def events(self, timeout: float | None = None) -> Iterator[Event]:
         """Yield what has happened and what happens, up to the end; of several previews of an image the newest.
@@ -104,29 +129,29 @@ class ServedJob:
         Raises:
             TimeoutError: nothing happened in that time.
         """
-        place, last = 0, ""
+        number, last = 0, ""
         while last not in ENDS:
             with self._changed:
-                while len(self._history) == place:
+                while not (found := self.past(number)):
                     if not self._changed.wait(timeout):
                         raise TimeoutError(f"nothing happened to the job in {timeout} seconds")
-                found, place = self._since(place)
             for event in found:
                 yield event
-                last = event.kind
+                number, last = event.number, event.kind
 
-    async def stream(self) -> AsyncIterator[Event]:
-        """Yield the same in an event loop of asyncio, which is never blocked."""
-        loop, woken, place, last = asyncio.get_running_loop(), asyncio.Event(), 0, ""
+    async def stream(self, after: int = 0) -> AsyncIterator[Event]:
+        """Yield the same in an event loop of asyncio, which is never blocked, from the event after `after` on."""
+        loop, woken, number, last = asyncio.get_running_loop(), asyncio.Event(), after, ""
         forget = self.listen(lambda event: loop.call_soon_threadsafe(woken.set))
         try:
             while last not in ENDS:
                 await woken.wait()
                 woken.clear()
-                found, place = self._since(place)
-                for event in found:
+                for event in self.past(number):
                     yield event
-                    last = event.kind
+                    number, last = event.number, event.kind
+                if self.ended and not self.past(number):
+                    return
         finally:
             forget()
 
@@ -199,10 +224,11 @@ class ServedJob:
                 if before is not None:
                     self._history[before] = None
                 self._previews[event.index] = len(self._history)
-            self._history.append(event)
+            numbered = replace(event, number=len(self._history) + 1)
+            self._history.append(numbered)
             self._changed.notify_all()
             for callback in list(self._listeners):
-                self._tell(callback, event)
+                self._tell(callback, numbered)
 
     def end(self, kind: str, error: Exception | None = None) -> None:
         """End the job, unless it has ended."""
@@ -211,14 +237,9 @@ class ServedJob:
                 return
             last = Event(kind, error=error)
             self.emit(last)
-            self._end, self.drawing = last, None  # with all that was encoded for it
+            self._end, self.drawing, self.request = last, None, None  # with all that was prepared for it
             self._listeners.clear()
         self._on_end(kind)
-
-    def _since(self, place: int) -> tuple[list[Event], int]:
-        """Return the events from a place in the history on, and where it ends."""
-        with self._changed:
-            return [event for event in self._history[place:] if event is not None], len(self._history)
 
     def _tell(self, callback: Callable[[Event], Any], event: Event) -> None:
         try:
@@ -226,3 +247,13 @@ class ServedJob:
         except Exception:
             with suppress(ValueError):
                 self._listeners.remove(callback)
+
+
+def _size(request: Job) -> tuple[int, int]:
+    """Return width and height of the pictures of a request."""
+    if request.image.size is not None:
+        return request.image.size
+    factor = request.components.autoencoder.config.downsample_factor
+    size = (request.image.height, request.image.width)
+    height, width = hires_size(request.settings, size, factor) if request.settings.hires > 1 else size
+    return width, height

@@ -224,16 +224,17 @@ class Scheduler:
     def _prepare(self) -> None:
         """Prepare the job whose turn is next."""
         job = self._waiting.unprepared()
-        if job is None:
+        request = None if job is None else job.request
+        if job is None or request is None:  # it has ended since
             return
         try:
-            drawing = prepare_drawing(job.request, 1)
+            drawing = prepare_drawing(request, 1)
             need = _need(drawing)
             if self.memory is not None and need > self.memory:
                 most = f"{self.memory / 2**20:,.0f} MB"
                 raise InputError(f"a picture may take {most}, got one of {need / 2**20:,.0f} MB; ask for a smaller one")
             if job.preview_every and isinstance(self._preview, LinearPreview):
-                self._preview.fit(job.request.components)
+                self._preview.fit(request.components)
             job.drawing = drawing
         except Exception as error:
             job.fail(explained(error))

@@ -150,3 +150,19 @@ def test_convert_writes_a_model_that_has_them(built_model: Path, pipe: Pipeline)
         weights = other.state_dict()
         assert all(torch.equal(tensor, weights[name]) for name, tensor in one.state_dict().items())
     assert found.loras == ()
+
+
+def test_prompts_name_those_of_a_folder(draw: Any, workplace: Path) -> None:
+    assert draw("-o", "given.png", "--lora", "style.safetensors:0.2", "--lora", "fox.safetensors:0.1,0.4") == 0
+    named = ["generate", "cat <lora:style:0.2><lora:fox:0.4:0.1>", "--lora-dir", ".", "--model", "tiny", "--steps", "2"]
+    assert main([*named, "-o", "named.png"]) == 0
+    records = [read_record(name) for name in ("given.png", "named.png")]
+    assert records[0]["prompt"] == records[1]["prompt"] == "cat" and records[0]["loras"] == records[1]["loras"]
+    assert Image.open("given.png").tobytes() == Image.open("named.png").tobytes()
+    assert main(["replay", "named.png", "-o", "again.png"]) == 0
+
+
+def test_a_lora_is_given_once(capsys: pytest.CaptureFixture[str]) -> None:
+    twice = ["--lora-dir", ".", "--lora", "style.safetensors"]
+    assert main(["generate", "cat <lora:style:0.2>", "--model", "tiny", *twice]) == 2
+    assert "must be given once" in capsys.readouterr().err

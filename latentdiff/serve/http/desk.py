@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
@@ -33,20 +33,21 @@ class Claim:
         digest: of route and content.
         key: `Idempotency-Key`.
         repeats: how many times the client has sent it before, by its own count; None where it does not count.
+        name: what the client calls the job.
     """
 
     client: str
     digest: str
     key: str | None = None
     repeats: int | None = None
+    name: str = field(default_factory=lambda: f"job_{secrets.token_urlsafe(16)}")
 
     @classmethod
     def of(cls, request: Request, digest: str) -> Claim:
         """Return that of a request."""
         count, key = request.headers.get("x-stainless-retry-count", ""), request.headers.get("idempotency-key")
         counted = int(count) if count.isascii() and count.isdecimal() and len(count) < 4 else None
-        client = "" if request.client is None else request.client.host
-        return cls(client, digest, key or None, counted)
+        return cls(client_of(request), digest, key or None, counted)
 
     @property
     def repeatable(self) -> bool:
@@ -54,12 +55,18 @@ class Claim:
         return self.key is not None or self.repeats is not None
 
 
+def client_of(request: Request) -> str:
+    """Return who asks, by the address."""
+    return "" if request.client is None else request.client.host
+
+
 @dataclass(eq=False)
 class Taken:
     """A job that was taken, and for whom.
 
     Attributes:
-        claim, order: of the first request.
+        claim: of the first request.
+        door: that it came through.
         submitted: gives the job when it is handed in.
         waiters: requests that are to be answered with it.
         ended: when it ended, on the clock of `time.monotonic`; 0 while it has not.
@@ -67,11 +74,22 @@ class Taken:
     """
 
     claim: Claim
-    order: Order
+    door: str
     submitted: asyncio.Future[ServedJob]
     waiters: int = 0
     ended: float = 0.0
     failed: bool = False
+
+    @property
+    def job(self) -> ServedJob | None:
+        """The job, once it is handed in."""
+        done = self.submitted.done() and not self.submitted.cancelled() and self.submitted.exception() is None
+        return self.submitted.result() if done else None
+
+    def cancel(self) -> None:
+        """Cancel the job."""
+        if self.job is not None:
+            self.job.cancel()
 
 
 class Desk:
@@ -84,13 +102,12 @@ class Desk:
 
     def __init__(self, scheduler: Scheduler, limits: Limits) -> None:
         self.scheduler, self.limits, self.draining = scheduler, limits, False
-        self._jobs = Counter[str]()  # of each client
-        self._repeatable = list[Taken]()
+        self._running, self._repeatable = list[Taken](), list[Taken]()
 
     @property
     def busy(self) -> bool:
         """Whether a job has not ended."""
-        return bool(self._jobs.total())
+        return bool(self._running)
 
     @property
     def retry_after(self) -> int:
@@ -99,8 +116,12 @@ class Desk:
         rounds = 1 + stats.waiting / self.scheduler.batch
         return max(1, min(60, round(25 * stats.step_seconds * rounds)))
 
+    def running(self, client: str, door: str) -> list[Taken]:
+        """Return the jobs of a client that came through a door and have not ended, the oldest first."""
+        return [one for one in self._running if (one.claim.client, one.door) == (client, door)]
+
     @asynccontextmanager
-    async def served(self, order: Order, claim: Claim, request: Request) -> AsyncIterator[Taken]:
+    async def served(self, order: Order, claim: Claim, request: Request, door: str) -> AsyncIterator[ServedJob]:
         """Hand an order in, unless it is a repeat, and let go of the job at the end, or when the client has gone.
 
         Raises:
@@ -108,13 +129,12 @@ class Desk:
             ClosedError: no more are taken.
             LatentDiffError: as `Scheduler.submit`.
         """
-        taken = self._repeated(claim) or self._hand_in(order, claim)
+        taken = self.repeated(claim) or self.hand_in(order, claim, door)
         taken.waiters += 1
         gone = asyncio.ensure_future(_gone(request))
         gone.add_done_callback(lambda task: self._release(taken))  # at the end too, when it is cancelled
         try:
-            await asyncio.shield(taken.submitted)
-            yield taken
+            yield await asyncio.shield(taken.submitted)
         finally:
             gone.cancel()
 
@@ -123,8 +143,12 @@ class Desk:
         self.draining = True
         await asyncio.to_thread(self.scheduler.close, False)
 
-    def _repeated(self, claim: Claim) -> Taken | None:
-        """Return the job that a request repeats; of several that one whose client has gone."""
+    def repeated(self, claim: Claim) -> Taken | None:
+        """Return the job that a request repeats; of several that one whose client has gone.
+
+        Raises:
+            ApiError: its key came with another content before.
+        """
         if claim.key is not None:
             named = [one for one in self._kept() if (one.claim.client, one.claim.key) == (claim.client, claim.key)]
             if named and named[-1].claim.digest != claim.digest:
@@ -140,6 +164,26 @@ class Desk:
         ]
         return min(reversed(same), key=lambda one: one.waiters, default=None)
 
+    def hand_in(self, order: Order, claim: Claim, door: str) -> Taken:
+        """Hand an order in as a job of its own.
+
+        Raises:
+            ApiError: the client has too many jobs.
+            ClosedError: no more are taken.
+        """
+        if self.draining:
+            raise ClosedError("the server is shutting down")
+        if sum(one.claim.client == claim.client for one in self._running) >= self.limits.client_jobs:
+            message = f"a client may have {self.limits.client_jobs} jobs at once; wait for one of them"
+            raise self.limits.exceeded("client_jobs", message, retry_after=self.retry_after)
+        submitted = asyncio.ensure_future(asyncio.to_thread(self._submit, order, claim.client))
+        taken = Taken(claim, door, submitted)
+        self._running.append(taken)
+        submitted.add_done_callback(lambda future: self._submitted(taken))
+        if claim.repeatable:
+            self._kept().append(taken)
+        return taken
+
     def _kept(self) -> list[Taken]:
         """Return the jobs that can be joined."""
         oldest = time.monotonic() - KEPT_SECONDS
@@ -148,27 +192,17 @@ class Desk:
         self._repeatable = [one for one in fit if one not in extra]
         return self._repeatable
 
-    def _hand_in(self, order: Order, claim: Claim) -> Taken:
-        if self.draining:
-            raise ClosedError("the server is shutting down")
-        if self._jobs[claim.client] >= self.limits.client_jobs:
-            message = f"a client may have {self.limits.client_jobs} jobs at once; wait for one of them"
-            raise self.limits.exceeded("client_jobs", message, retry_after=self.retry_after)
-        taken = Taken(claim, order, asyncio.ensure_future(asyncio.to_thread(self._submit, order, claim.client)))
-        self._jobs[claim.client] += 1
-        taken.submitted.add_done_callback(lambda submitted: self._submitted(taken))
-        if claim.repeatable:
-            self._kept().append(taken)
-        return taken
-
     def _submit(self, order: Order, client: str) -> ServedJob:
-        every = max(1, order.steps // (order.partial_images + 1)) if order.partial_images else 0
         return self.scheduler.submit(
-            client=client, deadline=self.limits.seconds, preview_every=every, pipe=order.pipe, **order.options
+            client=client,
+            deadline=self.limits.seconds,
+            preview_every=order.preview_every,
+            pipe=order.pipe,
+            **order.options,
         )
 
     def _submitted(self, taken: Taken) -> None:
-        if taken.submitted.cancelled() or taken.submitted.exception() is not None:
+        if taken.job is None:
             self._ended(taken, failed=True)
             return
         loop = asyncio.get_running_loop()
@@ -177,13 +211,12 @@ class Desk:
             if event.kind in ENDS:
                 loop.call_soon_threadsafe(self._ended, taken, event.kind != "done")
 
-        taken.submitted.result().listen(on_event)
+        taken.job.listen(on_event)
         self._abandon(taken)  # if its client has gone meanwhile
 
     def _ended(self, taken: Taken, failed: bool) -> None:
         taken.ended, taken.failed = time.monotonic(), failed
-        self._jobs[taken.claim.client] -= 1
-        self._jobs += Counter()  # lets go of clients without jobs
+        self._running.remove(taken)
         self._kept()
 
     def _release(self, taken: Taken) -> None:
@@ -196,9 +229,9 @@ class Desk:
 
     def _abandon(self, taken: Taken) -> None:
         """Cancel a job that nobody waits for."""
-        if not taken.waiters and not taken.ended and taken.submitted.done():
+        if not taken.waiters and not taken.ended:
             with suppress(Exception):
-                taken.submitted.result().cancel()
+                taken.cancel()
 
 
 async def _gone(request: Request) -> None:

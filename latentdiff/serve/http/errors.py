@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
+
 from latentdiff.errors import (
     ClosedError,
     DeadlineError,
@@ -18,13 +20,28 @@ from latentdiff.errors import (
 from latentdiff.generation.options import options_of
 from latentdiff.generation.request import Settings
 
-__all__ = ["ApiError", "api_error"]
+__all__ = ["ApiError", "ErrorAnswer", "api_error"]
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 AGAIN = (408, 429, 503)  # what may go well when it is sent again
 # What the fields are called that options come from.
 PARAMS = {"num_inference_steps": "steps", "num_images": "n", "height": "size", "width": "size", "prompts": "prompt"}
 PARAMS |= {name: name for name in ("prompt", "size", "image", "mask")}
+
+
+class ErrorDetails(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """An error."""
+
+    error: ErrorDetails
 
 
 class ApiError(Exception):

@@ -1,49 +1,28 @@
-"""The fields of a request: those of OpenAI's images API, and beside them every option of a generation."""
+"""Fields of requests: every option of a generation as a field, checked by one reader for all doors."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields as fields_of
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-from pydantic import AliasChoices, BaseModel, Field, ValidationError, create_model
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
 from latentdiff.errors import InputError, shown, suggest
+from latentdiff.files import parse_json
 from latentdiff.generation.options import Option, options_of
 from latentdiff.generation.request import Settings
 from latentdiff.serve.http.errors import ApiError
 
-__all__ = ["IGNORED", "Fields", "GenerationRequest", "own_options", "parse_size", "read_form", "read_json"]
+__all__ = ["own_fields", "own_options", "parse_size", "read_object", "validated"]
 
-QUALITIES = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
-# Fields of OpenAI's that mean nothing here; they are taken, and named in the answer.
-IGNORED = {
-    *("moderation", "style", "user", "safety_identifier", "input_fidelity", "complexity", "prompt_rewriter"),
-    *("frame_count", "frame_duration_ms", "svg"),
-}
-LEFT_OUT = ("num_images", "height", "width")  # options that are fields of OpenAI's: n and size
+LEFT_OUT = ("num_images", "height", "width")  # options that are fields of every door: n and size
 SHORT = {"num_inference_steps": "steps"}
+Fields = TypeVar("Fields", bound=BaseModel)
 
 
-class Fields(BaseModel):
-    """The fields of OpenAI's that mean something here; null is as good as left out."""
-
-    prompt: str = Field("", description="What to draw.")
-    model: str | None = Field(None, description="A name of GET /v1/models; those of OpenAI stand for the first one.")
-    n: int | None = Field(None, ge=1, description="How many pictures.")
-    size: str | None = Field(None, description="`auto`, or width x height as in `1024x1024`.")
-    quality: QUALITIES | None = Field(None, description="How many steps, where `steps` does not say it.")
-    background: Literal["transparent", "opaque", "auto"] | None = None
-    output_format: Literal["png", "jpeg", "webp"] | None = None
-    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of JPEG and WebP.")
-    response_format: Literal["b64_json", "url"] | None = None
-    stream: bool | None = None
-    partial_images: int | None = Field(None, ge=0, le=3)
-
-
-def _own_fields() -> dict[str, Any]:
-    """Return the generation options as fields of pydantic."""
+def own_fields() -> dict[str, Any]:
+    """Return the generation options as fields of pydantic, for `create_model`."""
     types = {item.name: str(item.type).partition(" ")[0] for item in fields_of(Settings)}
     plain: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
     made = dict[str, Any]()
@@ -57,10 +36,7 @@ def _own_fields() -> dict[str, Any]:
     return made
 
 
-GenerationRequest: type[Fields] = create_model("GenerationRequest", __base__=Fields, **_own_fields())
-
-
-def own_options(request: Fields) -> dict[str, Any]:
+def own_options(request: BaseModel) -> dict[str, Any]:
     """Return the generation options that were given, as a pipeline takes them."""
     given = dict[str, Any]()
     for name, declared in options_of(Settings).items():
@@ -78,53 +54,40 @@ def _parsed(declared: Option, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def read_json(body: bytes) -> tuple[Fields, list[str]]:
-    """Return the fields of a JSON body, and the names of those that are ignored.
+def read_object(body: bytes) -> dict[str, Any]:
+    """Return the object of a JSON body, without what is null in it, which is as good as left out.
 
     Raises:
-        ApiError: it is no object, or a field cannot be used.
+        ApiError: it is no object.
     """
     try:
-        values = json.loads(body)
-    except (ValueError, RecursionError):
+        values = parse_json(body, "the body")
+    except InputError:
         values = None
     if not isinstance(values, dict):
         raise ApiError(400, "the body must be one JSON object, got something else", "invalid_json")
-    return _read(values)
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def read_form(values: Mapping[str, str]) -> tuple[Fields, list[str]]:
-    """Return the fields of a form, where empty ones are as good as left out, and the names of those that are ignored.
+def validated(kind: type[Fields], values: Mapping[str, Any]) -> Fields:
+    """Return checked fields.
 
     Raises:
-        ApiError: a field cannot be used.
+        ApiError: there is no such field, or it cannot be used.
     """
-    return _read({name: value for name, value in values.items() if value != "" or name == "prompt"})
-
-
-def _read(values: Mapping[str, Any]) -> tuple[Fields, list[str]]:
-    given = {name: value for name, value in values.items() if value is not None}
-    known = {name: given[name] for name in given if _plain(name) not in IGNORED}
-    ignored = list(dict.fromkeys(_plain(name) for name in given if name not in known))
-    names = [SHORT.get(own, own) for own in GenerationRequest.model_fields]
-    for name in known:
+    names = [SHORT.get(own, own) for own in kind.model_fields]
+    for name in values:
         if name not in names and name not in SHORT:
             message = f"there is no field {shown(name)}{suggest(name[:80], names)}"
             raise ApiError(400, message, "unknown_parameter", name[:80])
     try:
-        request = GenerationRequest.model_validate(known)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         param = str(first["loc"][0]) if first["loc"] else None
         says = first["msg"][0].lower() + first["msg"][1:]
         message = f"{param}: {says}, got {shown(first['input'])}"
         raise ApiError(400, message, "invalid_value", param) from None
-    return request, ignored
-
-
-def _plain(name: str) -> str:
-    """Return the field that a part of one is of, as `svg[model]` in a form is of `svg`."""
-    return name.partition("[")[0]
 
 
 def parse_size(size: str | None) -> tuple[int, int] | None:

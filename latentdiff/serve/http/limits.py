@@ -39,6 +39,7 @@ class Limits:
     body_seconds: int = limit(60, 408, "seconds that a body may take to come")
     drain_seconds: int = limit(60, 503, "seconds that jobs may go on after SIGTERM")
     link_seconds: int = limit(3600, 410, "seconds that a link to a picture holds")
+    lora_sets: int = limit(4, 503, "sets of LoRAs that are in memory")
     link_bytes: int = limit(256 * 2**20, 404, "bytes of pictures behind links; the oldest go")
 
     def __post_init__(self) -> None:

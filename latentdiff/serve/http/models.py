@@ -10,6 +10,7 @@ from pathlib import PurePath
 from latentdiff.errors import InputError, shown, suggest
 from latentdiff.pipeline import Pipeline
 from latentdiff.serve.http.errors import ApiError
+from latentdiff.serve.http.loras import Loras
 
 __all__ = ["Models", "served_name"]
 
@@ -28,17 +29,21 @@ def served_name(model: str | None) -> str:
 class Models:
     """Pipelines by name; the first one is drawn with where a request names none, or one of OpenAI's.
 
+    Args:
+        pipes: by name.
+        loras: that prompts may name.
+
     Raises:
         InputError: there is none, or a name that stands for another.
     """
 
-    def __init__(self, pipes: Mapping[str, Pipeline]) -> None:
+    def __init__(self, pipes: Mapping[str, Pipeline], loras: Loras) -> None:
         if not pipes:
             raise InputError("a server needs a model, got none; name one")
         for name in pipes:
             if not name or ALIAS.fullmatch(name):
                 raise InputError(f"a model cannot be served as {shown(name)}; call its folder something else")
-        self.pipes, self.started = dict(pipes), int(time.time())
+        self.pipes, self.loras, self.started = dict(pipes), loras, int(time.time())
         self.first = next(iter(self.pipes))
 
     def find(self, name: str | None) -> tuple[str, Pipeline]:
@@ -52,6 +57,10 @@ class Models:
             remedy = suggest(own[:80], self.pipes)
             raise ApiError(404, f"model {shown(own)} is not served here{remedy}", "model_not_found", "model")
         return own, self.pipes[own]
+
+    def with_loras(self, model: str, prompt: str) -> tuple[str, Pipeline]:
+        """Return a prompt without the LoRAs that it names, and the pipeline of a model with them; see `Loras`."""
+        return self.loras.applied(self.pipes[model], prompt)
 
     def described(self, name: str) -> dict[str, object]:
         """Return what the API says of a model.

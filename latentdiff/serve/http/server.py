@@ -6,6 +6,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -17,6 +18,7 @@ from latentdiff.serve.http.app import make_app
 from latentdiff.serve.http.desk import Desk
 from latentdiff.serve.http.guard import Guard, check_token, is_loopback
 from latentdiff.serve.http.limits import Limits
+from latentdiff.serve.http.loras import Loras
 from latentdiff.serve.http.models import Models
 from latentdiff.serve.scheduler import Scheduler
 
@@ -37,6 +39,7 @@ class Server(uvicorn.Server):
         token: see `guard.Guard`.
         batch: see `Scheduler`.
         limits: of requests and jobs.
+        lora_dir: folder of the LoRAs that prompts may name; see `lora_tags`.
 
     Raises:
         InputError: a name, a token, or a number that cannot be used.
@@ -50,9 +53,11 @@ class Server(uvicorn.Server):
         token: str | None = None,
         batch: int = 8,
         limits: Limits | None = None,
+        lora_dir: Path | None = None,
     ) -> None:
         check_token(token, host)
-        self.limits, models = limits or Limits(), Models(pipes)
+        self.limits = limits or Limits()
+        models = Models(pipes, Loras(lora_dir, self.limits))
         self.scheduler = Scheduler(models.pipes[models.first], batch=batch, queue=self.limits.queue)
         self.desk = Desk(self.scheduler, self.limits)
         self.api: FastAPI = make_app(models, self.desk)

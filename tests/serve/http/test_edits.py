@@ -14,8 +14,8 @@ from PIL import Image, PngImagePlugin
 
 from latentdiff import Pipeline
 from latentdiff.generation.result import METADATA_KEY
-from latentdiff.serve.http.app import UPLOADS
-from latentdiff.serve.http.fields import IGNORED, GenerationRequest
+from latentdiff.serve.http.openai.fields import IGNORED, GenerationRequest
+from latentdiff.serve.http.openai.routes import UPLOADS
 from tests.serve.http.conftest import Running
 from tests.serve.http.test_generations import opened
 

@@ -17,7 +17,7 @@ from PIL import Image
 from latentdiff import Pipeline
 from latentdiff.generation.result import METADATA_KEY
 from latentdiff.marks import GENERATED, source_type_of
-from latentdiff.serve.http.fields import IGNORED, GenerationRequest
+from latentdiff.serve.http.openai.fields import IGNORED, GenerationRequest
 from tests.serve.http.conftest import Running
 
 STEPS: dict[str, Any] = {"steps": 2, "guidance_scale": 1.0}
@@ -153,6 +153,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "steps": ({"steps": 0}, "steps", "num_inference_steps must be a whole number from 1"),
     "steps in words": ({"steps": "many"}, "steps", "got 'many'"),
     "NaN": ({"guidance_scale": "nan"}, "guidance_scale", "must be a finite number"),
+    "strength": ({"strength": "nan"}, "strength", "must be a finite number"),
     "sampler": ({"sampler": "eular"}, "sampler", "did you mean 'euler'"),
     "n": ({"n": 0}, "n", "greater than or equal to 1"),
     "format": ({"output_format": "gif"}, "output_format", "got 'gif'"),

@@ -207,6 +207,7 @@ def test_a_job_that_takes_too_long(gate: Gate, serve: Serve) -> None:
 ELSEWHERE = {"requests", "queue", "client_jobs", "body_seconds", "seconds"}  # above
 ELSEWHERE |= {"drain_seconds"}  # test_drain
 ELSEWHERE |= {"link_seconds", "link_bytes"}  # test_links
+ELSEWHERE |= {"lora_sets"}  # test_loras
 
 
 def test_every_limit_has_a_test_and_is_documented() -> None:

@@ -21,6 +21,7 @@ from latentdiff import Pipeline
 from latentdiff.cli import main
 from latentdiff.errors import InputError
 from latentdiff.serve.http.limits import Limits
+from latentdiff.serve.http.loras import Loras
 from latentdiff.serve.http.models import Models, served_name
 from latentdiff.serve.http.server import Server
 from tests.serve.gate import Gate, eventually
@@ -28,6 +29,7 @@ from tests.serve.http.conftest import Running, Serve
 
 ROOT = Path(__file__).parents[3]
 GENERATIONS = "/v1/images/generations"
+NO_LORAS = Loras(None, Limits())
 BODY: dict[str, Any] = {"prompt": "fox", "steps": 2, "guidance_scale": 1.0}
 
 
@@ -103,16 +105,16 @@ def test_a_server_whose_loop_has_ended_is_not_ready(pipe: Pipeline, serve: Serve
 
 
 def test_several_models(pipe: Pipeline) -> None:
-    models = Models({"first": pipe, "second": pipe})
+    models = Models({"first": pipe, "second": pipe}, NO_LORAS)
     assert models.find(None)[0] == models.find("gpt-image-1")[0] == "first" and models.find("second")[0] == "second"
     assert [served_name(model) for model in (None, "a/fox", "a/fox.safetensors", "owner/fox")] == ["embedded"] + [
         "fox"
     ] * 3
     for name in ("dall-e-2", ""):
         with pytest.raises(InputError, match="cannot be served as"):
-            Models({name: pipe})
+            Models({name: pipe}, NO_LORAS)
     with pytest.raises(InputError, match="needs a model"):
-        Models({})
+        Models({}, NO_LORAS)
 
 
 def test_the_openapi_file_is_what_the_server_says(pipe: Pipeline, serve: Serve) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
@@ -14,14 +13,14 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel
 
-from latentdiff.generation.inputs import hires_size
 from latentdiff.generation.result import GeneratedImage
 from latentdiff.images import to_rgb
 from latentdiff.serve.http.errors import api_error
-from latentdiff.serve.http.orders import FORMATS, Kind, Order
+from latentdiff.serve.http.openai.orders import FORMATS, Form, Kind
+from latentdiff.serve.http.sse import sse_event
 from latentdiff.serve.jobs import Event, ServedJob
 
-__all__ = ["ErrorAnswer", "ImagesAnswer", "ModelAnswer", "ModelList", "answer", "server_sent", "sse_event"]
+__all__ = ["ImagesAnswer", "ModelAnswer", "ModelList", "answer", "drawn", "server_sent"]
 
 EVENTS: dict[Kind, str] = {"generation": "image_generation", "edit": "image_edit", "variation": "image_edit"}
 Linked = Callable[[bytes, str], str]
@@ -82,45 +81,30 @@ class ModelList(BaseModel):
     data: list[ModelAnswer]
 
 
-class ErrorDetails(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorAnswer(BaseModel):
-    """An error."""
-
-    error: ErrorDetails
-
-
-async def answer(order: Order, job: ServedJob, linked: Linked) -> dict[str, Any]:
+async def answer(form: Form, job: ServedJob, linked: Linked) -> dict[str, Any]:
     """Wait for the pictures of a job and return the answer.
 
     Raises:
         LatentDiffError: there are none; see `ServedJob.result`.
     """
-    pictures = await _pictures(job)
-    shown = [_shown(order, picture) for picture in pictures]
-    encoded = await asyncio.to_thread(lambda: [_encoded(order, picture) for picture in shown])
-    if order.response_format == "url":
-        data = [{"url": linked(one, order.output_format)} for one in encoded]
+    pictures = await drawn(job)
+    shown = [_shown(form, picture) for picture in pictures]
+    encoded = await asyncio.to_thread(lambda: [_encoded(form, picture) for picture in shown])
+    if form.response_format == "url":
+        data = [{"url": linked(one, form.output_format)} for one in encoded]
     else:
         data = [{"b64_json": base64.b64encode(one).decode()} for one in encoded]
     return {
         "created": int(time.time()),
         "data": [{**one, "seed": picture.seed} for one, picture in zip(data, shown)],
-        **_described(order, shown[0].image),
+        **_described(form, shown[0].image),
         "usage": _usage(job, shown),
-        "model": order.model,
+        "model": form.model,
         "notes": list(dict.fromkeys(note for picture in shown for note in picture.notes)),
     }
 
 
-async def server_sent(kind: Kind, order: Order, job: ServedJob) -> AsyncIterator[bytes]:
+async def server_sent(kind: Kind, form: Form, job: ServedJob) -> AsyncIterator[bytes]:
     """Yield the events of a job: first an empty one when it has been let in, at last its pictures, or an error.
 
     Raises:
@@ -139,13 +123,18 @@ async def server_sent(kind: Kind, order: Order, job: ServedJob) -> AsyncIterator
         if event.preview is not None and event.index is not None:
             number = previews.get(event.index, 0)
             previews[event.index] = number + 1
-            if number < order.partial_images:
-                yield sse_event(*await asyncio.to_thread(_partial, kind, order, job, event, number))
+            if number < form.partial_images:
+                yield sse_event(*await asyncio.to_thread(_partial, kind, form, job, event, number))
         if event.picture is not None:
-            yield sse_event(*await asyncio.to_thread(_completed, kind, order, job, event.picture, event.index))
+            yield sse_event(*await asyncio.to_thread(_completed, kind, form, job, event.picture, event.index))
 
 
-async def _pictures(job: ServedJob) -> list[GeneratedImage]:
+async def drawn(job: ServedJob) -> list[GeneratedImage]:
+    """Wait for the pictures of a job.
+
+    Raises:
+        LatentDiffError: there are none; see `ServedJob.result`.
+    """
     found = dict[int, GeneratedImage]()
     async for event in job.stream():
         if event.error is not None:
@@ -155,19 +144,19 @@ async def _pictures(job: ServedJob) -> list[GeneratedImage]:
     return [found[index] for index in sorted(found)]
 
 
-def _partial(kind: Kind, order: Order, job: ServedJob, event: Event, number: int) -> tuple[str, dict[str, Any]]:
+def _partial(kind: Kind, form: Form, job: ServedJob, event: Event, number: int) -> tuple[str, dict[str, Any]]:
     preview = event.preview
     assert preview is not None
-    image = preview.resize(_final_size(job), Image.Resampling.BICUBIC)
+    image = preview.resize(job.size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    image.save(buffer, FORMATS[order.output_format])
+    image.save(buffer, FORMATS[form.output_format])
     name = f"{EVENTS[kind]}.partial_image"
     return name, {
         "type": name,
         "b64_json": base64.b64encode(buffer.getvalue()).decode(),
         "partial_image_index": number,
         "created_at": int(time.time()),
-        **_described(order, image),
+        **_described(form, image),
         "image_index": event.index,
         "step": event.step,
         "steps": event.steps,
@@ -175,53 +164,46 @@ def _partial(kind: Kind, order: Order, job: ServedJob, event: Event, number: int
 
 
 def _completed(
-    kind: Kind, order: Order, job: ServedJob, picture: GeneratedImage, index: int | None
+    kind: Kind, form: Form, job: ServedJob, picture: GeneratedImage, index: int | None
 ) -> tuple[str, dict[str, Any]]:
-    shown = _shown(order, picture)
+    shown = _shown(form, picture)
     name = f"{EVENTS[kind]}.completed"
     return name, {
         "type": name,
-        "b64_json": base64.b64encode(_encoded(order, shown)).decode(),
+        "b64_json": base64.b64encode(_encoded(form, shown)).decode(),
         "created_at": int(time.time()),
-        **_described(order, shown.image),
+        **_described(form, shown.image),
         "usage": _usage(job, [shown]),
         "image_index": index,
         "seed": picture.seed,
-        "model": order.model,
+        "model": form.model,
     }
 
 
-def sse_event(name: str, data: dict[str, Any]) -> bytes:
-    """Return a server-sent event."""
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
-
-
-def _shown(order: Order, picture: GeneratedImage) -> GeneratedImage:
+def _shown(form: Form, picture: GeneratedImage) -> GeneratedImage:
     """Return a picture without transparency, where that was asked for."""
-    if picture.image.mode == "RGBA" and (order.background == "opaque" or order.output_format == "jpeg"):
+    if picture.image.mode == "RGBA" and (form.background == "opaque" or form.output_format == "jpeg"):
         return replace(picture, image=to_rgb(picture.image))
     return picture
 
 
-def _encoded(order: Order, picture: GeneratedImage) -> bytes:
-    return picture.encoded(FORMATS[order.output_format], quality=order.compression)
+def _encoded(form: Form, picture: GeneratedImage) -> bytes:
+    return picture.encoded(FORMATS[form.output_format], quality=form.compression)
 
 
-def _described(order: Order, image: Image.Image) -> dict[str, str]:
+def _described(form: Form, image: Image.Image) -> dict[str, str]:
     return {
         "background": "transparent" if image.mode == "RGBA" else "opaque",
-        "output_format": order.output_format,
-        "quality": order.quality,
+        "output_format": form.output_format,
+        "quality": form.quality,
         "size": f"{image.width}x{image.height}",
     }
 
 
 def _usage(job: ServedJob, pictures: Sequence[GeneratedImage]) -> dict[str, Any]:
     """Return the tokens of a prompt and of pictures, of which a latent is one."""
-    place = job.request.components.autoencoder.config.downsample_factor**2
-    given = job.request.image
-    seen = 0 if given.pixels is None else given.pixels.shape[-2] * given.pixels.shape[-1] // place
-    text = pictures[0].token_count
+    place = job.pixels_per_latent
+    seen, text = job.given_pixels // place, pictures[0].token_count
     drawn = sum(one.image.width * one.image.height // place for one in pictures)
     return {
         "input_tokens": text + seen,
@@ -229,14 +211,3 @@ def _usage(job: ServedJob, pictures: Sequence[GeneratedImage]) -> dict[str, Any]
         "output_tokens": drawn,
         "total_tokens": text + seen + drawn,
     }
-
-
-def _final_size(job: ServedJob) -> tuple[int, int]:
-    """Return width and height of the pictures of a job."""
-    request = job.request
-    if request.image.size is not None:
-        return request.image.size
-    factor = request.components.autoencoder.config.downsample_factor
-    size = (request.image.height, request.image.width)
-    height, width = hires_size(request.settings, size, factor) if request.settings.hires > 1 else size
-    return width, height
