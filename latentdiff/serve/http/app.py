@@ -13,6 +13,8 @@ from latentdiff import __version__
 from latentdiff.errors import LatentDiffError
 from latentdiff.serve.http.desk import Desk
 from latentdiff.serve.http.errors import ApiError, ErrorAnswer, api_error
+from latentdiff.serve.http.jobs import routes as jobs
+from latentdiff.serve.http.jobs.shelf import Shelf
 from latentdiff.serve.http.metrics import registry
 from latentdiff.serve.http.models import Models
 from latentdiff.serve.http.openai import routes as openai
@@ -23,17 +25,19 @@ __all__ = ["make_app"]
 REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
 
 
-def make_app(models: Models, desk: Desk) -> FastAPI:
+def make_app(models: Models, desk: Desk, shelf: Shelf) -> FastAPI:
     """Return the application; `guard.Guard` stands before it.
 
     Args:
         models: that are served.
         desk: takes what is asked for.
+        shelf: keeps jobs.
     """
     app = FastAPI(title="latentdiff", version=__version__, docs_url=None, redoc_url=None, responses=REFUSALS)
     _add_errors(app, desk)
     openai.add_routes(app, models, desk)
     webui.add_routes(app, models, desk)
+    jobs.add_routes(app, models, desk, shelf)
     _add_health(app, desk)
     return app
 

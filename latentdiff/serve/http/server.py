@@ -17,6 +17,7 @@ from latentdiff.pipeline import Pipeline
 from latentdiff.serve.http.app import make_app
 from latentdiff.serve.http.desk import Desk
 from latentdiff.serve.http.guard import Guard, check_token, is_loopback
+from latentdiff.serve.http.jobs.shelf import Shelf
 from latentdiff.serve.http.limits import Limits
 from latentdiff.serve.http.loras import Loras
 from latentdiff.serve.http.models import Models
@@ -60,7 +61,8 @@ class Server(uvicorn.Server):
         models = Models(pipes, Loras(lora_dir, self.limits))
         self.scheduler = Scheduler(models.pipes[models.first], batch=batch, queue=self.limits.queue)
         self.desk = Desk(self.scheduler, self.limits)
-        self.api: FastAPI = make_app(models, self.desk)
+        self.shelf = Shelf(self.desk)
+        self.api: FastAPI = make_app(models, self.desk, self.shelf)
         self.hurried = False
         self._signals, self._drained_by = 0, 0.0
         guard = Guard(self.api, token=token, local=is_loopback(host), limits=self.limits)
@@ -87,7 +89,8 @@ class Server(uvicorn.Server):
         if self._signals and not self._drained_by:
             self.desk.draining = True
             self._drained_by = time.monotonic() + self.limits.drain_seconds
-        if self._drained_by and (self.hurried or not self.desk.busy or time.monotonic() > self._drained_by):
+        going_on = self.desk.busy or self.shelf.untold
+        if self._drained_by and (self.hurried or not going_on or time.monotonic() > self._drained_by):
             self.should_exit = True
         return await super().on_tick(counter)
 
