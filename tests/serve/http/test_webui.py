@@ -402,6 +402,7 @@ def test_an_interrupted_job_ends_after_its_step(gate: Gate, serve: Serve, route:
     gate.open()
     thread.join(30)
     assert (found[0].status_code, found[0].json()["error"]["code"]) == (409, "cancelled")
+    eventually(lambda: server.server.scheduler.stats().running == 0)
     assert len(gate.rows) == 1 and not get(server, "progress")["state"]["job_count"]
     with server.http() as client:
         assert client.post(f"{ROOT}/{route}").json() == {}  # there is nothing to end
