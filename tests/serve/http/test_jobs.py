@@ -80,6 +80,8 @@ def test_a_job_is_drawn_when_its_client_does_not_wait(server: Running, pipe: Pip
         ]
         image = fetched(client, said["images"][1]["url"])
         assert client.get(f"{place}/images/2").json()["error"]["code"] == "not_drawn"
+        refused = client.get(f"{place}/images/first")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "index")
     expected = pipe("fox", seed=8, num_inference_steps=2, guidance_scale=1.0).images[0]
     assert max(abs(a - b) for a, b in zip(image.tobytes(), expected.tobytes())) <= 1
 
