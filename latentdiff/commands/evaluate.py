@@ -15,12 +15,14 @@ from latentdiff.commands.shared import (
     add_lora,
     add_machine,
     add_settings,
+    add_size,
     flags,
     given_settings,
     load,
     on_terminal,
     parse_loras,
     read_setting,
+    read_size,
     warnings_as_lines,
 )
 from latentdiff.errors import InputError, shown
@@ -105,6 +107,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two reports, in place of a model")
     parser.add_argument("--across", metavar="NAMES", help="settings that may differ between the reports of --compare")
+    add_size(parser)
     add_settings(parser, *BOTH, leave_out=LEFT_OUT)
     add_lora(parser)
     add_machine(parser)
@@ -121,6 +124,7 @@ def run(options: argparse.Namespace) -> None:
 
     names = options.metrics.split(",")
     settings = {name: value for name, value in given_settings(options).items() if name not in LEFT_OUT}
+    settings |= read_size(options.size)
     _check_subject(options, settings)
     check_metrics(names)
     check_features(options.features)
