@@ -209,7 +209,8 @@ def test_a_sweep_has_a_report_for_each_setting_and_a_table(
     times = figures["speed/seconds_to_picture"].estimate
     assert 0 < times.low <= times.value <= times.high
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 1 + 4 * len(figures)
-    assert (tmp_path / "sweep.svg").read_text().count("<circle") == 4
+    drawn = (tmp_path / "sweep.svg").read_text()
+    assert drawn.count("<polyline") == 2 and drawn.count("<circle") == 4 + 2  # and one each beside their names
     for text, message in (
         ("stepz=3", "--stepz is no setting; did you mean 'steps'"),
         ("steps", "--sweep must be a setting with values"),
