@@ -170,6 +170,9 @@ class ImageTextTraining(Section):
     label_column: str | None = None
     # Weight of a second loss: to find the label of a picture among those of all pictures, many more than a batch has.
     label_weight: float = Field(0.0, ge=0)
+    # How strongly views are turned, stretched, put in other light and covered in part, 0 to 1: what is seen of few
+    # drawings is then not learnt by heart.
+    distort: float = Field(0.0, ge=0, le=1)
     # Keys of `latentdiff.models.image_text.ImageTextConfig`.
     model: dict[str, Any] = Field(default_factory=dict)
     optimizer: OptimizerConfig = OptimizerConfig()
