@@ -173,7 +173,7 @@ def accumulate_gradients(
     given = torch.cat([batch.texts, label_texts.to(batch.texts)]) if config.label_weight else batch.texts
     with accelerator.autocast():
         images, texts, scale = (part.float() for part in network(batch.images, given))
-    loss = contrastive_loss(images, texts[:count], scale, batch.alike)
+    loss = contrastive_loss(images, texts[:count], scale, batch.right)
     if config.label_weight:
         loss = loss + config.label_weight * label_loss(images, texts[count:], scale, batch.labels)
     accelerator.backward(loss)

@@ -165,8 +165,8 @@ class ImageTextTraining(Section):
     run: RunConfig
     # Folder with text_encoder/ and tokenizer/, or "embedded".
     text_encoder: TextPath = "embedded"
-    # Metadata column with a short text of what a picture shows: pictures with equal ones are right for each other's
-    # captions, and held-out pictures are measured by finding theirs among all. null: each picture's first caption.
+    # Metadata column with a short text of what a picture shows: held-out pictures are measured by finding theirs among
+    # all. null: each picture's first caption.
     label_column: str | None = None
     # Weight of a second loss: to find the label of a picture among those of all pictures, many more than a batch has.
     label_weight: float = Field(0.0, ge=0)

@@ -33,18 +33,18 @@ class Pairs:
     Attributes:
         images: (B, 3, H, W).
         texts: (B, text_dim), mean states of the captions.
-        alike: (B,) int64, equal where they show the same.
+        right: (B, B) bool, whether the caption of each column is one that the picture of a row might have had.
         labels: (B,) int64, the label of what each shows; -1 for a picture with a thing beside its own.
     """
 
     images: Tensor
     texts: Tensor
-    alike: Tensor
+    right: Tensor
     labels: Tensor
 
     def to(self, device: torch.device) -> Pairs:
         """Return them on a device."""
-        return Pairs(*(part.to(device) for part in (self.images, self.texts, self.alike, self.labels)))
+        return Pairs(*(part.to(device) for part in (self.images, self.texts, self.right, self.labels)))
 
 
 @dataclass(frozen=True)
@@ -70,23 +70,22 @@ class CaptionedViews:
         """Return the pairs of a step: a pure function of (seed, step)."""
         seed = config.run.seed
         indices, _ = self.data.order.batch(step, config.run.batch_size, seed)
-        pictures, numbers, keys, labels, places, chances = [], [], [], [], [], []
+        pictures, numbers, known, labels, places, chances = [], [], [], [], [], []
         for index in indices:
             rng = np.random.default_rng([seed, step, self.data.place(index)])
             variant = self.plans[index][draw_view(config.data, rng)]
-            caption = str(rng.choice(variant.captions[:CAPTIONS_OF_A_VIEW]))
+            captions = [self.captions[caption] for caption in variant.captions[:CAPTIONS_OF_A_VIEW]]
             pictures.append(paint(self.data, variant))
-            numbers.append(self.captions[caption])
+            known.append(set(captions))
+            numbers.append(int(rng.choice(captions)))
             label = label_of(self.data.rows[index], config.label_column)
-            keys.append(label if not variant.turn and variant.beside is None else caption)
             labels.append(self.labels[label] if variant.beside is None else -1)
             places.append(draw_place(rng))
             chances.append(draw_distortion(rng))
-        known: dict[str, int] = {}
-        alike = torch.tensor([known.setdefault(key, len(known)) for key in keys])
+        right = torch.tensor([[number in own for number in numbers] for own in known])
         where, how = (torch.from_numpy(np.stack(drawn)).float() for drawn in (places, chances))
         images = distorted(to_tensor(np.stack(pictures)), where, how, config.distort)
-        return Pairs(images, self.texts.take(numbers), alike, torch.tensor(labels))
+        return Pairs(images, self.texts.take(numbers), right, torch.tensor(labels))
 
 
 def label_of(row: dict[str, Any], column: str | None) -> str:

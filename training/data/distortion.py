@@ -1,4 +1,4 @@
-"""Distortions that leave what pictures show as it is: moved, turned, stretched, in other light, covered in part."""
+"""Distortions that leave what pictures show as it is: moved, turned, stretched, blurred, in other light, covered."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ SMALLEST, LARGEST = 0.55, 1.2  # sides of a placed view, of the frame's
 TURN, STRETCH, SHEAR = math.radians(30), 0.25, 0.25
 CONTRAST, SATURATION, LIGHT = 0.4, 0.6, 0.25
 CHANNELS = 0.15  # what each colour channel is brighter or darker by
+BLURRED = 0.6  # twice the share that is blurred
 COVERED = 0.45  # largest side of the box that covers a part, of the frame's
 
 
@@ -23,8 +24,8 @@ def draw_place(rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_distortion(rng: np.random.Generator) -> np.ndarray:
-    """Draw how a view is distorted, (16,) from -1 to 1; see `bent`, `recoloured` and `covered`."""
-    return rng.uniform(-1, 1, 16)
+    """Draw how a view is distorted, (17,) from -1 to 1; see `distorted`."""
+    return rng.uniform(-1, 1, 17)
 
 
 def placed(images: Tensor, places: Tensor, bend: Tensor | None = None) -> Tensor:
@@ -43,12 +44,12 @@ def placed(images: Tensor, places: Tensor, bend: Tensor | None = None) -> Tensor
 
 
 def distorted(images: Tensor, places: Tensor, chances: Tensor, strength: float) -> Tensor:
-    """Return images placed, turned, stretched, in other light, and with a part covered.
+    """Return images placed, turned, stretched, some at half their resolution, in other light, and with a part covered.
 
     Args:
         images: (B, 3, H, W) in [-1, 1].
         places: see `placed`.
-        chances: (B, 16) from -1 to 1, see `draw_distortion`.
+        chances: (B, 17) from -1 to 1, see `draw_distortion`.
         strength: 0 (placed only) to 1.
 
     Source: in kind, Cubuk et al. 2020, arXiv 1909.13719, and DeVries and Taylor 2017, arXiv 1708.04552.
@@ -56,7 +57,9 @@ def distorted(images: Tensor, places: Tensor, chances: Tensor, strength: float) 
     if not strength:
         return placed(images, places)
     images = placed(images, places, bent(strength * chances[:, :3]))
-    return covered(recoloured(images, strength * chances[:, 3:9]), chances[:, 9:], strength)
+    blurred = F.interpolate(F.avg_pool2d(images, 2), images.shape[-2:], mode="bilinear")
+    images = torch.where(chances[:, 16, None, None, None] < BLURRED * strength - 1, blurred, images)
+    return covered(recoloured(images, strength * chances[:, 3:9]), chances[:, 9:16], strength)
 
 
 def bent(chances: Tensor) -> Tensor:

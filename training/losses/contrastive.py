@@ -7,21 +7,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, alike: Tensor) -> Tensor:
+def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, right: Tensor) -> Tensor:
     """Return the mean cross entropy of finding the texts of an image among a batch's, and the images of a text.
 
     Args:
         images, texts: (B, D) unit vectors.
         scale: of their similarities.
-        alike: (B,) int64; samples with equal numbers show the same, so that each one's text is right for the others.
+        right: (B, B) bool, whether the text of each column says what the image of a row shows; True on the diagonal.
 
     Source: Radford et al. 2021, arXiv 2103.00020, Fig. 3; several right answers as in Khosla et al. 2020,
     arXiv 2004.11362, Eq. 2.
     """
     logits = scale * images @ texts.T  # (B, B)
-    right = (alike[:, None] == alike).to(logits)  # symmetric
-    right = right / right.sum(dim=1, keepdim=True)
-    return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+    parts = ((logits, right.to(logits)), (logits.T, right.T.to(logits)))
+    by_image, by_text = (F.cross_entropy(found, own / own.sum(dim=1, keepdim=True)) for found, own in parts)
+    return (by_image + by_text) / 2
+
+
+def least_loss(right: Tensor) -> float:
+    """Return the least that `contrastive_loss` can be, where some texts are right for several images."""
+    return float((right.sum(dim=0).double().log().mean() + right.sum(dim=1).double().log().mean()) / 2)
 
 
 def label_loss(images: Tensor, labels: Tensor, scale: Tensor, right: Tensor) -> Tensor:
