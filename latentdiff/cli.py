@@ -17,7 +17,19 @@ from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from latentdiff import __version__
-from latentdiff.commands import convert, data, evaluate, finetune, generate, inspect, plan, replay, train, upscale
+from latentdiff.commands import (
+    convert,
+    data,
+    evaluate,
+    finetune,
+    generate,
+    inspect,
+    plan,
+    replay,
+    serve,
+    train,
+    upscale,
+)
 from latentdiff.commands.shared import say
 from latentdiff.errors import InputError, LatentDiffError, shown, suggest
 
@@ -39,6 +51,7 @@ COMMANDS: dict[str, ModuleType] = {
     "finetune": finetune,
     "data": data,
     "evaluate": evaluate,
+    "serve": serve,
 }
 
 
