@@ -12,7 +12,7 @@ import torch
 import yaml
 from latentdiff.training.check import image_text as check_image_text
 from latentdiff.training.config import ImageTextTraining, parse_config
-from latentdiff.training.losses.contrastive import contrastive_loss, label_loss, least_loss, ranks
+from latentdiff.training.losses.contrastive import calibration_error, contrastive_loss, label_loss, least_loss, ranks
 from latentdiff.training.train_image_text import assemble
 from torch.nn import functional as F
 
@@ -114,6 +114,16 @@ def test_a_text_may_be_right_for_several_images() -> None:
     torch.testing.assert_close(contrastive_loss(images, texts, torch.tensor(3.0), right), expected / 2)
     assert least_loss(right) == pytest.approx(math.log(2) / 3)
     assert ranks(texts, texts, torch.arange(3)).tolist() == [0, 0, 0]
+
+
+def test_calibration_compares_confidence_with_how_often_it_is_right() -> None:
+    sure = torch.tensor([[9.0, -9.0]] * 4)
+    assert calibration_error(sure, torch.tensor([0, 0, 0, 0])) == pytest.approx(0, abs=1e-6)
+    assert calibration_error(sure, torch.tensor([0, 0, 0, 1])) == pytest.approx(0.25)
+    unsure = torch.tensor([0.6, 0.4]).log().expand(10, 2)  # right in six of ten, as it says
+    assert calibration_error(unsure, torch.tensor([0] * 6 + [1] * 4)) == pytest.approx(0, abs=1e-6)
+    both = torch.cat([sure[:2], unsure])  # each is compared in its own bin: 2 right of 2, 4 of 10
+    assert calibration_error(both, torch.tensor([0, 0, *([0] * 4), *([1] * 6)])) == pytest.approx(0.2 * 10 / 12)
 
 
 def test_captions_of_a_drawing_in_another_style_are_wrong_for_it(recipe: Path) -> None:

@@ -1,4 +1,4 @@
-"""The loss of an image-text model."""
+"""The losses of an image-text model, and what it is measured by."""
 
 from __future__ import annotations
 
@@ -55,3 +55,20 @@ def ranks(images: Tensor, texts: Tensor, right: Tensor) -> Tensor:
     similarities = images @ texts.T  # (N, M)
     own = similarities.gather(1, right[:, None])
     return (similarities > own).sum(dim=1)
+
+
+@torch.no_grad()
+def calibration_error(logits: Tensor, right: Tensor, bins: int = 10) -> float:
+    """Return how far a model's confidence in its first choice is from how often that is right, 0 to 1.
+
+    Args:
+        logits: (N, M).
+        right: (N,) int64, number of the right one of M.
+        bins: of confidence, equally wide, in each of which the two are compared.
+
+    Source: Guo et al. 2017, arXiv 1706.04599, Eq. 5.
+    """
+    confidence, chosen = logits.float().softmax(dim=1).max(dim=1)
+    gaps = confidence - (chosen == right).float()
+    groups = (confidence * bins).long().clamp(max=bins - 1)
+    return float(torch.zeros(bins).to(gaps).index_add(0, groups, gaps).abs().sum()) / len(gaps)
