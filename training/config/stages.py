@@ -35,6 +35,9 @@ class AutoencoderTraining(Section):
     stage: Literal["autoencoder"]
     data: DataConfig
     run: RunConfig
+    # Run or model folder of an autoencoder whose layers are taken over where they fit, or "embedded"; this one may have
+    # more levels, on the side of the pictures.
+    start_from: TextPath | None = None
     # Keys of `latentdiff.models.autoencoder.AutoencoderConfig`.
     model: dict[str, Any]
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -49,6 +52,8 @@ class AutoencoderTraining(Section):
             raise ValueError("an autoencoder is trained on squares; data.buckets is for stage diffusion")
         if self.run.ema_snapshots:
             raise ValueError("run.ema_snapshots is for stage diffusion; set it to 0")
+        if self.loss.latents and self.start_from is None:
+            raise ValueError("loss.latents keeps latents near those of start_from; name an autoencoder there")
         if self.loss.lpips and self.data.size < 16:
             raise ValueError(f"loss.lpips needs pictures of 16 pixels or more, got data.size {self.data.size}")
         check_evaluate(self.evaluate, OF_AUTOENCODERS, "held_out_psnr")
