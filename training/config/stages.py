@@ -69,7 +69,8 @@ class DiffusionTraining(Section):
     task: TaskConfig = TextToImageTask()
     data: DataConfig
     run: RunConfig
-    # Run or model folder whose autoencoder is used, or "embedded"; null for diffusion of the pixels themselves.
+    # Run or model folder whose autoencoder is used, or "embedded"; null for diffusion of the pixels themselves, or for
+    # the autoencoder of `start_from`.
     autoencoder: TextPath | None = None
     # Of the pixels, where there is no autoencoder: 3 for colour, 1 for shades of grey.
     channels: Literal[1, 3] = 3
@@ -80,7 +81,7 @@ class DiffusionTraining(Section):
     model: dict[str, Any] = Field(default_factory=dict)
     # Keys of `latentdiff.diffusion.schedule.NoiseSchedule`.
     schedule: dict[str, Any] = Field(default_factory=dict)
-    # A model that is trained further, instead of the four keys above: a folder, a single file or "embedded".
+    # A model that is trained further, instead of the three keys above: a folder, a single file or "embedded".
     start_from: TextPath | None = None
     # kind: unet; lora, thin layers beside those of `start_from`; word, a new one; or unet_and_text.
     train: TrainConfig = UNetTraining()
@@ -149,7 +150,7 @@ class DiffusionTraining(Section):
 
     @model_validator(mode="after")
     def _one_source_of_the_components(self) -> Self:
-        components: dict[str, Any] = {"autoencoder": None, "text_encoder": "embedded", "model": {}, "schedule": {}}
+        components: dict[str, Any] = {"text_encoder": "embedded", "model": {}, "schedule": {}}
         given = [name for name, default in components.items() if getattr(self, name) != default]
         if getattr(self.task, "low_res_schedule", {}):
             given.append("task.low_res_schedule")
