@@ -18,10 +18,11 @@ from latentdiff.errors import InputError, shown
 from latentdiff.serve.http.errors import ApiError, api_error
 from latentdiff.serve.http.limits import Limits
 
-__all__ = ["FILES", "Guard", "check_token", "is_loopback"]
+__all__ = ["FILES", "PAGE", "Guard", "check_token", "is_loopback"]
 
 FILES = "/v1/images/files/"  # whose links are good without a token, and on any page
-OPEN = ("/healthz", "/readyz")
+PAGE = "/ui"  # which has a door of its own, for browsers; `/` leads there
+OPEN = ("/healthz", "/readyz", "/", PAGE)
 TOKEN = re.compile(r"[\x21-\x7e]{16,512}")
 
 
@@ -94,7 +95,7 @@ class Guard:
         file = path.startswith(FILES) and scope["method"] in ("GET", "HEAD")
         if not file:
             self._check_page(host, headers)
-        if self._token is not None and not file and path not in OPEN:
+        if self._token is not None and not file and path not in OPEN and not path.startswith(f"{PAGE}/"):
             given = headers.get("authorization", "")
             expected = f"Bearer {self._token}"
             if not hmac.compare_digest(given.encode("latin-1", "replace"), expected.encode()):
