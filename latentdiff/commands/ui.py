@@ -25,4 +25,6 @@ def run(options: argparse.Namespace) -> None:
 def _open(address: str, with_page: bool) -> None:
     page = f"{address.replace('0.0.0.0', 'localhost').replace('[::]', 'localhost')}/ui/"
     print(page, flush=True)
-    threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()  # a browser of a terminal would not return
+    threading.Thread(
+        target=webbrowser.open, args=(page,), daemon=True
+    ).start()  # a browser of a terminal would not return

@@ -9,6 +9,8 @@ from PIL import Image, ImageChops
 from pydantic import create_model
 
 from latentdiff.errors import InputError
+from latentdiff.generation.options import options_of
+from latentdiff.generation.request import Settings
 from latentdiff.serve.http.fields import own_fields, own_options, parse_size, validated
 from latentdiff.serve.http.limits import Limits
 from latentdiff.serve.http.models import Models
@@ -46,7 +48,8 @@ def page_order(values: Mapping[str, Any], models: Models, limits: Limits) -> Ord
     size = parse_size(str(values.get("size") or "auto").strip()) if mode in ("text", "image") else None
     if size is not None:
         options["width"], options["height"] = size
-    options |= {"prompt": prompt, "num_images": 1 if mode == "upscale" else int(values.get("num_images") or 1)}
+    count = 1 if mode == "upscale" else values.get("num_images") or 1
+    options |= {"prompt": prompt, "num_images": options_of(Settings)["num_images"].check("num_images", count)}
     model = _model(mode, str(values.get("model") or AUTOMATIC), models)
     return finished(model, options, models, limits, n="the number of pictures", previews=PREVIEWS)
 

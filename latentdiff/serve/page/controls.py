@@ -55,7 +55,13 @@ def make_control(name: str, most: int | None = None) -> Control:
     modes = modes_of(name, declared)
     label = LABELS.get(name, name.replace("_", " ").capitalize())
     info = None if name in FIRST else declared.help[0].upper() + declared.help[1:] + "."
-    look = {"label": label, "info": info, "elem_id": f"option-{name}", "elem_classes": classes_of(modes), "min_width": 120}
+    look = {
+        "label": label,
+        "info": info,
+        "elem_id": f"option-{name}",
+        "elem_classes": classes_of(modes),
+        "min_width": 120,
+    }
     usual = "random" if name == "seed" else "the model's" if declared.from_model or default is None else f"{default}"
     component: Any
     if name in CHOICES:
@@ -80,7 +86,7 @@ def texts_of(values: Mapping[str, Any], mode: str) -> dict[str, Any]:
     chosen = {name: values.get(name) for name, declared in options_of(Settings).items() if _asked(name, mode)}
     chosen["strength"] = values.get(f"{mode}_strength") if mode in ("image", "inpaint") else None
     if mode == "outpaint":
-        chosen["outpaint"] = {side: int(values[side]) for side in SIDES if values.get(side)} or None
+        chosen["outpaint"] = {side: values[side] for side in SIDES if values.get(side)} or None
     defaults = _defaults()
     return {
         name: value

@@ -37,7 +37,7 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-cache",
 }
-# Of gradio's own routes those that the page needs; others would fetch addresses, or run and record what is not asked for.
+# Of gradio's own routes those that the page needs; others would fetch addresses, or run what is not asked for.
 NEEDED = ("assets/", "static/", "svelte/", "theme.css", "config", "favicon.ico")
 CALLS = ("queue/", "heartbeat/", "upload", "file=", "component_server", "reset", "cancel", "startup-events", "info")
 NEEDED += tuple(f"gradio_api/{call}" for call in CALLS)

@@ -116,7 +116,9 @@ class Studio:
 
     def _place(self, job: ServedJob) -> str:
         waiting = self.desk.scheduler.stats().waiting - 1
-        return f"Waiting; {waiting} other {'jobs wait' if waiting > 1 else 'job waits'}." if waiting > 0 else "Preparing…"
+        return (
+            f"Waiting; {waiting} other {'jobs wait' if waiting > 1 else 'job waits'}." if waiting > 0 else "Preparing…"
+        )
 
     def _progress(self, tiles: list[Tile]) -> str:
         done, step = sum(tile.done for tile in tiles), sum(tile.step for tile in tiles)

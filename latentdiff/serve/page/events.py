@@ -13,7 +13,7 @@ import gradio as gr
 from latentdiff.errors import LatentDiffError
 from latentdiff.serve.http.errors import ApiError, api_error
 from latentdiff.serve.page.drawing import News, Studio
-from latentdiff.serve.page.files import store
+from latentdiff.serve.page.files import path_of, paths_of, store
 from latentdiff.serve.page.layout import Parts
 from latentdiff.serve.page.modes import MODES
 from latentdiff.serve.page.records import values_of_file
@@ -65,7 +65,7 @@ class Events:
     async def draw(self, given: Updates, request: gr.Request) -> AsyncIterator[Updates]:
         """Draw what the controls say."""
         parts, desktop = self.parts, given[self.desktop]
-        values = {name: given[component] for name, component in parts.values.items()}
+        values = self._values(given)
         client = request.client.host if request.client is not None else ""
         busy = {parts.draw: gr.update(interactive=False, value="Drawing…"), parts.cancel: gr.update(visible=True)}
         yield {**busy, parts.status: said("Preparing…")}
@@ -76,6 +76,14 @@ class Events:
             parts.cancel: gr.update(visible="hidden"),
             self.desktop: desktop,
         }
+
+    def _values(self, given: Updates) -> dict[str, Any]:
+        """Return the values of the controls by name, those of files as paths."""
+        values = {name: given[component] for name, component in self.parts.values.items()}
+        for mode in MODES.values():
+            if mode.picture is not None and mode.picture != "painted":
+                values[mode.picture] = path_of(values[mode.picture])
+        return values | {"painted": paths_of(values["painted"], self.parts.values["painted"])}
 
     def _told(self, news: News, desktop: Desktop) -> Updates:
         parts = self.parts
@@ -121,7 +129,7 @@ class Events:
         if alone and desktop.chosen < len(drawn.seeds):
             values["seed"] = str(drawn.seeds[desktop.chosen])
             values["num_images"] = 1
-        return {self.parts.values[name]: gr.update(value=value) for name, value in values.items()}
+        return {self.parts.values[name]: value for name, value in values.items()}
 
     def idea(self, event: gr.EventData) -> Updates:
         """Put a prompt that was offered into its place."""
@@ -151,9 +159,9 @@ class Events:
         kept = self.studio.links.find(address.path.rpartition("/")[2], query["expires"][0], query["signature"][0])
         return kept.data
 
-    def read(self, path: str | None) -> Updates:
+    def read(self, file: Any) -> Updates:
         """Put the settings of a dropped picture into the controls."""
-        parts = self.parts
+        parts, path = self.parts, path_of(file)
         if path is None:
             return {}
         try:
@@ -162,9 +170,7 @@ class Events:
             name = path.rpartition("/")[2]
             return {parts.status: said(str(api_error(error)).replace(path, name), True)}
         told = f"These are the settings of the picture{f'; {note}' if note else ''}."
-        found = {parts.values[name]: gr.update(value=value) for name, value in values.items() if value is not None}
-        cleared = {parts.values[name]: gr.update(value=value) for name, value in values.items() if value is None}
-        return {**found, **cleared, parts.status: said(told)}
+        return {**{parts.values[name]: value for name, value in values.items()}, parts.status: said(told)}
 
     def add_lora(self, prompt: str | None, name: str | None) -> Updates:
         """Add a LoRA to the prompt, where its weight can be changed."""
@@ -194,6 +200,7 @@ def connect(page: gr.Blocks, parts: Parts, studio: Studio) -> None:
     controls = list(parts.values.values())
     views = [parts.status, parts.stage, parts.history, desktop]
     how: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+    how |= {"preprocess": False}  # which would open files
     drawing = {"fn": events.draw, "inputs": {*controls, desktop}, "outputs": [*views, parts.draw, parts.cancel]}
     parts.draw.click(**drawing, **how)
     parts.cancel.click(events.cancel, None, None, **how)

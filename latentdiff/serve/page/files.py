@@ -1,4 +1,4 @@
-"""Components of gradio that hand over uploaded files as they are, which nothing but `latentdiff.decoding` ever opens."""
+"""Files that a browser uploads: paths of them, as they came; nothing but `latentdiff.decoding` ever opens one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gradio.processing_utils import save_bytes_to_cache
 
 from latentdiff.errors import InputError
 
-__all__ = ["Dropped", "Editor", "Few", "Page", "Picture", "read", "store"]
+__all__ = ["Few", "Page", "path_of", "paths_of", "read", "store"]
 
 MOST_BLOBS = 16
 
@@ -25,54 +25,6 @@ class Page(gr.Blocks):
         return await super().preprocess_data(block_fn, inputs, *more, **options)
 
 
-class Picture(gr.Image):
-    """An upload box for a picture, whose value is the path of the file."""
-
-    def get_block_name(self) -> str:
-        """Return what gradio calls it in the browser."""
-        return "image"
-
-    def preprocess(self, payload: Any) -> str | None:
-        """Return the path of the file."""
-        return None if payload is None else payload.path
-
-
-class Dropped(gr.File):
-    """A place to drop a file, whose value is its path."""
-
-    def get_block_name(self) -> str:
-        """Return what gradio calls it in the browser."""
-        return "file"
-
-    def preprocess(self, payload: Any) -> str | None:
-        """Return the path of the file."""
-        return None if payload is None else payload.path
-
-
-class Editor(gr.ImageEditor):
-    """A picture with a brush, whose value is the paths of the picture and of what was painted."""
-
-    def get_block_name(self) -> str:
-        """Return what gradio calls it in the browser."""
-        return "imageeditor"
-
-    def preprocess(self, payload: Any) -> dict[str, Any] | None:
-        """Return the path "background" and the paths "layers", each a file as the browser sent it."""
-        if payload is None:
-            return None
-        given = payload if payload.id is None else self.blob_storage.pop(payload.id, None)
-        if given is None:
-            return None
-        paths = {"background": self._path(given.background), "layers": [self._path(one) for one in given.layers or []]}
-        paths["composite"] = paths["background"]
-        return {**paths, "layers": [path for path in paths["layers"] if path is not None]}
-
-    def _path(self, file: Any) -> str | None:
-        if file is None:
-            return None
-        return store(bytes(file), self) if isinstance(file, (bytes, bytearray, memoryview)) else str(file.path)
-
-
 class Few(dict[str, Any]):
     """What browsers sent of a brush and have not drawn with yet; the oldest goes where there is much of it."""
 
@@ -80,6 +32,26 @@ class Few(dict[str, Any]):
         super().__setitem__(key, value)
         while len(self) > MOST_BLOBS:
             del self[next(iter(self))]
+
+
+def path_of(given: Any) -> str | None:
+    """Return the path of an upload box, from what it holds."""
+    path = given.get("path") if isinstance(given, dict) else None
+    return path if isinstance(path, str) else None
+
+
+def paths_of(given: Any, editor: gr.ImageEditor) -> dict[str, Any] | None:
+    """Return the paths "background" and "layers" of a picture with a brush, from what it holds."""
+    if not isinstance(given, dict):
+        return None
+    if given.get("id") is None:
+        background, layers = path_of(given.get("background")), [path_of(one) for one in given.get("layers") or []]
+    else:  # it was sent in parts
+        sent = editor.blob_storage.pop(str(given["id"]), None)
+        if sent is None:
+            return None
+        background, *layers = (None if one is None else store(one, editor) for one in (sent.background, *sent.layers))
+    return {"background": background, "layers": [one for one in layers if one is not None], "composite": background}
 
 
 def read(path: str, what: str) -> bytes:

@@ -15,7 +15,7 @@ from latentdiff.serve.http.limits import Limits
 from latentdiff.serve.http.models import Models
 from latentdiff.serve.page.asked import AUTOMATIC
 from latentdiff.serve.page.controls import ELSEWHERE, FIRST, classes_of, make_control
-from latentdiff.serve.page.files import Dropped, Editor, Few, Picture
+from latentdiff.serve.page.files import Few
 from latentdiff.serve.page.modes import MODES
 from latentdiff.serve.page.stage import empty_html
 
@@ -91,11 +91,11 @@ def _add_pictures(parts: Parts) -> None:
     values = parts.values
     common = {"sources": ["upload", "clipboard"], "height": 260, "buttons": []}
     with gr.Group(elem_classes=classes_of(("image",))):
-        values["image"] = Picture(label="Picture to change", **common)
+        values["image"] = gr.Image(label="Picture to change", **common)
         values["image_strength"] = _strength(DEFAULT_STRENGTH)
     with gr.Group(elem_classes=classes_of(("inpaint",))):
-        values["painted"] = Editor(
-            label="Picture; paint over what is to be drawn anew",
+        values["painted"] = gr.ImageEditor(
+            label="Paint over what is to change",
             sources=["upload", "clipboard"],
             height=420,
             buttons=[],
@@ -108,12 +108,12 @@ def _add_pictures(parts: Parts) -> None:
         values["painted"].blob_storage = Few()
         values["inpaint_strength"] = _strength(1.0)
     with gr.Group(elem_classes=classes_of(("outpaint",))):
-        values["extended"] = Picture(label="Picture to draw around", **common)
+        values["extended"] = gr.Image(label="Picture to draw around", **common)
         with gr.Row(elem_classes=["sides"]):
             for side in SIDES:
                 values[side] = gr.Number(16, label=side.capitalize(), minimum=0, step=STEP, precision=0, min_width=60)
     with gr.Group(elem_classes=classes_of(("upscale",))):
-        values["enlarged"] = Picture(label="Picture to enlarge", **common)
+        values["enlarged"] = gr.Image(label="Picture to enlarge", **common)
 
 
 def _strength(default: float) -> Any:
@@ -147,7 +147,7 @@ def _add_settings(parts: Parts, models: Models, limits: Limits) -> None:
             if name not in (*FIRST, *ELSEWHERE):
                 values[name] = make_control(name).component
     with gr.Accordion("Settings from a picture", open=False, elem_id="read"):
-        parts.dropped = Dropped(
+        parts.dropped = gr.File(
             label="Picture drawn here, or by another tool that notes its settings",
             file_types=[".png", ".jpg", ".jpeg", ".webp"],
             height=140,
@@ -164,5 +164,5 @@ def _sizes(models: Models) -> list[tuple[str, str]]:
         "wide": (long, short),
         "large": (2 * width, 2 * height),
     }
-    named = [(f"{name}, {wide} × {high}", f"{wide}x{high}") for name, (wide, high) in shapes.items()]
+    named = [(f"{name}, {wide}x{high}", f"{wide}x{high}") for name, (wide, high) in shapes.items()]
     return [("automatic", "auto"), *named]

@@ -10,6 +10,7 @@ from latentdiff.generation.options import SIDES, options_of
 from latentdiff.generation.request import Settings
 from latentdiff.generation.result import read_record
 from latentdiff.serve.http.models import Models
+from latentdiff.serve.page.asked import AUTOMATIC
 from latentdiff.serve.page.controls import ELSEWHERE, shown_value
 
 __all__ = ["values_of_file", "values_of_record"]
@@ -35,7 +36,9 @@ def values_of_record(record: Mapping[str, Any], models: Models) -> tuple[dict[st
         InputError: a value that cannot be used.
     """
     settings, notes = Settings.from_record(record), list[str]()
-    values = {name: shown_value(name, getattr(settings, name)) for name in options_of(Settings) if name not in ELSEWHERE}
+    values = {
+        name: shown_value(name, getattr(settings, name)) for name in options_of(Settings) if name not in ELSEWHERE
+    }
     values |= {"prompt": settings.prompt(0) + _tags(record, models, notes), "negative_prompt": settings.negative_prompt}
     values |= {"num_images": 1, "size": "auto", "mode": _mode(record, settings)}
     if settings.width is not None and settings.height is not None:
@@ -59,13 +62,13 @@ def _mode(record: Mapping[str, Any], settings: Settings) -> str:
     return "upscale" if "upscale" in str(record.get("model")) else "image"
 
 
-def _model(record: Mapping[str, Any], models: Models, notes: list[str]) -> str | None:
+def _model(record: Mapping[str, Any], models: Models, notes: list[str]) -> str:
     """Return the name of the model here that has the hash of the recorded one."""
     for name, pipe in models.pipes.items():
         if pipe.components.model_hash == record.get("model_hash"):
             return name
     notes.append("its model is not served here, so that another picture comes out")
-    return None
+    return AUTOMATIC
 
 
 def _tags(record: Mapping[str, Any], models: Models, notes: list[str]) -> str:

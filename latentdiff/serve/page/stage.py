@@ -1,4 +1,4 @@
-"""The HTML of what is drawn: tiles with previews while it lasts, then the pictures, what can be done with them, history."""
+"""The HTML of what is drawn: tiles with previews, then pictures, what can be done with them, and the history."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def empty_html(ideas: bool) -> str:
     """
     buttons = "".join(f'<button type="button" class="idea" data-do="idea">{escape(text)}</button>' for text in IDEAS)
     offered = f'<p>Write a prompt, or try one:</p><div class="ideas">{buttons}</div>' if ideas else ""
-    return f'<div class="empty"><h2>Your pictures appear here</h2>{offered or "<p>Write a prompt, then draw.</p>"}</div>'
+    return (
+        f'<div class="empty"><h2>Your pictures appear here</h2>{offered or "<p>Write a prompt, then draw.</p>"}</div>'
+    )
 
 
 def drawing_html(tiles: Sequence[Tile]) -> str:
@@ -104,7 +106,7 @@ def drawn_html(drawn: Drawn, chosen: int) -> str:
     )
     saved = f'<a class="save" href="{link}" download="latentdiff-{seed}.png">Save PNG</a>'
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in drawn.notes)
-    size = f"{drawn.size[0]} × {drawn.size[1]}"
+    size = f"{drawn.size[0]}x{drawn.size[1]}"
     return (
         f'<div class="tiles {_count(drawn.links)}">{"".join(figures)}</div>'
         f'<div class="actions" role="group" aria-label="The picture">{saved}{buttons}</div>'
