@@ -41,6 +41,7 @@ __all__ = [
     "pixel_hash",
     "read_texts",
     "sheet",
+    "texts_in",
     "to_rgb",
     "to_rgba",
     "to_tensor",
@@ -113,8 +114,12 @@ def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
         InputError: as `open_image`, as far as the header tells.
     """
-    name = os.fspath(path)
-    image = parse(_read(path), name)
+    return texts_in(_read(path), os.fspath(path))
+
+
+def texts_in(data: bytes, name: str) -> dict[str, str]:
+    """Return the same of the bytes of a file, which messages call `name`."""
+    image = parse(data, name)
     with refusing(name, "pass the original file"):
         return texts_of(image)
 

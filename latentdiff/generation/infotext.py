@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["infotext"]
+__all__ = ["infotext", "parse_infotext"]
 
 # What the web UIs call samplers.
 SAMPLERS = {
@@ -26,6 +27,9 @@ SAMPLERS = {
     "plms": "PLMS",
     "lcm": "LCM",
 }
+FEWEST_PAIRS = 3  # in a last line that is no part of the prompt, as the web UIs count
+# "Key: value," or "Key: a JSON string,"
+PAIR = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 SCHEDULES = {"karras": "Karras", "exponential": "Exponential", "polyexponential": "Polyexponential", "beta": "Beta"}
 
 
@@ -41,6 +45,22 @@ def infotext(record: Mapping[str, Any]) -> str:
     pairs = _pairs(record)
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items()))
     return "\n".join(lines)
+
+
+def parse_infotext(text: str) -> dict[str, str]:
+    """Return the settings in a text that this or another tool wrote, as far as it has the form of `infotext`.
+
+    "Prompt" and "Negative prompt" are among them where there are any.
+    """
+    *lines, last = text.strip().split("\n")
+    pairs, place = dict[str, str](), 0
+    while found := PAIR.match(last, place):
+        pairs[found[1]], place = _unquoted(found[2].strip()), found.end()
+    if len(pairs) < FEWEST_PAIRS:
+        lines, pairs = [*lines, last], {}
+    prompt, _, negative = "\n".join(lines).partition("Negative prompt:")
+    texts = {"Prompt": prompt.strip(), "Negative prompt": negative.strip()}
+    return {name: value for name, value in texts.items() if value} | pairs
 
 
 def _pairs(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,6 +109,13 @@ def sampler_names(name: str) -> tuple[str, str | None]:
 def _quoted(value: object) -> str:
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(sign in text for sign in ',:\n"') else text
+
+
+def _unquoted(text: str) -> str:
+    try:
+        return str(json.loads(text)) if text.startswith('"') else text
+    except ValueError:
+        return text
 
 
 def _as_prompt(text: str) -> str:

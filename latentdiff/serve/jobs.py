@@ -155,6 +155,20 @@ class ServedJob:
         finally:
             forget()
 
+    async def drawn(self) -> list[GeneratedImage]:
+        """Wait for the pictures in an event loop of asyncio.
+
+        Raises:
+            LatentDiffError: there are none; see `result`.
+        """
+        found = dict[int, GeneratedImage]()
+        async for event in self.stream():
+            if event.error is not None:
+                raise event.error
+            if event.picture is not None and event.index is not None:
+                found[event.index] = event.picture
+        return [found[index] for index in sorted(found)]
+
     def listen(self, callback: Callable[[Event], object]) -> Callable[[], None]:
         """Have a function called with every event so far, at once, and with those to come; return what ends that.
 

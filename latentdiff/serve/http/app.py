@@ -17,6 +17,7 @@ from latentdiff.serve.http.links import Links
 from latentdiff.serve.http.metrics import registry
 from latentdiff.serve.http.models import Models
 from latentdiff.serve.http.openai import routes as openai
+from latentdiff.serve.http.webui import routes as webui
 
 __all__ = ["make_app"]
 
@@ -34,6 +35,7 @@ def make_app(models: Models, desk: Desk, links: Links) -> FastAPI:
     app = FastAPI(title="latentdiff", version=__version__, docs_url=None, redoc_url=None, responses=REFUSALS)
     _add_errors(app, desk)
     openai.add_routes(app, models, desk, links)
+    webui.add_routes(app, models, desk)
     _add_health(app, desk)
     return app
 
@@ -44,7 +46,8 @@ def _add_errors(app: FastAPI, desk: Desk) -> None:
             code = "no_such_route" if error.status_code in (404, 405) else "invalid_body"
             error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", code)
         known = api_error(error, desk.retry_after)
-        return JSONResponse(known.body, known.status, known.headers)
+        more = {"detail": str(known)} if request.url.path.startswith(webui.ROOT) else {}  # where its clients look
+        return JSONResponse(known.body | more, known.status, known.headers)
 
     for kind in (ApiError, LatentDiffError, HTTPException, Exception):
         app.add_exception_handler(kind, answered)

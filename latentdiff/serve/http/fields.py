@@ -14,7 +14,7 @@ from latentdiff.generation.options import Option, options_of
 from latentdiff.generation.request import Settings
 from latentdiff.serve.http.errors import ApiError
 
-__all__ = ["own_fields", "own_options", "parse_size", "read_object", "validated"]
+__all__ = ["checked", "own_fields", "own_options", "parse_size", "read_object", "validated"]
 
 LEFT_OUT = ("num_images", "height", "width")  # options that are fields of every door: n and size
 SHORT = {"num_inference_steps": "steps"}
@@ -70,7 +70,7 @@ def read_object(body: bytes) -> dict[str, Any]:
 
 
 def validated(kind: type[Fields], values: Mapping[str, Any]) -> Fields:
-    """Return checked fields.
+    """Return checked fields, among which there is none that is not known.
 
     Raises:
         ApiError: there is no such field, or it cannot be used.
@@ -80,6 +80,15 @@ def validated(kind: type[Fields], values: Mapping[str, Any]) -> Fields:
         if name not in names and name not in SHORT:
             message = f"there is no field {shown(name)}{suggest(name[:80], names)}"
             raise ApiError(400, message, "unknown_parameter", name[:80])
+    return checked(kind, values)
+
+
+def checked(kind: type[Fields], values: Mapping[str, Any]) -> Fields:
+    """Return checked fields.
+
+    Raises:
+        ApiError: one cannot be used.
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:

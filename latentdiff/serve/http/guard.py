@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import hmac
 import ipaddress
 import re
@@ -18,11 +20,12 @@ from latentdiff.errors import InputError, shown
 from latentdiff.serve.http.errors import ApiError, api_error
 from latentdiff.serve.http.limits import Limits
 
-__all__ = ["FILES", "PAGE", "Guard", "check_token", "is_loopback"]
+__all__ = ["FILES", "PAGE", "Guard", "check_token", "is_loopback", "token_of"]
 
 FILES = "/v1/images/files/"  # whose links are good without a token, and on any page
 PAGE = "/ui"  # which has a door of its own, for browsers; `/` leads there
 OPEN = ("/healthz", "/readyz", "/", PAGE)
+IN_JSON = ("/sdapi/v1/img2img", "/sdapi/v1/extra-single-image", "/sdapi/v1/png-info")  # where pictures are base64
 TOKEN = re.compile(r"[\x21-\x7e]{16,512}")
 
 
@@ -76,7 +79,7 @@ class Guard:
         try:
             headers = Headers(scope=scope)
             self._check(scope, headers)
-            await self._app(scope, self._limited(headers, receive), numbered)
+            await self._app(scope, self._limited(scope["path"], headers, receive), numbered)
         except Exception as error:
             if started:  # the application has answered, and logged it
                 return
@@ -96,9 +99,8 @@ class Guard:
         if not file:
             self._check_page(host, headers)
         if self._token is not None and not file and path not in OPEN and not path.startswith(f"{PAGE}/"):
-            given = headers.get("authorization", "")
-            expected = f"Bearer {self._token}"
-            if not hmac.compare_digest(given.encode("latin-1", "replace"), expected.encode()):
+            given = token_of(headers.get("authorization", ""))
+            if not hmac.compare_digest(given, self._token.encode()):
                 message = "the request must bring this server's token, as OpenAI's clients send api_key"
                 raise ApiError(401, message, "invalid_api_key", headers={"www-authenticate": "Bearer"})
 
@@ -109,9 +111,10 @@ class Guard:
         if foreign or site not in ("none", "same-origin"):
             raise ApiError(403, "requests from the pages of other servers are refused", "origin_not_allowed")
 
-    def _limited(self, headers: Headers, receive: Receive) -> Receive:
+    def _limited(self, path: str, headers: Headers, receive: Receive) -> Receive:
         """Return a `receive` that raises ApiError where a body is too large, or takes too long."""
-        name = "upload_bytes" if headers.get("content-type", "").startswith("multipart/") else "json_bytes"
+        pictures = headers.get("content-type", "").startswith("multipart/") or path in IN_JSON
+        name = "upload_bytes" if pictures else "json_bytes"
         most, seconds = getattr(self._limits, name), self._limits.body_seconds
         end, got, complete = time.monotonic() + seconds, 0, False
         large = self._limits.exceeded(name, f"the body must have at most {most:,} bytes, got more; send less")
@@ -135,3 +138,14 @@ class Guard:
             return message
 
         return limited
+
+
+def token_of(header: str) -> bytes:
+    """Return the token of a header: that of `Bearer TOKEN`, or the password of `Basic`, as clients of web UIs send."""
+    scheme, _, value = header.partition(" ")
+    if scheme.lower() != "basic":
+        return value.encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
+    try:
+        return base64.b64decode(value, validate=True).partition(b":")[2]
+    except (binascii.Error, ValueError):
+        return b""

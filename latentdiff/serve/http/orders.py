@@ -15,6 +15,7 @@ from latentdiff.generation.inputs import MAX_SCALE
 from latentdiff.generation.options import SIZE_MULTIPLE, options_of
 from latentdiff.generation.request import Settings
 from latentdiff.images import decode_rgba, image_size
+from latentdiff.marks import COMPOSITE, GENERATED, mark, source_type_of
 from latentdiff.pipeline import DEFAULT_STRENGTH, Pipeline
 from latentdiff.serve.http.errors import ApiError
 from latentdiff.serve.http.limits import Limits
@@ -121,17 +122,16 @@ def _check_work(options: dict[str, Any], steps: int, pipe: Pipeline, limits: Lim
 
 
 def fitting_size(size: tuple[int, int], pipe: Pipeline) -> tuple[int, int]:
-    """Return width and height as asked for; of what is too large for a model, its own area in that shape."""
+    """Return the nearest width and height that a model draws; of what is too large, its own area in that shape."""
     height, width = pipe.native_size
-    if size[0] <= width * MAX_SCALE and size[1] <= height * MAX_SCALE:
-        return size
     multiple = math.lcm(SIZE_MULTIPLE, pipe.components.autoencoder.config.downsample_factor)
-    scale = math.sqrt(width * height / (size[0] * size[1]))
+    small = size[0] <= width * MAX_SCALE and size[1] <= height * MAX_SCALE
+    scale = 1.0 if small else math.sqrt(width * height / (size[0] * size[1]))
     return max(1, round(size[0] * scale / multiple)) * multiple, max(1, round(size[1] * scale / multiple)) * multiple
 
 
 def decoded(data: bytes, name: str, limits: Limits) -> Image.Image:
-    """Return an uploaded picture, without whatever its file says of itself.
+    """Return an uploaded picture, without whatever its file says of itself but that a model made it.
 
     Raises:
         ApiError, InputError: it is too large, or no picture.
@@ -140,7 +140,8 @@ def decoded(data: bytes, name: str, limits: Limits) -> Image.Image:
     width, height = image_size(data, name)
     limits.check("image_pixels", width * height, name)
     image = decode_rgba(data, name)
-    image.info = {}
+    source = source_type_of(image)
+    image.info = {"xmp": mark(source)} if source in (GENERATED, COMPOSITE) else {}
     return image
 
 

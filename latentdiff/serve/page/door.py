@@ -11,7 +11,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentdiff.serve.http.errors import ApiError
-from latentdiff.serve.http.guard import PAGE
+from latentdiff.serve.http.guard import PAGE, token_of
 
 __all__ = ["Door"]
 
@@ -109,7 +109,7 @@ class Door:
             return True
         cookie, header = request.cookies.get(COOKIE, ""), request.headers.get("authorization", "")
         by_cookie = hmac.compare_digest(cookie.encode(), self._pass.encode())
-        return hmac.compare_digest(header.encode(), f"Bearer {self._token}".encode()) or by_cookie
+        return hmac.compare_digest(token_of(header), self._token.encode()) or by_cookie
 
     async def _enter(self, request: Request, token: str) -> Response:
         given = parse_qs((await request.body()).decode("latin-1"), max_num_fields=4).get("token", [""])[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -52,12 +52,12 @@ class Running:
 
 
 @contextmanager
-def running(pipe: Pipeline, **options: Any) -> Iterator[Running]:
-    """Serve a model as "tiny"."""
+def running(pipe: Pipeline, more: Mapping[str, Pipeline] | None = None, **options: Any) -> Iterator[Running]:
+    """Serve a model as "tiny", and maybe more by their names."""
     from latentdiff.serve.http.server import Server, listen
 
     with listen("127.0.0.1", 0) as opened:
-        server = Server({"tiny": pipe}, **options)
+        server = Server({"tiny": pipe, **(more or {})}, **options)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
         thread.start()
         try:
@@ -74,9 +74,9 @@ Serve = Callable[..., Running]
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """Start servers that end with the test: `serve(pipe, limits=...)`."""
+    """Start servers that end with the test: `serve(pipe, limits=...)`; see `running`."""
     with ExitStack() as stack:
-        yield lambda pipe, **options: stack.enter_context(running(pipe, **options))
+        yield lambda *pipes, **options: stack.enter_context(running(*pipes, **options))
 
 
 @pytest.fixture(scope="module")

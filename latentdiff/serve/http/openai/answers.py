@@ -20,7 +20,7 @@ from latentdiff.serve.http.openai.orders import FORMATS, Form, Kind
 from latentdiff.serve.http.sse import sse_event
 from latentdiff.serve.jobs import Event, ServedJob
 
-__all__ = ["ImagesAnswer", "ModelAnswer", "ModelList", "answer", "drawn", "server_sent"]
+__all__ = ["ImagesAnswer", "ModelAnswer", "ModelList", "answer", "server_sent"]
 
 EVENTS: dict[Kind, str] = {"generation": "image_generation", "edit": "image_edit", "variation": "image_edit"}
 Linked = Callable[[bytes, str], str]
@@ -87,7 +87,7 @@ async def answer(form: Form, job: ServedJob, linked: Linked) -> dict[str, Any]:
     Raises:
         LatentDiffError: there are none; see `ServedJob.result`.
     """
-    pictures = await drawn(job)
+    pictures = await job.drawn()
     shown = [_shown(form, picture) for picture in pictures]
     encoded = await asyncio.to_thread(lambda: [_encoded(form, picture) for picture in shown])
     if form.response_format == "url":
@@ -127,21 +127,6 @@ async def server_sent(kind: Kind, form: Form, job: ServedJob) -> AsyncIterator[b
                 yield sse_event(*await asyncio.to_thread(_partial, kind, form, job, event, number))
         if event.picture is not None:
             yield sse_event(*await asyncio.to_thread(_completed, kind, form, job, event.picture, event.index))
-
-
-async def drawn(job: ServedJob) -> list[GeneratedImage]:
-    """Wait for the pictures of a job.
-
-    Raises:
-        LatentDiffError: there are none; see `ServedJob.result`.
-    """
-    found = dict[int, GeneratedImage]()
-    async for event in job.stream():
-        if event.error is not None:
-            raise event.error
-        if event.picture is not None and event.index is not None:
-            found[event.index] = event.picture
-    return [found[index] for index in sorted(found)]
 
 
 def _partial(kind: Kind, form: Form, job: ServedJob, event: Event, number: int) -> tuple[str, dict[str, Any]]:
