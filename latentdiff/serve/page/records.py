@@ -6,14 +6,32 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from latentdiff.errors import InputError
+from latentdiff.generation.infotext import parse_infotext
 from latentdiff.generation.options import SIDES, options_of
 from latentdiff.generation.request import Settings
-from latentdiff.generation.result import read_record
+from latentdiff.generation.result import METADATA_KEY, read_record
+from latentdiff.images import read_texts
+from latentdiff.serve.http.errors import ApiError
 from latentdiff.serve.http.models import Models
+from latentdiff.serve.http.webui.names import own_sampler
 from latentdiff.serve.page.asked import AUTOMATIC
 from latentdiff.serve.page.controls import ELSEWHERE, shown_value
 
-__all__ = ["values_of_file", "values_of_record"]
+__all__ = ["values_of_file", "values_of_infotext", "values_of_record"]
+
+# What web UIs call settings, and what they are called on the page.
+SHOWN = {
+    "Prompt": "prompt",
+    "Negative prompt": "negative_prompt",
+    "Steps": "num_inference_steps",
+    "CFG scale": "guidance_scale",
+    "Seed": "seed",
+    "Size": "size",
+    "CFG Rescale phi": "guidance_rescale",
+    "Variation seed": "variation_seed",
+    "Variation seed strength": "variation_strength",
+}
 
 
 def values_of_file(path: str, models: Models) -> tuple[dict[str, Any], str]:
@@ -26,6 +44,9 @@ def values_of_file(path: str, models: Models) -> tuple[dict[str, Any], str]:
     Raises:
         InputError: it is no picture, or holds no settings.
     """
+    texts = read_texts(path)
+    if METADATA_KEY not in texts and "parameters" in texts:
+        return values_of_infotext(texts["parameters"], models)
     return values_of_record(read_record(path), models)
 
 
@@ -49,6 +70,28 @@ def values_of_record(record: Mapping[str, Any], models: Models) -> tuple[dict[st
     if values["mode"] != "text":
         notes.append("choose the picture that it was made of")
     values["model"] = _model(record, models, notes)
+    return values, "; ".join(notes)
+
+
+def values_of_infotext(text: str, models: Models) -> tuple[dict[str, Any], str]:
+    """Return the same of the text in which web UIs note settings, as far as there is the same here.
+
+    Raises:
+        InputError: it is no such text.
+    """
+    found, notes = parse_infotext(text), list[str]()
+    if "Steps" not in found:
+        raise InputError("the picture must hold settings, got another text; use a file as a web UI wrote it")
+    values: dict[str, Any] = {name: found.get(key, "") for key, name in SHOWN.items()}
+    values |= {"mode": "text", "num_images": 1, "size": values["size"] or "auto"}
+    try:
+        values["sampler"] = own_sampler(found.get("Sampler"), found.get("Schedule type")) or ""
+    except ApiError:
+        notes.append(f"its sampler {found['Sampler'][:40]} is not known here")
+    if found.get("Clip skip", "").isdecimal():
+        values["clip_skip"] = str(max(0, int(found["Clip skip"]) - 1))  # there, 1 leaves out nothing
+    if not any(found.get("Model hash", "-") == pipe.components.model_hash[:10] for pipe in models.pipes.values()):
+        notes.append(f"its model {found.get('Model', '')[:40]} is not served here, so that another picture comes out")
     return values, "; ".join(notes)
 
 

@@ -18,7 +18,7 @@ from latentdiff.serve.http.models import Models
 from latentdiff.serve.page.asked import page_order
 from latentdiff.serve.page.controls import ELSEWHERE
 from latentdiff.serve.page.modes import MODES, modes_of
-from latentdiff.serve.page.records import values_of_file
+from latentdiff.serve.page.records import values_of_file, values_of_infotext
 from tests.models.tiny import noise_picture
 
 LIMITS = Limits()
@@ -139,6 +139,35 @@ def test_what_a_record_lacks_is_said(models: Models, pipe: Pipeline, picture: st
     assert note == "choose the picture that it was made of"
     other = Models({"large": models.pipes["large"]}, Loras(None, LIMITS))
     assert "its model is not served here" in values_of_file(str(tmp_path / "wide.png"), other)[1]
+
+
+def test_settings_of_web_uis_are_read(models: Models, pipe: Pipeline) -> None:
+    text = (
+        "a (red:1.2) fox, snow\nNegative prompt: blue\nSteps: 12, Sampler: DPM++ 2M, Schedule type: Karras, "
+        f"CFG scale: 4.5, Seed: 99, Size: 48x32, Model hash: {pipe.components.model_hash[:10]}, Clip skip: 2"
+    )
+    values, note = values_of_infotext(text, models)
+    assert note == "" and values["clip_skip"] == "1"
+    del values["clip_skip"]  # which a text encoder of another kind lacks
+    found = page_order(values, models, LIMITS).options
+    assert found == {
+        "prompt": "a (red:1.2) fox, snow",
+        "negative_prompt": "blue",
+        "sampler": "dpmpp_2m_karras",
+        "seed": 99,
+        "num_inference_steps": 12,
+        "guidance_scale": 4.5,
+        "num_images": 1,
+        "width": 48,
+        "height": 32,
+    }
+    note = values_of_infotext("fox\nSteps: 3, Sampler: Odd, CFG scale: 2, Model: other", models)[1]
+    assert (
+        note
+        == "its sampler Odd is not known here; its model other is not served here, so that another picture comes out"
+    )
+    with pytest.raises(InputError, match="must hold settings"):
+        values_of_infotext("a text", models)
 
 
 def test_every_option_is_somewhere() -> None:
