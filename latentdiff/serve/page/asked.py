@@ -79,6 +79,8 @@ def _pictures(mode: str, values: Mapping[str, Any], limits: Limits) -> dict[str,
     image = decoded(read(str(path), "the picture"), "image", limits)
     if name != "painted":
         return {"image": image}
+    times = int(painted.get("times") or 1)
+    image = image.reduce(times) if times > 1 and image.width % times == image.height % times == 0 else image
     mask = Image.new("L", image.size, 0)
     for layer in painted.get("layers") or []:
         strokes = decoded(read(str(layer), "the mask"), "mask", limits).getchannel("A")

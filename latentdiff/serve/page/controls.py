@@ -62,7 +62,8 @@ def make_control(name: str, most: int | None = None) -> Control:
         "elem_classes": classes_of(modes),
         "min_width": 120,
     }
-    usual = "random" if name == "seed" else "the model's" if declared.from_model or default is None else f"{default}"
+    usual = "" if default is None else f"{default:g}" if kind in ("int", "float") else f"{default}"
+    usual = "random" if name == "seed" else "the model's" if declared.from_model else usual
     component: Any
     if name in CHOICES:
         choices = [(usual if usual == "the model's" else f"{usual} (usual)", ""), *CHOICES[name]]

@@ -13,7 +13,7 @@ import gradio as gr
 from latentdiff.errors import LatentDiffError
 from latentdiff.serve.http.errors import ApiError, api_error
 from latentdiff.serve.page.drawing import News, Studio
-from latentdiff.serve.page.files import path_of, paths_of, store
+from latentdiff.serve.page.files import enlarged, path_of, paths_of, read, store
 from latentdiff.serve.page.layout import Parts
 from latentdiff.serve.page.modes import MODES
 from latentdiff.serve.page.records import values_of_file
@@ -34,11 +34,13 @@ class Desktop:
         history: what was drawn, the oldest first.
         shown: number of what is seen; None for nothing.
         chosen: number of the picture there that is meant.
+        times: how many times larger the picture is that is painted on; see `files.enlarged`.
     """
 
     history: list[Drawn] = field(default_factory=list)
     shown: int | None = None
     chosen: int = 0
+    times: int = 1
 
     @property
     def current(self) -> Drawn | None:
@@ -65,7 +67,7 @@ class Events:
     async def draw(self, given: Updates, request: gr.Request) -> AsyncIterator[Updates]:
         """Draw what the controls say."""
         parts, desktop = self.parts, given[self.desktop]
-        values = self._values(given)
+        values = self._values(given, desktop.times)
         client = request.client.host if request.client is not None else ""
         busy = {parts.draw: gr.update(interactive=False, value="Drawing…"), parts.cancel: gr.update(visible=True)}
         yield {**busy, parts.status: said("Preparing…")}
@@ -77,13 +79,13 @@ class Events:
             self.desktop: desktop,
         }
 
-    def _values(self, given: Updates) -> dict[str, Any]:
+    def _values(self, given: Updates, times: int) -> dict[str, Any]:
         """Return the values of the controls by name, those of files as paths."""
         values = {name: given[component] for name, component in self.parts.values.items()}
         for mode in MODES.values():
             if mode.picture is not None and mode.picture != "painted":
                 values[mode.picture] = path_of(values[mode.picture])
-        return values | {"painted": paths_of(values["painted"], self.parts.values["painted"])}
+        return values | {"painted": paths_of(values["painted"], self.parts.values["painted"], times)}
 
     def _told(self, news: News, desktop: Desktop) -> Updates:
         parts = self.parts
@@ -126,6 +128,7 @@ class Events:
         if drawn is None:
             return {}
         values = dict(drawn.values)
+        desktop.times = (values["painted"] or {}).get("times", 1)
         if alone and desktop.chosen < len(drawn.seeds):
             values["seed"] = str(drawn.seeds[desktop.chosen])
             values["num_images"] = 1
@@ -146,12 +149,27 @@ class Events:
             return told
         try:
             data = self._picture(drawn.links[desktop.chosen])
+            if what == "inpaint":
+                data, desktop.times = enlarged(data, self.studio.desk.limits)
         except (ApiError, LatentDiffError) as error:
             return told | {parts.status: said(str(api_error(error)), True)}
         target = parts.values[MODES[what].picture]
         path = store(data, target)
-        value = {"background": path, "layers": [], "composite": path} if what == "inpaint" else path
+        value = _unpainted(path) if what == "inpaint" else path
         return told | {parts.values["mode"]: what, target: value, parts.status: said(HINTS[what])}
+
+    def paint(self, given: Any, desktop: Desktop) -> Updates:
+        """Enlarge a small picture that was chosen to paint on."""
+        editor = self.parts.values["painted"]
+        chosen = paths_of(given, editor, 1)
+        desktop.times = 1
+        if chosen is None or chosen["background"] is None:
+            return {self.desktop: desktop}
+        try:
+            data, desktop.times = enlarged(read(chosen["background"], "the picture"), self.studio.desk.limits)
+        except (ApiError, LatentDiffError) as error:
+            return {self.desktop: desktop, self.parts.status: said(str(api_error(error)), True)}
+        return {self.desktop: desktop, editor: _unpainted(store(data, editor))} if desktop.times > 1 else {}
 
     def _picture(self, link: str) -> bytes:
         address = urlsplit(link)
@@ -187,6 +205,10 @@ HINTS = {
 }
 
 
+def _unpainted(path: str) -> dict[str, Any]:
+    return {"background": path, "layers": [], "composite": path}
+
+
 def said(text: str, failed: bool = False) -> str:
     """Return words to the user."""
     role = "alert" if failed and text != "Cancelled." else "status"
@@ -208,6 +230,8 @@ def connect(page: gr.Blocks, parts: Parts, studio: Studio) -> None:
     parts.stage.input(events.idea, None, controls, **how).then(**drawing, **how)
     parts.stage.select(events.use, desktop, [*views, *controls], **how)
     parts.history.select(events.show, desktop, [*views, *controls], **how)
+    editor = parts.values["painted"]
+    editor.upload(events.paint, [editor, desktop], [editor, desktop, parts.status], **how)
     parts.dropped.upload(events.read, parts.dropped, [parts.status, *controls], **how)
     parts.lora.input(events.add_lora, [parts.values["prompt"], parts.lora], [*controls, parts.lora], **how)
     page.unload(events.cancel)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
+from PIL import Image
 
 from latentdiff.errors import InputError
+from latentdiff.serve.http.limits import Limits
+from latentdiff.serve.http.orders import decoded
 
-__all__ = ["Few", "Page", "path_of", "paths_of", "read", "store"]
+__all__ = ["Few", "Page", "enlarged", "path_of", "paths_of", "read", "store"]
 
 MOST_BLOBS = 16
+COMFORTABLE = 512  # pixels of the longer side of a picture that is painted on
 
 
 class Page(gr.Blocks):
@@ -40,8 +45,14 @@ def path_of(given: Any) -> str | None:
     return path if isinstance(path, str) else None
 
 
-def paths_of(given: Any, editor: gr.ImageEditor) -> dict[str, Any] | None:
-    """Return the paths "background" and "layers" of a picture with a brush, from what it holds."""
+def paths_of(given: Any, editor: gr.ImageEditor, times: int) -> dict[str, Any] | None:
+    """Return the paths "background" and "layers" of a picture with a brush, from what it holds.
+
+    Args:
+        given: what it holds.
+        editor: the component.
+        times: see `enlarged`.
+    """
     if not isinstance(given, dict):
         return None
     if given.get("id") is None:
@@ -51,7 +62,23 @@ def paths_of(given: Any, editor: gr.ImageEditor) -> dict[str, Any] | None:
         if sent is None:
             return None
         background, *layers = (None if one is None else store(one, editor) for one in (sent.background, *sent.layers))
-    return {"background": background, "layers": [one for one in layers if one is not None], "composite": background}
+    strokes = [one for one in layers if one is not None]
+    return {"background": background, "layers": strokes, "composite": background, "times": times}
+
+
+def enlarged(data: bytes, limits: Limits) -> tuple[bytes, int]:
+    """Return a picture so large that a brush can paint on it, and how many times larger; reduced, it is the same again.
+
+    Raises:
+        ApiError, InputError: it is too large, or no picture.
+    """
+    image = decoded(data, "image", limits)
+    times = max(1, COMFORTABLE // max(image.size))
+    if times == 1:
+        return data, 1
+    buffer = io.BytesIO()
+    image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST).save(buffer, "PNG")
+    return buffer.getvalue(), times
 
 
 def read(path: str, what: str) -> bytes:

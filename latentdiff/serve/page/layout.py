@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from latentdiff.generation.options import SIDES, options_of
+from latentdiff.generation.options import SIDES, SIZE_MULTIPLE, options_of
 from latentdiff.generation.request import Settings
 from latentdiff.pipeline import DEFAULT_STRENGTH
 from latentdiff.serve.http.limits import Limits
@@ -30,7 +30,6 @@ PRESSED = """element.addEventListener('click', (event) => {
   const told = {what: pressed.dataset.do, index: Number(pressed.dataset.index || 0), text: pressed.textContent};
   trigger({again: 'submit', idea: 'input'}[told.what] || 'select', told);
 });"""
-STEP = 8  # pixels of an outpainted side come in multiples of it
 
 
 @dataclass
@@ -111,7 +110,9 @@ def _add_pictures(parts: Parts) -> None:
         values["extended"] = gr.Image(label="Picture to draw around", **common)
         with gr.Row(elem_classes=["sides"]):
             for side in SIDES:
-                values[side] = gr.Number(16, label=side.capitalize(), minimum=0, step=STEP, precision=0, min_width=60)
+                values[side] = gr.Number(
+                    16, label=side.capitalize(), minimum=0, step=SIZE_MULTIPLE, precision=0, min_width=60
+                )
     with gr.Group(elem_classes=classes_of(("upscale",))):
         values["enlarged"] = gr.Image(label="Picture to enlarge", **common)
 
@@ -148,9 +149,9 @@ def _add_settings(parts: Parts, models: Models, limits: Limits) -> None:
                 values[name] = make_control(name).component
     with gr.Accordion("Settings from a picture", open=False, elem_id="read"):
         parts.dropped = gr.File(
-            label="Picture drawn here, or by another tool that notes its settings",
+            label="Picture with settings",
             file_types=[".png", ".jpg", ".jpeg", ".webp"],
-            height=140,
+            height=170,
         )
 
 

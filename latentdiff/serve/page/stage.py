@@ -96,7 +96,7 @@ def drawn_html(drawn: Drawn, chosen: int) -> str:
     prompt = escape(drawn.prompt or "without a prompt")
     figures = list[str]()
     for index, link in enumerate(drawn.links):
-        picture = f'<img src="{escape(link)}" alt="{prompt}">'
+        picture = f'<img src="{escape(link)}" alt="{prompt}" width="{drawn.size[0]}" height="{drawn.size[1]}">'
         pressed = f'aria-pressed="{str(index == chosen).lower()}" aria-label="Picture {index + 1}"'
         several = f'<button type="button" data-do="choose" data-index="{index}" {pressed}>{picture}</button>'
         figures.append(f"<figure>{several if len(drawn.links) > 1 else picture}</figure>")
