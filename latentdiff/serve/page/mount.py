@@ -43,7 +43,7 @@ def mount_page(app: FastAPI, models: Models, desk: Desk, links: Links, token: st
         token: see `Door`.
     """
     with _own_folder():
-        page = Page(title="latentdiff", analytics_enabled=False, delete_cache=(LOOKED_SECONDS, KEPT_SECONDS))
+        page = Page(title="latentdiff", analytics_enabled=False, fill_width=True, delete_cache=(LOOKED_SECONDS, KEPT_SECONDS))
         with page:
             connect(page, lay_out(models, desk.limits), Studio(models, desk, links))
         page.queue(api_open=False)
