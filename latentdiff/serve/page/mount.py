@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import os
 import shutil
@@ -42,8 +43,15 @@ def mount_page(app: FastAPI, models: Models, desk: Desk, links: Links, token: st
         links: keep the pictures.
         token: see `Door`.
     """
+    asyncio.run(_mount(app, models, desk, links))  # gradio makes event loops, and leaves them, where none runs
+    return Door(app, token)
+
+
+async def _mount(app: FastAPI, models: Models, desk: Desk, links: Links) -> None:
     with _own_folder():
-        page = Page(title="latentdiff", analytics_enabled=False, fill_width=True, delete_cache=(LOOKED_SECONDS, KEPT_SECONDS))
+        page = Page(
+            title="latentdiff", analytics_enabled=False, fill_width=True, delete_cache=(LOOKED_SECONDS, KEPT_SECONDS)
+        )
         with page:
             connect(page, lay_out(models, desk.limits), Studio(models, desk, links))
         page.queue(api_open=False)
@@ -61,7 +69,6 @@ def mount_page(app: FastAPI, models: Models, desk: Desk, links: Links, token: st
             mcp_server=False,
             show_error=True,
         )
-    return Door(app, token)
 
 
 @contextmanager

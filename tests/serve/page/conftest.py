@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -50,6 +51,25 @@ class Opened:
 
 
 Open = Callable[..., Opened]
+
+
+REACHED = list[object]()  # addresses that were asked for or connected to
+
+
+def _listen_in(event: str, arguments: tuple[object, ...]) -> None:
+    if event == "socket.getaddrinfo":
+        REACHED.append(arguments[0])
+    elif event == "socket.connect" and isinstance(arguments[1], tuple):
+        REACHED.append(arguments[1][0])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nobody_else_is_asked() -> Iterator[None]:
+    """Let no test pass whose server asks another machine for something."""
+    sys.addaudithook(_listen_in)
+    REACHED.clear()
+    yield
+    assert set(REACHED) <= {"127.0.0.1", "localhost"}
 
 
 @contextmanager

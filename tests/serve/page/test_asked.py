@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def test_what_a_record_lacks_is_said(models: Models, pipe: Pipeline, picture: st
     values, note = values_of_file(str(tmp_path / "wide.png"), models)
     assert (values["mode"], values["left"], values["top"]) == ("outpaint", 8, 0)
     assert note == "choose the picture that it was made of"
-    other = Models({"large": models.pipes["large"]}, Loras(None, LIMITS))
+    other = Models({"other": Pipeline(replace(pipe.components, model_hash="0" * 64))}, Loras(None, LIMITS))
     assert "its model is not served here" in values_of_file(str(tmp_path / "wide.png"), other)[1]
 
 

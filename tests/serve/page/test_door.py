@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from latentdiff import Pipeline
 from latentdiff.cli import main
 from latentdiff.serve.page.files import Few, _names_address
 from tests.serve.page.conftest import Open, Opened
-from tests.test_imports import OFFLINE, ROOT
 
 TOKEN = "a-token-of-sixteen-and-more"
 
@@ -91,20 +89,6 @@ def test_few_unused_strokes_are_kept() -> None:
     for number in range(100):
         kept[str(number)] = b""
     assert len(kept) == 16 and "99" in kept and "0" not in kept
-
-
-def test_the_page_is_made_without_a_network(built_model: Path) -> None:
-    code = (
-        "from latentdiff import Pipeline\n"
-        "from latentdiff.serve.http.server import Server\n"
-        "from latentdiff.serve.page.mount import mount_page\n"
-        "server = Server({'tiny': Pipeline.from_pretrained(sys.argv[1], device='cpu')}, page=mount_page)\n"
-        "server.scheduler.close()\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", OFFLINE + code, str(built_model)], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert run.returncode == 0, run.stderr
 
 
 def test_the_command_opens_a_browser(
