@@ -16,7 +16,7 @@ from latentdiff.serve.http.limits import Limits
 from latentdiff.serve.http.models import Models
 from latentdiff.serve.http.orders import Order, decoded, finished
 from latentdiff.serve.page.controls import texts_of
-from latentdiff.serve.page.files import read
+from latentdiff.serve.page.files import read, reduced
 from latentdiff.serve.page.modes import MODES, fitting_model
 
 __all__ = ["AUTOMATIC", "page_order"]
@@ -79,8 +79,7 @@ def _pictures(mode: str, values: Mapping[str, Any], limits: Limits) -> dict[str,
     image = decoded(read(str(path), "the picture"), "image", limits)
     if name != "painted":
         return {"image": image}
-    times = int(painted.get("times") or 1)
-    image = image.reduce(times) if times > 1 and image.width % times == image.height % times == 0 else image
+    image = reduced(image, painted.get("times", 1))
     mask = Image.new("L", image.size, 0)
     for layer in painted.get("layers") or []:
         strokes = decoded(read(str(layer), "the mask"), "mask", limits).getchannel("A")

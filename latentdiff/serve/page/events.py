@@ -12,8 +12,9 @@ import gradio as gr
 
 from latentdiff.errors import LatentDiffError
 from latentdiff.serve.http.errors import ApiError, api_error
+from latentdiff.serve.http.orders import decoded
 from latentdiff.serve.page.drawing import News, Studio
-from latentdiff.serve.page.files import enlarged, path_of, paths_of, read, store
+from latentdiff.serve.page.files import enlarged, path_of, paths_of, read, reduced, store
 from latentdiff.serve.page.layout import Parts
 from latentdiff.serve.page.modes import MODES
 from latentdiff.serve.page.records import values_of_file
@@ -114,7 +115,7 @@ class Events:
         """Look at something of the history, with its settings in the controls."""
         index = int(event.index)
         if not 0 <= index < len(desktop.history):
-            return {}
+            return {self.desktop: desktop}
         desktop.shown, desktop.chosen = index, 0
         return {self.desktop: desktop, **self._views(desktop), **self._filled(desktop)}
 
@@ -142,7 +143,7 @@ class Events:
         """Choose a picture, or take it as the one to change."""
         parts, what, drawn = self.parts, str(event.what), desktop.current
         if drawn is None or not 0 <= int(event.index) < len(drawn.links):
-            return {}
+            return {self.desktop: desktop}
         desktop.chosen = int(event.index)
         told: Updates = {self.desktop: desktop, **self._views(desktop)}
         if what not in MODES or MODES[what].picture is None:
@@ -161,15 +162,19 @@ class Events:
     def paint(self, given: Any, desktop: Desktop) -> Updates:
         """Enlarge a small picture that was chosen to paint on."""
         editor = self.parts.values["painted"]
-        chosen = paths_of(given, editor, 1)
-        desktop.times = 1
+        chosen, limits = paths_of(given, editor, 1), self.studio.desk.limits
         if chosen is None or chosen["background"] is None:
             return {self.desktop: desktop}
         try:
-            data, desktop.times = enlarged(read(chosen["background"], "the picture"), self.studio.desk.limits)
+            data = read(chosen["background"], "the picture")
+            image = decoded(data, "image", limits)
+            if reduced(image, desktop.times) is not image:  # it was enlarged before
+                return {self.desktop: desktop}
+            data, desktop.times = enlarged(data, limits)
         except (ApiError, LatentDiffError) as error:
             return {self.desktop: desktop, self.parts.status: said(str(api_error(error)), True)}
-        return {self.desktop: desktop, editor: _unpainted(store(data, editor))} if desktop.times > 1 else {}
+        told: Updates = {self.desktop: desktop}
+        return told | {editor: _unpainted(store(data, editor))} if desktop.times > 1 else told
 
     def _picture(self, link: str) -> bytes:
         address = urlsplit(link)
@@ -181,7 +186,7 @@ class Events:
         """Put the settings of a dropped picture into the controls."""
         parts, path = self.parts, path_of(file)
         if path is None:
-            return {}
+            return {parts.status: ""}
         try:
             values, note = values_of_file(path, self.studio.models)
         except (ApiError, LatentDiffError) as error:
@@ -193,7 +198,7 @@ class Events:
     def add_lora(self, prompt: str | None, name: str | None) -> Updates:
         """Add a LoRA to the prompt, where its weight can be changed."""
         if not name:
-            return {}
+            return {self.parts.lora: None}
         return {self.parts.values["prompt"]: f"{prompt or ''} <lora:{name}:0.8>".strip(), self.parts.lora: None}
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
-from PIL import Image
+from PIL import Image, ImageChops
 
 from latentdiff.errors import InputError
 from latentdiff.serve.http.limits import Limits
 from latentdiff.serve.http.orders import decoded
 
-__all__ = ["Few", "Page", "enlarged", "path_of", "paths_of", "read", "store"]
+__all__ = ["Few", "Page", "enlarged", "path_of", "paths_of", "read", "reduced", "store"]
 
 MOST_BLOBS = 16
 COMFORTABLE = 512  # pixels of the longer side of a picture that is painted on
@@ -79,6 +79,18 @@ def enlarged(data: bytes, limits: Limits) -> tuple[bytes, int]:
     buffer = io.BytesIO()
     image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST).save(buffer, "PNG")
     return buffer.getvalue(), times
+
+
+def reduced(image: Image.Image, times: int) -> Image.Image:
+    """Return a picture as it was before `enlarged`; as it is where it was not."""
+    if times < 2 or image.width % times or image.height % times:
+        return image
+    small = image.reduce(times)
+    same = (
+        ImageChops.difference(small.resize(image.size, Image.Resampling.NEAREST), image).getbbox(alpha_only=False)
+        is None
+    )
+    return small if same else image
 
 
 def read(path: str, what: str) -> bytes:
