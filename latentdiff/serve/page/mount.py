@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def mount_page(app: FastAPI, models: Models, desk: Desk, links: Links, token: st
         links: keep the pictures.
         token: see `Door`.
     """
-    asyncio.run(_mount(app, models, desk, links))  # gradio makes event loops, and leaves them, where none runs
+    with ThreadPoolExecutor(1) as pool:  # gradio makes event loops, and leaves them, where none runs
+        pool.submit(lambda: asyncio.run(_mount(app, models, desk, links))).result()
     return Door(app, token)
 
 
