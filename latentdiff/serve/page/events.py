@@ -202,6 +202,9 @@ class Events:
         return {self.parts.values["prompt"]: f"{prompt or ''} <lora:{name}:0.8>".strip(), self.parts.lora: None}
 
 
+# The brush draws all the time, which costs much without a GPU, so it is there from when it is first needed.
+SHOWN_WHEN_NEEDED = "(mode) => ({ __type__: 'update', ...(mode === 'inpaint' && { visible: true }) })"
+
 HINTS = {
     "image": "Say in the prompt what the picture is to become, then draw.",
     "inpaint": "Paint over what is to be drawn anew, then draw.",
@@ -235,7 +238,8 @@ def connect(page: gr.Blocks, parts: Parts, studio: Studio) -> None:
     parts.stage.input(events.idea, None, controls, **how).then(**drawing, **how)
     parts.stage.select(events.use, desktop, [*views, *controls], **how)
     parts.history.select(events.show, desktop, [*views, *controls], **how)
-    editor = parts.values["painted"]
+    editor, mode = parts.values["painted"], parts.values["mode"]
+    mode.change(None, mode, editor, js=SHOWN_WHEN_NEEDED, api_visibility="private")
     editor.upload(events.paint, [editor, desktop], [editor, desktop, parts.status], **how)
     parts.dropped.upload(events.read, parts.dropped, [parts.status, *controls], **how)
     parts.lora.input(events.add_lora, [parts.values["prompt"], parts.lora], [*controls, parts.lora], **how)

@@ -102,6 +102,7 @@ def _add_pictures(parts: Parts) -> None:
             layers=False,
             format="png",
             brush=gr.Brush(colors=["#f97316"], color_mode="fixed", default_size=40),
+            visible=False,
             elem_id="editor",
         )
         values["painted"].blob_storage = Few()
