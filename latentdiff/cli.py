@@ -28,6 +28,7 @@ from latentdiff.commands import (
     replay,
     serve,
     train,
+    ui,
     upscale,
 )
 from latentdiff.commands.shared import say
@@ -52,6 +53,7 @@ COMMANDS: dict[str, ModuleType] = {
     "data": data,
     "evaluate": evaluate,
     "serve": serve,
+    "ui": ui,
 }
 
 

@@ -1,9 +1,11 @@
-"""`latentdiff serve`: an HTTP server with OpenAI's images API."""
+"""`latentdiff serve`: an HTTP server with OpenAI's images API, and a page to draw on."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from latentdiff.commands.shared import add_lora_dir, load, say
 from latentdiff.errors import InputError, MissingDependencyError
@@ -11,19 +13,35 @@ from latentdiff.files import require_path
 from latentdiff.generation.options import check_integer
 from latentdiff.lora_tags import lora_files
 
-HELP = "Serve models over HTTP, by OpenAI's images API."
-EXTRA = 'pip install "latentdiff[serve]"'
+HELP = "Serve models over HTTP, by OpenAI's images API, and on a page."
+EXTRA, PAGE_EXTRA = 'pip install "latentdiff[serve]"', 'pip install "latentdiff[ui]"'
 TOKEN = "LATENTDIFF_TOKEN"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
+    add_serving(parser, "the embedded one by default")
+    parser.add_argument(
+        "--ui",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="add a page to draw on, at /ui (needs the extra ui)",
+    )
+
+
+def add_serving(parser: argparse.ArgumentParser, usual: str) -> None:
+    """Add the options of every command that serves.
+
+    Args:
+        parser: of the command.
+        usual: which models are served where none is named.
+    """
     parser.add_argument(
         "--model",
         nargs="+",
         metavar="MODEL",
         help="folders, safetensors files, or owner/name on a hub, each served by its last name; a request that names "
-        "none gets the first one; the embedded one by default",
+        f"none gets the first one; {usual}",
     )
     add_lora_dir(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; this machine alone by default")
@@ -39,36 +57,68 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C."""
+    serve(options, options.model or [None], with_page=options.ui, ready=_say_address)
+
+
+def serve(
+    options: argparse.Namespace, given: list[str | None], *, with_page: bool, ready: Callable[[str, bool], None]
+) -> None:
+    """Serve until SIGTERM or Ctrl-C.
+
+    Args:
+        options: of `add_serving`.
+        given: models; None for the embedded one.
+        with_page: whether there is a page.
+        ready: called with the address and whether there is a page, when requests are taken.
+    """
     check_integer("--port", options.port, 0, 65535, "try 8000")
     check_integer("--batch", options.batch, 1, 1024, "try 8")
     token = options.token if options.token is not None else os.environ.get(TOKEN) or None
-    try:
+    with _extra("a server", EXTRA):
         import uvicorn  # noqa: F401
 
         from latentdiff.serve.http.guard import check_token
         from latentdiff.serve.http.limits import Limits
         from latentdiff.serve.http.models import served_name
         from latentdiff.serve.http.server import Server, listen
-    except ImportError as error:
-        if isinstance(error, MissingDependencyError) or not error.name or error.name.startswith("latentdiff"):
-            raise
-        raise MissingDependencyError(f"a server needs {error.name}, got none; install it with `{EXTRA}`") from error
     check_token(token, options.host)
     limits = Limits() if options.queue is None else Limits(queue=options.queue)
-    given = options.model or [None]
     names = [served_name(model) for model in given]
     if len(set(names)) < len(names):
         raise InputError(f"models must have names of their own, got {', '.join(names)}; rename a folder")
     lora_dir = None if options.lora_dir is None else require_path(options.lora_dir, "a folder of LoRAs")
     if lora_dir is not None:
         lora_files(lora_dir)  # before models load
+    page = None
+    if with_page:
+        with _extra("the page", PAGE_EXTRA):
+            from latentdiff.serve.page.mount import mount_page as page
     with listen(options.host, options.port) as opened:
         pipes = {name: load(model, options.device, options.dtype) for name, model in zip(names, given)}
-        server = Server(pipes, host=options.host, token=token, batch=options.batch, limits=limits, lora_dir=lora_dir)
+        server = Server(
+            pipes, host=options.host, token=token, batch=options.batch, limits=limits, lora_dir=lora_dir, page=page
+        )
         opened.listen()
         host, port = opened.getsockname()[:2]
-        print(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+        ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", with_page)
         say(f"serving {', '.join(names)}; Ctrl-C ends it when all jobs are done")
         server.run(sockets=[opened])
     if server.hurried:
         raise KeyboardInterrupt("interrupted; what was being drawn is lost")
+
+
+@contextmanager
+def _extra(what: str, remedy: str) -> Iterator[None]:
+    """Name the extra where one of its packages is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        if isinstance(error, MissingDependencyError) or not error.name or error.name.startswith("latentdiff"):
+            raise
+        raise MissingDependencyError(f"{what} needs {error.name}, got none; install it with `{remedy}`") from error
+
+
+def _say_address(address: str, with_page: bool) -> None:
+    print(f"{address}/v1", flush=True)
+    if with_page:
+        say(f"the page is at {address}/ui/")

@@ -30,6 +30,7 @@ COMMANDS = {
     "finetune": ["PLACE --model MODEL --out run", "none --model MODEL --out PLACE"],
     "data": ["digits PLACE", "emoji PLACE"],
     "evaluate": ["PLACE --data none", "MODEL --data PLACE"],
+    "ui": ["--port 0 --model PLACE"],
     "serve": ["--port 0 --model PLACE", "--model MODEL --token of-sixteen-and-more --host PLACE"],
 }
 CALLS = [f"{command} {rest}" for command, all_of_it in COMMANDS.items() for rest in all_of_it]

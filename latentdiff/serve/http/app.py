@@ -16,6 +16,7 @@ from latentdiff.serve.http.desk import Desk
 from latentdiff.serve.http.errors import ApiError, ErrorAnswer, api_error
 from latentdiff.serve.http.jobs import routes as jobs
 from latentdiff.serve.http.jobs.shelf import Shelf
+from latentdiff.serve.http.links import Links
 from latentdiff.serve.http.metrics import registry
 from latentdiff.serve.http.models import Models
 from latentdiff.serve.http.openai import routes as openai
@@ -26,17 +27,18 @@ __all__ = ["make_app"]
 REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
 
 
-def make_app(models: Models, desk: Desk, shelf: Shelf) -> FastAPI:
+def make_app(models: Models, desk: Desk, shelf: Shelf, links: Links) -> FastAPI:
     """Return the application; `guard.Guard` stands before it.
 
     Args:
         models: that are served.
         desk: takes what is asked for.
         shelf: keeps jobs.
+        links: keep pictures that are answered as such.
     """
     app = FastAPI(title="latentdiff", version=__version__, docs_url=None, redoc_url=None, responses=REFUSALS)
     _add_errors(app, desk)
-    openai.add_routes(app, models, desk)
+    openai.add_routes(app, models, desk, links)
     webui.add_routes(app, models, desk)
     jobs.add_routes(app, models, desk, shelf)
     _add_health(app, desk)

@@ -20,10 +20,11 @@ from latentdiff.errors import InputError, shown
 from latentdiff.serve.http.errors import ApiError, api_error
 from latentdiff.serve.http.limits import Limits
 
-__all__ = ["FILES", "Guard", "check_token", "is_loopback"]
+__all__ = ["FILES", "PAGE", "Guard", "check_token", "is_loopback", "token_of"]
 
 FILES = "/v1/images/files/"  # whose links are good without a token, and on any page
-OPEN = ("/healthz", "/readyz")
+PAGE = "/ui"  # which has a door of its own, for browsers; `/` leads there
+OPEN = ("/healthz", "/readyz", "/", PAGE)
 # Where pictures come in JSON.
 IN_JSON = ("/v1/jobs", "/sdapi/v1/img2img", "/sdapi/v1/extra-single-image", "/sdapi/v1/png-info")
 TOKEN = re.compile(r"[\x21-\x7e]{16,512}")
@@ -98,8 +99,8 @@ class Guard:
         file = path.startswith(FILES) and scope["method"] in ("GET", "HEAD")
         if not file:
             self._check_page(host, headers)
-        if self._token is not None and not file and path not in OPEN:
-            given = _token_of(headers.get("authorization", ""))
+        if self._token is not None and not file and path not in OPEN and not path.startswith(f"{PAGE}/"):
+            given = token_of(headers.get("authorization", ""))
             if not hmac.compare_digest(given, self._token.encode()):
                 message = "the request must bring this server's token, as OpenAI's clients send api_key"
                 raise ApiError(401, message, "invalid_api_key", headers={"www-authenticate": "Bearer"})
@@ -140,7 +141,7 @@ class Guard:
         return limited
 
 
-def _token_of(header: str) -> bytes:
+def token_of(header: str) -> bytes:
     """Return the token of a header: that of `Bearer TOKEN`, or the password of `Basic`, as clients of web UIs send."""
     scheme, _, value = header.partition(" ")
     if scheme.lower() != "basic":

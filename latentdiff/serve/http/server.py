@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from latentdiff.errors import StorageError, shown
 from latentdiff.pipeline import Pipeline
@@ -19,6 +20,7 @@ from latentdiff.serve.http.desk import Desk
 from latentdiff.serve.http.guard import Guard, check_token, is_loopback
 from latentdiff.serve.http.jobs.shelf import Shelf
 from latentdiff.serve.http.limits import Limits
+from latentdiff.serve.http.links import Links
 from latentdiff.serve.http.loras import Loras
 from latentdiff.serve.http.models import Models
 from latentdiff.serve.scheduler import Scheduler
@@ -26,6 +28,8 @@ from latentdiff.serve.scheduler import Scheduler
 __all__ = ["Server", "listen"]
 
 LAST_ANSWERS = 5  # seconds that answers may take to leave, after the last job
+
+MountPage = Callable[[FastAPI, Models, Desk, Links, str | None], ASGIApp]
 
 
 class Server(uvicorn.Server):
@@ -41,6 +45,7 @@ class Server(uvicorn.Server):
         batch: see `Scheduler`.
         limits: of requests and jobs.
         lora_dir: folder of the LoRAs that prompts may name; see `lora_tags`.
+        page: adds a page to the application and returns both, as `page.mount.mount_page` does; None for none.
 
     Raises:
         InputError: a name, a token, or a number that cannot be used.
@@ -55,17 +60,19 @@ class Server(uvicorn.Server):
         batch: int = 8,
         limits: Limits | None = None,
         lora_dir: Path | None = None,
+        page: MountPage | None = None,
     ) -> None:
         check_token(token, host)
         self.limits = limits or Limits()
         models = Models(pipes, Loras(lora_dir, self.limits))
         self.scheduler = Scheduler(models.pipes[models.first], batch=batch, queue=self.limits.queue)
         self.desk = Desk(self.scheduler, self.limits)
-        self.shelf = Shelf(self.desk)
-        self.api: FastAPI = make_app(models, self.desk, self.shelf)
+        self.shelf, links = Shelf(self.desk), Links(self.limits)
+        self.api: FastAPI = make_app(models, self.desk, self.shelf, links)
+        app = self.api if page is None else page(self.api, models, self.desk, links, token)
         self.hurried = False
         self._signals, self._drained_by = 0, 0.0
-        guard = Guard(self.api, token=token, local=is_loopback(host), limits=self.limits)
+        guard = Guard(app, token=token, local=is_loopback(host), limits=self.limits)
         super().__init__(
             uvicorn.Config(
                 guard,
@@ -73,7 +80,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,  # a client's address is not what it says itself
-                lifespan="off",
+                lifespan="off" if page is None else "on",
                 ws="none",
                 timeout_graceful_shutdown=LAST_ANSWERS,
             )

@@ -6,13 +6,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from latentdiff import Pipeline
+from tests.needs import needing
 from tests.serve.gate import Gate, eventually
 
 if TYPE_CHECKING:
@@ -24,19 +23,7 @@ if TYPE_CHECKING:
 NEEDED = ("fastapi", "httpx", "multipart", "openai", "prometheus_client", "uvicorn")
 
 
-class Left(pytest.Module):
-    """The tests of a file that are not run."""
-
-    def collect(self) -> Any:
-        """Say why not."""
-        missing = ", ".join(name for name in NEEDED if find_spec(name) is None)
-        pytest.skip(f"needs {missing}, which the extra dev installs", allow_module_level=True)
-
-
-def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    """Leave out the files here where the extra `serve`, or a client of the tests, is not installed."""
-    installed = all(find_spec(name) is not None for name in NEEDED)
-    return None if installed else Left.from_parent(parent, path=module_path)
+pytest_pycollect_makemodule = needing(NEEDED)
 
 
 @dataclass

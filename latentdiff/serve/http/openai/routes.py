@@ -30,10 +30,10 @@ UPLOADS = ("image", "image[]", "mask")
 MOST_FIELDS, MOST_FILES = 100, 18
 
 
-def add_routes(app: FastAPI, models: Models, desk: Desk) -> None:
+def add_routes(app: FastAPI, models: Models, desk: Desk, links: Links) -> None:
     """Add the routes to an application."""
     _add_models(app, models)
-    _add_images(app, models, desk, Links(desk.limits))
+    _add_images(app, models, desk, links)
 
 
 def _add_models(app: FastAPI, models: Models) -> None:

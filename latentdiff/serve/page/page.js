@@ -1,0 +1,36 @@
+// Dark and light, and keys: Ctrl or Cmd with Enter draws, Escape cancels.
+(() => {
+  const KEPT = "latentdiff-theme";
+  const wanted = () => {
+    const kept = localStorage.getItem(KEPT);
+    return kept ? kept === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  };
+  const show = (dark) => {
+    document.body.classList.toggle("dark", dark);
+    document.documentElement.style.colorScheme = dark ? "dark" : "light";
+  };
+  const press = (id) => {
+    const button = document.getElementById(id);
+    if (button && button.offsetParent !== null && !button.disabled) button.click();
+  };
+  document.addEventListener("click", (event) => {
+    if (!event.target.closest("[data-theme]")) return;
+    const dark = !document.body.classList.contains("dark");
+    localStorage.setItem(KEPT, dark ? "dark" : "light");
+    show(dark);
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      event.target.blur?.(); // so that gradio takes what is being typed
+      setTimeout(() => press("draw"), 50);
+    }
+    if (event.key === "Escape") press("cancel");
+  }, true);
+  // gradio sets its own theme when it has started, after this
+  const keep = () => document.body && document.body.classList.contains("dark") !== wanted() && show(wanted());
+  addEventListener("load", () => {
+    show(wanted());
+    new MutationObserver(keep).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+  });
+})();
