@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from latentdiff.checkpoints import Components
@@ -212,7 +212,7 @@ def targets_of(
         progress: show a bar on stderr.
     """
     pipe = Pipeline(components)
-    options = {"guidance_scale": guidance_scale, "prompt_weights": False}
+    options: dict[str, Any] = {"guidance_scale": guidance_scale, "prompt_weights": False}
     options |= {"sampler": TEACHER, "num_inference_steps": min(TEACHER_STEPS, components.schedule.num_train_timesteps)}
     drawing = prepare_drawing(pipe.make_job(list(prompts), seed=seed, **options), BATCH)
     conditioning, shape = drawing.stages[0].conditioning, drawing.stages[0].shape
