@@ -172,8 +172,7 @@ def tune(
         found = solver(x, training.denoising(numbers.tolist()))
         loss = _loss(found - training.results[numbers])
         loss.backward()  # type: ignore[no-untyped-call]
-        if torch.isfinite(loss):
-            nn.utils.clip_grad_norm_(solver.parameters(), 1.0)
+        if torch.isfinite(nn.utils.clip_grad_norm_(solver.parameters(), 1.0)):
             optimizer.step()
         falling.step()
         losses.append(float(loss.detach()))
@@ -193,7 +192,7 @@ def _loss(differences: Tensor) -> Tensor:
 
     Source: the pseudo-Huber loss: Song & Dhariwal 2023, arXiv 2310.14189, Eq. 7.
     """
-    return ((per_image(differences) ** 2 + ROUNDING**2).sqrt() - ROUNDING).mean()
+    return ((differences.square().mean(dim=(1, 2, 3)) + ROUNDING**2).sqrt() - ROUNDING).mean()
 
 
 def per_image(differences: Tensor) -> Tensor:
