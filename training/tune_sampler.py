@@ -4,9 +4,9 @@ No weight changes. Noise levels, the timesteps that the network is told, and the
 begin as those of DPM-Solver++(2M); what is minimised is how far the latents of a few steps are from those of many
 steps from the same noise, with the same prompts and guidance.
 
-Source: gradient through all steps: Watson et al. 2022, arXiv 2202.05830, section 3; timesteps apart from noise levels:
-Tong et al. 2024, arXiv 2405.15506, section 3; coefficients of a multistep solver: Frankel et al. 2025, arXiv
-2502.17423, section 3.
+Source: gradient through all steps: Watson et al. 2022, arXiv 2202.05830; the result of many steps as the aim, and
+timesteps apart from noise levels: Tong et al. 2024, arXiv 2405.15506; coefficients of a multistep solver: Frankel et al.
+2025, arXiv 2502.17423.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def tune(
 def _loss(differences: Tensor) -> Tensor:
     """Return the mean distance of the images: images that go another way count by it, not by its square.
 
-    Source: the pseudo-Huber loss: Song & Dhariwal 2023, arXiv 2310.14189, Eq. 7.
+    Source: the pseudo-Huber loss, as in Song & Dhariwal 2023, arXiv 2310.14189.
     """
     return ((differences.square().mean(dim=(1, 2, 3)) + ROUNDING**2).sqrt() - ROUNDING).mean()
 

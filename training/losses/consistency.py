@@ -5,7 +5,8 @@ made equal; then one call at any level gives the end of the path. At first the n
 only folds the guidance in, and with time it comes nearer.
 
 Source: Luo et al. 2023, arXiv 2310.04378, algorithm 1 (a guided step of the teacher, then equal estimates); Geng et al.
-2024, arXiv 2406.14548, section 3 (neighbours from far to near, the student itself as its target).
+2024, arXiv 2406.14548 (neighbours from far to near, so that training begins as that of a diffusion model); Song and
+Dhariwal 2023, arXiv 2310.14189 (the student itself, and no average of it, as the target; the pseudo-Huber distance).
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def neighbours(timesteps: Tensor, done: float, asked: ConsistencyConfig) -> Tens
         timesteps: (B,) int64.
         done: share of the run, from 0 to below 1.
 
-    Source: Geng et al. 2024, arXiv 2406.14548, Eq. 13, with q 2, in timesteps; no nearer than `skip`: Luo et al. 2023,
-    arXiv 2310.04378, section 4.3.
+    Source: Geng et al. 2024, arXiv 2406.14548, the mapping with q = 2, in timesteps; no nearer than `skip`: Luo et al.
+    2023, arXiv 2310.04378, section 4.3.
     """
     halved = int(done * (asked.halvings + 1))
     ways = (timesteps.double() / 2**halved).ceil().long().clamp(min=asked.skip)
@@ -122,8 +123,6 @@ def consistency_terms(
         timesteps: (B,) int64.
         noise: (B, C, h, w), standard normal.
         done: share of the run, from 0 to below 1.
-
-    Source: the distance: Song & Dhariwal 2023, arXiv 2310.14189, Eq. 7.
     """
     schedule, latents, told = components.schedule, batch.latents, conditioning(batch)
     kind, earlier = schedule.prediction_type, neighbours(timesteps, done, teacher.asked)
