@@ -47,7 +47,7 @@ from .loop.run import (
 )
 from .loop.sharding import averaged_network, blank_unet, prepared, require_shardable, shards_weights, whole
 from .loop.state import RunState
-from .losses.consistency import Teacher, consistency_terms, make_teacher
+from .losses.consistency import Teacher, consistency_terms, make_teacher, weights_besides
 from .losses.diffusion import conditioning, loss_terms, model_inputs, require_trainable
 from .monitor.evaluation import Evaluations, Tools, load_tools, open_reference
 from .monitor.instruments import LatentStatistics, gradient_norms, measure_speed
@@ -95,7 +95,7 @@ def _train(config: DiffusionTraining, checkpoint: Checkpoint | None, tools: Tool
         warn_of_cut(data.captions, components)
     teacher = make_teacher(config, components, data)
     network, components, state = assemble(config, data, components, accelerator)
-    networks = (network, components.autoencoder, components.text_encoder)
+    networks = (network, components.autoencoder, components.text_encoder, *weights_besides(teacher, config))
     require_room(config.run, state, networks, accelerator.device, activations(network, config, data, accelerator))
     state.scaler = accelerator.scaler
     first = state.restore(checkpoint)

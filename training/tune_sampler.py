@@ -5,8 +5,8 @@ begin as those of DPM-Solver++(2M); what is minimised is how far the latents of 
 steps from the same noise, with the same prompts and guidance.
 
 Source: gradient through all steps: Watson et al. 2022, arXiv 2202.05830; the result of many steps as the aim, and
-timesteps apart from noise levels: Tong et al. 2024, arXiv 2405.15506; coefficients of a multistep solver: Frankel et al.
-2025, arXiv 2502.17423.
+timesteps apart from noise levels: Tong et al. 2024, arXiv 2405.15506; coefficients of a multistep solver: Frankel et
+al. 2025, arXiv 2502.17423.
 """
 
 from __future__ import annotations

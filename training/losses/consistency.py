@@ -86,6 +86,11 @@ def make_teacher(config: DiffusionTraining, components: Encoders, data: LatentSe
     return Teacher(kept.requires_grad_(False).eval(), context, added, config.consistency)
 
 
+def weights_besides(teacher: Teacher | None, config: DiffusionTraining) -> tuple[UNet2DConditionModel, ...]:
+    """Return the network of a teacher where it takes memory besides that of the student."""
+    return () if teacher is None or config.train.kind == "lora" else (teacher.unet,)
+
+
 def few_calls(asked: ConsistencyConfig) -> dict[str, Any]:
     """Return the defaults of generation options of what is distilled, see `checkpoints.generation_config`."""
     return {"sampler": "lcm", "num_inference_steps": asked.calls, "guidance_scale": 1.0}
