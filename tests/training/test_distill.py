@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from latentdiff.training.check import diffusion as check_module
+from latentdiff.training.check import table as check_parts
 from latentdiff.training.config import DiffusionTraining, load_config, parse_config
 from latentdiff.training.losses.consistency import few_calls, neighbours
 from PIL import Image
@@ -32,7 +34,7 @@ from latentdiff.training import distill, tune_sampler
 from tests.training.test_lora_stage import base
 from tests.training.test_stages import check_interrupted, pictures, recipe
 
-FEW = {"run": {"steps": 2}, "consistency": {"guidance_scale": 2.0, "calls": 2, "skip": 20, "halvings": 1}}
+FEW: dict[str, Any] = {"guidance_scale": 2.0, "calls": 2, "skip": 20, "halvings": 1}
 
 
 def table(steps: int, guidance_scale: float = 4.0) -> TunedTable:
@@ -226,7 +228,7 @@ def config_of(tmp_path: Path, kind: str = "lora") -> str:
     """Write a recipe of consistency distillation, of a LoRA or a whole U-Net."""
     file = Path(recipe(tmp_path, "lora", optimizer__learning_rate=0.01, optimizer__warmup_steps=1))
     tree = yaml.safe_load(file.read_text())
-    tree["consistency"] = FEW["consistency"]
+    tree["consistency"] = FEW
     tree["data"]["size"] = 32
     if kind == "unet":
         del tree["lora"]
@@ -270,6 +272,18 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, kind: str
     assert any(not torch.equal(tensor.half(), after[name].half()) for name, tensor in before.items())
 
 
+@pytest.mark.usefixtures("model")
+def test_it_is_looked_at_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, few in (("OVERFIT_STEPS", 2), ("SAMPLES", 8)):
+        monkeypatch.setattr(check_module, name, few)
+    monkeypatch.setitem(check_parts.OVERFIT_FLOPS, "cpu", 0.0)
+    monkeypatch.setitem(check_parts.OVERFIT_FLOPS, "cuda", 0.0)
+    config = load_config(config_of(tmp_path, "unet"))
+    assert isinstance(config, DiffusionTraining)
+    rows = {row.name: row for row in check_module.examine_diffusion(config)}
+    assert rows["gradient norm"].fine and "held-out pictures" not in rows
+
+
 def test_neighbours_come_nearer() -> None:
     """At first the clean end; each half of the way later; never nearer than told, never below 0."""
     asked = few_config().consistency
@@ -288,7 +302,7 @@ def few_config(**changes: Any) -> DiffusionTraining:
         "data": {"folder": "pictures"},
         "run": {"out": "out", "steps": 2, "batch_size": 2},
         "start_from": "embedded",
-        "consistency": FEW["consistency"],
+        "consistency": FEW,
     }
     config = parse_config({**tree, **changes})
     assert isinstance(config, DiffusionTraining)
