@@ -161,7 +161,7 @@ def tune(
     plans = {name: make_plan(schedule, name, steps) for name in INITIAL}
     distances = {name: held_out.distance(plan) for name, plan in plans.items()}
     initial = min(distances, key=lambda name: distances[name])
-    solver = Solver(plans[initial], schedule).to(training.noise.device)
+    solver = Solver(plans[initial], schedule)  # in float64, on the CPU: not every device has it
     optimizer = torch.optim.Adam(solver.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     size, losses = min(BATCH, len(training.noise)), list[float]()

@@ -346,4 +346,5 @@ def describe_lora(path: Path, header: Header) -> dict[str, Any] | None:
         "alphas": sorted(alphas) or "as the ranks",
         **({"learned words": sorted(words)} if (words := bundled_words(header.tensors)) else {}),
         "convolutions": sum(info.shape[2:] > (1, 1) for info in downs.values()),
+        **({"defaults": defaults} if (defaults := defaults_in(path, header.metadata)) else {}),
     }

@@ -19,10 +19,13 @@ from latentdiff.training.check import table as check_parts
 from latentdiff.training.config import DiffusionTraining, load_config, parse_config
 from latentdiff.training.losses.consistency import few_calls, neighbours
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline, save_pipeline
+from latentdiff.checkpoints.generation_config import METADATA
+from latentdiff.checkpoints.inspect import describe_file
+from latentdiff.checkpoints.lora import apply_loras, save_lora
 from latentdiff.checkpoints.saver import write_json
 from latentdiff.checkpoints.tuned_sampler import FILE
 from latentdiff.cli import main
@@ -30,6 +33,7 @@ from latentdiff.commands.train import train as cli_train
 from latentdiff.diffusion.tuned import TunedSampler, TunedTable, schedule_digest
 from latentdiff.errors import InputError, ModelConfigError, ModelFormatError, ModelMismatchError
 from latentdiff.generation.result import read_record
+from latentdiff.models.lora import Factors, LoRA, layers_of
 from latentdiff.training import distill, tune_sampler
 from tests.training.test_lora_stage import base
 from tests.training.test_stages import check_interrupted, pictures, recipe
@@ -253,6 +257,27 @@ def test_a_lora_draws_in_few_calls_by_itself(tmp_path: Path) -> None:
     # In a folder that is written of both, they are the model's.
     fast.save_pretrained(tmp_path / "merged")
     assert Pipeline.from_pretrained(tmp_path / "merged", device="cpu").components.defaults == told
+
+
+def test_defaults_of_a_lora_are_told_and_checked(built_model: Path, tmp_path: Path) -> None:
+    """They are in the metadata, where other tools pass over them; damaged ones are refused like any other file's."""
+    components, file = load_pipeline(built_model), tmp_path / "fast.safetensors"
+    name, layer = next((name, one) for name, one in layers_of(components.unet).items() if one.weight.ndim == 2)
+    rows, columns = layer.weight.shape
+    factors = Factors(torch.ones(1, columns), torch.ones(rows, 1), 1.0)
+    save_lora(LoRA({"unet": {name: factors}}, defaults={"sampler": "lcm"}), file, components)
+    assert describe_file(file)["defaults"] == {"sampler": "lcm"}
+    assert apply_loras(components, {file: 1.0}).defaults == {"sampler": "lcm"}
+    pipe = Pipeline(components)
+    for text, error, message in (
+        ("{", ModelFormatError, "expected JSON"),
+        ("3", ModelFormatError, "expected a JSON object"),
+        ('{"sampler": "lmc"}', ModelConfigError, "sampler 'lmc' is unknown; did you mean"),
+        ('{"seed": 3}', ModelConfigError, "'seed' is no option of a model"),
+    ):
+        save_file(load_file(file), file, metadata={METADATA: text})
+        with pytest.raises(error, match=message):
+            pipe.with_loras({file: 1.0})
 
 
 @pytest.mark.usefixtures("model")
