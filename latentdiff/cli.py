@@ -20,6 +20,7 @@ from latentdiff import __version__
 from latentdiff.commands import (
     convert,
     data,
+    distill,
     evaluate,
     finetune,
     generate,
@@ -50,6 +51,7 @@ COMMANDS: dict[str, ModuleType] = {
     "convert": convert,
     "train": train,
     "finetune": finetune,
+    "distill": distill,
     "data": data,
     "evaluate": evaluate,
     "serve": serve,

@@ -24,6 +24,7 @@ from latentdiff.checkpoints.lora import apply_loras
 from latentdiff.checkpoints.textual_inversion import add_embedding
 from latentdiff.devices import resolve_device, resolve_dtype
 from latentdiff.diffusion.plan import EXTERNAL
+from latentdiff.diffusion.tuned import TUNED
 from latentdiff.engine.attention import find_attention, use_attention
 from latentdiff.engine.execution import Execution
 from latentdiff.engine.offload import Offload
@@ -254,6 +255,8 @@ class Pipeline:
         settings = Settings(prompts=prompt, **chosen)  # type: ignore[arg-type]  # checked and made a tuple there
         factor = components.autoencoder.config.downsample_factor
         settings.check_task(components.task, factor)
+        if settings.sampler == TUNED:
+            components.tuned_table(settings.num_inference_steps)  # refuses steps it does not take
         check_inputs(_given(options), image=image is not None, mask=mask is not None)
         if components.upscales:
             inputs = prepare_small_image(settings, image, mask, factor)

@@ -47,7 +47,9 @@ LEAVES = (
 TRAINING_ROOMS = (
     *(
         "check",
+        "distill",
         "finetune",
+        "tune_sampler",
         "train_diffusion",
         "train_autoencoder",
         "train_image_text",

@@ -39,6 +39,7 @@ from .loop.resources import require_small_enough
 from .loop.run import checkpoint_gradients, short
 from .loop.sharding import shard, shards_weights
 from .loop.state import RunState
+from .losses.consistency import few_calls
 from .networks.encoders import JointNetwork, add_words, new_words, train_encoder
 from .networks.lora import Adapted
 
@@ -158,7 +159,9 @@ def assemble(
     """Return the network that is called while training, the components with its U-Net, and what is trained."""
     torch.manual_seed(config.run.seed)
     unet = network_to_train(config, data, components)
-    with_unet = components.with_unet(unet)
+    with_unet = replace(components.with_unet(unet), tuned=None)  # a sampler that was tuned for the weights of before
+    if config.consistency is not None:
+        with_unet = replace(with_unet, defaults=few_calls(config.consistency))
     network, trained = adapt(unet, config, with_unet)
     modules: dict[str, nn.Module] = {"model": trained}
     if config.objective.timesteps == "importance":

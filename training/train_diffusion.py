@@ -47,6 +47,7 @@ from .loop.run import (
 )
 from .loop.sharding import averaged_network, blank_unet, prepared, require_shardable, shards_weights, whole
 from .loop.state import RunState
+from .losses.consistency import Teacher, consistency_terms, make_teacher, weights_besides
 from .losses.diffusion import conditioning, loss_terms, model_inputs, require_trainable
 from .monitor.evaluation import Evaluations, Tools, load_tools, open_reference
 from .monitor.instruments import LatentStatistics, gradient_norms, measure_speed
@@ -92,15 +93,16 @@ def _train(config: DiffusionTraining, checkpoint: Checkpoint | None, tools: Tool
         data, held_out = prepare_data(config, components, folder), load_held_out(config, components)
     if accelerator.is_main_process:
         warn_of_cut(data.captions, components)
+    teacher = make_teacher(config, components, data)
     network, components, state = assemble(config, data, components, accelerator)
-    networks = (network, components.autoencoder, components.text_encoder)
+    networks = (network, components.autoencoder, components.text_encoder, *weights_besides(teacher, config))
     require_room(config.run, state, networks, accelerator.device, activations(network, config, data, accelerator))
     state.scaler = accelerator.scaler
     first = state.restore(checkpoint)
     if config.run.compile:
         compile_unet(network.to(accelerator.device), config, data, accelerator)
     evaluations = Evaluations(config, tools, reference, state)
-    reached = run_steps(network, config, components, data, state, first, accelerator, held_out, evaluations)
+    reached = run_steps(network, teacher, config, components, data, state, first, accelerator, held_out, evaluations)
     if reached:
         with averaged_network(network, components, state.modules["model"], state.ema, accelerator) as averaged:
             if averaged is not None:
@@ -121,6 +123,7 @@ def export_name(config: DiffusionTraining) -> str:
 
 def run_steps(
     network: nn.Module,
+    teacher: Teacher | None,
     config: DiffusionTraining,
     components: Components,
     data: LatentSet,
@@ -136,9 +139,10 @@ def run_steps(
     """
     run, trained, importance = config.run, state.modules["model"], state.modules.get("importance")
     example, twice = draw_batch(data, config, 0, slice(1)), 0.5 * config.objective.self_conditioning
+    passes = twice if teacher is None else 3.0  # without a backward pass: two of the teacher, one for the target
     plain = blank_unet(components) if shards_weights(accelerator) else network
     inputs, more = called_with(example, config), conditioning(example)
-    speed = measure_speed(plain, *inputs, accelerator=accelerator, more=twice, **more)
+    speed = measure_speed(plain, *inputs, accelerator=accelerator, more=passes, **more)
     unet, optimizer = prepared(accelerator, network, state.optimizers["optimizer"])
     state.to(accelerator.device)
     log, statistics, grids = Log(run, first, "diffusion", accelerator, speed), LatentStatistics(), SampleGrids()
@@ -148,7 +152,7 @@ def run_steps(
         for step in range(first, run.steps if not evaluations.over else first):
             start_step(config, step, optimizer)
             seen, weights, timesteps, norms = accumulate_gradients(
-                unet, config, components, batches, importance, step, accelerator
+                unet, teacher, config, components, batches, importance, step, accelerator
             )
             norm = whole(accelerator.clip_grad_norm_(trained.parameters(), config.optimizer.max_grad_norm))
             losses, dropped, norm = fetched(seen, norm)
@@ -222,6 +226,7 @@ def write_samples(
 
 def accumulate_gradients(
     unet: nn.Module,
+    teacher: Teacher | None,
     config: DiffusionTraining,
     components: Components,
     batches: Iterator[Batch],
@@ -251,8 +256,11 @@ def accumulate_gradients(
         noise, shown = map(to_device, draw_noises(config.objective, run, step, share, batch.latents.shape[1:]))
         times = timesteps[share].to(accelerator.device)
         with accelerator.autocast():
-            terms = loss_terms(unet, components, config.objective, batch, times, noise, estimated, shown)  # (b,) each
-        losses = torch.stack([*terms.values()]).sum(dim=0)  # (b,)
+            if teacher is None:
+                terms = loss_terms(unet, components, config.objective, batch, times, noise, estimated, shown)
+            else:
+                terms = consistency_terms(unet, teacher, components, batch, times, noise, step / run.steps)
+        losses = torch.stack([*terms.values()]).sum(dim=0)  # (b,), as each term
         if config.prior is not None:
             of_prior = torch.arange(run.batch_size)[share].to(accelerator.device) % 2
             terms = {"instance": losses * (1 - of_prior), "prior": losses * of_prior}
@@ -324,7 +332,8 @@ def save_trained(network: nn.Module, components: Components, config: DiffusionTr
     """Write what a run trains into a folder, the whole model or a file of what is new; return where it is."""
     if isinstance(network, Adapted):
         file = place / LORA_FILE
-        save_lora(LoRA({"unet": network.factors(torch.float16)}), file, components)
+        defaults = {} if config.consistency is None else components.defaults
+        save_lora(LoRA({"unet": network.factors(torch.float16)}, defaults=defaults), file, components)
         return file
     words = network.words if isinstance(network, JointNetwork) else None
     if words is not None and isinstance(config.train, TextualInversionConfig):

@@ -14,7 +14,8 @@ import torch
 from latentdiff.checkpoints.hashes import model_hash, vae_hash
 from latentdiff.diffusion.prediction import Denoiser, Network, as_denoiser
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import ModelConfigError
+from latentdiff.diffusion.tuned import TunedSampler, TunedTable
+from latentdiff.errors import InputError, ModelConfigError
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.encoding import PenultimateStates, PromptEncoder, TokenEncoder, TokenStates
@@ -118,6 +119,7 @@ class Components(Encoders):
         loras: LoRAs in the weights, in this order; see `checkpoints.lora.apply_loras`.
         base: the components with the networks as they are without LoRAs; None where there are none.
         defaults: of generation options, where the model has its own; see `checkpoints.generation_config`.
+        tuned: sampler of its own; None where it has none. See `checkpoints.tuned_sampler`.
     """
 
     unet: UNet2DConditionModel
@@ -127,6 +129,7 @@ class Components(Encoders):
     loras: tuple[WeightedLoRA, ...] = ()
     base: Components | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    tuned: TunedSampler | None = None
 
     @property
     def expects_pooled_text(self) -> bool:
@@ -201,6 +204,19 @@ class Components(Encoders):
         limit = 1.0 if isinstance(self.autoencoder, PixelSpace) else None
         schedule, self_conditioning = self.schedule, self.unet.config.self_conditioning
         return as_denoiser(network, schedule.prediction_type, self_conditioning, limit, schedule.thresholding)
+
+    def tuned_table(self, steps: int) -> TunedTable:
+        """Return the table of the model's own sampler.
+
+        Raises:
+            InputError: it has none of so many steps.
+        """
+        if self.tuned is None:
+            raise InputError(
+                "this model has no tuned sampler; make one with `latentdiff distill MODEL --data DIR --out DIR`, "
+                "or choose dpmpp_2m"
+            )
+        return self.tuned.table(self.schedule, steps)
 
     @property
     def vae(self) -> Path | None:

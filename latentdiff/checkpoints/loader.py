@@ -33,6 +33,7 @@ from latentdiff.checkpoints.folder import (
 )
 from latentdiff.checkpoints.generation_config import read_defaults
 from latentdiff.checkpoints.header import TensorInfo, read_header
+from latentdiff.checkpoints.tuned_sampler import read_tuned
 from latentdiff.checkpoints.weights import FLOATS, read_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import ModelConfigError, ModelMismatchError
@@ -94,6 +95,7 @@ def load_folder(
         name=name,
         source=ModelSource(folder),
         defaults=read_defaults(folder),
+        tuned=read_tuned(folder),
     )
     check_fit(folder, components)
     return components

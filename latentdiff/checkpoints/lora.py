@@ -22,6 +22,7 @@ from latentdiff.checkpoints.claims import lora_metadata_of
 from latentdiff.checkpoints.components import Components
 from latentdiff.checkpoints.family import family_of
 from latentdiff.checkpoints.folder import read_json
+from latentdiff.checkpoints.generation_config import METADATA, defaults_in
 from latentdiff.checkpoints.hashes import model_hash
 from latentdiff.checkpoints.header import Header, TensorInfo, read_header
 from latentdiff.checkpoints.lora_kinds import BUNDLE, bundled_words, family_of_lora, other_methods, remedy_for
@@ -91,7 +92,8 @@ def load_lora(path: str | os.PathLike[str], components: Components) -> LoRA:
             )
             networks.setdefault(network, {})[layer] = factors
     digest = "".join(map(model_hash, files))
-    return LoRA(networks, os.fspath(path), digest if len(files) == 1 else sha256(digest.encode()).hexdigest())
+    whole = digest if len(files) == 1 else sha256(digest.encode()).hexdigest()
+    return LoRA(networks, os.fspath(path), whole, defaults_in(file, header.metadata))
 
 
 def _warn_of_words(file: Path, header: Header, components: Components) -> None:
@@ -227,7 +229,11 @@ def apply_loras(components: Components, loras: Mapping[Any, Weight]) -> Componen
         merged[name] = merge(network, changes).to(like.device, like.dtype)
     if base is components:  # what is kept must not move when `components` do
         base = _with_networks(base, {name: share_weights(network) for name, network in networks_of(base).items()})
-    return replace(_with_networks(components, merged), loras=applied, base=base if applied else None)
+    defaults = dict(base.defaults)
+    for one in applied:
+        defaults |= one.lora.defaults if one.unet else {}
+    changed = _with_networks(components, merged)
+    return replace(changed, loras=applied, base=base if applied else None, defaults=defaults)
 
 
 def _with_networks(components: Components, networks: Mapping[str, Any]) -> Components:
@@ -288,6 +294,8 @@ def save_lora(lora: LoRA, path: str | os.PathLike[str], components: Components, 
     metadata = {PEFT_METADATA: json.dumps(settings)} if peft else None
     if not peft and isinstance(components.text_encoder, CLIPTextModel):
         metadata = lora_metadata_of(family_of(components), components.schedule)
+    if lora.defaults:
+        metadata = {**(metadata or {"format": "pt"}), METADATA: json.dumps(dict(lora.defaults))}
     save_tensors(tensors, target, metadata)
 
 
@@ -336,4 +344,5 @@ def describe_lora(path: Path, header: Header) -> dict[str, Any] | None:
         "alphas": sorted(alphas) or "as the ranks",
         **({"learned words": sorted(words)} if (words := bundled_words(header.tensors)) else {}),
         "convolutions": sum(info.shape[2:] > (1, 1) for info in downs.values()),
+        **({"defaults": defaults} if (defaults := defaults_in(path, header.metadata)) else {}),
     }

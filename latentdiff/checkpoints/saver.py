@@ -14,8 +14,10 @@ from latentdiff.checkpoints.components import AnyNetwork, Components
 from latentdiff.checkpoints.folder import COMPUTED_IN, INDEX
 from latentdiff.checkpoints.generation_config import FILE as DEFAULTS
 from latentdiff.checkpoints.storage import flush_to_disk, replace_folder, save_tensors, write_json
+from latentdiff.checkpoints.tuned_sampler import FILE as TUNED
 from latentdiff.checkpoints.weights import stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.diffusion.tuned import TunedSampler, schedule_digest
 from latentdiff.files import require_path
 from latentdiff.models.pixels import LabelEncoder, PixelSpace
 from latentdiff.models.tokenizer import Tokenizer
@@ -90,6 +92,9 @@ def save_pipeline(
         write_components(place, networks, tokenizers, schedules, dtype)
         if components.defaults or (Path(folder) / DEFAULTS).exists():  # which would be those of an older model
             write_json(place / DEFAULTS, dict(components.defaults))
+        if components.tuned is not None or (Path(folder) / TUNED).exists():
+            tuned = components.tuned or TunedSampler(schedule_digest(components.schedule), {})
+            write_json(place / TUNED, tuned.to_dict())
         write_json(place / INDEX, index)
 
     replace_folder(target, INDEX, write)

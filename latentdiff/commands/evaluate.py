@@ -293,6 +293,15 @@ def _drawn_with(combination: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in combination.items() if name != "dtype"}
 
 
+def _check_tuned(pipe: Pipeline, settings: Mapping[str, Any]) -> None:
+    """Raise InputError where settings ask for a tuned sampler of steps that the model has none of."""
+    from latentdiff.diffusion.tuned import TUNED
+
+    whole = Settings(prompts=("",), **{**pipe.components.defaults, **settings})
+    if whole.sampler == TUNED:
+        pipe.components.tuned_table(whole.num_inference_steps)
+
+
 def _sweep(
     options: argparse.Namespace,
     request: Request,
@@ -306,6 +315,9 @@ def _sweep(
     from latentdiff.evaluate.sweep import Setting, folder_name, sweep_lines, write_sweep
 
     called, trees, found = flags(), [], []
+    first = model.load(resolve_dtype(combinations[0].get("dtype", options.dtype)))
+    for one in combinations:  # before any of them is drawn
+        _check_tuned(first, {**request.settings, **_drawn_with(one)})
     for one in combinations:
         chosen = {called.get(name, name).lstrip("-"): value for name, value in one.items()}
         settings = {**request.settings, **_drawn_with(one)}

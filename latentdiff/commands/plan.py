@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latentdiff.commands.shared import load_torch
+from latentdiff.errors import InputError, shown
 from latentdiff.generation.options import check_integer
+
+if TYPE_CHECKING:
+    from latentdiff.diffusion import Plan
 
 HELP = "Print a sampler's table."
 
@@ -25,9 +31,13 @@ def run(options: argparse.Namespace) -> None:
     load_torch()
     from latentdiff.checkpoints import find_model, load_schedule
     from latentdiff.diffusion import make_plan
+    from latentdiff.diffusion.tuned import TUNED
 
-    folder, _ = find_model(options.model)
-    table = make_plan(load_schedule(folder), options.sampler, options.steps)
+    folder, name = find_model(options.model)
+    if options.sampler == TUNED:
+        table = _tuned(folder, name, options.steps)
+    else:
+        table = make_plan(load_schedule(folder), options.sampler, options.steps)
     if options.json:
         numbers = {
             "timesteps": table.timesteps,
@@ -44,6 +54,17 @@ def run(options: argparse.Namespace) -> None:
     for i in range(len(table)):
         rows = [_sum(table.matrices[i, k].tolist(), float(table.noise[i, k])) for k in range(slots)]
         print(f"{i:3d} {table.timesteps[i]:9.2f} {table.sigmas[i]:11.5g}  " + "   ".join(rows))
+
+
+def _tuned(folder: Path, name: str, steps: int) -> Plan:
+    """Return the table of a model's own sampler."""
+    from latentdiff.checkpoints import load_schedule
+    from latentdiff.checkpoints.tuned_sampler import read_tuned
+
+    found = read_tuned(folder)
+    if found is None:
+        raise InputError(f"{shown(name)} has no tuned sampler; make one with latentdiff distill")
+    return found.table(load_schedule(folder), steps).plan()
 
 
 def _sum(weights: list[float], noise: float) -> str:

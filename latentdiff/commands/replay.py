@@ -143,11 +143,17 @@ class _Replay:
 
     def generate(self, record: dict[str, Any], request: _Request, name: str) -> GeneratedImage:
         """Generate the picture of a record with the model, device and dtype chosen, else those recorded."""
+        from latentdiff.diffusion.tuned import TUNED
+
         settings = request.settings
         inputs = self._inputs(record)
         pipe = self._model(record, name)
         pipe = self._with_embeddings(pipe, record.get("embeddings") or [])
         pipe = self._with_loras(pipe, record.get("loras") or [])
+        if settings.sampler == TUNED:
+            table = pipe.components.tuned_table(settings.num_inference_steps)
+            same = record.get("tuned_sampler") == table.digest
+            self._require(same, "the model's table", "tuned sampler", "made with")
         left_out = {"seed", "variation_seed", "num_images", *(() if "image" in inputs else ("strength",))}
         chosen: dict[str, Any] = {
             item.name: getattr(settings, item.name)

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from latentdiff.checkpoints.lpips import load_lpips
+from latentdiff.diffusion.tuned import TUNED
 from latentdiff.errors import InputError
 from latentdiff.evaluate.features import LATENTS, FeatureNetwork, features_of, find_features
 from latentdiff.evaluate.figure import Figure, Protocol
@@ -231,7 +232,11 @@ class Evaluation:
         """What a drawn picture depends on besides prompt and seed: model and settings."""
         components = self.model.components
         loras = [{"hash": one.lora.hash, "weight": [one.unet, one.text]} for one in components.loras]
-        return {"model_hash": components.model_hash, "loras": loras, **self.drawn_with}
+        tuned: dict[str, Any] = {}
+        if self.drawn_with["sampler"] == TUNED:
+            table = components.tuned_table(self.drawn_with["num_inference_steps"])
+            tuned["tuned_sampler"] = table.digest
+        return {"model_hash": components.model_hash, "loras": loras, **tuned, **self.drawn_with}
 
     @cached_property
     def drawn_with(self) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class Settings:
     sampler: str = option(
         "euler_a",
         sampler_name,
-        "euler_a, dpmpp_2m, ddim, unipc, ...; docs/samplers.md has them all",
+        "euler_a, dpmpp_2m, ddim, unipc, ...; docs/samplers.md has them all; tuned, the model's own if it has one",
         flag="--sampler",
         metavar="NAME",
         from_model=True,

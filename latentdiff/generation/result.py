@@ -249,6 +249,8 @@ def call_record(
     """
     import torch
 
+    from latentdiff.diffusion.tuned import TUNED
+
     shared = {
         **inputs,
         "model": recorded_name(components.name),
@@ -263,6 +265,8 @@ def call_record(
         "torch": str(torch.__version__),
         "version": __version__,
     }
+    if settings.sampler == TUNED:
+        shared["tuned_sampler"] = components.tuned_table(settings.num_inference_steps).digest
 
     def record(index: int, batch_size: int, batch_index: int) -> dict[str, Any]:
         values = settings.record(index) | shared | {"batch_size": batch_size, "batch_index": batch_index}

@@ -34,6 +34,7 @@ from latentdiff.diffusion import (
 )
 from latentdiff.diffusion.loop import Questions
 from latentdiff.diffusion.plan import overshoot_note
+from latentdiff.diffusion.tuned import TUNED
 from latentdiff.engine.tiled_denoising import Windows
 from latentdiff.errors import InputError
 from latentdiff.generation.decode import OUTPUT_TYPES, decode_latents, with_opacity
@@ -119,7 +120,7 @@ def prepare_drawing(job: Job, batch_size: int) -> Drawing:
     Raises:
         InputError: the request does not fit the model.
     """
-    notes = [*job.image.notes, *_remarks(job)]
+    notes = [*job.image.notes, *_remarks(job), *_tuned_otherwise(job)]
     stages = prepare(job, notes)
     unstable = (overshoot_note(stage.plan, job.settings.sampler) for stage in stages if isinstance(stage.plan, Plan))
     notes += dict.fromkeys(note for note in unstable if note is not None)
@@ -231,6 +232,19 @@ def _remarks(job: Job) -> list[str]:
     texts = dict.fromkeys([*settings.prompts, settings.negative_prompt, settings.blend_prompt])
     found = (note for text in texts for note in prompt_notes(text))
     return list(dict.fromkeys(found)) if settings.prompt_weights else []
+
+
+def _tuned_otherwise(job: Job) -> list[str]:
+    """Return a note where a tuned sampler is used with another guidance than it was tuned for."""
+    settings = job.settings
+    if settings.sampler != TUNED:
+        return []
+    tuned, asked = job.components.tuned_table(settings.num_inference_steps).guidance_scale, settings.guidance_scale
+    if max(tuned, 1) == max(asked, 1):  # 1 and below are not guided
+        return []
+    return [
+        f"the tuned sampler was tuned at guidance {tuned:g}, got {asked:g}; at that one it is nearest to many steps"
+    ]
 
 
 def _given(job: Job, image: PreparedImage) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from latentdiff.checkpoints import Components
 from latentdiff.diffusion import Plan, Scheduler, SchedulerPlan, make_plan
+from latentdiff.diffusion.tuned import TUNED
 from latentdiff.engine.execution import Execution
 from latentdiff.engine.tiled_denoising import Windows
 from latentdiff.errors import InputError, shown
@@ -133,6 +134,8 @@ def _check_noise(noise: object, expected: tuple[int, ...]) -> None:
 
 def _make_plan(job: Job, strength: float) -> Plan | SchedulerPlan:
     settings, schedule = job.settings, job.components.schedule
+    if settings.sampler == TUNED:
+        return job.components.tuned_table(settings.num_inference_steps).plan(strength)
     if job.scheduler is None:
         options: dict[str, Any] = {"eta": settings.eta, "resampling": settings.resampling}
         return make_plan(schedule, settings.sampler, **settings.levels, strength=strength, **options)

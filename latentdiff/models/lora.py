@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -64,11 +64,14 @@ class LoRA:
         networks: "unet", "text_encoder" or "text_encoder_2" -> name of a layer -> its factors.
         path: the file they were read from, "" for none.
         hash: SHA-256 of that file.
+        defaults: of generation options, where it was trained for others than its model has; see
+            `checkpoints.generation_config`.
     """
 
     networks: Mapping[str, Mapping[str, Factors]]
     path: str = ""
     hash: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 class WeightedLoRA(NamedTuple):

@@ -28,6 +28,7 @@ COMMANDS = {
     "inspect": ["PLACE", "PLACE.png", "PLACE.safetensors"],
     "train": ["PLACE", "PLACE --check", "PLACE.yaml"],
     "finetune": ["PLACE --model MODEL --out run", "none --model MODEL --out PLACE"],
+    "distill": ["PLACE --data none --out run", "MODEL --data PLACE --out run", "MODEL --data none --out PLACE"],
     "data": ["digits PLACE", "emoji PLACE"],
     "evaluate": ["PLACE --data none", "MODEL --data PLACE"],
     "ui": ["--port 0 --model PLACE"],

@@ -33,6 +33,7 @@ from ..data.timesteps import stratified_timesteps
 from ..loop.distributed import own_shares, sample_noise
 from ..loop.run import fast_attention, seeded, short, start_step
 from ..loop.state import RunState
+from ..losses.consistency import Teacher, make_teacher, weights_besides
 from ..losses.diffusion import diffusion_losses, require_trainable
 from ..monitor.samples import try_prompts
 from ..monitor.validation import bucket_names, gaussian_bounds, held_out_errors, load_held_out
@@ -122,18 +123,20 @@ def examine_diffusion(config: DiffusionTraining) -> Iterator[Row]:
             config = config.model_copy(update={"prior": None})
         data = encode_data(config, components, Path(folder), images)
         warn_of_cut(data.captions, components)
-        yield examine_held_out(config, components)
+        if config.consistency is None:  # which measures nothing by them
+            yield examine_held_out(config, components)
         yield examine_evaluation(config, accelerator, Path(config.cache or folder))
         yield from examine_samples(config, data, components)
+        teacher = make_teacher(config, components, data)
         network, components, state = assemble(config, data, components, accelerator)
         state.scaler = accelerator.scaler
-        networks = (network, components.autoencoder, components.text_encoder)
+        networks = (network, components.autoencoder, components.text_encoder, *weights_besides(teacher, config))
         yield from examine_memory(networks, state, accelerator, activations(network, config, data, accelerator))
         yield examine_disk(config, state)
         network.to(accelerator.device)
         yield from examine_errors(network, config, components, data, state, accelerator)
         with fast_attention(accelerator.device):
-            take_step = stepper(network, config, components, data, state, accelerator)
+            take_step = stepper(network, teacher, config, components, data, state, accelerator)
             flops = yield from examine_steps(config, take_step, state, accelerator)
             used = network if small_enough(flops, config, accelerator) else None
             yield overfit(used, config, components, data, accelerator)
@@ -193,6 +196,7 @@ def examine_errors(
 
 def stepper(
     network: nn.Module,
+    teacher: Teacher | None,
     config: DiffusionTraining,
     components: Components,
     data: LatentSet,
@@ -207,7 +211,7 @@ def stepper(
 
     def take_step(step: int) -> Tensor:
         start_step(config, step, optimizer)
-        accumulate_gradients(unet, config, components, batches, importance, step, accelerator)
+        accumulate_gradients(unet, teacher, config, components, batches, importance, step, accelerator)
         norm = accelerator.clip_grad_norm_(trained.parameters(), config.optimizer.max_grad_norm)
         optimizer.step()
         state.average(trained)

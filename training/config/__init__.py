@@ -13,6 +13,7 @@ from .earlier import modern
 from .evaluation import HELD_OUT, EvaluateConfig
 from .sections import (
     AutoencoderLoss,
+    ConsistencyConfig,
     DataConfig,
     InpaintTask,
     LoraConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "STAGES",
     "AutoencoderLoss",
     "AutoencoderTraining",
+    "ConsistencyConfig",
     "DataConfig",
     "DiffusionTraining",
     "EvaluateConfig",

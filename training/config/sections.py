@@ -282,6 +282,19 @@ class ObjectiveConfig(Section):
     caption_dropout: float = Field(0.1, ge=0, le=1)
 
 
+class ConsistencyConfig(Section):
+    """Distil `start_from` into a model of few calls (`training.losses.consistency`), instead of the plain objective."""
+
+    # Of the model that is distilled, folded into the result, which is drawn without guidance.
+    guidance_scale: float = Field(4.0, ge=0, le=50)
+    # Calls that the result is drawn in unless it is told otherwise, by the sampler lcm.
+    calls: int = Field(4, ge=1, le=32)
+    # Timesteps between the two noise levels whose estimates are made equal, at the least.
+    skip: int = Field(20, ge=1, le=1000)
+    # How often, at even times of the run, the way between the two is halved; at first it is all the way to the end.
+    halvings: int = Field(7, ge=0, le=20)
+
+
 class SamplesConfig(Section):
     """What is drawn every run.sample_every steps, with the averaged weights."""
 

@@ -11,6 +11,7 @@ from .checks import check_autoencoder, check_image_text, check_schedule, check_t
 from .evaluation import OF_AUTOENCODERS, OF_TASKS, EvaluateConfig, check_evaluate
 from .sections import (
     AutoencoderLoss,
+    ConsistencyConfig,
     DataConfig,
     LoraConfig,
     ObjectiveConfig,
@@ -88,6 +89,8 @@ class DiffusionTraining(Section):
     prior: PriorConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    # Instead of the objective: make a model of few calls of `start_from`.
+    consistency: ConsistencyConfig | None = None
     samples: SamplesConfig = SamplesConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cache: TextPath | None = None
@@ -146,6 +149,27 @@ class DiffusionTraining(Section):
         if self.start_from is None and (further or self.prior is not None):
             what = f"train.kind {kind}" if further else "prior"
             raise ValueError(f"{what} is for a model that is there; name it as start_from")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_distilled(self) -> Self:
+        """Refuse what does not go together with consistency."""
+        if self.consistency is None:
+            return self
+        if self.start_from is None:
+            raise ValueError("consistency distils a model that is there; name it as start_from")
+        plain = ObjectiveConfig(caption_dropout=self.objective.caption_dropout)
+        others = {
+            f"task {self.task.kind}": self.task.kind != "text_to_image",
+            f"train.kind {self.train.kind}": self.train.kind not in ("unet", "lora"),
+            "prior": self.prior is not None,
+            "an objective besides caption_dropout": self.objective != plain,
+            "samples.guidance_scale": self.samples.guidance_scale != SamplesConfig().guidance_scale,
+            "evaluate.keep_best held_out/loss": self.evaluate.keep_best == "held_out/loss",
+        }
+        other = next((name for name, given in others.items() if given), None)
+        if other is not None:
+            raise ValueError(f"consistency does not go with {other}; leave one out")
         return self
 
     @model_validator(mode="after")

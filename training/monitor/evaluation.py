@@ -209,7 +209,7 @@ class Evaluations:
         there = asked.n if self.reference is None else min(asked.n, len(self.reference))
         judge = None if asked.judge is None else Path(asked.judge)
         found = Request(out, n=there, features=asked.features, judge=judge)
-        if isinstance(config, DiffusionTraining):
+        if isinstance(config, DiffusionTraining) and config.consistency is None:
             found = replace(found, settings={"guidance_scale": config.samples.guidance_scale})
         return found
 
@@ -217,7 +217,7 @@ class Evaluations:
         """Return the evaluation of a model that draws."""
         settings, side = dict(request.settings), self.config.data.size
         steps = components.schedule.num_train_timesteps
-        if steps < Settings.num_inference_steps:
+        if steps < components.defaults.get("num_inference_steps", Settings.num_inference_steps):
             settings["num_inference_steps"] = steps
         if components.native_size != (side, side):
             settings |= {"height": side, "width": side}

@@ -59,8 +59,9 @@ def draw_samples(components: Components, config: DiffusionTraining, file: Path) 
     Prompts are encoded as captions are, in which brackets are no weights.
     """
     steps = min(Settings.num_inference_steps, components.schedule.num_train_timesteps)
-    options: dict[str, Any] = {"guidance_scale": config.samples.guidance_scale, "num_inference_steps": steps}
-    options |= {"output_type": "pt", "prompt_weights": False}
+    options: dict[str, Any] = {"output_type": "pt", "prompt_weights": False}
+    if config.consistency is None:  # whose result has defaults of its own
+        options |= {"guidance_scale": config.samples.guidance_scale, "num_inference_steps": steps}
     pipe = Pipeline(components)
     if config.task.kind == "text_to_image":
         images = pipe(config.samples.prompts, seed=0, **options).images.cpu() * 2 - 1

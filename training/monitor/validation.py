@@ -38,9 +38,13 @@ PICTURES = 64  # held out, at most: each is looked at once in every bucket
 def load_held_out(config: DiffusionTraining, components: Encoders) -> Batch | None:
     """Encode up to `PICTURES` pictures that are not trained on, each with its first caption; None without any.
 
+    Of a model that is distilled nothing is measured by them: its estimates are no longer means.
+
     Raises:
         InputError: see `open_held_out`.
     """
+    if config.consistency is not None:
+        return None
     data = open_held_out(config.data, Path(config.cache or Path(config.run.out) / "cache"), PICTURES)
     if data is None:
         return None

@@ -1,0 +1,432 @@
+"""`latentdiff distill`: a tuned sampler at every door, a LoRA and a model of few calls, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from latentdiff.training.check import diffusion as check_module
+from latentdiff.training.check import table as check_parts
+from latentdiff.training.config import DiffusionTraining, load_config, parse_config
+from latentdiff.training.losses.consistency import few_calls, neighbours
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from latentdiff import Pipeline
+from latentdiff.checkpoints import load_pipeline, save_pipeline
+from latentdiff.checkpoints.generation_config import METADATA
+from latentdiff.checkpoints.inspect import describe_file
+from latentdiff.checkpoints.lora import apply_loras, save_lora
+from latentdiff.checkpoints.saver import write_json
+from latentdiff.checkpoints.tuned_sampler import FILE
+from latentdiff.cli import main
+from latentdiff.commands.train import train as cli_train
+from latentdiff.diffusion.tuned import TunedSampler, TunedTable, schedule_digest
+from latentdiff.errors import InputError, ModelConfigError, ModelFormatError, ModelMismatchError
+from latentdiff.generation.result import read_record
+from latentdiff.models.lora import Factors, LoRA, layers_of
+from latentdiff.training import distill, tune_sampler
+from tests.training.test_lora_stage import base
+from tests.training.test_stages import check_interrupted, pictures, recipe
+
+FEW: dict[str, Any] = {"guidance_scale": 2.0, "calls": 2, "skip": 20, "halvings": 1}
+
+
+def table(steps: int, guidance_scale: float = 4.0) -> TunedTable:
+    """Return a table whose numbers nobody tuned."""
+    sigmas = tuple(20.0 * 0.3**index for index in range(steps))
+    rows = tuple((0.8,) if index == 0 else (1.1, -0.3) for index in range(steps))
+    return TunedTable(
+        sigmas, tuple(900.0 / (n + 1) for n in range(steps)), (0.2,) * steps, rows, guidance_scale, 0.1, 1
+    )
+
+
+@pytest.fixture
+def tuned_model(built_model: Path, tmp_path: Path) -> Path:
+    """The tiny model with a tuned sampler of 2 and 3 steps."""
+    components = load_pipeline(built_model)
+    tuned = TunedSampler(schedule_digest(components.schedule), {}).with_table(table(2)).with_table(table(3))
+    save_pipeline(replace(components, tuned=tuned), tmp_path / "tuned", dtype=None)
+    return tmp_path / "tuned"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune by few samples, few iterations and a teacher of few steps."""
+    monkeypatch.setattr(tune_sampler, "TEACHER_STEPS", 6)
+    for name, count in (("TRAINED_ON", 4), ("MEASURED_ON", 3)):
+        monkeypatch.setattr(distill, name, count)
+    monkeypatch.setattr(distill, "tune", partial(tune_sampler.tune, iterations=4))
+
+
+@pytest.fixture
+def own_precision() -> Iterator[None]:
+    """Let a run choose its precision, which accelerate keeps for the time of a process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_sampler_is_tuned_by_one_command(
+    built_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside the model, or into a copy of it; another count of steps joins those that are there."""
+    model = shutil.copytree(built_model, tmp_path / "model")
+    before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    data = pictures(tmp_path / "pictures", 4)
+    call = ["distill", str(model), "--data", str(data), "--guidance", "2"]
+    assert main([*call, "--steps", "2", "--out", str(model)]) == 0
+    printed = capsys.readouterr().out
+    assert "from many steps by dpmpp_2m" in printed and "--sampler tuned --steps 2 --guidance 2" in printed
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert main([*call, "--steps", "1,3", "--out", str(model)]) == 0
+    assert main([*call, "--steps", "4", "--out", str(tmp_path / "copy")]) == 0
+    found = [Pipeline.from_pretrained(place, device="cpu").components.tuned for place in (model, tmp_path / "copy")]
+    assert [list(one.tables) for one in found if one is not None] == [[1, 2, 3], [1, 2, 3, 4]]
+    assert all(one.guidance_scale == 2 for one in found[1].tables.values())  # type: ignore[union-attr]
+    assert not list((tmp_path / "copy").glob("*cache*")), "captions of a folder need none"
+
+
+def test_every_door_draws_the_same(tuned_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Command line, Python, replay; the record has the hash of the table."""
+    options = ["--model", str(tuned_model), "--sampler", "tuned", "--steps", "3", "--guidance", "4", "--seed", "5"]
+    file = tmp_path / "fox.png"
+    assert main(["generate", "a red fox", *options, "-o", str(file)]) == 0
+    pipe = Pipeline.from_pretrained(tuned_model, device="cpu")
+    how: dict[str, Any] = {"sampler": "tuned", "guidance_scale": 4, "seed": 5}
+    drawn = pipe("a red fox", num_inference_steps=3, **how)
+    assert drawn.images[0].tobytes() == Image.open(file).convert("RGB").tobytes()
+    assert drawn.settings["tuned_sampler"] == read_record(file)["tuned_sampler"] == table(3).digest
+    other = pipe("a red fox", num_inference_steps=3, guidance_scale=4, seed=5, sampler="dpmpp_2m")
+    assert "tuned_sampler" not in other.settings and other.images[0].tobytes() != drawn.images[0].tobytes()
+    call = ["replay", str(file), "--model", str(tuned_model), "-o", str(tmp_path / "again.png"), "--json"]
+    capsys.readouterr()
+    assert main(call) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["identical"] is True
+    tree = json.loads((tuned_model / FILE).read_text())
+    tree["tables"][1]["of_x"][0] += 0.01
+    write_json(tuned_model / FILE, tree)
+    assert main(call) == 2
+    assert "is no longer the tuned sampler this picture was made with" in capsys.readouterr().err
+    assert main([*call, "--force"]) == 0
+
+
+def test_a_saved_copy_keeps_it_and_a_model_without_takes_it_away(tuned_model: Path, built_model: Path) -> None:
+    pipe = Pipeline.from_pretrained(tuned_model, device="cpu")
+    pipe.save_pretrained(tuned_model.parent / "copy")
+    copied = Pipeline.from_pretrained(tuned_model.parent / "copy", device="cpu").components.tuned
+    assert copied == pipe.components.tuned
+    Pipeline.from_pretrained(built_model, device="cpu").save_pretrained(tuned_model)
+    with pytest.raises(InputError, match="tuned sampler takes no number of steps, got 3"):
+        Pipeline.from_pretrained(tuned_model, device="cpu")("a", sampler="tuned", num_inference_steps=3)
+
+
+def test_image_to_image_and_a_second_pass(tuned_model: Path) -> None:
+    pipe = Pipeline.from_pretrained(tuned_model, device="cpu")
+    how: dict[str, Any] = {"sampler": "tuned", "num_inference_steps": 3, "guidance_scale": 4}
+    picture = pipe("a", **how).images[0]
+    assert pipe("a", image=picture, strength=0.5, **how).images[0].size == picture.size
+    assert pipe("a", hires=2, **how).images[0].size == (64, 64)
+    box = [8, 8, 24, 24]
+    kept = pipe("a", image=picture, mask=box, **how).images[0]
+    assert kept.crop((0, 0, 32, 8)).tobytes() == picture.crop((0, 0, 32, 8)).tobytes()
+
+
+def test_another_guidance_is_remarked_upon(tuned_model: Path) -> None:
+    pipe = Pipeline.from_pretrained(tuned_model, device="cpu")
+    with pytest.warns(RuntimeWarning, match="was tuned at guidance 4, got 7.5"):
+        pipe("a", sampler="tuned", num_inference_steps=2)
+
+
+def test_what_a_tuned_sampler_cannot_do(
+    tuned_model: Path, built_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line each; what is wrong with any model is refused before one is loaded."""
+    draw = ["generate", "a", "--sampler", "tuned", "--model"]
+    for call, expected in (
+        ([*draw, str(tuned_model)], "tuned sampler takes 2, 3 steps, got 25; choose those, or dpmpp_2m"),
+        (
+            [*draw, str(built_model), "--steps", "2"],
+            "this model has no tuned sampler; make one with `latentdiff distill",
+        ),
+        ([*draw, "no-such-model", "--sigmas", "5,1"], "has steps of its own, got sigmas by hand"),
+        ([*draw, "no-such-model", "--eta", "0.5"], "has steps of its own, got eta 0.5"),
+        ([*draw, "no-such-model", "--resampling", "3"], "has steps of its own, got resampling 3"),
+        (["plan", "--sampler", "tuned", "--model", str(built_model)], "has no tuned sampler"),
+        (["plan", "--sampler", "tuned", "--steps", "4", "--model", str(tuned_model)], "takes 2, 3 steps, got 4"),
+    ):
+        assert main(call) == 2
+        said = capsys.readouterr().err
+        assert expected in said and said.count("\n") == 1
+    assert main(["plan", "--sampler", "tuned", "--steps", "3", "--model", str(tuned_model), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sigmas"] == pytest.approx(table(3).sigmas)
+
+
+def test_a_sweep_is_refused_before_anything_is_drawn(
+    tuned_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = pictures(tmp_path / "pictures", 8)
+    call = ["evaluate", str(tuned_model), "--data", str(data), "--split", "train", "--metrics", "kid", "--n", "8"]
+    call += ["--features", "latents", "--sweep", "sampler=dpmpp_2m,tuned", "--out", str(tmp_path / "report")]
+    assert main([*call, "--sweep", "steps=2,4"]) == 2
+    assert "takes 2, 3 steps, got 4" in capsys.readouterr().err
+    assert not list((tmp_path / "report").rglob("*.png"))
+    assert main([*call, "--sweep", "steps=2", "--guidance", "4", "--json"]) == 0
+    trees = json.loads(capsys.readouterr().out.splitlines()[-1])["sweep"]
+    hashes = [tree.get("tuned_sampler") or tree.get("subject", {}).get("tuned_sampler") for tree in trees]
+    assert hashes == [None, table(2).digest]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda tree: tree.pop("schedule"), ModelFormatError, "has no schedule"),
+        (lambda tree: tree.update(more=1), ModelConfigError, "unknown key 'more'; choose one of schedule, tables"),
+        (lambda tree: tree.update(tables={}), ModelFormatError, "a list as tables"),
+        (lambda tree: tree.update(tables=[3]), ModelFormatError, "a table as an object, got 3"),
+        (lambda tree: tree["tables"][0].pop("of_x"), ModelFormatError, "has no of_x"),
+        (lambda tree: tree["tables"][0].update(of_x=3), ModelFormatError, "expected lists of numbers"),
+        (lambda tree: tree["tables"][0].update(of_estimates=[1, 2]), ModelFormatError, "expected lists of numbers"),
+        (lambda tree: tree["tables"][0].update(sigmas=[1.0, 2.0]), ModelFormatError, "sigmas must fall"),
+        (lambda tree: tree["tables"][0].update(sigmas=[1.0, {}]), ModelFormatError, "must be numbers"),
+    ],
+)
+def test_a_damaged_file_is_refused(tuned_model: Path, change: Any, error: type[Exception], message: str) -> None:
+    tree = json.loads((tuned_model / FILE).read_text())
+    change(tree)
+    write_json(tuned_model / FILE, tree)
+    with pytest.raises(error, match=message) as raised:
+        load_pipeline(tuned_model)
+    assert FILE in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_no_json_or_of_another_model(tuned_model: Path) -> None:
+    whole = (tuned_model / FILE).read_text()
+    (tuned_model / FILE).write_text(whole[: len(whole) // 2])
+    with pytest.raises(ModelFormatError, match="expected JSON"):
+        load_pipeline(tuned_model)
+    (tuned_model / FILE).write_text(whole.replace('"schedule": "', '"schedule": "0'))
+    with pytest.raises(InputError, match="made for another noise schedule or prediction than this model's"):
+        Pipeline.from_pretrained(tuned_model, device="cpu")("a", sampler="tuned", num_inference_steps=2)
+
+
+@pytest.fixture
+def model(built_model: Path, tmp_path: Path) -> Path:
+    """The tiny model, its latents of six pictures scaled to what training asks for."""
+    for file in pictures(tmp_path / "pictures", 6).glob("*.png"):
+        Image.open(file).resize((32, 32)).save(file)
+    return base(built_model, tmp_path / "diffusion/model", tmp_path / "pictures")
+
+
+def config_of(tmp_path: Path, kind: str = "lora") -> str:
+    """Write a recipe of consistency distillation, of a LoRA or a whole U-Net."""
+    file = Path(recipe(tmp_path, "lora", optimizer__learning_rate=0.01, optimizer__warmup_steps=1))
+    tree = yaml.safe_load(file.read_text())
+    tree["consistency"] = FEW
+    tree["data"]["size"] = 32
+    if kind == "unet":
+        del tree["lora"]
+    file.write_text(yaml.safe_dump(tree))
+    return str(file)
+
+
+@pytest.mark.usefixtures("model")
+def test_a_lora_draws_in_few_calls_by_itself(tmp_path: Path) -> None:
+    """Its file says sampler, steps and guidance, so that nobody has to; what is given counts more."""
+    cli_train(config_of(tmp_path), [], False, None)
+    pipe = Pipeline.from_pretrained(tmp_path / "diffusion/model", device="cpu")
+    fast = pipe.with_loras({tmp_path / "lora/lora.safetensors": 1.0})
+    drawn = fast("a", output_type="latent")
+    told = {name: drawn.settings[name] for name in ("sampler", "num_inference_steps", "guidance_scale")}
+    assert told == {"sampler": "lcm", "num_inference_steps": 2, "guidance_scale": 1.0}
+    slow = pipe("a", output_type="latent", **told)
+    assert not torch.allclose(drawn.images, slow.images, atol=1e-3)
+    assert fast("a", num_inference_steps=3, output_type="latent").settings["num_inference_steps"] == 3
+    assert fast.with_loras({}).components.defaults == pipe.components.defaults == {}
+    assert pipe.with_loras({tmp_path / "lora/lora.safetensors": 0.0}).components.defaults == {}
+    # In a folder that is written of both, they are the model's.
+    fast.save_pretrained(tmp_path / "merged")
+    assert Pipeline.from_pretrained(tmp_path / "merged", device="cpu").components.defaults == told
+
+
+def test_defaults_of_a_lora_are_told_and_checked(built_model: Path, tmp_path: Path) -> None:
+    """They are in the metadata, where other tools pass over them; damaged ones are refused like any other file's."""
+    components, file = load_pipeline(built_model), tmp_path / "fast.safetensors"
+    name, layer = next((name, one) for name, one in layers_of(components.unet).items() if one.weight.ndim == 2)
+    rows, columns = layer.weight.shape
+    factors = Factors(torch.ones(1, columns), torch.ones(rows, 1), 1.0)
+    save_lora(LoRA({"unet": {name: factors}}, defaults={"sampler": "lcm"}), file, components)
+    assert describe_file(file)["defaults"] == {"sampler": "lcm"}
+    assert apply_loras(components, {file: 1.0}).defaults == {"sampler": "lcm"}
+    pipe = Pipeline(components)
+    for text, error, message in (
+        ("{", ModelFormatError, "expected JSON"),
+        ("3", ModelFormatError, "expected a JSON object"),
+        ('{"sampler": "lmc"}', ModelConfigError, "sampler 'lmc' is unknown; did you mean"),
+        ('{"seed": 3}', ModelConfigError, "'seed' is no option of a model"),
+    ):
+        save_file(load_file(file), file, metadata={METADATA: text})
+        with pytest.raises(error, match=message):
+            pipe.with_loras({file: 1.0})
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize("kind", ["lora", "unet"])
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, kind: str) -> None:
+    check_interrupted(config_of(tmp_path, kind), tmp_path)
+    if kind == "lora":
+        first, second = ((tmp_path / run / "lora.safetensors").read_bytes() for run in ("unbroken", "resumed"))
+        assert first == second
+        return
+    defaults = json.loads((tmp_path / "resumed/model/generation_config.json").read_text())
+    assert defaults == {"sampler": "lcm", "num_inference_steps": 2, "guidance_scale": 1.0}
+    pipe = Pipeline.from_pretrained(tmp_path / "resumed/model", device="cpu")
+    assert pipe("a", output_type="latent").settings["sampler"] == "lcm"
+    file = "unet/diffusion_pytorch_model.safetensors"
+    before, after = (load_file(tmp_path / name / file) for name in ("diffusion/model", "resumed/model"))
+    assert any(not torch.equal(tensor.half(), after[name].half()) for name, tensor in before.items())
+
+
+@pytest.mark.usefixtures("model")
+def test_it_is_looked_at_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, few in (("OVERFIT_STEPS", 2), ("SAMPLES", 8)):
+        monkeypatch.setattr(check_module, name, few)
+    monkeypatch.setitem(check_parts.OVERFIT_FLOPS, "cpu", 0.0)
+    monkeypatch.setitem(check_parts.OVERFIT_FLOPS, "cuda", 0.0)
+    config = load_config(config_of(tmp_path, "unet"))
+    assert isinstance(config, DiffusionTraining)
+    rows = {row.name: row for row in check_module.examine_diffusion(config)}
+    assert rows["gradient norm"].fine and "held-out pictures" not in rows
+
+
+def test_neighbours_come_nearer() -> None:
+    """At first the clean end; each half of the way later; never nearer than told, never below 0."""
+    asked = few_config().consistency
+    assert asked is not None
+    timesteps = torch.tensor([999, 500, 15, 0])
+    found = [neighbours(timesteps, done, asked.model_copy(update={"halvings": 3})) for done in (0, 0.25, 0.5, 0.99)]
+    assert found[0].tolist() == [0, 0, 0, 0]
+    assert [one.tolist()[:2] for one in found[1:]] == [[499, 250], [749, 375], [874, 437]]
+    assert all(one.tolist()[2:] == [0, 0] for one in found)
+    assert few_calls(asked) == {"sampler": "lcm", "num_inference_steps": 2, "guidance_scale": 1.0}
+
+
+def few_config(**changes: Any) -> DiffusionTraining:
+    tree: dict[str, Any] = {
+        "stage": "diffusion",
+        "data": {"folder": "pictures"},
+        "run": {"out": "out", "steps": 2, "batch_size": 2},
+        "start_from": "embedded",
+        "consistency": FEW,
+    }
+    config = parse_config({**tree, **changes})
+    assert isinstance(config, DiffusionTraining)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": {"kind": "inpaint"}}, "consistency does not go with task inpaint"),
+        ({"train": {"kind": "unet_and_text"}}, "consistency does not go with train.kind unet_and_text"),
+        ({"objective": {"offset_noise": 0.1}}, "consistency does not go with an objective besides caption_dropout"),
+        ({"samples": {"guidance_scale": 2.0}}, "consistency does not go with samples.guidance_scale"),
+        ({"evaluate": {"every": 1, "keep_best": "held_out/loss"}}, "does not go with evaluate.keep_best held_out/loss"),
+        ({"consistency": {"calls": 0}}, "consistency.calls"),
+        ({"consistency": {"cals": 4}}, "unknown key 'consistency.cals'; did you mean 'calls'"),
+        ({"start_from": None}, "consistency distils a model that is there; name it as start_from"),
+    ],
+)
+def test_odd_configs_are_refused(changes: dict[str, Any], message: str) -> None:
+    if changes.get("start_from", "") is None:
+        changes = {**changes, "model": {"layers_per_block": 1}, "schedule": {"num_train_timesteps": 10}}
+    with pytest.raises(InputError, match=message):
+        few_config(**changes)
+
+
+@pytest.mark.usefixtures("own_precision")
+def test_one_command_trains_a_lora(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It prints the recipe that it runs; the last line says how to draw with what came out; --resume goes on."""
+    monkeypatch.setattr(distill, "STEPS", 4)
+    out = tmp_path / "fast"
+    call = ["distill", str(model), "--data", str(tmp_path / "pictures"), "--out", str(out), "--lora", "2"]
+    assert main([*call, "--steps", "3", "--guidance", "2"]) == 0
+    printed, _, said = capsys.readouterr().out.partition("saved ")
+    tree: Any = yaml.safe_load(printed)
+    assert parse_config(tree).run.steps == 4 and tree["consistency"]["calls"] == 3
+    assert tree["consistency"]["guidance_scale"] == 2 and tree["train"]["rank"] == 2
+    assert f"--model {model} --lora {out / 'lora.safetensors'}" in said
+    lora = (out / "lora.safetensors").read_bytes()
+    (out / "lora.safetensors").unlink()
+    assert main([*call, "--resume"]) == 0
+    assert (out / "lora.safetensors").read_bytes() == lora
+    picture = tmp_path / "fast.png"
+    draw = ["generate", "a", "--model", str(model), "--lora", str(out / "lora.safetensors"), "-o", str(picture)]
+    assert main(draw) == 0
+    assert (read_record(picture)["sampler"], read_record(picture)["num_inference_steps"]) == ("lcm", 3)
+    replay = ["replay", str(picture), "--model", str(model), "--lora", str(out / "lora.safetensors")]
+    assert main([*replay, "-o", str(tmp_path / "again.png")]) == 0
+    assert Image.open(picture).tobytes() == Image.open(tmp_path / "again.png").tobytes()
+    config = load_config(out / "config.yaml")
+    assert isinstance(config, DiffusionTraining) and config.consistency is not None
+    capsys.readouterr()
+    assert main(["distill", str(model), "--lora", "2", "--resume", "--out", str(tmp_path / "none")]) == 2
+    assert main(["distill", str(out / "lora.safetensors"), *call[2:6]]) == 2
+    assert "is a LoRA and no model; merge it" in capsys.readouterr().err
+    other = load_pipeline(model)
+    unet = type(other.unet)(replace(other.unet.config, block_out_channels=(8, 16)))
+    save_pipeline(other.with_unet(unet), tmp_path / "narrow", dtype=None)
+    with pytest.raises(ModelMismatchError, match="make no change of"):
+        Pipeline.from_pretrained(tmp_path / "narrow", device="cpu").with_loras({out / "lora.safetensors": 1.0})
+
+
+def test_models_and_numbers_that_are_refused(
+    built_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, components = str(pictures(tmp_path / "pictures", 4)), load_pipeline(built_model)
+    fast, lcm = tmp_path / "fast", tmp_path / "lcm"
+    save_pipeline(replace(components, defaults={"num_inference_steps": 4, "guidance_scale": 1.0}), fast, dtype=None)
+    save_pipeline(replace(components, defaults={"sampler": "lcm"}), lcm, dtype=None)
+    named, out = [str(built_model), "--data", data], ["--out", str(tmp_path / "out")]
+    for call, expected in (
+        ([str(fast), "--data", data, *out], "is a model of few steps already"),
+        ([str(lcm), "--data", data, "--whole", *out], "is a model of few steps already"),
+        (["embedded-inpaint", "--data", data, *out], "only text-to-image models are distilled, got one of inpaint"),
+        ([str(tmp_path / "none"), "--data", data, *out], "model"),
+        ([*named, "--steps", "0", *out], "--steps must be a whole number from 1 to 32, got 0; try 4"),
+        ([*named, "--steps", "4,33", *out], "--steps must be a whole number from 1 to 32, got 33; try 4"),
+        ([*named, "--steps", "four", *out], "--steps must be whole numbers, got 'four'; try 4 or 4,8"),
+        ([*named, "--steps", "2,4", "--lora", "4", *out], "--steps of a training is one number"),
+        ([*named, "--lora", "0", *out], "--lora must be a whole number from 1 to 1024, got 0"),
+        ([*named, "--lora", "4", "--whole", *out], "not allowed with argument"),
+        ([*named, "--resume", *out], "--resume goes on with a training"),
+        ([*named, "--guidance", "nan", *out], "--guidance must be a finite number from 0 to 50"),
+        ([str(built_model), *out], "--data is missing"),
+        ([str(built_model), "--data", str(tmp_path / "nothing"), *out], "there is no file or folder"),
+    ):
+        assert main(["distill", *call]) == 2, call
+        said = capsys.readouterr().err
+        assert expected in said and said.count("\n") == 1, said
+    assert not (tmp_path / "out").exists(), "nothing was written"
+    (tmp_path / "taken").write_text("")
+    assert main(["distill", *named, "--out", str(tmp_path / "taken")]) == 4
+
+
+def test_self_conditioned_models_are_refused(built_model: Path) -> None:
+    components = load_pipeline(built_model)
+    config = replace(components.unet.config, self_conditioning=True)
+    components.unet.config = config
+    with pytest.raises(InputError, match="conditioned on its own estimates"):
+        distill.require_many_steps(components, "m")

@@ -1,0 +1,208 @@
+"""`latentdiff distill`: few steps for a model, by a sampler tuned for it, or by a LoRA or weights of few calls."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentdiff.checkpoints import Components, load_pipeline, read_header, save_pipeline
+from latentdiff.checkpoints.find import find_model
+from latentdiff.checkpoints.lora import describe_lora
+from latentdiff.checkpoints.tuned_sampler import FILE, read_tuned
+from latentdiff.devices import resolve_device
+from latentdiff.diffusion.tuned import MOST_STEPS, TUNED, TunedSampler, schedule_digest
+from latentdiff.errors import InputError, StorageError, shown
+from latentdiff.files import is_file
+from latentdiff.generation.options import check_integer, check_number
+from latentdiff.generation.request import Settings
+from latentdiff.images import write_file
+
+from .config import ConsistencyConfig, DiffusionTraining, data_config, dump_yaml, load_config, parse_config
+from .data.dataset import read_captions
+from .finetune import choose
+from .train_diffusion import train_diffusion
+from .tune_sampler import MEASURED_ON, TRAINED_ON, targets_of, tune
+
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+FEW, GUIDED = 8, 1.0  # a model whose defaults are at most so many steps, without guidance, needs no fewer
+STEPS = 2000  # of training
+# By whether the U-Net is large and whether a LoRA is trained.
+RATES = {(False, False): 1e-4, (False, True): 5e-4, (True, False): 5e-6, (True, True): 1e-4}
+
+
+def tune_sampler(model: str, data: str, steps: Sequence[int], out: str, guidance_scale: float | None = None) -> Path:
+    """Tune tables of some step counts for a model and write them beside it; return the folder of the model.
+
+    Args:
+        model: folder, single file or hub name.
+        data: captioned pictures, of which the captions are used as prompts.
+        steps: calls of the network, one table for each.
+        out: folder of the model itself, which gets the file of the tables; or another one, to which the model is
+            written too.
+        guidance_scale: of both many steps and few; None for the model's default.
+
+    Raises:
+        InputError, ModelLoadError: the model is none that can have fewer steps, or the captions cannot be used.
+        StorageError: the folder cannot be written.
+    """
+    require_model(model)
+    for count in steps:
+        check_integer("--steps", count, 1, MOST_STEPS, "try 4")
+    components = load_pipeline(model, device=resolve_device(None))
+    require_many_steps(components, model)
+    guidance = _guidance(components, guidance_scale)
+    prompts = _prompts(data, components, Path(out))
+    folder = _writable(out)
+    digest = schedule_digest(components.schedule)
+    known = next((one for one in (read_tuned(folder), components.tuned) if one is not None), None)
+    found = known if known is not None and known.schedule == digest else TunedSampler(digest, {})
+    print(f"drawing {len(prompts)} pictures in many steps", flush=True)
+    training, held_out = (
+        targets_of(components, prompts[some], guidance, seed)
+        for some, seed in ((slice(TRAINED_ON), 0), (slice(TRAINED_ON, None), TRAINED_ON))
+    )
+    for parameter in components.unet.parameters():
+        parameter.requires_grad_(False)
+    for count in steps:
+        table, initial = tune(components.schedule, count, training, held_out, guidance, report=_say)
+        print(f"{count} steps: {table.distance_before:.4f} from many steps by {initial}, {table.distance:.4f} tuned")
+        found = found.with_table(table)
+    if _is_own(model, folder):
+        write_file(folder / FILE, (json.dumps(found.to_dict(), indent=2) + "\n").encode())
+    else:
+        save_pipeline(replace(components, tuned=found), folder, torch.float16)
+    told = f" --guidance {guidance:g}" if guidance != _guidance(components, None) else ""
+    call = f"latentdiff generate {shlex.quote(prompts[0] or 'a picture')} --model {shlex.quote(str(folder))}"
+    print(f"saved {folder / FILE}; try: {call} --sampler {TUNED} --steps {steps[0]}{told}")
+    return folder
+
+
+def distil(model: str, data: str, calls: int, out: str, rank: int | None, guidance_scale: float | None = None) -> Path:
+    """Choose a recipe that makes a model draw in few calls, print it as YAML, run it, and return what was trained.
+
+    Args:
+        model: folder, single file or hub name.
+        data: captioned pictures.
+        calls: in which the result is to draw.
+        out: run folder.
+        rank: of a LoRA; None trains the whole U-Net.
+        guidance_scale: that is folded in; None for the model's default.
+
+    Raises:
+        InputError, ModelLoadError, StorageError: as of the diffusion stage.
+    """
+    require_model(model)
+    check_integer("--steps", calls, 1, MOST_STEPS, "try 4")
+    components = load_pipeline(model)
+    require_many_steps(components, model)
+    tree = recipe(components, data, calls, out, model, rank, _guidance(components, guidance_scale))
+    print(dump_yaml(tree))
+    return _run(parse_config(tree), out, resume=False)
+
+
+def go_on(out: str) -> Path:
+    """Go on with the run that is in a folder, and return what was trained.
+
+    Raises:
+        InputError, ModelLoadError, StorageError: as of the diffusion stage.
+    """
+    return _run(load_config(Path(out) / "config.yaml"), out, resume=True)
+
+
+def _run(config: object, out: str, resume: bool) -> Path:
+    if not isinstance(config, DiffusionTraining) or config.consistency is None:
+        raise InputError(f"{out} is a run of another kind; go on with it by `latentdiff train --resume`")
+    return train_diffusion(config, resume)
+
+
+def recipe(
+    components: Components, data: str, calls: int, out: str, model: str, rank: int | None, guidance_scale: float
+) -> dict[str, Any]:
+    """Return the config of a run of consistency distillation that suits a model, pictures and this machine."""
+    height, width = components.native_size
+    if height != width:
+        raise InputError(f"only models of square pictures are trained, got {width}x{height}; use another model")
+    captions = [found[0] for found in read_captions(data_config(data, height), Path(out) / "cache")]
+    tree = choose(components, data, captions, out, model, rank)
+    large = "gradient_checkpointing" in tree["run"]
+    often = STEPS // 4
+    tree["run"] |= {"steps": STEPS, "ema_decay": 0.99, "sample_every": often, "save_every": often, "log_every": 50}
+    tree["optimizer"] = {"learning_rate": RATES[large, rank is not None], "warmup_steps": 50}
+    tree["objective"] = {"caption_dropout": 0.0}
+    tree["consistency"] = ConsistencyConfig(guidance_scale=guidance_scale, calls=calls).model_dump()
+    return tree
+
+
+def require_model(model: str) -> None:
+    """Raise InputError where a LoRA stands in place of a model."""
+    if not is_file(model):
+        return
+    described = describe_lora(Path(model), read_header(Path(model))) if model.endswith(".safetensors") else None
+    if described is not None:
+        raise InputError(
+            f"{shown(model)} is a LoRA and no model; merge it with latentdiff convert MODEL NEW --lora FILE"
+        )
+
+
+def require_many_steps(components: Components, model: str) -> None:
+    """Raise InputError where a model draws in few steps already, or from more than texts."""
+    defaults, config = components.defaults, components.unet.config
+    steps = int(defaults.get("num_inference_steps", Settings.num_inference_steps))
+    guidance = float(defaults.get("guidance_scale", Settings.guidance_scale))
+    if components.task != "text_to_image":
+        raise InputError(f"only text-to-image models are distilled, got one of {components.task}; use its base")
+    if config.self_conditioning:
+        raise InputError(f"{shown(model)} is conditioned on its own estimates, which few steps lack; use another model")
+    few = steps <= FEW and guidance <= GUIDED
+    embedded = config.time_cond_proj_dim is not None or components.schedule.class_name in FEW_STEP_SCHEDULERS
+    if few or embedded or defaults.get("sampler") == "lcm":
+        raise InputError(f"{shown(model)} is a model of few steps already; distil the one that it was made of")
+
+
+def _guidance(components: Components, given: float | None) -> float:
+    """Return a guidance scale that was given, or the model's own."""
+    if given is not None:
+        return check_number("--guidance", given, 0, 50, "try 4")
+    return float(components.defaults.get("guidance_scale", Settings.guidance_scale))
+
+
+def _prompts(data: str, components: Components, out: Path) -> list[str]:
+    """Return a prompt for each sample, drawn from the captions; twice the same only where there are too few."""
+    side = min(components.native_size)
+    captions = [one for found in read_captions(data_config(data, side), out / "cache") for one in found]
+    if not captions:
+        raise InputError(f"{data} has no captions to draw by; add metadata.jsonl, or use other pictures")
+    count, rng, prompts = TRAINED_ON + MEASURED_ON, random.Random(0), list[str]()
+    while len(prompts) < count:
+        prompts += rng.sample(captions, min(len(captions), count - len(prompts)))
+    return prompts
+
+
+def _writable(out: str) -> Path:
+    """Return a folder, made if it is not there.
+
+    Raises:
+        StorageError: it cannot be.
+    """
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot write to {shown(out)}: {error}; choose another --out") from error
+    return folder
+
+
+def _is_own(model: str, folder: Path) -> bool:
+    """Say whether a folder is that of the model."""
+    return not is_file(model) and find_model(model)[0].resolve() == folder.resolve()
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
