@@ -17,7 +17,19 @@ from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from latentdiff import __version__
-from latentdiff.commands import convert, data, evaluate, finetune, generate, inspect, plan, replay, train, upscale
+from latentdiff.commands import (
+    convert,
+    data,
+    evaluate,
+    finetune,
+    generate,
+    inspect,
+    plan,
+    replay,
+    speedrun,
+    train,
+    upscale,
+)
 from latentdiff.commands.shared import say
 from latentdiff.errors import InputError, LatentDiffError, shown, suggest
 
@@ -37,6 +49,7 @@ COMMANDS: dict[str, ModuleType] = {
     "convert": convert,
     "train": train,
     "finetune": finetune,
+    "speedrun": speedrun,
     "data": data,
     "evaluate": evaluate,
 }

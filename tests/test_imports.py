@@ -45,6 +45,7 @@ LEAVES = (
 )
 TRAINING_ROOMS = (
     *(
+        "speedrun",
         "check",
         "finetune",
         "train_diffusion",
