@@ -115,7 +115,8 @@ def seconds_of_step(network: nn.Module, inputs: tuple[Tensor, ...], accelerator:
 def pictures(autoencoder: AutoencoderKL, count: int) -> tuple[Tensor, ...]:
     """Return what an autoencoder is called with for so many pictures of its side."""
     side = autoencoder.config.sample_size
-    return (torch.zeros(count, 3, side, side),)
+    height, width = (side, side) if isinstance(side, int) else side[:2]
+    return (torch.zeros(count, 3, height, width),)
 
 
 def noisy(unet: UNet2DConditionModel, count: int) -> tuple[Tensor, ...]:

@@ -18,9 +18,7 @@ from .measure import FOLDER
 from .record import Record, Stage
 
 PAGE = "report.html"
-OWN_STYLE = (
-    "img.grid { max-width: 100%; image-rendering: pixelated; } svg { margin-right: 1rem; } pre { overflow: auto; }"
-)
+OWN_STYLE = "img.grid { max-width: 100%; image-rendering: pixelated; } svg { margin-right: 1rem; }"
 WHAT = {
     "look": "looking at the machine and the pictures",
     "data": "drawing the emoji",
@@ -52,10 +50,13 @@ def write_report(record: Record, figures: Sequence[Figure], config: DiffusionTra
 def page(record: Record, figures: Sequence[Figure], config: DiffusionTraining | None) -> str:
     """Return the page as HTML that needs no other file."""
     name = escape(Path(record.subject["pictures"]).name)
-    parts = [
+    head = (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Speedrun of {name}</title>\n'
-        f"<style>{STYLE}{OWN_STYLE}</style>\n<h1>Speedrun of {name}</h1>",
+        f"<style>{STYLE}{OWN_STYLE}</style>\n<h1>Speedrun of {name}</h1>"
+    )
+    parts = [
+        head,
         *_summary(record),
         *_pictures(record.folder, config),
         *_over_time(record.folder),
@@ -100,7 +101,8 @@ def _pictures(folder: Path, config: DiffusionTraining | None) -> Iterator[str]:
     prompts = config.samples.prompts
     told = "" if len({*prompts}) == 1 else f"<p>{escape(' · '.join(prompts))}</p>"
     yield f"<h2>What it draws</h2>{told}{_image(grids[-1])}"
-    yield f"<p>Seeds 0 to {len(prompts) - 1}, not chosen, from left to right, guidance {config.samples.guidance_scale:g}.</p>"
+    scale = f"guidance {config.samples.guidance_scale:g}"
+    yield f"<p>Seeds 0 to {len(prompts) - 1}, not chosen, from left to right, {scale}.</p>"
 
 
 def _over_time(folder: Path) -> Iterator[str]:

@@ -199,9 +199,7 @@ class Speedrun:
         if found.pictures == 0:
             raise InputError(f"{self.wish.folder} has no picture that can be used; add some")
         if found.pictures < FEW:
-            self.record.note(
-                f"{found.pictures} pictures are learnt by heart; from some 50 on it is a style that is learnt."
-            )
+            self.record.note(f"{found.pictures} pictures are learnt by heart; some 50 would be a style.")
         if found.captions == 0:
             self.record.note("The pictures have no captions: the model draws without a prompt.")
         if found.captions == 1:

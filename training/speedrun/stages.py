@@ -1,4 +1,4 @@
-"""Run a training stage so that it ends in time: where it is faster or slower than thought, its steps are planned anew."""
+"""Run a training stage so that it ends in time: slower or faster than thought, it is planned anew."""
 
 from __future__ import annotations
 
