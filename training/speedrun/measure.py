@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from latentdiff.checkpoints import EMBEDDED, load_pipeline
+from latentdiff.checkpoints.components import moved
+from latentdiff.errors import InputError
 from latentdiff.evaluate.evaluation import Evaluation, Reference, Request
-from latentdiff.evaluate.features import LATENTS
+from latentdiff.evaluate.features import LATENTS, FeatureNetwork
 from latentdiff.evaluate.figure import Figure
+from latentdiff.evaluate.judge import load_judge
+from latentdiff.evaluate.latents import has_latents, latent_features
 from latentdiff.evaluate.matching import label_of
 from latentdiff.evaluate.run import evaluate
 from latentdiff.pipeline import Pipeline
@@ -32,7 +39,7 @@ def open_reference(config: DiffusionTraining, folder: Path) -> Reference:
 
 
 def metrics_of(reference: Reference, emoji: bool, reads_text: bool) -> list[str]:
-    """Return what can be measured by some real pictures; nothing where they are too few.
+    """Return what can be measured by some real pictures, here; nothing where they are too few.
 
     Args:
         emoji: whether the image-text model of the package knows them.
@@ -41,8 +48,18 @@ def metrics_of(reference: Reference, emoji: bool, reads_text: bool) -> list[str]
     if len(reference) < LEAST:
         return []
     labels = {label_of(row) for row in reference.rows}
-    matched = ["neighbours", *(["retrieval"] if emoji else [])] if reads_text and len(labels) >= DIFFERENT else []
-    return ["kid", *matched]
+    if not reads_text or len(labels) < DIFFERENT:
+        return ["kid"]
+    return ["kid", "neighbours", *(["retrieval"] if emoji and _is_judged() else [])]
+
+
+def _is_judged() -> bool:
+    """Say whether this copy of the package came with an image-text model."""
+    try:
+        load_judge()
+    except InputError:
+        return False
+    return True
 
 
 def measure_model(
@@ -62,9 +79,17 @@ def measure_model(
         InputError: what it draws cannot be measured.
         StorageError: the report cannot be written.
     """
-    features = "image-text" if config.start_from is None and config.autoencoder is None else LATENTS
     settings = {"guidance_scale": config.samples.guidance_scale}
-    request = Request(folder / FOLDER, n=n, settings=settings, features=features, progress=True)
+    request = Request(folder / FOLDER, n=n, settings=settings, features=LATENTS, progress=sys.stderr.isatty())
     pipe = Pipeline.from_pretrained(folder / "model", device=device)
-    _, figures = evaluate(Evaluation(request, pipe, {"test": reference}), metrics)
+    evaluation = Evaluation(request, pipe, {"test": reference})
+    if not has_latents(pipe.components):
+        evaluation.network = embedded_latents(device)
+    _, figures = evaluate(evaluation, metrics)
     return figures
+
+
+def embedded_latents(device: torch.device) -> FeatureNetwork:
+    """Return the latents of the embedded autoencoder as features, of pictures that are drawn without latents."""
+    found = latent_features(moved(load_pipeline(EMBEDDED), device))
+    return replace(found, name="latents of the embedded autoencoder")

@@ -18,7 +18,7 @@ from latentdiff.images import write_file
 Clock = Callable[[], float]
 FILE, LOCK = "speedrun.json", ".speedrun"
 MOST = 2**24  # bytes
-OFTEN = 5.0  # seconds between two notes of the time
+OFTEN = 20.0  # seconds between two notes of the time
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Record:
     """The time and the decisions of a speedrun, written down as it goes.
 
     Args:
-        folder: of the speedrun.
+        folder: of the speedrun; it is there.
         subject: what it is of; two that differ are two speedruns.
         clock: tells the time in seconds.
 
@@ -147,6 +147,6 @@ def require_empty(folder: Path) -> None:
         return
     if not is_folder(folder):
         raise InputError(f"{folder} must be a folder; choose another --out")
-    found = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+    found = sorted(path.name for path in folder.iterdir() if path.name != LOCK and not path.name.startswith(".tmp-"))
     if found:
         raise InputError(f"{folder} holds something else ({shown(found[0])}); choose another --out")

@@ -81,7 +81,7 @@ LATENTS = (
         recipe="emoji128-diffusion.yaml",
         least=1_000_000,
         autoencoder="emoji128-autoencoder.yaml",
-        least_autoencoder=80_000,
+        least_autoencoder=60_000,
     ),
     Size(
         name="latents of 128 px, large",
