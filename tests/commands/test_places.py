@@ -28,6 +28,7 @@ COMMANDS = {
     "inspect": ["PLACE", "PLACE.png", "PLACE.safetensors"],
     "train": ["PLACE", "PLACE --check", "PLACE.yaml"],
     "finetune": ["PLACE --model MODEL --out run", "none --model MODEL --out PLACE"],
+    "speedrun": ["PLACE", "PLACE --out run", "none --out PLACE", "emoji --out PLACE"],
     "data": ["digits PLACE", "emoji PLACE"],
     "evaluate": ["PLACE --data none", "MODEL --data PLACE"],
 }

@@ -17,6 +17,7 @@ from latentdiff.images import write_file
 
 Clock = Callable[[], float]
 FILE, LOCK = "speedrun.json", ".speedrun"
+DATA = "data"  # folder of emoji
 MOST = 2**24  # bytes
 OFTEN = 20.0  # seconds between two notes of the time
 
@@ -120,9 +121,9 @@ class Record:
         write_file(self.folder / FILE, (json.dumps(tree, indent=2) + "\n").encode())
 
     def release(self) -> None:
-        """Give the folder back where nothing came of the speedrun."""
-        files = [path for path in self.folder.rglob("*") if not path.is_dir() and path.name not in (FILE, LOCK)]
-        if self.began and not files:
+        """Give the folder back where nothing came of the speedrun: no plan, and no pictures that were drawn for it."""
+        drawn = any(not path.is_dir() for path in (self.folder / DATA).rglob("*"))
+        if self.began and "plan" not in self.facts and not drawn:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read(self) -> None:

@@ -153,9 +153,10 @@ def commands(folder: Path, config: DiffusionTraining) -> list[str]:
     place, prompts = shlex.quote(str(folder)), {*config.samples.prompts}
     prompt = f"{shlex.quote(config.samples.prompts[0])} " if len(prompts) > 1 else ""
     steps = 2 * config.run.steps
+    measured = "--metrics kid --features latents" if config.autoencoder or config.start_from else "--metrics nll"
     return [
         f"latentdiff generate {prompt}--model {place}/model",
-        f"latentdiff evaluate {place}/model --data {shlex.quote(config.data.folder)}",
+        f"latentdiff evaluate {place}/model --data {shlex.quote(config.data.folder)} --split train --n 100 {measured}",
         f"latentdiff train {place}/config.yaml --resume --set run.steps={steps}",
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +15,7 @@ from latentdiff.errors import InputError, LatentDiffError, MissingDependencyErro
 from latentdiff.evaluate.figure import Figure
 from latentdiff.evaluate.report import read_report
 from latentdiff.files import is_file
+from latentdiff.prompts import check_prompt
 
 from ..config import DataConfig, DiffusionTraining, RunConfig, data_config
 from ..data.dataset import captions_of
@@ -28,7 +31,7 @@ from .begin import Choice, choose_model, costs_of, fitting_device, measure_machi
 from .machine import Machine
 from .plan import Plan, choose, pictures_of_metric, plan
 from .recipes import Material, autoencoder_batch, autoencoder_config, unet_config
-from .record import LOCK, Clock, Record
+from .record import DATA, LOCK, Clock, Record
 from .report import write_report
 from .stages import run_stage
 from .survey import STRANGE, Survey, survey
@@ -51,7 +54,7 @@ class Wish:
         from_nothing: train a new model, whatever there is.
 
     Raises:
-        InputError: the minutes are no time, or emoji are given a caption.
+        InputError: the minutes are no time, or the caption cannot be used.
     """
 
     source: str
@@ -64,6 +67,8 @@ class Wish:
             raise InputError(f"--minutes must be above 0 and at most {LONGEST:.0f}, got {self.minutes:g}; try 30")
         if self.emoji and self.caption is not None:
             raise InputError("emoji have captions of their own, got --caption; leave it out")
+        if self.caption is not None:
+            check_prompt(self.caption, what="--caption")
 
     @property
     def emoji(self) -> bool:
@@ -73,7 +78,8 @@ class Wish:
     @property
     def folder(self) -> str:
         """The pictures, from wherever the command is given again."""
-        return str(Path(self.source).resolve()) if Path(self.source).exists() else self.source
+        here = not self.emoji and os.path.exists(self.source)
+        return os.path.abspath(self.source) if here else self.source
 
     @property
     def name(self) -> str:
@@ -139,6 +145,9 @@ class Speedrun:
             choose([size], {size.name: costs}, {size.name: work}, self.total - spent, spent)
             found = plan(size, costs, work, spent, self.total, autoencoder_batch(size))
             self.record.facts["plan"] = asdict(found)
+            if found.unet_steps == found.most:
+                passes = table.PASSES[not size.recipe]
+                self.record.note(f"Less time is used than there is: after {passes} passes it would copy the pictures.")
             self.record.save()
         todo = Plan(**self.record.facts["plan"])
         ends = {name: end * self.total / todo.ends["evaluation"] for name, end in todo.ends.items()}  # of other minutes
@@ -164,7 +173,7 @@ class Speedrun:
 
     def say(self, line: str) -> None:
         """Tell people something."""
-        print(f"{line} ({self.record.spent / 60:.1f} of {self.total / 60:.3g} minutes)", flush=True)
+        print(f"{line} ({self.record.spent / 60:.1f} of {self.total / 60:.3g} minutes)", file=sys.stderr, flush=True)
 
     def look(self) -> Machine:
         """Return how fast the machine is, and look at the pictures that are there."""
@@ -234,7 +243,7 @@ class Speedrun:
                 held_out=self.pictures.held_out,
                 start=facts["start"],
             )
-        data = self.folder / "data"
+        data = self.folder / DATA
         if not self.done("data"):
             with self.record.stage("data"):
                 build(data, size.side)
