@@ -14,8 +14,9 @@ from latentdiff.errors import InputError
 from .. import find_recipe
 from ..config import AutoencoderTraining, DiffusionTraining, parse_config, read_yaml
 from ..finetune import choose, drawable
+from . import table
 from .plan import Plan
-from .table import GRIDS, PROMPTS, Size
+from .table import Size
 
 SAVING = 90.0  # seconds between two checkpoints
 VARIANTS = ["plain", "flip"]  # of pictures of one's own
@@ -91,7 +92,7 @@ def often(steps: int, pace: float) -> dict[str, int]:
     """Return how often a stage of so many steps writes: what may change on the way."""
     return {
         "log_every": max(1, steps // 100),
-        "sample_every": max(1, math.ceil(steps / GRIDS)),
+        "sample_every": max(1, math.ceil(steps / table.GRIDS)),
         "save_every": max(1, min(math.ceil(steps / 4), int(SAVING / max(pace, 1e-6)))),
     }
 
@@ -129,14 +130,14 @@ def unet_config(
     if components is not None and material.start is not None:
         tree = choose(components, material.folder, texts, str(out), material.start, None)
         tree["data"] = material.data(size.side)
-        prompts = prompts or [WITHOUT_TEXT] * PROMPTS
+        prompts = prompts or [WITHOUT_TEXT] * table.PROMPTS
     else:
         tree = recipe_tree(size.recipe)
         model = {name: value for name, value in tree["model"].items() if name != "cross_attention_dim"}
         tree |= {"data": material.data(size.side, tree["data"]), "model": {**model, **size.model}}
         tree["autoencoder"] = str(out / "autoencoder") if size.autoencoder else None
         tree["text_encoder"] = "embedded" if material.reads_text else "none"
-        prompts = prompts or [""] * PROMPTS
+        prompts = prompts or [""] * table.PROMPTS
     tree["run"] = run_section(out, plan.unet_steps, plan.unet_batch, cost * plan.unet_batch)
     tree["optimizer"] = {**tree["optimizer"], "warmup_steps": _warmup(plan.unet_steps)}
     tree["samples"] = {"prompts": prompts, "guidance_scale": 4.0 if material.reads_text else 1.0}
@@ -147,8 +148,8 @@ def unet_config(
 
 def prompts_of(texts: Sequence[str]) -> list[str]:
     """Return some captions, from all over, to be drawn on the way; the same one again where there are few."""
-    found = drawable(texts[:: max(1, len(texts) // PROMPTS)])[:PROMPTS]
-    return (found * PROMPTS)[:PROMPTS] if found else []
+    found = drawable(texts[:: max(1, len(texts) // table.PROMPTS)])[: table.PROMPTS]
+    return (found * table.PROMPTS)[: table.PROMPTS] if found else []
 
 
 def autoencoder_batch(size: Size) -> int:
