@@ -114,7 +114,10 @@ def speedrun(wish: Wish, out: str | None = None, clock: Clock = time.monotonic) 
         record.facts["minutes"] = wish.minutes
         try:
             return Speedrun(wish, source, record).run()
-        except (InputError, MissingDependencyError, StorageError):
+        except StorageError as error:  # of a stage, which knows the command of a stage alone
+            record.release()
+            raise StorageError(str(error).replace("go on with --resume", "give the same command again")) from error
+        except (InputError, MissingDependencyError):
             record.release()
             raise
         except KeyboardInterrupt:

@@ -271,11 +271,18 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "events.out")
 
+    def no_space(*_: Any) -> None:
+        raise StorageError("could not save step-00000004: no space left; free space, then go on with --resume")
+
     call = ["speedrun", str(folder), "--out", str(out), "--minutes", str(MINUTES)]
     with monkeypatch.context() as patch:
         patch.setattr(run, "train_diffusion", full)
         assert main(call) == 4
     assert "no space left for events.out; free some, then give the same command again" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(train_diffusion, "save_run", no_space)
+        assert main(call) == 4
+    assert "free space, then give the same command again" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(run, "write_report", lambda *_: (_ for _ in ()).throw(StorageError("cannot write report.html")))
         assert main(call) == 4
