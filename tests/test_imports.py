@@ -46,6 +46,7 @@ LEAVES = (
 )
 TRAINING_ROOMS = (
     *(
+        "speedrun",
         "check",
         "distill",
         "finetune",

@@ -90,7 +90,7 @@ def choose(
         "run": run,
         "start_from": model,
         "optimizer": {"learning_rate": rates[large, rank is not None], "warmup_steps": max(1, steps // 20)},
-        "samples": {"prompts": _prompts(captions[::every]) or ["a picture"]},
+        "samples": {"prompts": drawable(captions[::every]) or ["a picture"]},
     }
     task = task or task_of(components)
     if task != "text_to_image":
@@ -108,7 +108,7 @@ def choose(
     return tree
 
 
-def _prompts(captions: Sequence[str]) -> list[str]:
+def drawable(captions: Sequence[str]) -> list[str]:
     """Return the first captions that can be drawn."""
     found = []
     for caption in captions:

@@ -46,8 +46,10 @@ from .loop.ema import Ema
 from .loop.optimizers import make_optimizer
 from .loop.resources import require_room, require_small_enough
 from .loop.run import (
+    Stop,
     checkpoint_gradients,
     compile_checked,
+    go_on,
     open_run,
     save_run,
     seeded,
@@ -74,8 +76,13 @@ HELD_OUT_PIXELS = 1024 * 64**2
 MEASURED_PIXELS = 4096 * 64**2  # of the pictures whose latents the exported statistics are of
 
 
-def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path:
+def train_autoencoder(config: AutoencoderTraining, resume: bool = False, stop: Stop = go_on) -> Path:
     """Run the whole stage and return the folder of the trained autoencoder (diffusers layout).
+
+    Args:
+        config: of the stage.
+        resume: go on from the newest checkpoint that verifies.
+        stop: see `Stop`; there is no autoencoder then.
 
     Raises:
         InputError: data or config cannot be used, or the loss is not finite 20 steps in a row.
@@ -89,7 +96,7 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False) -> Path
     require_trackers(config.run.trackers)
     tools = load_tools(config, accelerator.device)
     with restored_random_state(), kept_graphs(), open_run(config, resume, accelerator, "vae") as checkpoint:
-        return _train(config, checkpoint, references, tools, accelerator)
+        return _train(config, checkpoint, references, tools, accelerator, stop)
 
 
 def _train(
@@ -98,6 +105,7 @@ def _train(
     references: References,
     tools: Tools,
     accelerator: Accelerator,
+    stop: Stop,
 ) -> Path:
     """Run the stage in a run folder that is open, from a checkpoint on; see `train_autoencoder`."""
     folder = Path(config.run.out)
@@ -113,7 +121,7 @@ def _train(
     if config.run.compile:
         compile_autoencoder(model.to(accelerator.device), config, data, accelerator)
     evaluations, vae = Evaluations(config, tools, reference, state), folder / "vae"
-    reached = run_steps(config, data, held_out, references, state, first, accelerator, evaluations)
+    reached = run_steps(config, data, held_out, references, state, first, accelerator, evaluations, stop)
     if reached and accelerator.is_main_process:
         with state.ema.swapped_into(model):
             export(model, load_measured(config, data), held_out, folder)
@@ -154,8 +162,9 @@ def run_steps(
     first: int,
     accelerator: Accelerator,
     evaluations: Evaluations,
+    stop: Stop,
 ) -> bool:
-    """Train from step `first` to the last; say whether it was reached, or patience ended, not stopped by a signal."""
+    """Train from step `first` to the last; say whether it was reached, or patience ended, not stopped before."""
     run, plain, discriminator = config.run, state.modules["model"], state.modules["discriminator"]
     assert isinstance(plain, AutoencoderKL) and isinstance(discriminator, PatchDiscriminator)
     model, adversary, optimizer, discriminator_optimizer = accelerator.prepare(
@@ -186,7 +195,8 @@ def run_steps(
                 if adversarial:
                     discriminator_optimizer.step()
             log.step(step, {**values, "skipped": not finite, "learning_rate": optimizer.param_groups[0]["lr"]})
-            done, stopping = step + 1, any_process(accelerator, bool(stopped))
+            done = step + 1
+            stopping = any_process(accelerator, bool(stopped) or (done < run.steps and stop(done)))
             if logged:
                 skipped = state.guard.skipped
                 log.write(done, {**scalars, "ema_distance": ema_distance(state.ema, plain), "skipped_steps": skipped})

@@ -37,8 +37,10 @@ from .loop.distributed import any_process, gathered, micro_batches, own_shares, 
 from .loop.posthoc_ema import save_snapshot
 from .loop.resources import require_room
 from .loop.run import (
+    Stop,
     compile_checked,
     fast_attention,
+    go_on,
     open_run,
     save_run,
     seeded,
@@ -65,8 +67,13 @@ LORA_FILE = "lora.safetensors"
 EMBEDDING_FILE = "embedding.safetensors"
 
 
-def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
+def train_diffusion(config: DiffusionTraining, resume: bool = False, stop: Stop = go_on) -> Path:
     """Run the whole stage and return the folder of the trained model (diffusers layout, EMA weights).
+
+    Args:
+        config: of the stage.
+        resume: go on from the newest checkpoint that verifies.
+        stop: see `Stop`; there is no model then.
 
     Raises:
         InputError: data or config cannot be used, or the loss is not finite 20 steps in a row.
@@ -77,10 +84,12 @@ def train_diffusion(config: DiffusionTraining, resume: bool = False) -> Path:
     require_trackers(config.run.trackers)
     tools = load_tools(config, accelerator.device)
     with restored_random_state(), open_run(config, resume, accelerator, export_name(config)) as checkpoint:
-        return _train(config, checkpoint, tools, accelerator)
+        return _train(config, checkpoint, tools, accelerator, stop)
 
 
-def _train(config: DiffusionTraining, checkpoint: Checkpoint | None, tools: Tools, accelerator: Accelerator) -> Path:
+def _train(
+    config: DiffusionTraining, checkpoint: Checkpoint | None, tools: Tools, accelerator: Accelerator, stop: Stop
+) -> Path:
     """Run the stage in a run folder that is open, from a checkpoint on; see `train_diffusion`."""
     folder = Path(config.run.out)
     components = load_components(config)
@@ -102,7 +111,9 @@ def _train(config: DiffusionTraining, checkpoint: Checkpoint | None, tools: Tool
     if config.run.compile:
         compile_unet(network.to(accelerator.device), config, data, accelerator)
     evaluations = Evaluations(config, tools, reference, state)
-    reached = run_steps(network, teacher, config, components, data, state, first, accelerator, held_out, evaluations)
+    reached = run_steps(
+        network, teacher, config, components, data, state, first, accelerator, held_out, evaluations, stop
+    )
     if reached:
         with averaged_network(network, components, state.modules["model"], state.ema, accelerator) as averaged:
             if averaged is not None:
@@ -132,8 +143,9 @@ def run_steps(
     accelerator: Accelerator,
     held_out: Batch | None,
     evaluations: Evaluations,
+    stop: Stop,
 ) -> bool:
-    """Train from step `first` to the last; say whether it was reached, or patience ended, not stopped by a signal.
+    """Train from step `first` to the last; say whether it was reached, or patience ended, not stopped before.
 
     `network` is what is called, and `state.modules["model"]` the part of it, or all, that is trained.
     """
@@ -166,7 +178,8 @@ def run_steps(
                 importance.update(timesteps, losses)
             values = {"loss": loss, "grad_norm": norm, "null": dropped.mean(), "skipped": not finite}
             log.step(step, {**values, "learning_rate": optimizer.param_groups[0]["lr"]})
-            done, stopping = step + 1, any_process(accelerator, bool(stopped))
+            done = step + 1
+            stopping = any_process(accelerator, bool(stopped) or (done < run.steps and stop(done)))
             if done % run.log_every == 0:
                 norms |= {"ema_distance": ema_distance(state.ema, trained), "skipped_steps": state.guard.skipped}
                 log.write(done, {**norms, **statistics.scalars(accelerator)})

@@ -6,12 +6,13 @@ import argparse
 import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from latentdiff import training
 from latentdiff.commands.shared import load_torch
 from latentdiff.errors import StorageError
-from latentdiff.files import is_file
 
 HELP = "Train the stage that a YAML config describes."
 
@@ -36,11 +37,9 @@ def run(options: argparse.Namespace) -> None:
 
 def find_recipe(config: str) -> str:
     """Return the path of a config; a plain name, or one in configs/, that is no file may be one of the package."""
-    named, package = Path(config), Path(training.__file__).parent
+    named = Path(config)
     if named.parent in (Path(), Path("configs")) and not os.path.exists(named):
-        for folder in (package / "configs", package.parent / "configs"):  # of an installed package, of a checkout
-            if is_file(folder / named.name):
-                return str(folder / named.name)
+        return str(training.find_recipe(named.name) or config)
     return config
 
 
@@ -60,7 +59,7 @@ def train(config: str, overrides: list[str], resume: bool, out: str | None) -> N
     from latentdiff.training.config import AutoencoderTraining, ImageTextTraining, load_config
 
     parsed = load_config(config, [*overrides, *([f"run.out={json.dumps(out)}"] if out else [])])
-    try:
+    with space_needed(parsed.run.out, "go on with --resume"):
         if isinstance(parsed, AutoencoderTraining):
             from latentdiff.training.train_autoencoder import train_autoencoder
 
@@ -73,11 +72,25 @@ def train(config: str, overrides: list[str], resume: bool, out: str | None) -> N
             from latentdiff.training.train_diffusion import train_diffusion
 
             train_diffusion(parsed, resume)
-    except OSError as error:  # of a log line or a picture; checkpoints, caches and models have their own
+
+
+@contextmanager
+def space_needed(out: str, remedy: str) -> Iterator[None]:
+    """Say in one line that a disk is full while something is trained in a `with` block.
+
+    Args:
+        out: run folder.
+        remedy: how to go on when there is space.
+
+    Raises:
+        StorageError: a log line or a picture found none; checkpoints, caches and models say so by themselves.
+    """
+    try:
+        yield
+    except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        place = error.filename or parsed.run.out
-        raise StorageError(f"no space left for {place}; free some, then go on with --resume") from error
+        raise StorageError(f"no space left for {error.filename or out}; free some, then {remedy}") from error
 
 
 def check(config: str, overrides: list[str], out: str | None) -> None:

@@ -21,7 +21,7 @@ from latentdiff.evaluate.sets import blurred
 from latentdiff.evaluate.tasks import own_task
 from latentdiff.images import open_image
 
-__all__ = ["clip", "neighbours", "retrieval"]
+__all__ = ["clip", "label_of", "neighbours", "retrieval"]
 
 BEST = (1, 5)
 NEAREST = 5
@@ -99,7 +99,7 @@ def neighbours(evaluation: Evaluation) -> list[Figure]:
     drawn, own = [one.drawn for one in found], np.array([one.place for one in found])
     features = features_of(load_pictures([path for path, _ in drawn]), network)
     real = np.concatenate([features_of(reference.load(block), network) for block in _blocks(len(reference))])
-    names = np.array([_label(row) for row in reference.rows])
+    names = np.array([label_of(row) for row in reference.rows])
     hits = _near(features, np.array([one.label for one in found]), real, names, own)
     apart = np.array(reference.sample(len(drawn)))
     damaged = features_of(blurred(reference.load(apart.tolist())), network)
@@ -139,7 +139,7 @@ def _blocks(count: int) -> Iterator[range]:
     return (range(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK))
 
 
-def _label(row: Mapping[str, Any]) -> str:
+def label_of(row: Mapping[str, Any]) -> str:
     """Return what a picture is of: its `thing`, or its first caption."""
     return str(row.get("thing") or row["captions"][0])
 
@@ -167,7 +167,7 @@ def _labelled(evaluation: Evaluation, labels: list[str]) -> list[Labelled]:
     if task is not None:
         places, rows = evaluation.sample(PROMPTS), evaluation.reference("test").rows
         drawn = evaluation.draw_best("captions", evaluation.spoilt_items(task, places))
-        return [Labelled(one, _label(rows[place]), place) for one, place in zip(drawn, places)]
+        return [Labelled(one, label_of(rows[place]), place) for one, place in zip(drawn, places)]
     chosen = np.random.default_rng(seed).permutation(len(labels))[: evaluation.count(PROMPTS)]
     items = [Item(labels[number], seed + place) for place, number in enumerate(chosen)]
     return [Labelled(one, one[1].prompt) for one in evaluation.draw_best("retrieval", items)]
@@ -187,4 +187,4 @@ def _labels(evaluation: Evaluation) -> list[str]:
     test = evaluation.references.get("test")
     rows = [] if test is None else test.rows
     given = [] if evaluation.given is None else [item.prompt for _, item in _with_prompts(evaluation)]
-    return sorted({*given, *(_label(row) for row in rows if not row.get("variant"))})
+    return sorted({*given, *(label_of(row) for row in rows if not row.get("variant"))})

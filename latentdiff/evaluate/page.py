@@ -14,7 +14,7 @@ from latentdiff.evaluate.figure import Figure
 from latentdiff.images import open_stored, to_rgb, write_file
 from latentdiff.marks import source_type_of
 
-__all__ = ["page", "write_page"]
+__all__ = ["STYLE", "details", "figure_table", "page", "write_page"]
 
 PAGE = "report.html"
 IN_ROW = 8  # pictures
@@ -47,9 +47,8 @@ def page(figures: Sequence[Figure], subject: Mapping[str, Any], home: Path) -> s
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Evaluation of {name}</title>\n'
-        f"<style>{STYLE}</style>\n<h1>Evaluation of {name}</h1>\n{_details('What was measured', subject)}\n"
-        f"<table>\n<tr><th>figure<th>value<th>95 % interval<th>n<th>floor<th>ceiling<th>better\n"
-        f"{''.join(map(_row, figures))}</table>\n{''.join(_grids(figure, home) for figure in figures)}</html>\n"
+        f"<style>{STYLE}</style>\n<h1>Evaluation of {name}</h1>\n{details('What was measured', subject)}\n"
+        f"{figure_table(figures)}\n{''.join(_grids(figure, home) for figure in figures)}</html>\n"
     )
 
 
@@ -64,6 +63,12 @@ def write_page(figures: Sequence[Figure], subject: Mapping[str, Any], folder: Pa
     return path
 
 
+def figure_table(figures: Sequence[Figure]) -> str:
+    """Return a table of figures as HTML, each with its protocol."""
+    heads = "<tr><th>figure<th>value<th>95 % interval<th>n<th>floor<th>ceiling<th>better\n"
+    return f"<table>\n{heads}{''.join(map(_row, figures))}</table>"
+
+
 def _row(figure: Figure) -> str:
     found = figure.estimate
     cells = [
@@ -73,11 +78,12 @@ def _row(figure: Figure) -> str:
         *("" if bound is None else f"{bound:.4g}" for bound in (figure.floor, figure.ceiling)),
     ]
     numbers = "".join(f'<td class="number">{cell}' for cell in cells)
-    protocol = _details(f"protocol {figure.protocol_digest}", figure.protocol)
+    protocol = details(f"protocol {figure.protocol_digest}", figure.protocol)
     return f"<tr><td>{escape(figure.name)}{protocol}{numbers}<td>{figure.better or ''}\n"
 
 
-def _details(title: str, entries: Mapping[str, Any]) -> str:
+def details(title: str, entries: Mapping[str, Any]) -> str:
+    """Return entries as HTML that is folded up under a title."""
     rows = "".join(f"<dt>{escape(name)}<dd>{escape(str(value))}" for name, value in entries.items())
     return f"<details><summary>{escape(title)}</summary><dl>{rows}</dl></details>"
 

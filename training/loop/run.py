@@ -9,7 +9,7 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -93,14 +93,18 @@ def open_run(
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, file: str = ".lock") -> Iterator[None]:
     """Keep other processes out of a run folder, which is made if it is not there, in a `with` block.
+
+    Args:
+        folder: of the run.
+        file: name of the lock in it.
 
     Raises:
         InputError: another process trains in it.
         StorageError: it cannot be made.
     """
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / file)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -269,6 +273,15 @@ def short(values: Tensor, most: int = 6) -> str:
     """Return numbers as messages have them, the first few: "[0.12, -1.00, ...]"."""
     more = ", ..." if len(values) > most else ""
     return f"[{', '.join(f'{value:.2f}' for value in values[:most].tolist())}{more}]"
+
+
+Stop = Callable[[int], bool]
+"""Asked after each step but the last, with how many are done, whether to save and stop there as a signal would."""
+
+
+def go_on(done: int) -> bool:
+    """Stop nowhere: see `Stop`."""
+    return False
 
 
 @contextmanager

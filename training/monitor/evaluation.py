@@ -103,7 +103,7 @@ def open_reference(config: Config, cache: Path) -> Reference | None:
                     f"evaluate: {short[0]} needs {LEAST} held-out pictures or more, got {min(len(data), asked.n)}; "
                     "raise data.held_out or evaluate.n, or leave it out"
                 )
-            return _reference(config.data, split, data)
+            return reference_of(config.data, split, data)
     needing = [name for name in asked.metrics if name != "compose"]
     needing += [name for name in HELD_OUT if name == asked.keep_best]
     if needing:
@@ -114,7 +114,8 @@ def open_reference(config: Config, cache: Path) -> Reference | None:
     return None
 
 
-def _reference(config: DataConfig, split: str, data: CaptionedImages) -> Reference:
+def reference_of(config: DataConfig, split: str, data: CaptionedImages) -> Reference:
+    """Return real pictures, which are held in memory, as metrics take them."""
     images = to_tensor(composite(data.images, rgb(config.background)))  # (N, 3, H, W)
     captions, files = [row["captions"][0] for row in data.rows], [sample.digest for sample in data.samples]
     name = Path(config.folder).resolve().name
