@@ -177,6 +177,10 @@ class Hands:
         """Press a button."""
         self.tab.locator(inside).get_by_role("button", name=name, exact=True).click()
 
+    def unfold(self, name: str) -> None:
+        """Open what is folded away."""
+        self.tab.get_by_role("button", name=name).click()
+
     def choose(self, mode: str) -> None:
         """Choose how to draw."""
         self.tab.get_by_role("radio", name=mode).check(force=True)

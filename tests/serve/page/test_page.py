@@ -124,7 +124,7 @@ def test_settings_are_read_from_a_picture(server: Opened, hands: At, pipe: Pipel
     drawn.save(tmp_path / "dropped.png")
     noise_picture(8, 8).save(tmp_path / "nothing.png")
     page = hands(server)
-    page.press("Settings from a picture")
+    page.unfold("Settings from a picture")
     page.tab.locator("#read input[type=file]").set_input_files(tmp_path / "nothing.png")
     assert "must hold latentdiff's settings" in page.says("settings")
     page.tab.locator("#read").get_by_role("button", name="Clear").click()
@@ -151,8 +151,8 @@ def test_the_keyboard_is_enough(server: Opened, hands: At) -> None:
     page.says("Done in")
     page.tab.get_by_role("radio", name="Text").focus()
     keys.press("ArrowRight")
-    assert page.tab.get_by_role("radio", name="Image").is_checked()
     page.tab.get_by_text("Picture to change").wait_for()
+    assert page.tab.get_by_role("radio", name="Image").is_checked()
 
 
 def test_bad_input_is_one_line(server: Opened, hands: At, tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_full_queue_and_a_model_that_fails_are_one_line(gate: Gate, open_page:
 
 def test_every_option_has_a_control(server: Opened, hands: At) -> None:
     page = hands(server)
-    page.press("More settings")
+    page.unfold("More settings")
     names = set(Settings.__dataclass_fields__) - {
         "prompts",
         "negative_prompt",
@@ -232,7 +232,7 @@ def test_nothing_keeps_anyone_out(server: Opened, hands: At, theme: str) -> None
     page.write("Prompt", "fox")
     page.write("Steps", "2")
     page.draw()
-    page.press("More settings")
+    page.unfold("More settings")
     for mode in ("Text", "Image", "Inpaint", "Outpaint", "Upscale"):
         page.choose(mode)
         page.tab.wait_for_timeout(200)
