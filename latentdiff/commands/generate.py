@@ -13,6 +13,7 @@ from latentdiff.commands.shared import (
     add_machine,
     add_model,
     add_settings,
+    add_size,
     add_writing,
     file_and_rest,
     flags,
@@ -21,6 +22,7 @@ from latentdiff.commands.shared import (
     on_terminal,
     parse_loras,
     print_report,
+    read_size,
     write_all,
     writing,
 )
@@ -58,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="part of --image to generate, while the rest stays: white in a picture of its size, transparent in it "
         "(alpha), or a box of its pixels",
     )
-    parser.add_argument("--size", metavar="WxH", help="in pixels, multiples of 8")
+    add_size(parser)
     add_settings(parser, *GENERATE)
     parser.add_argument(
         "--best-of",
@@ -80,9 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Generate pictures of prompts."""
-    chosen, prompts = given_settings(options), options.prompts or [""]
-    width, height = _size(options.size)
-    chosen |= {} if width is None else {"width": width, "height": height}
+    chosen, prompts = given_settings(options) | read_size(options.size), options.prompts or [""]
     # Everything that can be refused without the model is, before it loads.
     check_inputs(chosen, image=options.image is not None, mask=options.mask is not None, names=flags(), asked=True)
     if options.upscale_model is not None and not options.upscale:
@@ -171,13 +171,3 @@ def _mask(text: str | None) -> str | list[int] | None:
     if len(numbers) > 1 and all(number.strip().isdecimal() and len(number) < 9 for number in numbers):
         return [int(number) for number in numbers]
     return text
-
-
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    """Return (width, height) of "64x48", or (None, None)."""
-    if text is None:
-        return None, None
-    width, cross, height = text.lower().partition("x")
-    if not cross or not all(side.isdecimal() and len(side) < 9 for side in (width, height)):
-        raise InputError(f"--size must be WIDTHxHEIGHT in pixels, got {shown(text)}; try 64x64")
-    return int(width), int(height)

@@ -243,6 +243,10 @@ class _Replay:
             raise InputError(
                 "the picture was drawn from latents that were passed in, which no file keeps; draw it in Python"
             )
+
+        def hash_of(file: str) -> str:
+            return pixel_hash(to_rgb(_open(file, "image")))
+
         found: dict[str, Any] = {}
         for name in (name for name in ("image", "mask") if record.get(name) is not None):
             used = record[name] if isinstance(record[name], dict) else {}
@@ -253,12 +257,15 @@ class _Replay:
             if alpha:
                 given = found.get("image")
             elif isinstance(given, str):
-                given = self._find(given, name, used.get("hash"), lambda one: pixel_hash(to_rgb(_open(one, "image"))))
+                given = self._find(given, name, used.get("hash"), hash_of)
             elif isinstance(used.get("record"), dict):
                 given = self.generate(used["record"], _Request.of(used["record"]), "the picture it was made of").image
+            elif new := getattr(self.options, f"new_{name}"):  # it was in memory, or sent to a server
+                given = self._find(new[0], name, used.get("hash"), hash_of)
             if not isinstance(given, (str, Image.Image)):
                 raise InputError(
-                    "the picture was drawn from an image in memory, which no file keeps; draw it in Python"
+                    f"the picture was drawn from {'an' if name == 'image' else 'a'} {name} in memory, which no file "
+                    f"keeps; pass --{name} if you have it, or draw it in Python"
                 )
             opened = _open(given, name)
             now = open_mask(ALPHA, opened).given["hash"] if alpha else pixel_hash(to_rgb(opened))

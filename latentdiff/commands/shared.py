@@ -94,6 +94,21 @@ def flags() -> dict[str, str]:
     return {name: flag.split(", ")[-1] for name, flag in named.items()} | {"image": "--image", "mask": "--mask"}
 
 
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says how large pictures are."""
+    parser.add_argument("--size", metavar="WxH", help="in pixels, multiples of 8; the model's own by default")
+
+
+def read_size(text: str | None) -> dict[str, int]:
+    """Return the settings that --size 64x48 stands for; none where it was not given."""
+    if text is None:
+        return {}
+    width, cross, height = text.lower().partition("x")
+    if not cross or not all(side.isdecimal() and len(side) < 9 for side in (width, height)):
+        raise InputError(f"--size must be WIDTHxHEIGHT in pixels, got {shown(text)}; try 64x64")
+    return {"width": int(width), "height": int(height)}
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which model is used, with which words and LoRAs."""
     parser.add_argument("--model", help="folder, safetensors file, or owner/name on a hub; the embedded one by default")

@@ -22,7 +22,9 @@ STYLE = (
     "svg{background:#fff;color:#222;font:11px sans-serif}"
     "@media(prefers-color-scheme:dark){svg{background:#181818;color:#ddd}}"
 )
-WIDTH, HEIGHT, MARGIN = 420, 260, 56  # of a plot, in pixels
+WIDTH, HEIGHT, MARGIN, LEGEND = 420, 260, 56, 200  # of a plot, and the width of what explains it, in pixels
+TICKS = 6  # where there are more costs, only the ends are named
+COLOURS = ("#2f7ed8", "#d9534f", "#3a9d5d", "#b07cc6", "#e08e0b", "#17a2a2", "#8c6d46", "#777777")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Setting:
     def value(self, name: str) -> float:
         """Return the value of a figure, NaN where it is not there."""
         return next((one.estimate.value for one in self.figures if one.name == name), math.nan)
+
+    @property
+    def series(self) -> str:
+        """What a plot joins by a line: the name without the steps."""
+        return ", ".join(f"{name}={value}" for name, value in self.chosen.items() if name != "steps")
 
     @property
     def cost(self) -> float:
@@ -88,13 +95,16 @@ def write_sweep(found: Sequence[Setting], folder: Path) -> None:
 
 
 def plot(found: Sequence[Setting]) -> str:
-    """Return quality against cost as SVG, a plot for each figure of quality."""
+    """Return quality against cost as SVG, a plot for each figure of quality.
+
+    A line joins settings that differ in steps alone.
+    """
     names = dict.fromkeys(one.name for setting in found for one in setting.figures if not one.name.startswith("speed/"))
     charts = [chart for name in names if (chart := _chart(name, found))]
     placed = [f'<g transform="translate(0 {HEIGHT * row})">{chart}</g>' for row, chart in enumerate(charts)]
-    height = HEIGHT * max(1, len(charts))
+    height, width = HEIGHT * max(1, len(charts)), WIDTH + LEGEND
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">\n'
         f"<style>{STYLE}</style>\n" + "\n".join(placed) + "\n</svg>\n"
     )
 
@@ -107,29 +117,44 @@ def _chart(name: str, found: Sequence[Setting]) -> str:
     costs = [math.log(setting.cost) for _, setting in points]
     ends = [end for one, _ in points for end in _ends(one)]
     across, up = _scale(costs, MARGIN, WIDTH - MARGIN), _scale(ends, HEIGHT - MARGIN, 24)
-    timed = any(not math.isnan(setting.value(COST)) for _, setting in points)
-    better = f" ({points[0][0].better} is better)" if points[0][0].better else ""
-    bottom, unit = HEIGHT - MARGIN + 8, "seconds to a picture" if timed else "steps"
-    parts = [
-        f'<text x="{MARGIN}" y="14" fill="currentColor" font-weight="bold">{escape(name)}{better}</text>',
-        f'<path d="M{MARGIN - 8} 20V{bottom}H{WIDTH - 8}" fill="none" stroke="currentColor" opacity=".5"/>',
-        f'<text x="{WIDTH - 8}" y="{bottom + 28}" fill="currentColor" text-anchor="end">{unit}, logarithmic</text>',
-    ]
+    parts = [_axes(points[0][0], any(not math.isnan(setting.value(COST)) for _, setting in points))]
     for value in (min(ends), max(ends)):
-        parts.append(
-            f'<text x="{MARGIN - 12}" y="{up(value) + 4:.1f}" fill="currentColor" text-anchor="end">{value:.3g}</text>'
-        )
-    for value in (min(costs), max(costs)):
-        parts.append(
-            f'<text x="{across(value):.1f}" y="{bottom + 14}" fill="currentColor" text-anchor="middle">'
-            f"{math.exp(value):.3g}</text>"
-        )
+        parts.append(_text(MARGIN - 12, up(value) + 4, f"{value:.3g}", "end"))
+    for value in sorted(set(costs)) if len(set(costs)) <= TICKS else (min(costs), max(costs)):
+        parts.append(_text(across(value), HEIGHT - MARGIN + 22, f"{math.exp(value):.3g}", "middle"))
+    lines: dict[str, list[tuple[float, float, float, float]]] = {}
     for (one, setting), cost in zip(points, costs):
-        x, y, (low, high) = across(cost), up(one.estimate.value), _ends(one)
-        parts.append(f'<path d="M{x:.1f} {up(low):.1f}V{up(high):.1f}" stroke="currentColor" opacity=".5"/>')
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="#2f7ed8"/>')
-        parts.append(f'<text x="{x + 6:.1f}" y="{y - 5:.1f}" fill="currentColor">{escape(setting.name)}</text>')
+        low, high = _ends(one)
+        lines.setdefault(setting.series, []).append((across(cost), up(one.estimate.value), up(low), up(high)))
+    for number, (series, line) in enumerate(lines.items()):
+        parts.append(_line(sorted(line), COLOURS[number % len(COLOURS)]))
+        parts.append(f'<circle cx="{WIDTH}" cy="{26 + 16 * number}" r="3.5" fill="{COLOURS[number % len(COLOURS)]}"/>')
+        parts.append(_text(WIDTH + 8, 30 + 16 * number, series or "steps", "start"))
     return "".join(parts)
+
+
+def _axes(figure: Figure, timed: bool) -> str:
+    better = f" ({figure.better} is better)" if figure.better else ""
+    bottom, unit = HEIGHT - MARGIN + 8, "seconds to a picture" if timed else "steps"
+    return (
+        f'<text x="{MARGIN}" y="14" fill="currentColor" font-weight="bold">{escape(figure.name)}{better}</text>'
+        f'<path d="M{MARGIN - 8} 20V{bottom}H{WIDTH - 8}" fill="none" stroke="currentColor" opacity=".5"/>'
+        + _text(WIDTH - 8, bottom + 28, f"{unit}, logarithmic", "end")
+    )
+
+
+def _line(points: Sequence[tuple[float, float, float, float]], colour: str) -> str:
+    """Draw (x, y, low, high) of one series, from left to right."""
+    way = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in points)
+    parts = [f'<polyline points="{way}" fill="none" stroke="{colour}"/>']
+    for x, y, low, high in points:
+        parts.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{colour}" opacity=".5"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>')
+    return "".join(parts)
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" fill="currentColor" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _ends(one: Figure) -> tuple[float, float]:

@@ -46,7 +46,7 @@ def spoilt(task: str, image: Tensor, factor: int, seed: tuple[int, int]) -> Mapp
     if picture.width % factor or picture.height % factor:
         raise InputError(
             f"pictures must be multiples of {factor} pixels wide and high, got {picture.width}x{picture.height}; "
-            "pass --height and --width"
+            "try another height and width"
         )
     if task == "upscale":
         size = (picture.width // factor, picture.height // factor)

@@ -27,6 +27,7 @@ SAMPLERS = {
     "plms": "PLMS",
     "lcm": "LCM",
 }
+NEGATIVE = "Negative prompt:"
 FEWEST_PAIRS = 3  # in a last line that is no part of the prompt, as the web UIs count
 # "Key: value," or "Key: a JSON string,"
 PAIR = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
@@ -41,7 +42,7 @@ def infotext(record: Mapping[str, Any]) -> str:
     """
     lines = [_as_prompt(record["prompt"])]
     if record["negative_prompt"]:
-        lines.append(f"Negative prompt: {_as_prompt(record['negative_prompt'])}")
+        lines.append(f"{NEGATIVE} {_as_prompt(record['negative_prompt'])}")
     pairs = _pairs(record)
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items()))
     return "\n".join(lines)
@@ -58,8 +59,9 @@ def parse_infotext(text: str) -> dict[str, str]:
         pairs[found[1]], place = _unquoted(found[2].strip()), found.end()
     if len(pairs) < FEWEST_PAIRS:
         lines, pairs = [*lines, last], {}
-    prompt, _, negative = "\n".join(lines).partition("Negative prompt:")
-    texts = {"Prompt": prompt.strip(), "Negative prompt": negative.strip()}
+    first = next((number for number, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
+    negative = "\n".join(lines[first:]).removeprefix(NEGATIVE)
+    texts = {"Prompt": "\n".join(lines[:first]).strip(), "Negative prompt": negative.strip()}
     return {name: value for name, value in texts.items() if value} | pairs
 
 
@@ -113,12 +115,13 @@ def _quoted(value: object) -> str:
 
 def _unquoted(text: str) -> str:
     try:
-        return str(json.loads(text)) if text.startswith('"') else text
+        plain = str(json.loads(text)) if text.startswith('"') else text
     except ValueError:
         return text
+    return plain.encode("utf-8", "replace").decode()  # halves of characters, which JSON may hold
 
 
 def _as_prompt(text: str) -> str:
-    taken = ("Negative prompt:", "Steps:")
+    taken = (NEGATIVE, "Steps:")
     lines = str(text).encode("utf-8", "backslashreplace").decode().split("\n")
     return "\n".join(f" {line}" if line.startswith(taken) else line for line in lines)

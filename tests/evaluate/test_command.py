@@ -23,6 +23,7 @@ from latentdiff.commands.shared import load
 from latentdiff.evaluate.features import FEATURES, LATENTS
 from latentdiff.evaluate.report import read_report
 from latentdiff.evaluate.run import METRICS
+from latentdiff.images import open_image
 from latentdiff.marks import GENERATED
 from latentdiff.pipeline import Pipeline
 from tests.evaluate.small import make_overflow
@@ -208,7 +209,8 @@ def test_a_sweep_has_a_report_for_each_setting_and_a_table(
     times = figures["speed/seconds_to_picture"].estimate
     assert 0 < times.low <= times.value <= times.high
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 1 + 4 * len(figures)
-    assert (tmp_path / "sweep.svg").read_text().count("<circle") == 4
+    drawn = (tmp_path / "sweep.svg").read_text()
+    assert drawn.count("<polyline") == 2 and drawn.count("<circle") == 4 + 2  # and one each beside their names
     for text, message in (
         ("stepz=3", "--stepz is no setting; did you mean 'steps'"),
         ("steps", "--sweep must be a setting with values"),
@@ -270,6 +272,12 @@ def test_a_sweep_over_dtypes_loads_the_model_for_each(
     assert not loaded
 
 
+def test_pictures_have_the_size_asked_for(call: list[str], tmp_path: Path) -> None:
+    assert main([*call, "--n", "2", "--metrics", "psnr", "--size", "16x16", "--out", str(tmp_path / "small")]) == 0
+    assert main([*call, "--n", "2", "--size", "16x16", "--out", str(tmp_path / "drawn")]) == 0
+    assert {open_image(file).size for file in (tmp_path / "drawn/pictures").rglob("*.png")} == {(16, 16)}
+
+
 def test_what_is_asked_must_fit(call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = [*call, "--out", str(tmp_path / "out")]
     for arguments, message in (
@@ -288,6 +296,8 @@ def test_what_is_asked_must_fit(call: list[str], tmp_path: Path, capsys: pytest.
         ([*call[:2], "--recipe", "x.yaml"], "got no --data; add it"),
         ([*call, "--recipe", str(tmp_path / "none.yaml")], "none.yaml"),
         ([*call, "--guidance", "99"], "guidance_scale must be"),
+        ([*call, "--size", "16"], "--size must be WIDTHxHEIGHT in pixels, got '16'"),
+        ([*call, "--size", "16x32"], "only square pictures can be measured beside real ones, got 16x32"),
         (["evaluate", call[1], "--metrics", "kid", "--out", str(tmp_path / "o")], "pass --data"),
     ):
         assert message in error_of(arguments, capsys)

@@ -38,7 +38,7 @@ def test_what_is_left_of_a_picture_is_a_function_of_the_seed() -> None:
     assert one["mask"].tobytes() == same["mask"].tobytes() != other["mask"].tobytes()
     clean, degraded = (spoilt(task, image, 4, (0, 2))["image"] for task in ("upscale", "upscale_degraded"))
     assert clean.size == degraded.size == (8, 8) and clean.tobytes() != degraded.tobytes()
-    with pytest.raises(InputError, match="multiples of 5 pixels wide and high, got 32x32; pass --height and --width"):
+    with pytest.raises(InputError, match="multiples of 5 pixels wide and high, got 32x32; try another height"):
         spoilt("upscale", image, 5, (0, 1))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from latentdiff import Settings
-from latentdiff.generation.infotext import infotext
+from latentdiff.generation.infotext import infotext, parse_infotext
 
 # As the web UIs take the last line apart.
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -61,3 +61,32 @@ def test_options_are_called_and_counted_as_there(options: dict[str, Any], expect
 def test_a_line_of_a_prompt_is_taken_for_no_other(line: str) -> None:
     lines, pairs = read(f"a fox\n{line}", negative_prompt="a cat")
     assert lines == ["a fox", f" {line}", "Negative prompt: a cat"] and pairs["Seed"] == "0"
+
+
+def test_what_is_written_is_read() -> None:
+    lines, pairs = read("a fox,\na cat", {"model": 'a "b", c: d'}, negative_prompt="rain\nsnow", clip_skip=1)
+    found = parse_infotext(
+        "\n".join([*lines, ", ".join(f"{key}: {json.dumps(value)}" for key, value in pairs.items())])
+    )
+    assert found == {"Prompt": "a fox,\na cat", "Negative prompt": "rain\nsnow", **pairs}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", {}),
+        ("a fox", {"Prompt": "a fox"}),
+        ("a fox: red, big", {"Prompt": "a fox: red, big"}),
+        ("Negative prompt: rain", {"Negative prompt": "rain"}),
+        ("fox\nSteps: 2, Sampler: Euler, Seed: 7", {"Prompt": "fox", "Steps": "2", "Sampler": "Euler", "Seed": "7"}),
+        ('Steps: 2, A: "\\q", B: "x', {"Steps": "2", "A": '"\\q"', "B": '"x'}),
+        ('Steps: 2, A: "\\ud800", B: 1', {"Steps": "2", "A": "?", "B": "1"}),
+    ],
+)
+def test_texts_of_other_tools(text: str, found: dict[str, str]) -> None:
+    assert parse_infotext(text) == found
+
+
+def test_a_long_text_is_read_at_once() -> None:
+    for text in ("a" * 10**6, "a:" * 10**5, 'a: "' + "\\" * 10**5, ("a " * 100 + ": ,") * 1000):
+        parse_infotext(text)

@@ -1,1 +1,1 @@
-"""The scheduler over HTTP: OpenAI's images API; `app.make_app` is the door."""
+"""The scheduler over HTTP: OpenAI's images API, the web UI's, and jobs; `app.make_app` is the door."""

@@ -20,7 +20,7 @@ from latentdiff.errors import (
 from latentdiff.generation.options import options_of
 from latentdiff.generation.request import Settings
 
-__all__ = ["ApiError", "ErrorAnswer", "api_error"]
+__all__ = ["ApiError", "ErrorAnswer", "ErrorDetails", "api_error"]
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 AGAIN = (408, 429, 503)  # what may go well when it is sent again

@@ -95,7 +95,7 @@ def checked(kind: type[Fields], values: Mapping[str, Any]) -> Fields:
         first = error.errors(include_url=False, include_context=False)[0]
         param = str(first["loc"][0]) if first["loc"] else None
         says = first["msg"][0].lower() + first["msg"][1:]
-        message = f"{param}: {says}, got {shown(first['input'])}"
+        message = f"{param or 'the name of a field'}: {says}, got {shown(first['input'])}"
         raise ApiError(400, message, "invalid_value", param) from None
 
 

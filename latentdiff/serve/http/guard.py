@@ -25,7 +25,8 @@ __all__ = ["FILES", "PAGE", "Guard", "check_token", "is_loopback", "token_of"]
 FILES = "/v1/images/files/"  # whose links are good without a token, and on any page
 PAGE = "/ui"  # which has a door of its own, for browsers; `/` leads there
 OPEN = ("/healthz", "/readyz", "/", PAGE)
-IN_JSON = ("/sdapi/v1/img2img", "/sdapi/v1/extra-single-image", "/sdapi/v1/png-info")  # where pictures are base64
+# Where pictures come in JSON.
+IN_JSON = ("/v1/jobs", "/sdapi/v1/img2img", "/sdapi/v1/extra-single-image", "/sdapi/v1/png-info")
 TOKEN = re.compile(r"[\x21-\x7e]{16,512}")
 
 

@@ -18,6 +18,7 @@ from latentdiff.pipeline import Pipeline
 from latentdiff.serve.http.app import make_app
 from latentdiff.serve.http.desk import Desk
 from latentdiff.serve.http.guard import Guard, check_token, is_loopback
+from latentdiff.serve.http.jobs.shelf import Shelf
 from latentdiff.serve.http.limits import Limits
 from latentdiff.serve.http.links import Links
 from latentdiff.serve.http.loras import Loras
@@ -66,8 +67,8 @@ class Server(uvicorn.Server):
         models = Models(pipes, Loras(lora_dir, self.limits))
         self.scheduler = Scheduler(models.pipes[models.first], batch=batch, queue=self.limits.queue)
         self.desk = Desk(self.scheduler, self.limits)
-        links = Links(self.limits)
-        self.api: FastAPI = make_app(models, self.desk, links)
+        self.shelf, links = Shelf(self.desk), Links(self.limits)
+        self.api: FastAPI = make_app(models, self.desk, self.shelf, links)
         app = self.api if page is None else page(self.api, models, self.desk, links, token)
         self.hurried = False
         self._signals, self._drained_by = 0, 0.0
@@ -95,7 +96,8 @@ class Server(uvicorn.Server):
         if self._signals and not self._drained_by:
             self.desk.draining = True
             self._drained_by = time.monotonic() + self.limits.drain_seconds
-        if self._drained_by and (self.hurried or not self.desk.busy or time.monotonic() > self._drained_by):
+        going_on = self.desk.busy or self.shelf.untold
+        if self._drained_by and (self.hurried or not going_on or time.monotonic() > self._drained_by):
             self.should_exit = True
         return await super().on_tick(counter)
 

@@ -42,13 +42,16 @@ class Running:
         """Return OpenAI's own client, which does not repeat unless it is told to."""
         import openai
 
-        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **more})
+        plain = openai.DefaultHttpxClient(verify=False)  # to read certificates takes longer than all else
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", http_client=plain, **{"api_key": "none", "max_retries": 0, **more}
+        )
 
     def http(self, **more: Any) -> httpx.Client:
         """Return a plain client."""
         import httpx
 
-        return httpx.Client(base_url=self.url, timeout=30, **more)
+        return httpx.Client(base_url=self.url, timeout=30, verify=False, **more)
 
 
 @contextmanager

@@ -208,6 +208,7 @@ ELSEWHERE = {"requests", "queue", "client_jobs", "body_seconds", "seconds"}  # a
 ELSEWHERE |= {"drain_seconds"}  # test_drain
 ELSEWHERE |= {"link_seconds", "link_bytes"}  # test_links
 ELSEWHERE |= {"lora_sets"}  # test_loras
+ELSEWHERE |= {"job_seconds", "job_bytes", "kept_jobs"}  # test_jobs
 
 
 def test_every_limit_has_a_test_and_is_documented() -> None:

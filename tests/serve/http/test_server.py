@@ -162,6 +162,7 @@ def test_the_command(built_model: Path) -> None:
         (["--host", "0.0.0.0"], 2, "needs a token"),
         (["--token", "short"], 2, "16 to 512 printable"),
         (["--model", "a/fox", "b/fox"], 2, "names of their own, got fox, fox"),
+        (["--lora-dir", "none"], 2, "LoRAs must be in a folder, got 'none'"),
         (["--model", "none"], 2, "is no folder or file here"),
         (["--host", "203.0.113.7", "--token", "a-token-of-sixteen-and-more"], 4, "cannot listen at '203.0.113.7'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import threading
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints.lora import save_lora
@@ -77,7 +78,8 @@ USUAL: dict[str, Any] = {
 
 def post(server: Running, route: str, **fields: Any) -> httpx.Response:
     with server.http() as client:
-        return client.post(f"{ROOT}/{route}", json=fields)
+        body = json.dumps(fields)  # which httpx refuses to make of half a character
+        return client.post(f"{ROOT}/{route}", content=body, headers={"content-type": "application/json"})
 
 
 def get(server: Running, route: str, **query: Any) -> Any:
@@ -206,6 +208,19 @@ def test_names_that_no_header_can_hold_are_escaped(server: Running) -> None:
     assert answer.headers["x-latentdiff-ignored"].startswith("a\\r\\nset-cookie: b, \\u2603")
 
 
+def test_what_json_cannot_hold_is_not_sent_back(server: Running) -> None:
+    deep = "[" * 500 + "]" * 500
+    more = f'"a": NaN, "b": -Infinity, "c": "\\ud800", "d": {deep}, "override_settings": {{"e": NaN}}'
+    body = f"{json.dumps(STEPS)[:-1]}, {more}}}"
+    with server.http() as client:
+        answer = client.post(f"{ROOT}/txt2img", content=body, headers={"content-type": "application/json"})
+    parameters = answer.json()["parameters"]
+    assert images(answer) and (parameters["a"], parameters["b"], parameters["c"]) == (None, None, "?")
+    assert "d" not in parameters and "override_settings" not in parameters
+    half = post(server, "txt2img", **STEPS, **{"\udfff": 1})
+    assert half.status_code == 400 and "the name of a field" in half.json()["detail"]
+
+
 def test_options_of_a_request(pipe: Pipeline, serve: Serve) -> None:
     server = serve(pipe, {"other": Pipeline(pipe.components)})
     chosen = {"sd_model_checkpoint": "other", "samples_format": "webp"}
@@ -322,8 +337,10 @@ def test_larger_pictures(pipe: Pipeline, serve: Serve, upscaler: Pipeline) -> No
     assert size(upscaler_1="Nearest", upscaling_resize=1.5) == (48, 24)
     sides = {"resize_mode": 1, "upscaling_resize_w": 80, "upscaling_resize_h": 80, "upscaler_1": "Lanczos"}
     assert size(**sides) == (80, 80) and size(**sides, upscaling_crop=False) == (80, 40)
-    assert [size(upscaler_1="larger", upscaling_resize=scale) for scale in (4, 2, 3)] == [(128, 64), (64, 32), (96, 48)]
-    drawn = post(server, "extra-single-image", image=b64(picture()), upscaler_1="larger", upscaling_resize=4)
+    assert [size(upscaler_1="larger", upscaling_resize=scale) for scale in (2, 3)] == [(64, 32), (96, 48)]
+    small = b64(picture(size=(16, 16)))
+    drawn = post(server, "extra-single-image", image=small, upscaler_1="larger", upscaling_resize=4)
+    assert opened(drawn.json()["image"]).size == (64, 64)
     assert record(opened(drawn.json()["image"]))["model_hash"] == upscaler.components.model_hash
     refused = post(server, "extra-single-image", image=b64(picture()), upscaler_1="Lanczoz")
     assert refused.status_code == 400 and "did you mean 'Lanczos'" in refused.json()["detail"]
@@ -346,10 +363,17 @@ def test_what_a_picture_says_of_itself(server: Running) -> None:
     assert said["info"] == json.loads(drawn["info"])["infotexts"][0] and METADATA_KEY in said["items"]
     parameters = said["parameters"]
     assert (parameters["Steps"], parameters["Seed"], parameters["Size-1"]) == ("2", "7", "32")
-    assert parameters["Negative prompt"].endswith("rain: (none)")
+    assert parameters["Negative prompt"] == "rain: (none)"
+    assert parameters["Prompt"] == "a fox,\n Negative prompt: of two lines"
     plain = post(server, "png-info", image=b64(picture())).json()
     assert plain == {"info": "", "items": {}, "parameters": {}}
     assert post(server, "png-info", image="nothing").status_code == 400
+    odd = PngImagePlugin.PngInfo()
+    odd.add_text("parameters", 'fox\nSteps: 2, A: "\\ud800", B: "x')
+    buffer = io.BytesIO()
+    picture().save(buffer, "PNG", pnginfo=odd)
+    said = post(server, "png-info", image=base64.b64encode(buffer.getvalue()).decode()).json()
+    assert said["parameters"] == {"Prompt": "fox", "Steps": "2", "A": "?", "B": '"x'}
 
 
 def test_lists(pipe: Pipeline, serve: Serve, tmp_path: Path) -> None:
@@ -364,6 +388,7 @@ def test_lists(pipe: Pipeline, serve: Serve, tmp_path: Path) -> None:
     assert get(server, "latent-upscale-modes")[0]["name"].startswith("Latent")
     assert get(server, "sd-vae") == get(server, "sd-modules") == []
     assert get(server, "scripts") == {"txt2img": [], "img2img": []}
+    assert get(server, "progress", skip_current_image="perhaps")["error"]["param"] == "skip_current_image"
 
 
 def ask_beside(server: Running, **fields: Any) -> tuple[threading.Thread, list[httpx.Response]]:
@@ -402,6 +427,7 @@ def test_an_interrupted_job_ends_after_its_step(gate: Gate, serve: Serve, route:
     gate.open()
     thread.join(30)
     assert (found[0].status_code, found[0].json()["error"]["code"]) == (409, "cancelled")
+    eventually(lambda: server.server.scheduler.stats().running == 0)
     assert len(gate.rows) == 1 and not get(server, "progress")["state"]["job_count"]
     with server.http() as client:
         assert client.post(f"{ROOT}/{route}").json() == {}  # there is nothing to end

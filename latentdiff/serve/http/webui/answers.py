@@ -39,8 +39,17 @@ def pictures_answer(request: Txt2Img, options: Options, pictures: Sequence[Gener
     """
     kind = FORMATS[options.samples_format]
     images = [base64.b64encode(one.encoded(kind)).decode() for one in pictures] if request.send_images else []
-    parameters = {**request.model_dump(mode="json"), **dict.fromkeys(LARGE)}
-    return {"images": images, "parameters": parameters, "info": json.dumps(_info(request, options, pictures))}
+    info = json.dumps(_info(request, options, pictures))
+    return {"images": images, "parameters": _parameters(request), "info": info}
+
+
+def _parameters(request: Txt2Img) -> dict[str, Any]:
+    """Return the fields of a request that are one value each, as JSON can hold them."""
+    values = {**{name: getattr(request, name) for name in type(request).model_fields}, **(request.model_extra or {})}
+    plain = {name: value for name, value in values.items() if value is None or isinstance(value, (str, int, float))}
+    text = json.dumps({**plain, **dict.fromkeys(LARGE)}, ensure_ascii=False)
+    found: dict[str, Any] = json.loads(text.encode("utf-8", "replace"), parse_constant=lambda constant: None)
+    return found
 
 
 def _info(request: Txt2Img, options: Options, pictures: Sequence[GeneratedImage]) -> dict[str, Any]:
