@@ -146,7 +146,8 @@ class Events:
             return {self.desktop: desktop}
         desktop.chosen = int(event.index)
         told: Updates = {self.desktop: desktop, **self._views(desktop)}
-        if what not in MODES or MODES[what].picture is None:
+        name = MODES[what].picture if what in MODES else None
+        if name is None:
             return told
         try:
             data = self._picture(drawn.links[desktop.chosen])
@@ -154,7 +155,7 @@ class Events:
                 data, desktop.times = enlarged(data, self.studio.desk.limits)
         except (ApiError, LatentDiffError) as error:
             return told | {parts.status: said(str(api_error(error)), True)}
-        target = parts.values[MODES[what].picture]
+        target = parts.values[name]
         path = store(data, target)
         value = _unpainted(path) if what == "inpaint" else path
         return told | {parts.values["mode"]: what, target: value, parts.status: said(HINTS[what])}
