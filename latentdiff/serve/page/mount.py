@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,6 @@ from latentdiff.serve.page.layout import lay_out
 __all__ = ["mount_page"]
 
 HERE = Path(__file__).parent
-TEMPORARY = "GRADIO_TEMP_DIR"  # where gradio keeps uploaded files
 KEPT_SECONDS, LOOKED_SECONDS = 2 * 3600, 600  # how long that is, and how often it looks
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 
@@ -50,7 +50,7 @@ def mount_page(app: FastAPI, models: Models, desk: Desk, links: Links, token: st
 
 
 async def _mount(app: FastAPI, models: Models, desk: Desk, links: Links) -> None:
-    with _own_folder():
+    with _surroundings():
         page = Page(
             title="latentdiff", analytics_enabled=False, fill_width=True, delete_cache=(LOOKED_SECONDS, KEPT_SECONDS)
         )
@@ -74,17 +74,20 @@ async def _mount(app: FastAPI, models: Models, desk: Desk, links: Links) -> None
 
 
 @contextmanager
-def _own_folder() -> Iterator[None]:
-    """Let gradio keep files in a new folder that no other user of the machine can read."""
-    before, folder = os.environ.get(TEMPORARY), tempfile.mkdtemp(prefix="latentdiff-page-")
+def _surroundings() -> Iterator[None]:
+    """Let gradio keep files in a new folder that no other user of the machine can read, and no statistics of its own."""
+    folder = tempfile.mkdtemp(prefix="latentdiff-page-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ[TEMPORARY] = folder
+    chosen = {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(sys.maxsize)}
+    before = {name: os.environ.get(name) for name in chosen}
+    os.environ.update(chosen)
     try:
         yield
     finally:
-        os.environ.pop(TEMPORARY)
-        if before is not None:
-            os.environ[TEMPORARY] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _theme() -> gr.themes.Base:
