@@ -75,7 +75,7 @@ async def _mount(app: FastAPI, models: Models, desk: Desk, links: Links) -> None
 
 @contextmanager
 def _surroundings() -> Iterator[None]:
-    """Let gradio keep files in a new folder that no other user of the machine can read, and no statistics of its own."""
+    """Let gradio keep files in a new folder that no other user of the machine can read, and no statistics."""
     folder = tempfile.mkdtemp(prefix="latentdiff-page-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     chosen = {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(sys.maxsize)}
