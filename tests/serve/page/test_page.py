@@ -95,6 +95,7 @@ def test_a_picture_is_enlarged(server: Opened, hands: At) -> None:
     page.draw()
     page.press("Upscale", "#stage")
     page.says("enlarge")
+    page.tab.wait_for_function("document.querySelector('.in-upscale img')?.naturalWidth === 32")
     page.draw()
     page.tab.get_by_text("128x128").wait_for()
     page.look("enlarged")
