@@ -86,7 +86,7 @@ class Events:
         for mode in MODES.values():
             if mode.picture is not None and mode.picture != "painted":
                 values[mode.picture] = path_of(values[mode.picture])
-        return values | {"painted": paths_of(values["painted"], self.parts.values["painted"], times)}
+        return values | {"painted": paths_of(values["painted"], times)}
 
     def _told(self, news: News, desktop: Desktop) -> Updates:
         parts = self.parts
@@ -163,7 +163,7 @@ class Events:
     def paint(self, given: Any, desktop: Desktop) -> Updates:
         """Enlarge a small picture that was chosen to paint on."""
         editor = self.parts.values["painted"]
-        chosen, limits = paths_of(given, editor, 1), self.studio.desk.limits
+        chosen, limits = paths_of(given, 1), self.studio.desk.limits
         if chosen is None or chosen["background"] is None:
             return {self.desktop: desktop}
         try:

@@ -86,6 +86,14 @@ def test_what_is_painted_over_is_drawn_anew(server: Opened, hands: At) -> None:
     assert read_record(after)["mask"] is not None
     changed = np.abs(np.asarray(open_image(after), int) - np.asarray(before, int)).max(axis=2) > 0
     assert changed[12:20, 12:20].any() and not changed[:4].any() and not changed[-4:].any()
+    page.press("Upscale", "#stage")  # which has gradio make the editor anew
+    page.says("enlarge")
+    page.press("Inpaint", "#stage")
+    page.says("Paint over")
+    page.tab.wait_for_timeout(500)
+    _paint(page)
+    page.press("Draw")
+    page.tab.wait_for_function("document.querySelectorAll('#history li').length === 3")
 
 
 def test_a_picture_is_enlarged(server: Opened, hands: At) -> None:
