@@ -6,12 +6,16 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from latentdiff.commands.shared import add_lora_dir, load, say
 from latentdiff.errors import InputError, MissingDependencyError
 from latentdiff.files import require_path
 from latentdiff.generation.options import check_integer
 from latentdiff.lora_tags import lora_files
+
+if TYPE_CHECKING:
+    from latentdiff.serve.http.server import MountPage
 
 HELP = "Serve models over HTTP, by OpenAI's images API, and on a page."
 EXTRA, PAGE_EXTRA = 'pip install "latentdiff[serve]"', 'pip install "latentdiff[ui]"'
@@ -89,10 +93,7 @@ def serve(
     lora_dir = None if options.lora_dir is None else require_path(options.lora_dir, "a folder of LoRAs")
     if lora_dir is not None:
         lora_files(lora_dir)  # before models load
-    page = None
-    if with_page:
-        with _extra("the page", PAGE_EXTRA):
-            from latentdiff.serve.page.mount import mount_page as page
+    page = _mount_page() if with_page else None
     with listen(options.host, options.port) as opened:
         pipes = {name: load(model, options.device, options.dtype) for name, model in zip(names, given)}
         server = Server(
@@ -105,6 +106,13 @@ def serve(
         server.run(sockets=[opened])
     if server.hurried:
         raise KeyboardInterrupt("interrupted; what was being drawn is lost")
+
+
+def _mount_page() -> MountPage:
+    with _extra("the page", PAGE_EXTRA):
+        from latentdiff.serve.page.mount import mount_page
+
+        return mount_page
 
 
 @contextmanager

@@ -38,9 +38,9 @@ HEADERS = {
     "cache-control": "no-cache",
 }
 # Of gradio's own routes those that the page needs; others would fetch addresses, or run what is not asked for.
-NEEDED = ("assets/", "static/", "svelte/", "theme.css", "config", "favicon.ico")
+FILES = ("assets/", "static/", "svelte/", "theme.css", "config", "favicon.ico")
 CALLS = ("queue/", "heartbeat/", "upload", "file=", "component_server", "reset", "cancel", "startup-events", "info")
-NEEDED += tuple(f"gradio_api/{call}" for call in CALLS)
+NEEDED = (*FILES, *(f"gradio_api/{call}" for call in CALLS))
 ASK = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>latentdiff</title><style>

@@ -86,7 +86,7 @@ class Events:
         for mode in MODES.values():
             if mode.picture is not None and mode.picture != "painted":
                 values[mode.picture] = path_of(values[mode.picture])
-        return values | {"painted": paths_of(values["painted"], self.parts.values["painted"], times)}
+        return values | {"painted": paths_of(values["painted"], times)}
 
     def _told(self, news: News, desktop: Desktop) -> Updates:
         parts = self.parts
@@ -146,7 +146,8 @@ class Events:
             return {self.desktop: desktop}
         desktop.chosen = int(event.index)
         told: Updates = {self.desktop: desktop, **self._views(desktop)}
-        if what not in MODES or MODES[what].picture is None:
+        name = MODES[what].picture if what in MODES else None
+        if name is None:
             return told
         try:
             data = self._picture(drawn.links[desktop.chosen])
@@ -154,7 +155,7 @@ class Events:
                 data, desktop.times = enlarged(data, self.studio.desk.limits)
         except (ApiError, LatentDiffError) as error:
             return told | {parts.status: said(str(api_error(error)), True)}
-        target = parts.values[MODES[what].picture]
+        target = parts.values[name]
         path = store(data, target)
         value = _unpainted(path) if what == "inpaint" else path
         return told | {parts.values["mode"]: what, target: value, parts.status: said(HINTS[what])}
@@ -162,7 +163,7 @@ class Events:
     def paint(self, given: Any, desktop: Desktop) -> Updates:
         """Enlarge a small picture that was chosen to paint on."""
         editor = self.parts.values["painted"]
-        chosen, limits = paths_of(given, editor, 1), self.studio.desk.limits
+        chosen, limits = paths_of(given, 1), self.studio.desk.limits
         if chosen is None or chosen["background"] is None:
             return {self.desktop: desktop}
         try:

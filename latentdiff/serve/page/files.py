@@ -14,7 +14,7 @@ from latentdiff.errors import InputError
 from latentdiff.serve.http.limits import Limits
 from latentdiff.serve.http.orders import decoded
 
-__all__ = ["Few", "Page", "enlarged", "path_of", "paths_of", "read", "reduced", "store"]
+__all__ = ["Page", "enlarged", "path_of", "paths_of", "read", "reduced", "store"]
 
 MOST_BLOBS = 16
 COMFORTABLE = 512  # pixels of the longer side of a picture that is painted on
@@ -23,20 +23,33 @@ COMFORTABLE = 512  # pixels of the longer side of a picture that is painted on
 class Page(gr.Blocks):
     """A page whose requests name uploaded files, and no addresses, which gradio would fetch."""
 
-    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *more: Any, **options: Any) -> Any:
-        """Prepare what a function of the page is called with."""
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], state: Any, *more: Any, **options: Any) -> Any:
+        """Prepare what a function of the page is called with: all files as paths."""
         if _names_address(inputs):
             raise gr.Error("a picture must be an uploaded file; no address is ever fetched")
-        return await super().preprocess_data(block_fn, inputs, *more, **options)
+        own = state if state is not None else {}  # in which gradio keeps components that it made anew for one page
+        given = [
+            _collected(value, own.get(block._id, block)) if isinstance(block, gr.ImageEditor) else value
+            for block, value in zip(block_fn.inputs, inputs)
+        ]
+        return await super().preprocess_data(block_fn, given, state, *more, **options)
 
 
-class Few(dict[str, Any]):
-    """What browsers sent of a brush and have not drawn with yet; the oldest goes where there is much of it."""
+def _collected(given: Any, editor: gr.ImageEditor) -> Any:
+    """Return a picture with a brush that was sent in parts as files; anything else as it is."""
+    if not isinstance(given, dict) or given.get("id") is None:
+        return given
+    sent = editor.blob_storage.pop(str(given["id"]), None)
+    while len(editor.blob_storage) > MOST_BLOBS:  # of those that were never drawn with the oldest goes
+        editor.blob_storage.pop(next(iter(editor.blob_storage)))
+    if sent is None:
+        return None
 
-    def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(key, value)
-        while len(self) > MOST_BLOBS:
-            del self[next(iter(self))]
+    def file(data: Any) -> dict[str, Any] | None:
+        return None if data is None else {"path": store(bytes(data), editor), "meta": {"_type": "gradio.FileData"}}
+
+    layers = [file(layer) for layer in sent.layers if layer is not None]
+    return {"background": file(sent.background), "layers": layers, "composite": None}
 
 
 def path_of(given: Any) -> str | None:
@@ -45,23 +58,16 @@ def path_of(given: Any) -> str | None:
     return path if isinstance(path, str) else None
 
 
-def paths_of(given: Any, editor: gr.ImageEditor, times: int) -> dict[str, Any] | None:
+def paths_of(given: Any, times: int) -> dict[str, Any] | None:
     """Return the paths "background" and "layers" of a picture with a brush, from what it holds.
 
     Args:
         given: what it holds.
-        editor: the component.
         times: see `enlarged`.
     """
     if not isinstance(given, dict):
         return None
-    if given.get("id") is None:
-        background, layers = path_of(given.get("background")), [path_of(one) for one in given.get("layers") or []]
-    else:  # it was sent in parts
-        sent = editor.blob_storage.pop(str(given["id"]), None)
-        if sent is None:
-            return None
-        background, *layers = (None if one is None else store(one, editor) for one in (sent.background, *sent.layers))
+    background, layers = path_of(given.get("background")), map(path_of, given.get("layers") or [])
     strokes = [one for one in layers if one is not None]
     return {"background": background, "layers": strokes, "composite": background, "times": times}
 

@@ -15,7 +15,6 @@ from latentdiff.serve.http.limits import Limits
 from latentdiff.serve.http.models import Models
 from latentdiff.serve.page.asked import AUTOMATIC
 from latentdiff.serve.page.controls import ELSEWHERE, FIRST, classes_of, make_control
-from latentdiff.serve.page.files import Few
 from latentdiff.serve.page.modes import MODES
 from latentdiff.serve.page.stage import empty_html
 
@@ -105,7 +104,6 @@ def _add_pictures(parts: Parts) -> None:
             visible=False,
             elem_id="editor",
         )
-        values["painted"].blob_storage = Few()
         values["inpaint_strength"] = _strength(1.0)
     with gr.Group(elem_classes=classes_of(("outpaint",))):
         values["extended"] = gr.Image(label="Picture to draw around", **common)

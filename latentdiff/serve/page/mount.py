@@ -6,10 +6,9 @@ import asyncio
 import atexit
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import gradio as gr
@@ -29,7 +28,7 @@ from latentdiff.serve.page.layout import lay_out
 __all__ = ["mount_page"]
 
 HERE = Path(__file__).parent
-TEMPORARY = "GRADIO_TEMP_DIR"  # where gradio keeps uploaded files
+TEMPORARY = "GRADIO_TEMP_DIR"  # where gradio keeps uploaded files; it looks there whenever it makes a component anew
 KEPT_SECONDS, LOOKED_SECONDS = 2 * 3600, 600  # how long that is, and how often it looks
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 
@@ -50,41 +49,35 @@ def mount_page(app: FastAPI, models: Models, desk: Desk, links: Links, token: st
 
 
 async def _mount(app: FastAPI, models: Models, desk: Desk, links: Links) -> None:
-    with _own_folder():
-        page = Page(
-            title="latentdiff", analytics_enabled=False, fill_width=True, delete_cache=(LOOKED_SECONDS, KEPT_SECONDS)
-        )
-        with page:
-            connect(page, lay_out(models, desk.limits), Studio(models, desk, links))
-        page.queue(api_open=False)
-        gr.mount_gradio_app(
-            app,
-            page,
-            PAGE,
-            theme=_theme(),
-            css=(HERE / "style.css").read_text(encoding="utf-8"),
-            head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
-            max_file_size=desk.limits.image_bytes,
-            footer_links=[],
-            run_history=False,
-            ssr_mode=False,
-            mcp_server=False,
-            show_error=True,
-        )
+    _settle()
+    page = Page(
+        title="latentdiff", analytics_enabled=False, fill_width=True, delete_cache=(LOOKED_SECONDS, KEPT_SECONDS)
+    )
+    with page:
+        connect(page, lay_out(models, desk.limits), Studio(models, desk, links))
+    page.queue(api_open=False)
+    gr.mount_gradio_app(
+        app,
+        page,
+        PAGE,
+        theme=_theme(),
+        css=(HERE / "style.css").read_text(encoding="utf-8"),
+        head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
+        max_file_size=desk.limits.image_bytes,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        show_error=True,
+    )
 
 
-@contextmanager
-def _own_folder() -> Iterator[None]:
-    """Let gradio keep files in a new folder that no other user of the machine can read."""
-    before, folder = os.environ.get(TEMPORARY), tempfile.mkdtemp(prefix="latentdiff-page-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ[TEMPORARY] = folder
-    try:
-        yield
-    finally:
-        os.environ.pop(TEMPORARY)
-        if before is not None:
-            os.environ[TEMPORARY] = before
+def _settle() -> None:
+    """Let gradio keep files in a folder that no other user of the machine can read, and no statistics, from now on."""
+    if TEMPORARY not in os.environ:
+        os.environ[TEMPORARY] = tempfile.mkdtemp(prefix="latentdiff-page-")
+        atexit.register(shutil.rmtree, os.environ[TEMPORARY], ignore_errors=True)
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(sys.maxsize)
 
 
 def _theme() -> gr.themes.Base:

@@ -26,6 +26,15 @@
       setTimeout(() => press("draw"), 50);
     }
     if (event.key === "Escape") press("cancel");
+    const ways = [...document.querySelectorAll("#mode input")];
+    const place = ways.indexOf(event.target);
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    if (place >= 0 && step) { // gradio gives each of its radio buttons a name of its own, so that arrows do nothing
+      event.preventDefault();
+      const next = ways[(place + step + ways.length) % ways.length];
+      next.focus();
+      next.click();
+    }
   }, true);
   // gradio sets its own theme when it has started, after this
   const keep = () => document.body && document.body.classList.contains("dark") !== wanted() && show(wanted());

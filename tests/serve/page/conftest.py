@@ -139,7 +139,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def context(browser: Browser) -> Iterator[BrowserContext]:
     """A window whose pages share what they loaded, and that asks nobody but this machine."""
-    context, asked = browser.new_context(viewport={"width": 1280, "height": 860}), list[str]()
+    context, asked = browser.new_context(viewport={"width": 1280, "height": 860}, reduced_motion="reduce"), list[str]()
     context.set_default_timeout(60_000)
     context.on("request", lambda request: asked.append(request.url))
     yield context
@@ -176,6 +176,10 @@ class Hands:
     def press(self, name: str, inside: str = "body") -> None:
         """Press a button."""
         self.tab.locator(inside).get_by_role("button", name=name, exact=True).click()
+
+    def unfold(self, name: str) -> None:
+        """Open what is folded away."""
+        self.tab.get_by_role("button", name=name).click()
 
     def choose(self, mode: str) -> None:
         """Choose how to draw."""

@@ -12,7 +12,7 @@ import pytest
 
 from latentdiff import Pipeline
 from latentdiff.cli import main
-from latentdiff.serve.page.files import Few, _names_address
+from latentdiff.serve.page.files import _names_address
 from tests.serve.page.conftest import Open, Opened
 
 TOKEN = "a-token-of-sixteen-and-more"
@@ -82,13 +82,6 @@ def test_addresses_of_pictures_are_not_fetched(server: Opened, value: str) -> No
 def test_a_body_that_is_too_large_is_refused(server: Opened) -> None:
     body = {"data": ["x" * 2**20], "fn_index": 0, "session_hash": "abc"}
     assert httpx.post(f"{server.url}/ui/gradio_api/queue/join", json=body).status_code == 413
-
-
-def test_few_unused_strokes_are_kept() -> None:
-    kept = Few()
-    for number in range(100):
-        kept[str(number)] = b""
-    assert len(kept) == 16 and "99" in kept and "0" not in kept
 
 
 def test_the_command_opens_a_browser(
