@@ -6,25 +6,34 @@ import json
 import random
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from latentdiff.checkpoints import Components, load_pipeline, read_header, save_pipeline
+from latentdiff.checkpoints.components import moved
 from latentdiff.checkpoints.find import find_model
 from latentdiff.checkpoints.lora import describe_lora
 from latentdiff.checkpoints.tuned_sampler import FILE, read_tuned
 from latentdiff.devices import resolve_device
-from latentdiff.diffusion.tuned import MOST_STEPS, TUNED, TunedSampler, schedule_digest
+from latentdiff.diffusion.tuned import TUNED, TunedSampler, schedule_digest
 from latentdiff.errors import InputError, StorageError, shown
 from latentdiff.files import is_file
-from latentdiff.generation.options import check_integer, check_number
+from latentdiff.generation.options import check_number
 from latentdiff.generation.request import Settings
 from latentdiff.images import write_file
 
-from .config import ConsistencyConfig, DiffusionTraining, data_config, dump_yaml, load_config, parse_config
+from .config import (
+    ConsistencyConfig,
+    DataConfig,
+    DiffusionTraining,
+    data_config,
+    dump_yaml,
+    load_config,
+    parse_config,
+)
 from .data.dataset import read_captions
 from .finetune import choose
 from .train_diffusion import train_diffusion
@@ -37,74 +46,98 @@ STEPS = 2000  # of training
 RATES = {(False, False): 1e-4, (False, True): 5e-4, (True, False): 5e-6, (True, True): 1e-4}
 
 
-def tune_sampler(model: str, data: str, steps: Sequence[int], out: str, guidance_scale: float | None = None) -> Path:
+@dataclass(frozen=True)
+class Asked:
+    """A model that is to draw in few steps.
+
+    Attributes:
+        model: folder, single file or hub name.
+        data: captioned pictures.
+        out: where the result goes.
+        guidance_scale: of the many steps; None for the model's default.
+        recipe: file of a config whose `keep` and `drop` choose among the pictures; None for all.
+    """
+
+    model: str
+    data: str
+    out: str
+    guidance_scale: float | None = None
+    recipe: str | None = None
+
+    def load(self) -> Components:
+        """Load the model.
+
+        Raises:
+            InputError, ModelLoadError: it is none, or none that can have fewer steps.
+        """
+        require_model(self.model)
+        components = load_pipeline(self.model)
+        require_many_steps(components, self.model)
+        return components
+
+    def pictures(self, side: int) -> DataConfig:
+        """Return which captioned pictures are meant."""
+        return data_config(self.data, side, self.recipe)
+
+    def guidance(self, components: Components) -> float:
+        """Return the guidance scale of the many steps."""
+        if self.guidance_scale is not None:
+            return check_number("--guidance", self.guidance_scale, 0, 50, "try 4")
+        return own_guidance(components)
+
+
+def tune_sampler(asked: Asked, steps: Sequence[int]) -> Path:
     """Tune tables of some step counts for a model and write them beside it; return the folder of the model.
 
     Args:
-        model: folder, single file or hub name.
-        data: captioned pictures, of which the captions are used as prompts.
+        asked: whose captions are used as prompts; its `out` is the folder of the model itself, which gets the file of
+            the tables, or another one, to which the model is written too.
         steps: calls of the network, one table for each.
-        out: folder of the model itself, which gets the file of the tables; or another one, to which the model is
-            written too.
-        guidance_scale: of both many steps and few; None for the model's default.
 
     Raises:
         InputError, ModelLoadError: the model is none that can have fewer steps, or the captions cannot be used.
         StorageError: the folder cannot be written.
     """
-    require_model(model)
-    for count in steps:
-        check_integer("--steps", count, 1, MOST_STEPS, "try 4")
-    components = load_pipeline(model, device=resolve_device(None))
-    require_many_steps(components, model)
-    guidance = _guidance(components, guidance_scale)
-    prompts = _prompts(data, components, Path(out))
-    folder = _writable(out)
-    digest = schedule_digest(components.schedule)
-    known = next((one for one in (read_tuned(folder), components.tuned) if one is not None), None)
-    found = known if known is not None and known.schedule == digest else TunedSampler(digest, {})
+    components = asked.load()
+    guidance = asked.guidance(components)
+    prompts = _prompts(asked.pictures(min(components.native_size)), Path(asked.out))
+    folder = _writable(asked.out)
+    components = moved(components, resolve_device(None))
     print(f"drawing {len(prompts)} pictures in many steps", flush=True)
     training, held_out = (
         targets_of(components, prompts[some], guidance, seed)
         for some, seed in ((slice(TRAINED_ON), 0), (slice(TRAINED_ON, None), TRAINED_ON))
     )
-    for parameter in components.unet.parameters():
-        parameter.requires_grad_(False)
+    components.unet.requires_grad_(False)
+    found = _tables_there(components, folder)
     for count in steps:
         table, initial = tune(components.schedule, count, training, held_out, guidance, report=_say)
-        print(f"{count} steps: {table.distance_before:.4f} from many steps by {initial}, {table.distance:.4f} tuned")
+        _say(f"{count} steps: {table.distance_before:.4f} from many steps by {initial}, {table.distance:.4f} tuned")
         found = found.with_table(table)
-    if _is_own(model, folder):
+    if _is_own(asked.model, folder):
         write_file(folder / FILE, (json.dumps(found.to_dict(), indent=2) + "\n").encode())
     else:
-        save_pipeline(replace(components, tuned=found), folder, torch.float16)
-    told = f" --guidance {guidance:g}" if guidance != _guidance(components, None) else ""
+        save_pipeline(replace(moved(components, torch.device("cpu")), tuned=found), folder, torch.float16)
+    told = f" --guidance {guidance:g}" if guidance != own_guidance(components) else ""
     call = f"latentdiff generate {shlex.quote(prompts[0] or 'a picture')} --model {shlex.quote(str(folder))}"
     print(f"saved {folder / FILE}; try: {call} --sampler {TUNED} --steps {steps[0]}{told}")
     return folder
 
 
-def distil(model: str, data: str, calls: int, out: str, rank: int | None, guidance_scale: float | None = None) -> Path:
+def distil(asked: Asked, calls: int, rank: int | None) -> Path:
     """Choose a recipe that makes a model draw in few calls, print it as YAML, run it, and return what was trained.
 
     Args:
-        model: folder, single file or hub name.
-        data: captioned pictures.
+        asked: its `out` is the run folder, and its guidance is folded in.
         calls: in which the result is to draw.
-        out: run folder.
         rank: of a LoRA; None trains the whole U-Net.
-        guidance_scale: that is folded in; None for the model's default.
 
     Raises:
         InputError, ModelLoadError, StorageError: as of the diffusion stage.
     """
-    require_model(model)
-    check_integer("--steps", calls, 1, MOST_STEPS, "try 4")
-    components = load_pipeline(model)
-    require_many_steps(components, model)
-    tree = recipe(components, data, calls, out, model, rank, _guidance(components, guidance_scale))
+    tree = choose_recipe(asked.load(), asked, calls, rank)
     print(dump_yaml(tree))
-    return _run(parse_config(tree), out, resume=False)
+    return _run(parse_config(tree), asked.out, resume=False)
 
 
 def go_on(out: str) -> Path:
@@ -122,21 +155,21 @@ def _run(config: object, out: str, resume: bool) -> Path:
     return train_diffusion(config, resume)
 
 
-def recipe(
-    components: Components, data: str, calls: int, out: str, model: str, rank: int | None, guidance_scale: float
-) -> dict[str, Any]:
+def choose_recipe(components: Components, asked: Asked, calls: int, rank: int | None) -> dict[str, Any]:
     """Return the config of a run of consistency distillation that suits a model, pictures and this machine."""
     height, width = components.native_size
     if height != width:
         raise InputError(f"only models of square pictures are trained, got {width}x{height}; use another model")
-    captions = [found[0] for found in read_captions(data_config(data, height), Path(out) / "cache")]
-    tree = choose(components, data, captions, out, model, rank)
+    pictures, often = asked.pictures(height), STEPS // 4
+    captions = [found[0] for found in read_captions(pictures, Path(asked.out) / "cache")]
+    tree = choose(components, asked.data, captions, asked.out, asked.model, rank)
     large = "gradient_checkpointing" in tree["run"]
-    often = STEPS // 4
+    tree["data"] |= pictures.model_dump(include={"keep", "drop"}, exclude_defaults=True)
     tree["run"] |= {"steps": STEPS, "ema_decay": 0.99, "sample_every": often, "save_every": often, "log_every": 50}
     tree["optimizer"] = {"learning_rate": RATES[large, rank is not None], "warmup_steps": 50}
     tree["objective"] = {"caption_dropout": 0.0}
-    tree["consistency"] = ConsistencyConfig(guidance_scale=guidance_scale, calls=calls).model_dump()
+    folded = ConsistencyConfig(guidance_scale=asked.guidance(components), calls=calls)
+    tree["consistency"] = folded.model_dump()
     return tree
 
 
@@ -166,23 +199,27 @@ def require_many_steps(components: Components, model: str) -> None:
         raise InputError(f"{shown(model)} is a model of few steps already; distil the one that it was made of")
 
 
-def _guidance(components: Components, given: float | None) -> float:
-    """Return a guidance scale that was given, or the model's own."""
-    if given is not None:
-        return check_number("--guidance", given, 0, 50, "try 4")
+def own_guidance(components: Components) -> float:
+    """Return the guidance scale that a model draws with by default."""
     return float(components.defaults.get("guidance_scale", Settings.guidance_scale))
 
 
-def _prompts(data: str, components: Components, out: Path) -> list[str]:
+def _prompts(pictures: DataConfig, out: Path) -> list[str]:
     """Return a prompt for each sample, drawn from the captions; twice the same only where there are too few."""
-    side = min(components.native_size)
-    captions = [one for found in read_captions(data_config(data, side), out / "cache") for one in found]
+    captions = [one for found in read_captions(pictures, out / "cache") for one in found]
     if not captions:
-        raise InputError(f"{data} has no captions to draw by; add metadata.jsonl, or use other pictures")
+        raise InputError(f"{pictures.folder} has no captions to draw by; add metadata.jsonl, or use other pictures")
     count, rng, prompts = TRAINED_ON + MEASURED_ON, random.Random(0), list[str]()
     while len(prompts) < count:
         prompts += rng.sample(captions, min(len(captions), count - len(prompts)))
     return prompts
+
+
+def _tables_there(components: Components, folder: Path) -> TunedSampler:
+    """Return the tables that are in a folder or else come with a model, if they are for its noise process."""
+    digest = schedule_digest(components.schedule)
+    there = [one for one in (read_tuned(folder), components.tuned) if one is not None and one.schedule == digest]
+    return there[0] if there else TunedSampler(digest, {})
 
 
 def _writable(out: str) -> Path:

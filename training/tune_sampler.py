@@ -35,7 +35,7 @@ from .loop.run import seeded
 TEACHER, TEACHER_STEPS = "dpmpp_2m", 64
 INITIAL = ("dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_exponential")  # the nearest of these is tuned
 TRAINED_ON, MEASURED_ON = 96, 32  # noises
-ITERATIONS, BATCH, LEARNING_RATE = 300, 8, 0.01
+ITERATIONS, BATCH, LEARNING_RATE = 300, 4, 0.01
 LARGE = 100e6  # parameters of a U-Net from which on activations are computed twice instead of kept
 ROUNDING = 1e-3  # of the loss of an image, which grows like the distance above it and like its square below
 OF_TIMESTEPS = 30.0  # what a unit of the parameters is

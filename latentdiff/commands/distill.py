@@ -16,6 +16,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder, safetensors file, owner/name on a hub, or embedded")
     parser.add_argument("--data", help="captioned pictures, as of finetune; a sampler is tuned by the captions alone")
     parser.add_argument(
+        "--recipe", metavar="FILE", help="config whose keep and drop choose among the pictures; all by default"
+    )
+    parser.add_argument(
         "--steps", default="4", metavar="N[,N...]", help="calls of the network (default 4); several for --sampler tuned"
     )
     parser.add_argument(
@@ -43,14 +46,16 @@ def run(options: argparse.Namespace) -> None:
     if options.data is None and not options.resume:
         raise InputError("--data is missing; name captioned pictures such as those the model was trained on")
     load_torch()
-    from latentdiff.training.distill import distil, go_on, tune_sampler
+    from latentdiff.training.distill import Asked, distil, go_on, tune_sampler
 
     if options.resume:
         go_on(options.out)
-    elif trains:
-        distil(options.model, options.data, steps[0], options.out, options.lora, options.guidance)
+        return
+    asked = Asked(options.model, options.data, options.out, options.guidance, options.recipe)
+    if trains:
+        distil(asked, steps[0], options.lora)
     else:
-        tune_sampler(options.model, options.data, steps, options.out, options.guidance)
+        tune_sampler(asked, steps)
 
 
 def _steps(text: str) -> list[int]:
