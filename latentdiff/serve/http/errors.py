@@ -93,7 +93,7 @@ def api_error(error: Exception, retry_after: int | None = None) -> ApiError:
     if isinstance(error, InputError):
         return ApiError(400, error, "invalid_value", _param(str(error)))
     if isinstance(error, QueueFullError):
-        return ApiError(503, error, "queue_full", retry_after=retry_after)
+        return ApiError(429, error, "queue_full", retry_after=retry_after)
     if isinstance(error, ClosedError):
         return ApiError(503, "the server is shutting down; ask another, or later", "shutting_down", retry_after=30)
     if isinstance(error, JobCancelledError):

@@ -33,7 +33,7 @@ class Limits:
     pixels: int = limit(4 * 2**20, 400, "pixels of a drawn picture")
     steps: int = limit(200, 400, "steps of a picture, repeated ones counted")
     n: int = limit(10, 400, "pictures in a request")
-    queue: int = limit(64, 503, "jobs that wait")
+    queue: int = limit(64, 429, "jobs that wait")
     client_jobs: int = limit(16, 429, "jobs of a client at once")
     seconds: int = limit(600, 504, "seconds from a request to its pictures")
     body_seconds: int = limit(60, 408, "seconds that a body may take to come")

@@ -163,7 +163,7 @@ def ask_beside(server: Running) -> threading.Thread:
 @pytest.mark.parametrize(
     ("limits", "status", "code"),
     [
-        (Limits(queue=1), 503, "queue_full"),
+        (Limits(queue=1), 429, "queue_full"),
         (Limits(requests=2), 503, "limit_requests"),
         (Limits(client_jobs=2), 429, "limit_client_jobs"),
     ],
