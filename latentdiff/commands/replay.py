@@ -234,7 +234,7 @@ class _Replay:
 
     def _inputs(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return image and mask of a record, if they are still what they were."""
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         from latentdiff.generation.masks import ALPHA, hard_mask, open_mask
         from latentdiff.images import pixel_hash, to_rgb
@@ -268,6 +268,9 @@ class _Replay:
                     f"keeps; pass --{name} if you have it, or draw it in Python"
                 )
             opened = _open(given, name)
+            if name == "mask" and isinstance(given, str) and not alpha:  # maybe one as OpenAI's API has them
+                white = ImageOps.invert(opened.getchannel("A"))
+                given, opened = (white, white) if pixel_hash(to_rgb(white)) == used.get("hash") else (given, opened)
             now = open_mask(ALPHA, opened).given["hash"] if alpha else pixel_hash(to_rgb(opened))
             what = given if isinstance(given, str) else "the picture it was drawn of, drawn again,"
             self._require(now == used.get("hash"), what, name, "made from")

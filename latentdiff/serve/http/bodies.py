@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from fastapi import Request
@@ -9,7 +10,7 @@ from pydantic import BaseModel
 
 from latentdiff.serve.http.errors import ApiError
 
-__all__ = ["json_body", "require_json"]
+__all__ = ["json_body", "require_json", "schema_of"]
 
 
 def require_json(request: Request) -> None:
@@ -20,5 +21,10 @@ def require_json(request: Request) -> None:
 
 def json_body(fields: type[BaseModel]) -> dict[str, Any]:
     """Return what FastAPI is to say of the body of a route that reads it by itself."""
-    schema = fields.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema_of(fields)}}}}
+
+
+@cache
+def schema_of(fields: type[BaseModel]) -> dict[str, Any]:
+    """Return the JSON schema of fields, which takes long to make and is not to be changed."""
+    return fields.model_json_schema()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from openai.types import image_create_variation_params, image_edit_params
 from PIL import Image, PngImagePlugin
 
 from latentdiff import Pipeline
+from latentdiff.cli import main
 from latentdiff.generation.result import METADATA_KEY
 from latentdiff.serve.http.openai.fields import IGNORED, GenerationRequest
 from latentdiff.serve.http.openai.routes import UPLOADS
@@ -66,6 +69,21 @@ def test_the_mask_is_transparent_where_something_is_drawn(server: Running, pipe:
     assert (drawn[:, :16] == given[:, :16]).all() and (drawn[:, 16:] != given[:, 16:]).any()
     box = pipe("fox", image=picture(), mask=(16, 0, 32, 32), num_inference_steps=4, guidance_scale=1.0, seed=3)
     assert drawn.tobytes() == box.images[0].tobytes()
+
+
+def test_it_replays_with_what_was_sent(
+    server: Running, built_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent = {"image": png(picture()), "mask": png(erased(picture("black")))}
+    with server.http() as client:
+        answer = client.post(EDITS, data={"prompt": "fox", **STEPS}, files=sent)
+    (tmp_path / "edited.png").write_bytes(base64.b64decode(answer.json()["data"][0]["b64_json"]))
+    given = ["--model", str(built_model), "--json"]
+    for name, data in sent.items():
+        (tmp_path / f"{name}.png").write_bytes(data)
+        given += [f"--{name}", str(tmp_path / f"{name}.png")]
+    assert main(["replay", str(tmp_path / "edited.png"), *given]) == 0
+    assert json.loads(capsys.readouterr().out)["identical"]
 
 
 def test_without_a_mask_dall_e_2_draws_what_is_transparent(server: Running) -> None:

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.datastructures import UploadFile
 
-from latentdiff.serve.http.bodies import json_body, require_json
+from latentdiff.serve.http.bodies import json_body, require_json, schema_of
 from latentdiff.serve.http.desk import Claim, Desk
 from latentdiff.serve.http.errors import ApiError, api_error
 from latentdiff.serve.http.guard import FILES
@@ -134,7 +134,8 @@ def _digest(kind: Kind, values: dict[str, str], uploads: list[Upload]) -> str:
 
 
 def _form_body(*files: str) -> dict[str, Any]:
-    schema = GenerationRequest.model_json_schema()
+    schema = schema_of(GenerationRequest)
     uploads = {name: {"type": "string", "contentMediaType": "application/octet-stream"} for name in files}
-    schema |= {"title": "PictureRequest", "properties": {**schema["properties"], **uploads}, "required": ["image"]}
+    properties = {**schema["properties"], **uploads}
+    schema = {**schema, "title": "PictureRequest", "properties": properties, "required": ["image"]}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
