@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
 from latentdiff.errors import (
     ClosedError,
@@ -90,6 +91,8 @@ def api_error(error: Exception, retry_after: int | None = None) -> ApiError:
     """
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ClientDisconnect):
+        return ApiError(499, "the client has gone before its request had come", "client_gone")
     if isinstance(error, InputError):
         return ApiError(400, error, "invalid_value", _param(str(error)))
     if isinstance(error, QueueFullError):

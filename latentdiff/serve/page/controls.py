@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import gradio as gr
@@ -14,7 +14,7 @@ from latentdiff.generation.options import SIDES, options_of
 from latentdiff.generation.request import Settings
 from latentdiff.serve.page.modes import MODES, modes_of
 
-__all__ = ["ELSEWHERE", "FIRST", "Control", "make_control", "shown_value", "texts_of"]
+__all__ = ["ELSEWHERE", "FIRST", "classes_of", "make_control", "shown_value", "texts_of"]
 
 # Options that have a place of their own on the page, in this order; all others are among the further settings.
 FIRST = ("num_images", "seed", "num_inference_steps", "guidance_scale", "sampler")
@@ -28,22 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Control:
-    """A control of an option.
-
-    Attributes:
-        name: of the option.
-        modes: in which it is shown and asked.
-        component: of gradio.
-    """
-
-    name: str
-    modes: tuple[str, ...]
-    component: Any
-
-
-def make_control(name: str, most: int | None = None) -> Control:
+def make_control(name: str, most: int | None = None) -> Any:
     """Return the control of an option, empty where the model's default is meant.
 
     Args:
@@ -64,17 +49,14 @@ def make_control(name: str, most: int | None = None) -> Control:
     }
     usual = "" if default is None else f"{default:g}" if kind in ("int", "float") else f"{default}"
     usual = "random" if name == "seed" else "the model's" if declared.from_model else usual
-    component: Any
     if name in CHOICES:
         choices = [(usual if usual == "the model's" else f"{usual} (usual)", ""), *CHOICES[name]]
-        component = gr.Dropdown(choices, value="", allow_custom_value=name == "sampler", **look)
-    elif kind == "bool":
-        component = gr.Checkbox(value=bool(default), **look)
-    elif name == "num_images":
-        component = gr.Slider(1, most or 4, value=1, step=1, **look)
-    else:  # numbers too, as an empty number would be shown as 0
-        component = gr.Textbox(value="", placeholder=usual, max_lines=1, **look)
-    return Control(name, modes, component)
+        return gr.Dropdown(choices, value="", allow_custom_value=name == "sampler", **look)
+    if kind == "bool":
+        return gr.Checkbox(value=bool(default), **look)
+    if name == "num_images":
+        return gr.Slider(1, most or 4, value=1, step=1, **look)
+    return gr.Textbox(value="", placeholder=usual, max_lines=1, **look)  # numbers too: an empty one is shown as 0
 
 
 def classes_of(modes: tuple[str, ...]) -> list[str]:

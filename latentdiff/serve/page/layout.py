@@ -125,9 +125,9 @@ def _add_settings(parts: Parts, models: Models, limits: Limits) -> None:
     for pair in (FIRST[:2], FIRST[2:4]):
         with gr.Row(elem_classes=["pair"]):
             for name in pair:
-                values[name] = make_control(name, limits.n).component
+                values[name] = make_control(name, limits.n)
     with gr.Row(elem_classes=["pair"]):
-        values[FIRST[4]] = make_control(FIRST[4]).component
+        values[FIRST[4]] = make_control(FIRST[4])
         values["size"] = gr.Dropdown(
             _sizes(models),
             value="auto",
@@ -145,7 +145,7 @@ def _add_settings(parts: Parts, models: Models, limits: Limits) -> None:
     with gr.Accordion("More settings", open=False, elem_id="more"):
         for name in options_of(Settings):
             if name not in (*FIRST, *ELSEWHERE):
-                values[name] = make_control(name).component
+                values[name] = make_control(name)
     with gr.Accordion("Settings from a picture", open=False, elem_id="read"):
         parts.dropped = gr.File(
             label="Picture with settings",

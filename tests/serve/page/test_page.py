@@ -67,6 +67,7 @@ def test_a_page_that_is_closed_leaves_nothing_being_drawn(gate: Gate, open_page:
     eventually(lambda: server.server.scheduler.stats().cancelled == 1)
 
 
+@pytest.mark.long
 def test_what_is_painted_over_is_drawn_anew(server: Opened, hands: At) -> None:
     page = hands(server)
     page.write("Prompt", "cat")
@@ -231,6 +232,7 @@ def test_every_option_has_a_control(server: Opened, hands: At) -> None:
     assert not page.tab.locator("#option-hires").is_visible()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_nothing_keeps_anyone_out(server: Opened, hands: At, theme: str) -> None:
     from axe_playwright_python.sync_playwright import Axe
