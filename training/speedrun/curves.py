@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from html import escape
@@ -21,6 +22,7 @@ def read_scalars(run: Path, *names: str) -> dict[str, Points]:
         return {}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every run that was gone on with
     events = EventAccumulator(str(logs), size_guidance={"scalars": 0}).Reload()
     there = events.Tags()["scalars"]
     found = {name: [(one.step, one.value) for one in events.Scalars(name)] for name in names if name in there}

@@ -130,8 +130,14 @@ def steps_that_fit(done: int, planned: int, pace: float, left: float, decay_shar
     return min(fitting, planned) if done >= planned * (1 - decay_share) else fitting
 
 
-def worth_changing(done: int, planned: int, fitting: int, pace: float) -> bool:
-    """Say whether another number of steps is worth stopping for, which costs the time to open everything again."""
+def worth_changing(done: int, planned: int, fitting: int, pace: float, decay_share: float) -> bool:
+    """Say whether another number of steps is worth stopping for, which costs the time to open everything again.
+
+    It is not while the rate is constant by either plan: until then nothing follows from how many steps there will be,
+    and later more is known.
+    """
+    if done + 1 < min(planned, fitting) * (1 - decay_share):
+        return False
     seconds = abs(fitting - planned) * pace
     return seconds > max(2 * table.STARTING, 0.1 * (planned - done) * pace)
 

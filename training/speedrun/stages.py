@@ -12,7 +12,8 @@ from .plan import steps_that_fit, worth_changing
 from .recipes import often
 from .record import Record, Stage
 
-LOOKS = 20  # steps in a row from which a pace is told
+# A pace is told from so many steps in a row, and so many seconds, or a tenth of what is left where that is less.
+LOOKS, LOOKING = 20, 60.0
 Config = TypeVar("Config", AutoencoderTraining, DiffusionTraining)
 
 
@@ -50,12 +51,12 @@ class Watch:
         if self.first is None:
             self.first = (done, now)
         taken = done - self.first[0]
-        if taken < LOOKS or now <= self.first[1]:
+        if taken < LOOKS or now - self.first[1] <= min(LOOKING, 0.1 * abs(self.end - self.first[1])):
             return False
         self.stage.pace = (now - self.first[1]) / taken
         decay = self.config.optimizer.decay_share
         fitting = steps_that_fit(done, planned, self.stage.pace, self.end - now, decay, self.most)
-        if not worth_changing(done, planned, fitting, self.stage.pace):
+        if not worth_changing(done, planned, fitting, self.stage.pace, decay):
             return False
         self.wanted = fitting
         self.stage.changes.append(f"after step {done} planned {fitting} steps in place of {planned}")

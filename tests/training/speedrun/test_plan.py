@@ -92,9 +92,12 @@ def test_steps_become_more_or_fewer_until_the_rate_falls() -> None:
 
 
 def test_a_plan_is_changed_where_it_matters() -> None:
-    assert worth_changing(100, 1000, 500, pace=1.0)
-    assert not worth_changing(100, 1000, 950, pace=1.0)
-    assert not worth_changing(100, 1000, 500, pace=0.01)  # some seconds
+    assert worth_changing(250, 1000, 500, pace=1.0, decay_share=0.5)
+    assert not worth_changing(250, 1000, 950, pace=1.0, decay_share=0.5)
+    assert not worth_changing(250, 1000, 500, pace=0.01, decay_share=0.5)  # some seconds
+    assert not worth_changing(200, 1000, 500, pace=1.0, decay_share=0.5)  # the rate is constant until step 250
+    assert not worth_changing(400, 1000, 2000, pace=1.0, decay_share=0.5)
+    assert worth_changing(499, 1000, 2000, pace=1.0, decay_share=0.5)
 
 
 def test_as_many_pictures_are_measured_as_time_and_pictures_allow() -> None:
