@@ -15,6 +15,7 @@ import torch
 from latentdiff.checkpoints import Components, load_pipeline, read_header, save_pipeline
 from latentdiff.checkpoints.components import moved
 from latentdiff.checkpoints.find import find_model
+from latentdiff.checkpoints.folder import INDEX
 from latentdiff.checkpoints.lora import describe_lora
 from latentdiff.checkpoints.tuned_sampler import FILE, read_tuned
 from latentdiff.devices import resolve_device
@@ -101,23 +102,24 @@ def tune_sampler(asked: Asked, steps: Sequence[int]) -> Path:
     components = asked.load()
     guidance = asked.guidance(components)
     prompts = _prompts(asked.pictures(min(components.native_size)), Path(asked.out))
-    folder = _writable(asked.out)
-    components = moved(components, resolve_device(None))
+    folder, own = _writable(asked.out), _is_own(asked.model, Path(asked.out))
+    if not own and any(folder.iterdir()) and not (folder / INDEX).is_file():
+        raise InputError(f"{asked.out} holds something that is no saved model; move it, or choose another --out")
+    found, components = _tables_there(components, folder), moved(components, resolve_device(None))
     print(f"drawing {len(prompts)} pictures in many steps", flush=True)
     training, held_out = (
         targets_of(components, prompts[some], guidance, seed)
         for some, seed in ((slice(TRAINED_ON), 0), (slice(TRAINED_ON, None), TRAINED_ON))
     )
     components.unet.requires_grad_(False)
-    found = _tables_there(components, folder)
     for count in steps:
         table, initial = tune(components.schedule, count, training, held_out, guidance, report=_say)
         _say(f"{count} steps: {table.distance_before:.4f} from many steps by {initial}, {table.distance:.4f} tuned")
         found = found.with_table(table)
-    if _is_own(asked.model, folder):
-        write_file(folder / FILE, (json.dumps(found.to_dict(), indent=2) + "\n").encode())
-    else:
-        save_pipeline(replace(moved(components, torch.device("cpu")), tuned=found), folder, torch.float16)
+        if own or count != steps[0]:
+            write_file(folder / FILE, (json.dumps(found.to_dict(), indent=2) + "\n").encode())
+        else:
+            save_pipeline(replace(moved(components, torch.device("cpu")), tuned=found), folder, torch.float16)
     told = f" --guidance {guidance:g}" if guidance != own_guidance(components) else ""
     call = f"latentdiff generate {shlex.quote(prompts[0] or 'a picture')} --model {shlex.quote(str(folder))}"
     print(f"saved {folder / FILE}; try: {call} --sampler {TUNED} --steps {steps[0]}{told}")

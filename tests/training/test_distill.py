@@ -69,9 +69,9 @@ def test_a_sampler_is_tuned_by_one_command(
     assert "from many steps by dpmpp_2m" in printed and "--sampler tuned --steps 2 --guidance 2" in printed
     assert all(path.read_bytes() == content for path, content in before.items())
     assert main([*call, "--steps", "1,3", "--out", str(model)]) == 0
-    assert main([*call, "--steps", "4", "--out", str(tmp_path / "copy")]) == 0
+    assert main([*call, "--steps", "4,5", "--out", str(tmp_path / "copy")]) == 0
     found = [Pipeline.from_pretrained(place, device="cpu").components.tuned for place in (model, tmp_path / "copy")]
-    assert [list(one.tables) for one in found if one is not None] == [[1, 2, 3], [1, 2, 3, 4]]
+    assert [list(one.tables) for one in found if one is not None] == [[1, 2, 3], [1, 2, 3, 4, 5]]
     assert all(one.guidance_scale == 2 for one in found[1].tables.values())  # type: ignore[union-attr]
     assert not list((tmp_path / "copy").glob("*cache*")), "captions of a folder need none"
     chosen = recipe(tmp_path, "autoencoder", data__keep={"text": ["c"]})
@@ -282,6 +282,10 @@ def test_models_and_numbers_that_are_refused(
         said = capsys.readouterr().err
         assert expected in said and said.count("\n") == 1, said
     assert not (tmp_path / "out").exists(), "nothing was written"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/letter.txt").write_text("dear")
+    assert main(["distill", *named, "--out", str(tmp_path / "other")]) == 2
+    assert "holds something that is no saved model" in capsys.readouterr().err
     (tmp_path / "taken").write_text("")
     assert main(["distill", *named, "--out", str(tmp_path / "taken")]) == 4
 
