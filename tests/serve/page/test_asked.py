@@ -18,6 +18,8 @@ from latentdiff.serve.http.loras import Loras
 from latentdiff.serve.http.models import Models
 from latentdiff.serve.page.asked import page_order
 from latentdiff.serve.page.controls import ELSEWHERE
+from latentdiff.serve.page.events import Events
+from latentdiff.serve.page.layout import Parts
 from latentdiff.serve.page.modes import MODES, modes_of
 from latentdiff.serve.page.records import values_of_file, values_of_infotext
 from tests.models.tiny import noise_picture
@@ -177,3 +179,10 @@ def test_every_option_is_somewhere() -> None:
     for name, declared in options_of(Settings).items():
         assert modes_of(name, declared) or name in ELSEWHERE
     assert all(mode in MODES for name, declared in options_of(Settings).items() for mode in modes_of(name, declared))
+
+
+def test_a_lora_is_written_into_the_prompt() -> None:
+    events = Events(Parts(values={"prompt": "the prompt"}, lora="the list"), studio=None, desktop=None)  # type: ignore[arg-type]
+    assert events.add_lora("a fox", "style") == {"the prompt": "a fox <lora:style:0.8>", "the list": None}
+    assert events.add_lora(None, "style") == {"the prompt": "<lora:style:0.8>", "the list": None}
+    assert events.add_lora("a fox", None) == {"the list": None}
