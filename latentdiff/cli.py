@@ -26,6 +26,7 @@ from latentdiff.commands import (
     inspect,
     plan,
     replay,
+    serve,
     speedrun,
     train,
     upscale,
@@ -52,6 +53,7 @@ COMMANDS: dict[str, ModuleType] = {
     "speedrun": speedrun,
     "data": data,
     "evaluate": evaluate,
+    "serve": serve,
 }
 
 

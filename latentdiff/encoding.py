@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from latentdiff.errors import InputError
 from latentdiff.marks import mark
 
-__all__ = ["FORMATS", "encode", "format_of", "texts_of"]
+__all__ = ["FORMATS", "QUALITY", "encode", "format_of", "texts_of"]
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # Pillow's names, by the ending of a file's
 QUALITY = 95  # of JPEG and WebP
@@ -32,7 +32,11 @@ def format_of(path: Path) -> str:
 
 
 def encode(
-    image: Image.Image, kind: str = "PNG", texts: Mapping[str, str] | None = None, source_type: str | None = None
+    image: Image.Image,
+    kind: str = "PNG",
+    texts: Mapping[str, str] | None = None,
+    source_type: str | None = None,
+    quality: int = QUALITY,
 ) -> bytes:
     """Return a picture as the bytes of a file, which depend on nothing but the arguments and Pillow's version.
 
@@ -42,6 +46,7 @@ def encode(
         texts: chunks of a PNG; in other formats "parameters" goes into EXIF's UserComment, and the one beside it into
             its MakerNote.
         source_type: IPTC digital source type that its mark names; None for no mark.
+        quality: of JPEG and WebP, 0 to 100.
 
     Raises:
         InputError: a JPEG cannot hold that much text, or the format that large a picture.
@@ -65,8 +70,8 @@ def encode(
         size = f"{len(exif) / 2**10:,.0f} KiB"
         raise InputError(f"a JPEG holds at most 64 KiB of settings, and these are {size}; write a PNG or WebP")
     # Each pixel has its own colour, where JPEG would let four share one.
-    quality = {"quality": QUALITY, "subsampling": 0} if kind == "JPEG" else {"quality": QUALITY}
-    bare.save(buffer, kind, exif=exif, xmp=packet or b"", **quality)
+    how = {"quality": quality, "subsampling": 0} if kind == "JPEG" else {"quality": quality}
+    bare.save(buffer, kind, exif=exif, xmp=packet or b"", **how)
     return buffer.getvalue()
 
 

@@ -16,7 +16,7 @@ from latentdiff import Pipeline
 from latentdiff.cli import main
 from latentdiff.encoding import FORMATS, encode, texts_of
 from latentdiff.errors import InputError
-from latentdiff.generation.result import Result, read_record
+from latentdiff.generation.result import METADATA_KEY, Result, read_record
 from latentdiff.images import open_image, open_rgba, open_stored
 from latentdiff.marks import COMPOSITE, GENERATED, mark, source_type_of
 from tests.generation.test_upscaling import folder, smooth, upscaler  # noqa: F401  # fixtures
@@ -92,6 +92,17 @@ def test_what_is_left_out_is_nowhere(fox: Result, ending: str) -> None:
     assert packet(f"c{ending}") is None and b"fox" not in Path(f"c{ending}").read_bytes()
     pixels = [np.asarray(open_image(f"{name}{ending}")) for name in "abc"]
     assert np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[0], pixels[2])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_picture_is_encoded_as_it_is_saved(pipe: Pipeline, kind: str) -> None:
+    one = next(pipe.stream("fox", num_inference_steps=2))
+    path = Path(f"fox.{kind.lower()}")
+    one.save(path)
+    assert one.encoded(kind) == path.read_bytes()
+    smaller = one.encoded(kind, quality=10)
+    assert smaller == one.encoded(kind) if kind == "PNG" else len(smaller) < len(one.encoded(kind))
+    assert METADATA_KEY not in texts_of(Image.open(io.BytesIO(one.encoded(kind, metadata=False))))
 
 
 def test_the_command_line_writes_every_format_and_leaves_out_what_is_said(draw: Any) -> None:

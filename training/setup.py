@@ -54,7 +54,8 @@ def load_components(config: DiffusionTraining) -> Encoders:
     """
     if config.start_from is None:
         return with_task(config, _load_halves(config))
-    started = load_pipeline(config.start_from)
+    other = None if config.autoencoder is None else _part("autoencoder", config.autoencoder)
+    started = load_pipeline(config.start_from, vae=other)
     if isinstance(config.train, TextualInversionConfig):
         started = add_words(started, config.train)
     return with_task(config, started)

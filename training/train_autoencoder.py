@@ -19,13 +19,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 
-from latentdiff.checkpoints import load_autoencoder
+from latentdiff.checkpoints import embedded_model, load_autoencoder
 from latentdiff.checkpoints.lpips import load_lpips
 from latentdiff.devices import restored_random_state
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from latentdiff.models.lpips import Lpips
 
 from .config import AutoencoderTraining
 from .data.augment import random_view, random_window, rgb
@@ -59,7 +58,7 @@ from .loop.run import (
 )
 from .loop.sharding import require_shardable
 from .loop.state import RunState
-from .losses.autoencoder import adversarial_term, discriminator_terms, loss_terms
+from .losses.autoencoder import References, adversarial_term, discriminator_terms, loss_terms
 from .losses.equivariance import equivariance
 from .losses.image import PatchDiscriminator
 from .monitor.evaluation import Evaluations, Tools, load_tools, open_reference
@@ -69,6 +68,7 @@ from .monitor.reconstructions import export, mean_psnr, reconstructed, save_norm
 from .monitor.samples import SampleGrids
 from .monitor.trackers import require_trackers
 from .monitor.validation import ema_distance
+from .networks.takeover import take_over
 
 WHOLE = slice(None)
 HELD_OUT = 64  # pictures to measure by, of a split, or as many more as have `HELD_OUT_PIXELS`
@@ -92,17 +92,17 @@ def train_autoencoder(config: AutoencoderTraining, resume: bool = False, stop: S
     require_trainable(config)
     accelerator = start_accelerator(config.run)
     require_shardable(config, accelerator)
-    perceptual = load_perceptual(config, accelerator.device)
+    references = load_references(config, accelerator.device)
     require_trackers(config.run.trackers)
     tools = load_tools(config, accelerator.device)
     with restored_random_state(), kept_graphs(), open_run(config, resume, accelerator, "vae") as checkpoint:
-        return _train(config, checkpoint, perceptual, tools, accelerator, stop)
+        return _train(config, checkpoint, references, tools, accelerator, stop)
 
 
 def _train(
     config: AutoencoderTraining,
     checkpoint: Checkpoint | None,
-    perceptual: Lpips | None,
+    references: References,
     tools: Tools,
     accelerator: Accelerator,
     stop: Stop,
@@ -115,13 +115,13 @@ def _train(
     data = open_images(config.data, config.run.batch_size, folder)
     held_out = load_held_out(config, data)
     model, state = assemble(config)
-    networks = [*state.modules.values(), *([] if perceptual is None else [perceptual])]
+    networks = [*state.modules.values(), *references.networks]
     require_room(config.run, state, networks, accelerator.device, activations(model, config, accelerator))
     first = state.restore(checkpoint)
     if config.run.compile:
         compile_autoencoder(model.to(accelerator.device), config, data, accelerator)
     evaluations, vae = Evaluations(config, tools, reference, state), folder / "vae"
-    reached = run_steps(config, data, held_out, perceptual, state, first, accelerator, evaluations, stop)
+    reached = run_steps(config, data, held_out, references, state, first, accelerator, evaluations, stop)
     if reached and accelerator.is_main_process:
         with state.ema.swapped_into(model):
             export(model, load_measured(config, data), held_out, folder)
@@ -141,6 +141,8 @@ def assemble(config: AutoencoderTraining) -> tuple[AutoencoderKL, RunState]:
     """Return a new autoencoder, and what of a run is trained: it and its discriminator."""
     torch.manual_seed(config.run.seed)
     model, discriminator = AutoencoderKL(AutoencoderConfig.from_dict(config.model)), PatchDiscriminator()
+    if config.start_from is not None:
+        take_over(model, load_started(config))
     if config.run.gradient_checkpointing:
         checkpoint_gradients(model)
     optimizers = {
@@ -155,7 +157,7 @@ def run_steps(
     config: AutoencoderTraining,
     data: CaptionedImages,
     held_out: Tensor,
-    perceptual: Lpips | None,
+    references: References,
     state: RunState,
     first: int,
     accelerator: Accelerator,
@@ -176,7 +178,7 @@ def run_steps(
             start_step(config, step, optimizer, discriminator_optimizer)
             logged = (step + 1) % run.log_every == 0
             values, scalars = accumulate_gradients(
-                model, adversary, perceptual, config, batches, step, accelerator, logged
+                model, adversary, references, config, batches, step, accelerator, logged
             )
             adversarial = "discriminator" in values
             norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
@@ -250,7 +252,7 @@ def write_samples(grids: SampleGrids, log: Log, done: int, state: RunState, held
 def accumulate_gradients(
     model: nn.Module,
     adversary: nn.Module,
-    perceptual: Lpips | None,
+    references: References,
     config: AutoencoderTraining,
     batches: Iterator[Tensor],
     step: int,
@@ -278,7 +280,7 @@ def accumulate_gradients(
         with accelerator.autocast():
             reconstruction, posterior = model(images, noise)
         reconstruction = reconstruction.float()
-        terms = loss_terms(reconstruction, images, posterior, config, perceptual)
+        terms = loss_terms(reconstruction, images, posterior, config, references)
         if config.loss.equivariance:
             with accelerator.autocast():
                 error = equivariance(plain, posterior.sample(noise), images, seeded(run.seed, step, 6))
@@ -303,10 +305,34 @@ def accumulate_gradients(
     return averaged(accelerator, seen), scalars
 
 
-def load_perceptual(config: AutoencoderTraining, device: torch.device) -> Lpips | None:
-    """Return the network of the term lpips, None where that is switched off; see `load_lpips`."""
+def load_references(config: AutoencoderTraining, device: torch.device) -> References:
+    """Return the networks that terms of the loss ask.
+
+    Raises:
+        InputError: start_from has other latents.
+        ModelLoadError: one is refused.
+    """
     loss = config.loss
-    return load_lpips(Path(loss.lpips_weights), device) if loss.lpips and loss.lpips_weights else None
+    perceptual = load_lpips(Path(loss.lpips_weights), device) if loss.lpips and loss.lpips_weights else None
+    return References(perceptual, load_started(config, device) if loss.latents else None)
+
+
+def load_started(config: AutoencoderTraining, device: torch.device | str = "cpu") -> AutoencoderKL:
+    """Return the autoencoder that training starts from.
+
+    Raises:
+        InputError: its latents have other channels, or are of pictures made smaller by more.
+        ModelLoadError: it is refused.
+    """
+    place = embedded_model() if config.start_from == "embedded" else Path(str(config.start_from))
+    started, shape = load_autoencoder(place, device=device), AutoencoderConfig.from_dict(config.model)
+    found, own = ((one.latent_channels, one.downsample_factor) for one in (started.config, shape))
+    if found[0] != own[0] or found[1] > own[1]:
+        raise InputError(
+            f"start_from must have {own[0]} latent channels, {own[1]} times smaller than pictures or less, got "
+            f"{found[0]} channels, {found[1]} times; change model or start from another autoencoder"
+        )
+    return started
 
 
 def require_trainable(config: AutoencoderTraining) -> None:

@@ -36,7 +36,7 @@ from .loop.optimizers import make_optimizer
 from .loop.resources import require_room, require_small_enough
 from .loop.run import open_run, save_run, start_step, stop_on_signal
 from .loop.state import RunState
-from .losses.contrastive import contrastive_loss, label_loss, ranks
+from .losses.contrastive import calibration_error, contrastive_loss, label_loss, ranks
 from .monitor.log import Log
 from .monitor.trackers import require_trackers
 
@@ -173,7 +173,7 @@ def accumulate_gradients(
     given = torch.cat([batch.texts, label_texts.to(batch.texts)]) if config.label_weight else batch.texts
     with accelerator.autocast():
         images, texts, scale = (part.float() for part in network(batch.images, given))
-    loss = contrastive_loss(images, texts[:count], scale, batch.alike)
+    loss = contrastive_loss(images, texts[:count], scale, batch.right)
     if config.label_weight:
         loss = loss + config.label_weight * label_loss(images, texts[count:], scale, batch.labels)
     accelerator.backward(loss)
@@ -182,11 +182,13 @@ def accumulate_gradients(
 
 @torch.no_grad()
 def retrieval(model: ImageTextModel, held_out: HeldOut) -> dict[str, float]:
-    """Return how often the right text of a held-out picture is the best of all, and among the five best."""
+    """Return how often the right text of held-out pictures is the best or among the five best, and the calibration."""
     device = model.logit_scale.device
     images = torch.cat([model.embed_images(part.to(device)) for part in held_out.images.split(IMAGES_AT_ONCE)])
-    found = ranks(images, model.embed_texts(held_out.texts.to(device)), held_out.right.to(device))
-    return {f"held_out_top{most}": (found < most).float().mean().item() for most in (1, 5)}
+    texts, right = model.embed_texts(held_out.texts.to(device)), held_out.right.to(device)
+    found = ranks(images, texts, right)
+    shares = {f"held_out_top{most}": (found < most).float().mean().item() for most in (1, 5)}
+    return {**shares, "held_out_calibration_error": calibration_error(model.scale * images @ texts.T, right)}
 
 
 def export(model: ImageTextModel, held_out: HeldOut | None, folder: Path) -> None:

@@ -93,7 +93,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", metavar="FOLDER", help="image-text model, in place of the one of the package")
     parser.add_argument("--lpips-weights", metavar="FILE", help="of `python -m latentdiff.training.losses.lpips FILE`")
     parser.add_argument("--out", default="evaluation", help="folder of the report and of the pictures")
-    parser.add_argument("--batch-size", type=int, default=4, help="pictures drawn together (default 4)")
+    parser.add_argument("--batch-size", type=int, help="pictures drawn together (default 16, 4 of over 128x128)")
     parser.add_argument(
         "--best-of", type=int, default=1, metavar="N", help="measure of N pictures the one that fits its text best"
     )
@@ -211,6 +211,7 @@ def _check_subject(options: argparse.Namespace, settings: Mapping[str, object]) 
 def _request(options: argparse.Namespace, settings: Mapping[str, Any]) -> Request:
     from latentdiff.evaluate import Request
 
+    together = options.batch_size
     return Request(
         out=Path(options.out),
         n=options.n,
@@ -219,7 +220,7 @@ def _request(options: argparse.Namespace, settings: Mapping[str, Any]) -> Reques
         features=options.features,
         judge=None if options.judge is None else Path(options.judge),
         lpips_weights=None if options.lpips_weights is None else Path(options.lpips_weights),
-        batch_size=check_integer("--batch-size", options.batch_size, 1, 1024, "try 4"),
+        batch_size=None if together is None else check_integer("--batch-size", together, 1, 1024, "try 4"),
         best_of=check_integer("--best-of", options.best_of, 1, 100, "try 4"),
         progress=on_terminal(),
     )
@@ -234,6 +235,7 @@ def _measured(
 ) -> tuple[Mapping[str, Any], list[Figure]]:
     """Return what was measured, and its figures, once their report is written."""
     from latentdiff.evaluate import Evaluation
+    from latentdiff.evaluate.evaluation import drawn_size
     from latentdiff.evaluate.given import find_pictures
     from latentdiff.evaluate.run import METRICS as TABLE
     from latentdiff.evaluate.run import evaluate
@@ -245,8 +247,7 @@ def _measured(
     if options.data is not None:
         size = open_image(given[0][0]).size if given else (0, 0)
         if pipe is not None:
-            height, width = pipe.native_size
-            size = (request.settings.get("height") or height, request.settings.get("width") or width)
+            size = drawn_size(pipe, request.settings)
         found = request.out / "cache" if any(TABLE[name].of_training for name in names) else None
         references = open_references(options.data, options.split, size, found, options.recipe)
     return evaluate(Evaluation(request, pipe, references, given, processes), names)

@@ -31,6 +31,8 @@ from latentdiff.pipeline import Pipeline
 __all__ = ["Evaluation", "Metric", "Reference", "Request"]
 
 ALWAYS_TOLD = ("sampler", "num_inference_steps", "guidance_scale")  # settings in every protocol
+SMALL = 128  # side in pixels of pictures of which so many are drawn together, and how many of larger ones
+TOGETHER, TOGETHER_OF_LARGE = 16, 4
 SET = 1000  # pictures of metrics of whole sets, unless a request says otherwise
 
 
@@ -67,6 +69,12 @@ class Reference:
         return hashlib.sha256("\n".join([*self.files, *self.captions]).encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
+def drawn_size(pipe: Pipeline, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Return height and width, in pixels, of what a model draws with settings."""
+    height, width = pipe.native_size
+    return settings.get("height") or height, settings.get("width") or width
+
+
 @dataclass(frozen=True)
 class Request:
     """What is to be measured, and how.
@@ -79,7 +87,7 @@ class Request:
             model's own autoencoder.
         judge: folder of the image-text model; None for that of the package.
         lpips_weights: file that `python -m latentdiff.training.losses.lpips` made; None where lpips is not measured.
-        batch_size: pictures drawn together.
+        batch_size: pictures drawn together; None for 16 of up to 128 x 128 pixels, 4 of larger ones.
         best_of: of so many pictures of each text the one is measured that fits it best by the image-text model.
         out: folder of the report and of the pictures.
         progress: show bars on stderr.
@@ -92,7 +100,7 @@ class Request:
     features: str = "image-text"
     judge: Path | None = None
     lpips_weights: Path | None = None
-    batch_size: int = 4
+    batch_size: int | None = None
     best_of: int = 1
     progress: bool = False
 
@@ -214,7 +222,7 @@ class Evaluation:
             subject: dict[str, Any] = {"pictures": name, "pictures_hash": digest_of_pictures(self.given or ())}
         else:
             dtype = str(self.pipe.dtype).removeprefix("torch.")
-            machine = {"device": self.pipe.device.type, "dtype": dtype, "batch_size": request.batch_size}
+            machine = {"device": self.pipe.device.type, "dtype": dtype, "batch_size": self.batch_size}
             subject = {"model": recorded_name(self.pipe.components.name), **self.maker, **machine}
         return {**subject, **self.chosen_by, **self.data, "n": request.n, "seed": request.seed}
 
@@ -271,10 +279,16 @@ class Evaluation:
         if needy == "upscale":  # what is drawn has the size of the picture that was made small
             settings = {key: value for key, value in settings.items() if key not in ("height", "width")}
         folder = self.request.out / "pictures" / name
-        drawing = Drawing(items, folder, self.maker, settings, self.request.batch_size)
+        drawing = Drawing(items, folder, self.maker, settings, self.batch_size)
         if self.processes is None:
             return generate(self.model, drawing, progress=self.request.progress)
         return self.processes.draw(self.model, drawing, self.request.progress)
+
+    @cached_property
+    def batch_size(self) -> int:
+        """How many pictures are drawn together."""
+        height, width = drawn_size(self.model, self.request.settings)
+        return self.request.batch_size or (TOGETHER if height * width <= SMALL**2 else TOGETHER_OF_LARGE)
 
     @cached_property
     def caption_items(self) -> list[Item]:

@@ -72,7 +72,7 @@ class Drawing:
     folder: Path
     maker: Mapping[str, Any]
     settings: Mapping[str, Any]
-    batch_size: int = 4
+    batch_size: int
 
     @property
     def paths(self) -> list[Path]:

@@ -41,7 +41,7 @@ def speed(evaluation: Evaluation) -> list[Figure]:
     process, or torch on the GPU, ever held meanwhile, weights included. FLOPs are those of one guided call of the
     U-Net for one picture.
     """
-    pipe, settings, size = evaluation.model, evaluation.request.settings, evaluation.request.batch_size
+    pipe, settings, size = evaluation.model, evaluation.request.settings, evaluation.batch_size
     prompt = PROMPT if pipe.components.reads_text else ""
 
     task = own_task(pipe.components)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from PIL import Image
 
 from latentdiff import __version__
-from latentdiff.encoding import encode, format_of
+from latentdiff.encoding import QUALITY, encode, format_of
 from latentdiff.errors import InputError, shown
 from latentdiff.files import require_path
 from latentdiff.generation.infotext import infotext
@@ -116,18 +116,38 @@ class GeneratedImage:
                 to be signed and not marked.
             StorageError: the file cannot be written.
         """
-        if not isinstance(self.image, Image.Image):
-            raise InputError('only pictures can be saved, got tensors; call with output_type="pil"')
         target = require_path(path, "a picture")
-        if signer is not None and not mark:
-            raise InputError("a signature says that a model made the picture, got mark=False; leave out one of them")
         if target.suffix.lower() in OTHER_FORMATS:
             raise InputError(f"pictures are written as PNG, JPEG or WebP, got {shown(os.fspath(path))}; name it .png")
-        texts = {METADATA_KEY: json.dumps(self.record), "parameters": infotext(self.record)} if metadata else {}
-        kind = format_of(target)
-        data = encode(self.image, kind, texts, self.source_type if mark else None)
-        data = data if signer is None else signer.sign(data, kind, self.source_type)
+        data = self.encoded(format_of(target), metadata=metadata, mark=mark, signer=signer)
         write_file(target, data, overwrite=overwrite)
+
+    def encoded(
+        self,
+        kind: str = "PNG",
+        *,
+        quality: int = QUALITY,
+        metadata: bool = True,
+        mark: bool = True,
+        signer: Signer | None = None,
+    ) -> bytes:
+        """Return what `save` would write, as bytes.
+
+        Args:
+            kind: "PNG", "JPEG" or "WEBP".
+            quality: of JPEG and WebP, 0 to 100.
+            metadata, mark, signer: see `save`.
+
+        Raises:
+            InputError: as `save`.
+        """
+        if not isinstance(self.image, Image.Image):
+            raise InputError('only pictures can be saved, got tensors; call with output_type="pil"')
+        if signer is not None and not mark:
+            raise InputError("a signature says that a model made the picture, got mark=False; leave out one of them")
+        texts = {METADATA_KEY: json.dumps(self.record), "parameters": infotext(self.record)} if metadata else {}
+        data = encode(self.image, kind, texts, self.source_type if mark else None, quality)
+        return data if signer is None else signer.sign(data, kind, self.source_type)
 
 
 @dataclass(frozen=True)

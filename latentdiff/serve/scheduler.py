@@ -132,6 +132,11 @@ class Scheduler:
         self._helper.add(PREPARE, self._prepare)
         return job
 
+    @property
+    def closed(self) -> bool:
+        """Whether no more jobs are taken: it was closed, or its loop ended."""
+        return self._waiting.closed
+
     def stats(self) -> Stats:
         """Return figures of what waits, what runs, and what was done."""
         return self._recorder.stats(len(self._waiting), len(self._places.running), self._decoding)

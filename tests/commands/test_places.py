@@ -31,6 +31,7 @@ COMMANDS = {
     "speedrun": ["PLACE", "PLACE --out run", "none --out PLACE", "emoji --out PLACE"],
     "data": ["digits PLACE", "emoji PLACE"],
     "evaluate": ["PLACE --data none", "MODEL --data PLACE"],
+    "serve": ["--port 0 --model PLACE", "--model MODEL --token of-sixteen-and-more --host PLACE"],
 }
 CALLS = [f"{command} {rest}" for command, all_of_it in COMMANDS.items() for rest in all_of_it]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import yaml
 from latentdiff.training.check import image_text as check_image_text
 from latentdiff.training.config import ImageTextTraining, parse_config
-from latentdiff.training.losses.contrastive import contrastive_loss, label_loss, ranks
+from latentdiff.training.losses.contrastive import calibration_error, contrastive_loss, label_loss, least_loss, ranks
 from latentdiff.training.train_image_text import assemble
 from torch.nn import functional as F
 
@@ -102,16 +103,41 @@ def test_a_check_looks_at_everything_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_pairs_of_one_label_are_right_for_one_another() -> None:
+def test_a_text_may_be_right_for_several_images() -> None:
     torch.manual_seed(0)
-    images, texts = (F.normalize(torch.randn(4, 8), dim=1) for _ in range(2))
-    alike, scale = torch.tensor([0, 1, 0, 2]), torch.tensor(3.0)
+    images, texts = (F.normalize(torch.randn(3, 8), dim=1) for _ in range(2))
+    right = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 1]]).bool()  # the last text for the first image too
     logits = 3 * images @ texts.T
-    right = torch.tensor([[0.5, 0, 0.5, 0], [0, 1, 0, 0], [0.5, 0, 0.5, 0], [0, 0, 0, 1]])
-    by_image = -(right * logits.log_softmax(dim=1)).sum(dim=1).mean()
-    by_text = -(right * logits.T.log_softmax(dim=1)).sum(dim=1).mean()
-    torch.testing.assert_close(contrastive_loss(images, texts, scale, alike), (by_image + by_text) / 2)
-    assert ranks(texts, texts, torch.arange(4)).tolist() == [0, 0, 0, 0]
+    by_image, by_text = -logits.log_softmax(dim=1), -logits.log_softmax(dim=0)
+    expected = ((by_image[0, 0] + by_image[0, 2]) / 2 + by_image[1, 1] + by_image[2, 2]) / 3
+    expected = expected + (by_text[0, 0] + by_text[1, 1] + (by_text[0, 2] + by_text[2, 2]) / 2) / 3
+    torch.testing.assert_close(contrastive_loss(images, texts, torch.tensor(3.0), right), expected / 2)
+    assert least_loss(right) == pytest.approx(math.log(2) / 3)
+    assert ranks(texts, texts, torch.arange(3)).tolist() == [0, 0, 0]
+
+
+def test_calibration_compares_confidence_with_how_often_it_is_right() -> None:
+    sure = torch.tensor([[9.0, -9.0]] * 4)
+    assert calibration_error(sure, torch.tensor([0, 0, 0, 0])) == pytest.approx(0, abs=1e-6)
+    assert calibration_error(sure, torch.tensor([0, 0, 0, 1])) == pytest.approx(0.25)
+    unsure = torch.tensor([0.6, 0.4]).log().expand(10, 2)  # right in six of ten, as it says
+    assert calibration_error(unsure, torch.tensor([0] * 6 + [1] * 4)) == pytest.approx(0, abs=1e-6)
+    both = torch.cat([sure[:2], unsure])  # each is compared in its own bin: 2 right of 2, 4 of 10
+    assert calibration_error(both, torch.tensor([0, 0, *([0] * 4), *([1] * 6)])) == pytest.approx(0.2 * 10 / 12)
+
+
+def test_captions_of_a_drawing_in_another_style_are_wrong_for_it(recipe: Path) -> None:
+    config = parse_config(yaml.safe_load(recipe.read_text()))
+    assert isinstance(config, ImageTextTraining)
+    data, _, _ = assemble(config, torch.device("cpu"))
+    for number, views in enumerate(data.plans):  # all show the same, in one style or another
+        style = f"a fox, {'flat' if number % 2 else 'noto'} style"
+        data.plans[number] = [replace(view, captions=["a fox", style]) for view in views]
+    data.captions.update({"a fox": 0, "a fox, noto style": 1, "a fox, flat style": 2})
+    right = data.batch(config, 0).right
+    assert right.diagonal().all() and right.any(dim=0).all()
+    counts = right.sum(dim=0)
+    assert set(counts.tolist()) == {4, 8}  # of those with and without a style
 
 
 @pytest.mark.parametrize(

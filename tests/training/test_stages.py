@@ -23,7 +23,7 @@ from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.bert import BertConfig, BertModel
-from tests.models.tiny import BERT, write_bert_vocabulary
+from tests.models.tiny import BERT, randomize, write_bert_vocabulary
 
 PARTS = ("autoencoder", "text_encoder", "model", "schedule")
 COLORS = ("red", "green", "blue", "orange", "purple", "gold", "black", "teal")
@@ -214,8 +214,15 @@ def test_training_goes_on_from_the_weights_of_another_model(tmp_path: Path) -> N
     assert trained is not None
     assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in unet.state_dict().items())
     assert all(parameter.requires_grad for parameter in unet.parameters())
-    with pytest.raises(InputError, match="start_from brings its own autoencoder; leave that out"):
+    with pytest.raises(InputError, match="start_from brings its own text_encoder; leave that out"):
         parse_config({**tree, "start_from": "embedded"})
+    other = load_autoencoder(tmp_path / "autoencoder/vae")
+    randomize(other)
+    save_model(other, tmp_path / "other/vae")
+    origin = {"start_from": str(tmp_path / "diffusion/model"), "autoencoder": str(tmp_path / "other")}
+    config = parse_config({**first, **origin})
+    found = diffusion_components(config).autoencoder.state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in other.state_dict().items())
     with pytest.raises(InputError, match="model is missing; describe it, or name a model to start_from"):
         parse_config(first)
     with pytest.raises(InputError, match=r"train.kind lora is for a model that is there; name it as start_from"):

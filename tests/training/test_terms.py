@@ -15,27 +15,30 @@ from accelerate.state import AcceleratorState
 from latentdiff.training.config import AutoencoderTraining, load_config
 from latentdiff.training.loop.checkpointing import load_latest
 from latentdiff.training.losses import autoencoder as terms
-from latentdiff.training.losses.autoencoder import adversarial_term, discriminator_terms, loss_terms
+from latentdiff.training.losses.autoencoder import References, adversarial_term, discriminator_terms, loss_terms
 from latentdiff.training.losses.equivariance import equivariance
 from latentdiff.training.losses.image import PatchDiscriminator, r1_penalty
 from latentdiff.training.train_autoencoder import assemble
 from torch import Tensor, nn
 
+from latentdiff.checkpoints import save_model
 from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
+from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.lpips import Lpips
+from tests.models.tiny import randomize
 from tests.training.test_distributed import logged
 from tests.training.test_lpips import network  # noqa: F401  (a fixture)
 from tests.training.test_stages import SIZE, check_interrupted, pictures, recipe
 
 TRAINED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("l1", "l2", "gradient", "ssim", "lpips", "equivariance", "adversarial"), ("encoder", "decoder")),
-    "kl": ("encoder",),
+    **dict.fromkeys(("kl", "latents"), ("encoder",)),
     **dict.fromkeys(("discriminator", "r1"), ("discriminator",)),
 }
 # No slope depends on the first two; in the hinge loss both halves pull alike at the last while no score is beyond 1.
 STILL = {"r1": {"layers.3.bias", "layers.5.bias"}, "discriminator": {"layers.5.bias"}}
-ALL = "{l1: 1, l2: 1, gradient: 1, ssim: 1, kl: 1, lpips: 1, lpips_weights: x, adversarial: 1, r1: 1}"
+ALL = "{l1: 1, l2: 1, gradient: 1, ssim: 1, kl: 1, lpips: 1, lpips_weights: x, adversarial: 1, r1: 1, latents: 1}"
 
 
 @pytest.fixture
@@ -52,12 +55,14 @@ def part_of(name: str) -> str:
     return {"quant_conv": "encoder", "post_quant_conv": "decoder", "layers": "discriminator"}.get(owner, owner)
 
 
-def all_terms(config: AutoencoderTraining, model: Any, judge: PatchDiscriminator, perceptual: Lpips) -> dict[str, Any]:
+def all_terms(
+    config: AutoencoderTraining, model: Any, judge: PatchDiscriminator, references: References
+) -> dict[str, Any]:
     """Return every term there is, of random pictures."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, SIZE, SIZE, generator=generator) * 2 - 1
     reconstruction, posterior = model(images, generator)
-    found = loss_terms(reconstruction, images, posterior, config, perceptual)
+    found = loss_terms(reconstruction, images, posterior, config, references)
     loss = torch.stack(list(found.values())).sum()
     found["equivariance"] = equivariance(model, posterior.sample(generator), images, generator)
     found["adversarial"], _ = adversarial_term(loss, reconstruction, model, judge, Accelerator(cpu=True))
@@ -66,16 +71,21 @@ def all_terms(config: AutoencoderTraining, model: Any, judge: PatchDiscriminator
 
 @pytest.mark.parametrize("term", TRAINED)
 def test_a_term_alone_moves_what_it_is_for_and_nothing_else(tmp_path: Path, network: Lpips, term: str) -> None:  # noqa: F811
-    config = load_config(recipe(tmp_path, "autoencoder"), [f"loss={ALL}", "model.mid_block_add_attention=false"])
+    changes = [f"loss={ALL}", "model.mid_block_add_attention=false", f"start_from={tmp_path / 'started'}"]
+    config = load_config(recipe(tmp_path, "autoencoder"), changes)
     assert isinstance(config, AutoencoderTraining)
+    started = AutoencoderKL(AutoencoderConfig.from_dict(config.model))
+    save_model(started, tmp_path / "started")
+    randomize(started)  # what training starts from has these latents itself
     model, state = assemble(config)
     judge = state.modules["discriminator"]
     assert isinstance(judge, PatchDiscriminator)
-    found = all_terms(config, model, judge, network)
+    found = all_terms(config, model, judge, References(network, started))
     assert found.keys() == TRAINED.keys()
     weights = {name: weight for module in (model, judge, network) for name, weight in module.named_parameters()}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     found[term].backward()
+    assert all(weight.grad is None for weight in started.parameters())
     for optimizer in state.optimizers.values():
         optimizer.step()
     moved = {name for name, weight in weights.items() if not torch.equal(weight, before[name])}

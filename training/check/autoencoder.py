@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from latentdiff.images import to_tensor
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from latentdiff.models.lpips import Lpips
 
 from ..config import AutoencoderTraining
 from ..data.augment import rgb
@@ -23,7 +22,7 @@ from ..loop.distributed import own_shares
 from ..loop.resources import require_small_enough
 from ..loop.run import seeded, start_step
 from ..loop.state import RunState
-from ..losses.autoencoder import loss_terms
+from ..losses.autoencoder import References, loss_terms
 from ..train_autoencoder import (
     WHOLE,
     accumulate_gradients,
@@ -32,7 +31,7 @@ from ..train_autoencoder import (
     draw_views,
     image_batches,
     load_held_out,
-    load_perceptual,
+    load_references,
     require_trainable,
 )
 from .table import (
@@ -62,25 +61,27 @@ Trial = Callable[[int, bool], tuple[dict[str, Tensor], dict[str, float], Tensor]
 def examine_autoencoder(config: AutoencoderTraining) -> Iterator[Row]:
     """Yield the lines of the table of an autoencoder run; see `training.check.diffusion.check`."""
     accelerator = start_check(config)
-    yield from examine_folder(config, "KL autoencoder, from scratch")
+    yield from examine_folder(
+        config, "KL autoencoder, " + ("from scratch" if config.start_from is None else f"from {config.start_from}")
+    )
     require_trainable(config)
     shape = AutoencoderConfig.from_dict(config.model)
     require_small_enough(lambda: AutoencoderKL(shape), accelerator.device)
-    perceptual = load_perceptual(config, accelerator.device)
+    references = load_references(config, accelerator.device)
     with TemporaryDirectory(prefix="latentdiff-check-") as folder:
         data = open_images(config.data, config.run.batch_size, Path(folder))
         yield from examine_pictures(config, data)
         yield examine_held_out(config, data)
         yield examine_evaluation(config, accelerator, Path(folder))
         model, state = assemble(config)
-        networks = [*state.modules.values(), *([] if perceptual is None else [perceptual])]
+        networks = [*state.modules.values(), *references.networks]
         yield from examine_memory(networks, state, accelerator, activations(model, config, accelerator))
         yield examine_disk(config, state)
-        trial = stepper(config, data, perceptual, state, accelerator)
+        trial = stepper(config, data, references, state, accelerator)
         yield from examine_terms(trial)
         flops = yield from examine_steps(config, lambda step: trial(1 + step, False)[2], state, accelerator)
         used = model if small_enough(flops, config, accelerator) else None
-        yield overfit(used, config, data, perceptual, accelerator)
+        yield overfit(used, config, data, references, accelerator)
 
 
 def examine_held_out(config: AutoencoderTraining, data: CaptionedImages) -> Row:
@@ -95,7 +96,7 @@ def examine_held_out(config: AutoencoderTraining, data: CaptionedImages) -> Row:
 def stepper(
     config: AutoencoderTraining,
     data: CaptionedImages,
-    perceptual: Lpips | None,
+    references: References,
     state: RunState,
     accelerator: Accelerator,
 ) -> Trial:
@@ -116,7 +117,7 @@ def stepper(
     def take_step(step: int, measured: bool) -> tuple[dict[str, Tensor], dict[str, float], Tensor]:
         start_step(config, step, optimizer, discriminator_optimizer)
         values, scalars = accumulate_gradients(
-            model, adversary, perceptual, config, batches, step, accelerator, measured
+            model, adversary, references, config, batches, step, accelerator, measured
         )
         norm = accelerator.clip_grad_norm_(plain.parameters(), config.optimizer.max_grad_norm)
         accelerator.clip_grad_norm_(discriminator.parameters(), config.optimizer.max_grad_norm)
@@ -141,7 +142,7 @@ def overfit(
     model: AutoencoderKL | None,
     config: AutoencoderTraining,
     data: CaptionedImages,
-    perceptual: Lpips | None,
+    references: References,
     accelerator: Accelerator,
 ) -> Row:
     """Train on a few pictures, which whatever can learn anything has to learn, and say how far the error fell.
@@ -164,7 +165,7 @@ def overfit(
     for _ in range(OVERFIT_STEPS):
         with accelerator.autocast():
             reconstruction, posterior = used(images, generator)
-        terms = loss_terms(reconstruction.float(), images, posterior, config, perceptual)
+        terms = loss_terms(reconstruction.float(), images, posterior, config, references)
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
         nn.utils.clip_grad_norm_(used.parameters(), config.optimizer.max_grad_norm)

@@ -18,7 +18,7 @@ from ..config import ImageTextTraining
 from ..data.captioned_views import CaptionedViews
 from ..loop.run import start_step
 from ..loop.state import RunState
-from ..losses.contrastive import contrastive_loss
+from ..losses.contrastive import contrastive_loss, least_loss
 from ..train_image_text import HeldOut, accumulate_gradients, activations, assemble, start_state
 from .table import (
     OVERFIT,
@@ -89,8 +89,7 @@ def overfit(
     """
     run = config.run.model_copy(update={"batch_size": OVERFIT})
     pairs = data.batch(config.model_copy(update={"run": run}), 0).to(accelerator.device)
-    alike = pairs.alike
-    least = (alike[:, None] == alike).sum(dim=1).double().log().mean()  # where some show the same
+    least = least_loss(pairs.right)
     torch.manual_seed(run.seed)
     small = replace(model.config, block_out_channels=(32,), layers_per_block=1, norm_num_groups=8)
     used = model if itself else ImageTextModel(small).to(accelerator.device)
@@ -98,11 +97,11 @@ def overfit(
     for _ in range(OVERFIT_STEPS):
         with accelerator.autocast():
             own, theirs, scale = used(pairs.images, pairs.texts)
-        loss = contrastive_loss(own.float(), theirs.float(), scale.float(), alike)
+        loss = contrastive_loss(own.float(), theirs.float(), scale.float(), pairs.right)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item() - least.item())
+        losses.append(loss.item() - least)
     half = math.log(OVERFIT) / 2
     who = "the network" if itself else "a reduced network"
     value = f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {OVERFIT_STEPS} steps of {who}"

@@ -145,6 +145,8 @@ class AutoencoderLoss(Section):
     lpips_weights: TextPath | None = None
     # Of what is decoded of latents that are made smaller and turned (`training.losses.equivariance`).
     equivariance: float = Field(0.0, ge=0)
+    # Distance of the latents to those of `start_from`, so that a U-Net trained on these can go on.
+    latents: float = Field(0.0, ge=0)
     adversarial: float = Field(0.0, ge=0)
     adversarial_start: int = Field(0, ge=0)
     # Gamma of the penalty on the discriminator's slope; 0 for none.

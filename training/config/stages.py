@@ -35,6 +35,9 @@ class AutoencoderTraining(Section):
     stage: Literal["autoencoder"]
     data: DataConfig
     run: RunConfig
+    # Run or model folder of an autoencoder whose layers are taken over where they fit, or "embedded"; this one may have
+    # more levels, on the side of the pictures.
+    start_from: TextPath | None = None
     # Keys of `latentdiff.models.autoencoder.AutoencoderConfig`.
     model: dict[str, Any]
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -49,6 +52,8 @@ class AutoencoderTraining(Section):
             raise ValueError("an autoencoder is trained on squares; data.buckets is for stage diffusion")
         if self.run.ema_snapshots:
             raise ValueError("run.ema_snapshots is for stage diffusion; set it to 0")
+        if self.loss.latents and self.start_from is None:
+            raise ValueError("loss.latents keeps latents near those of start_from; name an autoencoder there")
         if self.loss.lpips and self.data.size < 16:
             raise ValueError(f"loss.lpips needs pictures of 16 pixels or more, got data.size {self.data.size}")
         check_evaluate(self.evaluate, OF_AUTOENCODERS, "held_out_psnr")
@@ -64,7 +69,8 @@ class DiffusionTraining(Section):
     task: TaskConfig = TextToImageTask()
     data: DataConfig
     run: RunConfig
-    # Run or model folder whose autoencoder is used, or "embedded"; null for diffusion of the pixels themselves.
+    # Run or model folder whose autoencoder is used, or "embedded"; null for diffusion of the pixels themselves, or for
+    # the autoencoder of `start_from`.
     autoencoder: TextPath | None = None
     # Of the pixels, where there is no autoencoder: 3 for colour, 1 for shades of grey.
     channels: Literal[1, 3] = 3
@@ -75,7 +81,7 @@ class DiffusionTraining(Section):
     model: dict[str, Any] = Field(default_factory=dict)
     # Keys of `latentdiff.diffusion.schedule.NoiseSchedule`.
     schedule: dict[str, Any] = Field(default_factory=dict)
-    # A model that is trained further, instead of the four keys above: a folder, a single file or "embedded".
+    # A model that is trained further, instead of the three keys above: a folder, a single file or "embedded".
     start_from: TextPath | None = None
     # kind: unet; lora, thin layers beside those of `start_from`; word, a new one; or unet_and_text.
     train: TrainConfig = UNetTraining()
@@ -144,7 +150,7 @@ class DiffusionTraining(Section):
 
     @model_validator(mode="after")
     def _one_source_of_the_components(self) -> Self:
-        components: dict[str, Any] = {"autoencoder": None, "text_encoder": "embedded", "model": {}, "schedule": {}}
+        components: dict[str, Any] = {"text_encoder": "embedded", "model": {}, "schedule": {}}
         given = [name for name, default in components.items() if getattr(self, name) != default]
         if getattr(self.task, "low_res_schedule", {}):
             given.append("task.low_res_schedule")
@@ -165,11 +171,14 @@ class ImageTextTraining(Section):
     run: RunConfig
     # Folder with text_encoder/ and tokenizer/, or "embedded".
     text_encoder: TextPath = "embedded"
-    # Metadata column with a short text of what a picture shows: pictures with equal ones are right for each other's
-    # captions, and held-out pictures are measured by finding theirs among all. null: each picture's first caption.
+    # Metadata column with a short text of what a picture shows: held-out pictures are measured by finding theirs among
+    # all. null: each picture's first caption.
     label_column: str | None = None
     # Weight of a second loss: to find the label of a picture among those of all pictures, many more than a batch has.
     label_weight: float = Field(0.0, ge=0)
+    # How strongly views are turned, stretched, put in other light and covered in part, 0 to 1: what is seen of few
+    # drawings is then not learnt by heart.
+    distort: float = Field(0.0, ge=0, le=1)
     # Keys of `latentdiff.models.image_text.ImageTextConfig`.
     model: dict[str, Any] = Field(default_factory=dict)
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from latentdiff.checkpoints.components import TextEncoder
 from latentdiff.checkpoints.hashes import network_digest
@@ -22,9 +21,9 @@ from ..config import ImageTextTraining
 from .augment import Variant, draw_view, paint, plan_variants
 from .cache import KEY_BYTES, CachedTensors, stored
 from .dataset import CaptionedImages
+from .distortion import distorted, draw_distortion, draw_place
 
 CAPTIONS_OF_A_VIEW = 3  # at most; more would take longer to encode than they are worth
-SMALLEST, LARGEST = 0.55, 1.2  # sides of a placed view, of the frame's
 
 
 @dataclass(frozen=True)
@@ -34,18 +33,18 @@ class Pairs:
     Attributes:
         images: (B, 3, H, W).
         texts: (B, text_dim), mean states of the captions.
-        alike: (B,) int64, equal where they show the same.
+        right: (B, B) bool, whether the caption of each column is one that the picture of a row might have had.
         labels: (B,) int64, the label of what each shows; -1 for a picture with a thing beside its own.
     """
 
     images: Tensor
     texts: Tensor
-    alike: Tensor
+    right: Tensor
     labels: Tensor
 
     def to(self, device: torch.device) -> Pairs:
         """Return them on a device."""
-        return Pairs(*(part.to(device) for part in (self.images, self.texts, self.alike, self.labels)))
+        return Pairs(*(part.to(device) for part in (self.images, self.texts, self.right, self.labels)))
 
 
 @dataclass(frozen=True)
@@ -71,41 +70,28 @@ class CaptionedViews:
         """Return the pairs of a step: a pure function of (seed, step)."""
         seed = config.run.seed
         indices, _ = self.data.order.batch(step, config.run.batch_size, seed)
-        pictures, numbers, keys, labels, places = [], [], [], [], []
+        pictures, numbers, known, labels, places, chances = [], [], [], [], [], []
         for index in indices:
             rng = np.random.default_rng([seed, step, self.data.place(index)])
             variant = self.plans[index][draw_view(config.data, rng)]
-            caption = str(rng.choice(variant.captions[:CAPTIONS_OF_A_VIEW]))
+            captions = [self.captions[caption] for caption in variant.captions[:CAPTIONS_OF_A_VIEW]]
             pictures.append(paint(self.data, variant))
-            numbers.append(self.captions[caption])
+            known.append(set(captions))
+            numbers.append(int(rng.choice(captions)))
             label = label_of(self.data.rows[index], config.label_column)
-            keys.append(label if not variant.turn and variant.beside is None else caption)
             labels.append(self.labels[label] if variant.beside is None else -1)
-            places.append(rng.uniform([SMALLEST, -1, -1], [LARGEST, 1, 1]))
-        known: dict[str, int] = {}
-        alike = torch.tensor([known.setdefault(key, len(known)) for key in keys])
-        images = placed(to_tensor(np.stack(pictures)), torch.from_numpy(np.stack(places)).float())
-        return Pairs(images, self.texts.take(numbers), alike, torch.tensor(labels))
+            places.append(draw_place(rng))
+            chances.append(draw_distortion(rng))
+        right = torch.tensor([[number in own for number in numbers] for own in known])
+        where, how = (torch.from_numpy(np.stack(drawn)).float() for drawn in (places, chances))
+        images = distorted(to_tensor(np.stack(pictures)), where, how, config.distort)
+        return Pairs(images, self.texts.take(numbers), right, torch.tensor(labels))
 
 
 def label_of(row: dict[str, Any], column: str | None) -> str:
     """Return the short text of what a picture shows: that of a metadata column, or its first caption."""
     value = None if column is None else row.get(column)
     return str(value) if value else str(row["captions"][0])
-
-
-def placed(images: Tensor, places: Tensor) -> Tensor:
-    """Return images (B, 3, H, W) scaled and moved within their frames, whose rim goes on to the edge.
-
-    Args:
-        places: (B, 3), the new side as a share of the frame's, and where, -1 to 1, of what that leaves free each way.
-    """
-    scale, free = places[:, 0], (1 - places[:, 0]).abs()
-    theta = torch.zeros(len(images), 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
-    theta[:, :, 2] = -places[:, 1:] * (free / scale)[:, None]
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def prepare_views(

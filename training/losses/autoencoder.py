@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -22,12 +24,33 @@ from .image import (
 )
 
 
+@dataclass(frozen=True)
+class References:
+    """Networks that terms of the loss ask and that are not trained; None where the term is off.
+
+    Attributes:
+        perceptual: of lpips.
+        started: of latents, the autoencoder that training started from.
+    """
+
+    perceptual: Lpips | None = None
+    started: AutoencoderKL | None = None
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Those that are there."""
+        return [network for network in (self.perceptual, self.started) if network is not None]
+
+
+NONE = References()
+
+
 def loss_terms(
     reconstruction: Tensor,
     images: Tensor,
     posterior: DiagonalGaussian,
     config: AutoencoderTraining,
-    perceptual: Lpips | None = None,
+    references: References = NONE,
 ) -> dict[str, Tensor]:
     """Return the weighted terms of the loss that are switched on, by name; their sum is what is minimised."""
     weights, terms = config.loss, {}
@@ -41,9 +64,24 @@ def loss_terms(
         terms["ssim"] = weights.ssim * (1 - ssim(reconstruction, images))
     if weights.kl:
         terms["kl"] = weights.kl * posterior.kl().mean() / posterior.mean[0].numel()
-    if perceptual is not None:
-        terms["lpips"] = weights.lpips * perceptual(reconstruction, images).mean()
+    if references.perceptual is not None:
+        terms["lpips"] = weights.lpips * references.perceptual(reconstruction, images).mean()
+    if references.started is not None:
+        terms["latents"] = weights.latents * latent_distance(posterior, images, references.started)
     return terms
+
+
+def latent_distance(posterior: DiagonalGaussian, images: Tensor, other: AutoencoderKL) -> Tensor:
+    """Return the mean squared distance of latents to those that another autoencoder has of the pictures.
+
+    Args:
+        posterior: of the images, (B, C, h, w).
+        images: (B, 3, H, W), made smaller for the other one where it makes them less small.
+    """
+    size = [side * other.config.downsample_factor for side in posterior.mean.shape[-2:]]
+    with torch.no_grad():
+        wanted = other.encode(F.interpolate(images, size, mode="area")).mode()
+    return F.mse_loss(posterior.mode(), wanted)
 
 
 def adversarial_term(

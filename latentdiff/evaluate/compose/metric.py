@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from PIL import Image
 from latentdiff.errors import InputError
 from latentdiff.evaluate.compose.checker import VERSION, Checker, look
 from latentdiff.evaluate.compose.prompts import CATEGORIES, Prompt, make_prompts, prompt_from_json, write_prompts
-from latentdiff.evaluate.compose.validation import Rates, error_rates
+from latentdiff.evaluate.compose.validation import Rates, error_rates, truth_of
 from latentdiff.evaluate.evaluation import Evaluation
 from latentdiff.evaluate.figure import Figure, digest_of
 from latentdiff.evaluate.intervals import share
@@ -21,7 +22,7 @@ from latentdiff.images import from_tensor, open_image
 __all__ = ["compose"]
 
 PROMPTS = 120  # unless a request says otherwise, of all categories together
-SCENES = 400  # real ones that the checker's error rates are measured on
+SCENES = 100  # real ones of each category that the checker's error rates are measured on
 FILE = "prompts.jsonl"  # in the folder of the report
 
 
@@ -95,7 +96,9 @@ def _scenes(evaluation: Evaluation) -> Iterator[tuple[Image.Image, Mapping[str, 
     """Yield scenes of the test pictures, with their rows."""
     reference = evaluation.references.get("test")
     rows = [] if reference is None else reference.rows
-    chosen = [number for number, row in enumerate(rows) if "truth" in row][:SCENES]
-    for number in chosen:
-        if reference is not None:
-            yield from_tensor(reference.load([number]))[0], reference.rows[number]
+    found: Counter[str] = Counter()
+    for number, row in enumerate(rows):
+        own = [name for name in CATEGORIES if "truth" in row and truth_of(row, name) is not None]
+        if reference is not None and any(found[name] < SCENES for name in own):
+            found.update(own)
+            yield from_tensor(reference.load([number]))[0], row

@@ -17,6 +17,7 @@ from latentdiff.evaluate.intervals import Estimate, share
 
 __all__ = ["Rates", "broken", "error_rates", "truth_of"]
 
+ASKED = {*THINGS, *COLORABLE}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "under", "under": "above"}
 
 
@@ -29,7 +30,9 @@ class Rates:
 
 
 def truth_of(row: Mapping[str, Any], category: str) -> Truth | None:
-    """Return what of a scene of the data set a category looks at; None where the scene is not of it.
+    """Return what of a scene of the data set a category looks at.
+
+    None where the scene is not of that category, or shows a thing that the benchmark never asks for.
 
     Args:
         row: of metadata, with the scene's truth and style.
@@ -38,6 +41,8 @@ def truth_of(row: Mapping[str, Any], category: str) -> Truth | None:
     things = tuple(Group(group.concept, group.count) for group in whole.things)
     alone, two = len(things) == 1 and things[0].count == 1, [group.count for group in things] == [1, 1]
     names = {group.concept for group in things}
+    if not names <= ASKED:
+        return None
     if category == "color" and alone and whole.things[0].color in HUES:
         return Truth(whole.things)
     if category == "count" and len(things) == 1:

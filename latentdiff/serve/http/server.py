@@ -1,0 +1,115 @@
+"""A server process: one model or several behind one scheduler, from its start to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Mapping
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from latentdiff.errors import StorageError, shown
+from latentdiff.pipeline import Pipeline
+from latentdiff.serve.http.app import make_app
+from latentdiff.serve.http.desk import Desk
+from latentdiff.serve.http.guard import Guard, check_token, is_loopback
+from latentdiff.serve.http.limits import Limits
+from latentdiff.serve.http.models import Models
+from latentdiff.serve.scheduler import Scheduler
+
+__all__ = ["Server", "listen"]
+
+LAST_ANSWERS = 5  # seconds that answers may take to leave, after the last job
+
+
+class Server(uvicorn.Server):
+    """Serves models until it is told to end.
+
+    The first SIGTERM or Ctrl-C drains it: no more jobs are taken, those there are go on for `limits.drain_seconds`, and
+    what is left then is answered with 503. The second one ends it at once.
+
+    Args:
+        pipes: by the names that clients use.
+        host: where it listens.
+        token: see `guard.Guard`.
+        batch: see `Scheduler`.
+        limits: of requests and jobs.
+
+    Raises:
+        InputError: a name, a token, or a number that cannot be used.
+    """
+
+    def __init__(
+        self,
+        pipes: Mapping[str, Pipeline],
+        *,
+        host: str = "127.0.0.1",
+        token: str | None = None,
+        batch: int = 8,
+        limits: Limits | None = None,
+    ) -> None:
+        check_token(token, host)
+        self.limits, models = limits or Limits(), Models(pipes)
+        self.scheduler = Scheduler(models.pipes[models.first], batch=batch, queue=self.limits.queue)
+        self.desk = Desk(self.scheduler, self.limits)
+        self.api: FastAPI = make_app(models, self.desk)
+        self.hurried = False
+        self._signals, self._drained_by = 0, 0.0
+        guard = Guard(self.api, token=token, local=is_loopback(host), limits=self.limits)
+        super().__init__(
+            uvicorn.Config(
+                guard,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,  # a client's address is not what it says itself
+                lifespan="off",
+                ws="none",
+                timeout_graceful_shutdown=LAST_ANSWERS,
+            )
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take a signal."""
+        self._signals += 1
+        self.hurried = self._signals > 1
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to stop answering; called ten times a second."""
+        if self._signals and not self._drained_by:
+            self.desk.draining = True
+            self._drained_by = time.monotonic() + self.limits.drain_seconds
+        if self._drained_by and (self.hurried or not self.desk.busy or time.monotonic() > self._drained_by):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End what is still being drawn, and let the last answers leave."""
+        await self.desk.stop()
+        await asyncio.sleep(0)
+        await super().shutdown(sockets)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket at an address, which nothing is answered at yet.
+
+    Raises:
+        StorageError: the address is in use, or not of this machine.
+    """
+    opened: socket.socket | None = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        opened = socket.socket(family, kind, protocol)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(address)
+    except (OSError, ValueError) as error:  # ValueError of what no name of a machine can be
+        if opened is not None:
+            opened.close()
+        why = getattr(error, "strerror", None) or error
+        raise StorageError(f"cannot listen at {shown(host)}, port {port}: {why}; try another") from error
+    return opened

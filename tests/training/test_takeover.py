@@ -1,0 +1,102 @@
+"""Autoencoders that begin as another: its layers taken over, its latents kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from latentdiff.training.config import AutoencoderTraining, load_config
+from latentdiff.training.losses.autoencoder import latent_distance
+from latentdiff.training.networks.takeover import take_over
+from latentdiff.training.train_autoencoder import assemble
+from torch.nn import functional as F
+
+from latentdiff.checkpoints import load_autoencoder, save_model
+from latentdiff.commands.train import train as cli_train
+from latentdiff.errors import InputError
+from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from tests.models.tiny import randomize
+from tests.training.test_stages import SIZE, check_interrupted, pictures, recipe, weights_of
+
+
+def autoencoder(*channels: int, latents: int = 4) -> AutoencoderKL:
+    levels = len(channels)
+    config = AutoencoderConfig.from_dict(
+        {
+            "block_out_channels": channels,
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "latent_channels": latents,
+        }
+    )
+    randomize(model := AutoencoderKL(config))
+    return model
+
+
+def test_levels_are_counted_from_the_latents() -> None:
+    model, started = autoencoder(4, 8, 16), autoencoder(8, 16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    take_over(model, started)
+    own, given = model.state_dict(), started.state_dict()
+    for name, theirs in (
+        ("encoder.down_blocks.2.resnets.0.conv1.weight", "encoder.down_blocks.1.resnets.0.conv1.weight"),
+        ("encoder.down_blocks.1.downsamplers.0.conv.weight", "encoder.down_blocks.0.downsamplers.0.conv.weight"),
+        ("decoder.up_blocks.0.resnets.1.conv2.weight", "decoder.up_blocks.0.resnets.1.conv2.weight"),
+        ("quant_conv.weight", "quant_conv.weight"),
+    ):
+        assert torch.equal(own[name], given[theirs]), name
+    for part in ("encoder.conv_in.", "encoder.down_blocks.0.", "decoder.up_blocks.2.", "decoder.conv_out."):
+        assert all(torch.equal(own[name], before[name]) for name in own if name.startswith(part)), part
+
+
+def test_one_of_the_same_shape_is_taken_over_whole() -> None:
+    model, started = autoencoder(8, 16), autoencoder(8, 16)
+    take_over(model, started)
+    images = torch.rand(1, 3, 16, 16)
+    assert torch.equal(model.encode(images).mode(), started.encode(images).mode())
+    with pytest.raises(InputError, match="1 more levels than model"):
+        take_over(autoencoder(8), started)
+    assert latent_distance(model.encode(images), images, started) == 0
+
+
+def test_latents_are_compared_with_those_of_smaller_pictures() -> None:
+    model, started, images = autoencoder(4, 8, 16), autoencoder(8, 16), torch.rand(2, 3, 16, 16)
+    expected = (model.encode(images).mode() - started.encode(F.avg_pool2d(images, 2)).mode()).square().mean()
+    found = latent_distance(model.encode(images), images, started)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert all(parameter.grad is None for parameter in started.parameters())
+
+
+def test_training_keeps_latents_near_and_resumes_to_the_bit(tmp_path: Path) -> None:
+    pictures(tmp_path / "pictures", 4)
+    file = recipe(tmp_path, "autoencoder")
+    first = load_config(file)
+    assert isinstance(first, AutoencoderTraining)
+    save_model(AutoencoderKL(AutoencoderConfig.from_dict(first.model)), tmp_path / "started")
+    images, distances = torch.rand(2, 3, SIZE, SIZE) * 2 - 1, []
+    started = load_autoencoder(tmp_path / "started")
+    for weight in (0, 100):
+        run = tmp_path / f"run{weight}"
+        changes = [f"start_from={tmp_path / 'started'}", f"loss.latents={weight}", "loss.kl=0.1", "run.steps=12"]
+        cli_train(file, changes, False, str(run))
+        model, _ = assemble(first)
+        saved = {name: tensor for name, tensor in weights_of(run).items() if not name.startswith("ema.")}
+        model.load_state_dict(saved)
+        distances.append(latent_distance(model.encode(images), images, started).item())
+    assert distances[1] < 0.5 * distances[0]
+    Path(file).write_text(Path(file).read_text() + f"start_from: {tmp_path / 'started'}\nloss: {{latents: 1}}\n")
+    check_interrupted(file, tmp_path)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    pictures(tmp_path / "pictures", 4)
+    file = recipe(tmp_path, "autoencoder")
+    with pytest.raises(InputError, match="name an autoencoder there"):
+        load_config(file, ["loss.latents=1"])
+    save_model(autoencoder(8, 16, latents=3), tmp_path / "three")
+    with pytest.raises(InputError, match=r"start_from must have 4 latent channels, .* got 3 channels"):
+        cli_train(file, [f"start_from={tmp_path / 'three'}"], False, str(tmp_path / "run"))
