@@ -62,7 +62,7 @@ class Material:
 
 
 def recipe_tree(name: str) -> dict[str, Any]:
-    """Return a recipe of the package.
+    """Return a recipe of the package, without the model that it may go on from.
 
     Raises:
         InputError: this copy of the package came without it.
@@ -70,7 +70,10 @@ def recipe_tree(name: str) -> dict[str, Any]:
     file = find_recipe(name)
     if file is None:
         raise InputError(f"recipe {name} is missing from this copy of latentdiff; install it again")
-    return dict(read_yaml(file))
+    tree = dict(read_yaml(file))
+    if tree.pop("start_from", None) and "loss" in tree:
+        tree["loss"] = {name: weight for name, weight in tree["loss"].items() if name != "latents"}
+    return tree
 
 
 def run_section(out: Path, steps: int, batch: int, pace: float) -> dict[str, Any]:

@@ -78,10 +78,11 @@ LATENTS = (
     Size(
         name="latents of 128 px",
         side=128,
-        recipe="emoji128-diffusion.yaml",
+        recipe="emoji-diffusion.yaml",
         least=1_000_000,
         autoencoder="emoji128-autoencoder.yaml",
         least_autoencoder=60_000,
+        emoji=Work(2800, 3, 15_000),
     ),
     Size(
         name="latents of 128 px, large",
