@@ -65,6 +65,7 @@ def test_a_page_that_is_closed_leaves_nothing_being_drawn(gate: Gate, open_page:
     gate.arrive()
     tab.close()
     eventually(lambda: server.server.scheduler.stats().cancelled == 1)
+    gate.open()
 
 
 @pytest.mark.long
