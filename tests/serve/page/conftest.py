@@ -140,7 +140,7 @@ def browser() -> Iterator[Browser]:
 def context(browser: Browser) -> Iterator[BrowserContext]:
     """A window whose pages share what they loaded, and that asks nobody but this machine."""
     context, asked = browser.new_context(viewport={"width": 1280, "height": 860}, reduced_motion="reduce"), list[str]()
-    context.set_default_timeout(60_000)
+    context.set_default_timeout(180_000)  # machines are shared
     context.on("request", lambda request: asked.append(request.url))
     yield context
     context.close()
