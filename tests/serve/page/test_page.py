@@ -247,6 +247,8 @@ def test_nothing_keeps_anyone_out(server: Opened, hands: At, theme: str) -> None
     page.unfold("More settings")
     for mode in ("Text", "Image", "Inpaint", "Outpaint", "Upscale"):
         page.choose(mode)
+        if mode == "Inpaint":
+            page.tab.get_by_text("Upload an image").wait_for()
         page.tab.wait_for_timeout(200)
         found = [one for one in Axe().run(page.tab).response["violations"] if one["impact"] in ("serious", "critical")]
         assert not found, [(node["html"], node["failureSummary"]) for one in found for node in one["nodes"]]
