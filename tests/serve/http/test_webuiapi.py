@@ -12,7 +12,7 @@ from latentdiff.generation.result import METADATA_KEY
 from tests.serve.gate import Gate
 from tests.serve.http.conftest import Running, Serve
 from tests.serve.http.test_edits import picture
-from tests.serve.http.test_webui import half_mask
+from tests.serve.http.test_webui_pictures import half_mask
 
 webuiapi = pytest.importorskip("webuiapi")
 
