@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import pytest
 
 from latentdiff import Pipeline
 from tests.needs import needing
-from tests.serve.gate import Gate, eventually
+from tests.serve.gate import Gate
+from tests.serve.running import started
 
 if TYPE_CHECKING:
     import httpx
@@ -57,19 +57,8 @@ class Running:
 @contextmanager
 def running(pipe: Pipeline, more: Mapping[str, Pipeline] | None = None, **options: Any) -> Iterator[Running]:
     """Serve a model as "tiny", and maybe more by their names."""
-    from latentdiff.serve.http.server import Server, listen
-
-    with listen("127.0.0.1", 0) as opened:
-        server = Server({"tiny": pipe, **(more or {})}, **options)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
-        thread.start()
-        try:
-            eventually(lambda: server.started)
-            yield Running(server, f"http://127.0.0.1:{opened.getsockname()[1]}")
-        finally:
-            server.should_exit = True
-            thread.join(30)
-            assert not thread.is_alive()
+    with started({"tiny": pipe, **(more or {})}, **options) as (server, url):
+        yield Running(server, url)
 
 
 Serve = Callable[..., Running]
@@ -85,8 +74,8 @@ def serve() -> Iterator[Serve]:
 @pytest.fixture(scope="module")
 def server(pipe: Pipeline) -> Iterator[Running]:
     """A server for all tests of a module, which leave it as it was."""
-    with running(pipe, batch=4) as started:
-        yield started
+    with running(pipe, batch=4) as answering:
+        yield answering
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +18,8 @@ from latentdiff.diffusion import NoiseSchedule
 from latentdiff.models.unet import UNet2DConditionModel
 from tests.models.tiny import randomize
 from tests.needs import leave_out, needing
-from tests.serve.gate import Gate, eventually
+from tests.serve.gate import Gate
+from tests.serve.running import started
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
@@ -75,20 +75,10 @@ def nobody_else_is_asked() -> Iterator[None]:
 @contextmanager
 def opened(pipes: dict[str, Pipeline], **options: Any) -> Iterator[Opened]:
     """Serve models, with a page."""
-    from latentdiff.serve.http.server import Server, listen
     from latentdiff.serve.page.mount import mount_page
 
-    with listen("127.0.0.1", 0) as listening:
-        server = Server(pipes, page=mount_page, **options)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            eventually(lambda: server.started)
-            yield Opened(server, f"http://127.0.0.1:{listening.getsockname()[1]}")
-        finally:
-            server.should_exit = True
-            thread.join(30)
-            assert not thread.is_alive()
+    with started(pipes, page=mount_page, **options) as (server, url):
+        yield Opened(server, url)
 
 
 @pytest.fixture
@@ -110,8 +100,8 @@ def upscaler(pipe: Pipeline) -> Pipeline:
 @pytest.fixture(scope="module")
 def server(pipe: Pipeline, upscaler: Pipeline) -> Iterator[Opened]:
     """A server for all tests of a module, which leave it as it was."""
-    with opened({"tiny": pipe, "large": upscaler}, batch=4) as started:
-        yield started
+    with opened({"tiny": pipe, "large": upscaler}, batch=4) as answering:
+        yield answering
 
 
 @pytest.fixture
