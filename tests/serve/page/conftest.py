@@ -63,10 +63,14 @@ def _listen_in(event: str, arguments: tuple[object, ...]) -> None:
         REACHED.append(arguments[1][0])
 
 
-@pytest.fixture(scope="session", autouse=True)
-def nobody_else_is_asked() -> Iterator[None]:
+@pytest.fixture(scope="session")
+def _listening() -> None:
+    sys.addaudithook(_listen_in)  # which cannot be taken back
+
+
+@pytest.fixture(autouse=True)
+def nobody_else_is_asked(_listening: None) -> Iterator[None]:
     """Let no test pass whose server asks another machine for something."""
-    sys.addaudithook(_listen_in)
     REACHED.clear()
     yield
     assert set(REACHED) <= {"127.0.0.1", "localhost"}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import Page
 from torch import Tensor
 
@@ -20,6 +22,8 @@ from tests.serve.gate import Gate, eventually
 from tests.serve.page.conftest import Hands, Open, Opened
 
 At = Callable[[Opened], Hands]
+
+BRUSH = (249, 115, 22)  # its colour
 
 
 def test_a_prompt_is_drawn_several_times(server: Opened, hands: At) -> None:
@@ -77,7 +81,6 @@ def test_what_is_painted_over_is_drawn_anew(server: Opened, hands: At) -> None:
     before = open_image(page.saved("before.png"))
     page.press("Inpaint", "#stage")
     page.says("Paint over")
-    page.tab.wait_for_timeout(500)
     _paint(page)
     page.look("painted")
     page.press("Draw")
@@ -92,7 +95,6 @@ def test_what_is_painted_over_is_drawn_anew(server: Opened, hands: At) -> None:
     page.says("enlarge")
     page.press("Inpaint", "#stage")
     page.says("Paint over")
-    page.tab.wait_for_timeout(500)
     _paint(page)
     page.press("Draw")
     page.tab.wait_for_function("document.querySelectorAll('#history li').length === 3")
@@ -262,12 +264,20 @@ def test_nothing_keeps_anyone_out(server: Opened, hands: At, theme: str) -> None
 
 
 def _paint(page: Hands) -> None:
-    """Paint a stroke over the middle of the picture."""
-    box = page.tab.locator("#editor canvas").first.bounding_box()
-    assert box is not None
-    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.tab.mouse.move(middle[0] - 30, middle[1])
-    page.tab.mouse.down()
-    page.tab.mouse.move(middle[0] + 30, middle[1], steps=4)
-    page.tab.mouse.up()
-    page.tab.wait_for_timeout(300)
+    """Paint a stroke over the middle of the picture, as often as it takes: the brush may not be there yet."""
+    canvas = page.tab.locator("#editor canvas").first
+
+    def painted() -> bool:
+        box = canvas.bounding_box()
+        assert box is not None
+        middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.tab.mouse.move(middle[0] - 30, middle[1])
+        page.tab.mouse.down()
+        page.tab.mouse.move(middle[0] + 30, middle[1], steps=4)
+        page.tab.mouse.up()
+        page.tab.mouse.move(0, 0)
+        page.tab.wait_for_timeout(300)
+        seen = np.asarray(Image.open(BytesIO(canvas.screenshot())).convert("RGB"))
+        return bool((seen[seen.shape[0] // 2, seen.shape[1] // 2] == BRUSH).all())
+
+    eventually(painted)
