@@ -13,15 +13,13 @@ from torch import nn
 from latentdiff.checkpoints import (
     Components,
     Encoders,
-    embedded_model,
     load_autoencoder,
     load_pipeline,
     load_text_encoder,
 )
 from latentdiff.checkpoints.components import Autoencoder
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import InputError, shown
-from latentdiff.files import is_folder
+from latentdiff.errors import InputError
 from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
@@ -42,6 +40,7 @@ from .loop.state import RunState
 from .losses.consistency import few_calls
 from .networks.encoders import JointNetwork, add_words, new_words, train_encoder
 from .networks.lora import Adapted
+from .networks.parts import part_folder
 
 # Latents whose mean and standard deviation are looked at before training, at most about so many.
 MEASURED = 4096
@@ -55,7 +54,7 @@ def load_components(config: DiffusionTraining) -> Encoders:
     """
     if config.start_from is None:
         return with_task(config, _load_halves(config))
-    other = None if config.autoencoder is None else _part("autoencoder", config.autoencoder)
+    other = None if config.autoencoder is None else part_folder("autoencoder", config.autoencoder)
     started = load_pipeline(config.start_from, vae=other)
     if isinstance(config.train, TextualInversionConfig):
         started = add_words(started, config.train)
@@ -67,7 +66,7 @@ def _load_halves(config: DiffusionTraining) -> Encoders:
     if config.autoencoder is None:
         space: Autoencoder = PixelSpace(PixelSpaceConfig(latent_channels=config.channels))
     else:
-        space = load_autoencoder(_part("autoencoder", config.autoencoder))
+        space = load_autoencoder(part_folder("autoencoder", config.autoencoder))
     if config.text_encoder in ("labels", "none"):
         labels: tuple[str, ...] = ()
         if config.text_encoder == "labels":
@@ -82,26 +81,13 @@ def _load_halves(config: DiffusionTraining) -> Encoders:
         return Encoders(
             autoencoder=space.requires_grad_(False), text_encoder=classes.requires_grad_(False), schedule=schedule
         )
-    encoder, tokenizer = load_text_encoder(_part("text_encoder", config.text_encoder))
+    encoder, tokenizer = load_text_encoder(part_folder("text_encoder", config.text_encoder))
     if isinstance(encoder, CLIPTextModel) and encoder.config.with_projection:  # of OpenCLIP's files, and of no use here
         del encoder.text_projection
         encoder.config = replace(encoder.config, with_projection=False)
     return Encoders(
         autoencoder=space.requires_grad_(False), text_encoder=encoder, tokenizer=tokenizer, schedule=schedule
     )
-
-
-def _part(key: str, value: str) -> Path:
-    """Return the folder that a config names for a part of a model.
-
-    Raises:
-        InputError: there is none.
-    """
-    if value == "embedded":
-        return embedded_model()
-    if not is_folder(value):
-        raise InputError(f"{key}: there is no folder {shown(value)}; train it first, or choose embedded")
-    return Path(value)
 
 
 def move_networks(components: Encoders, device: torch.device) -> None:

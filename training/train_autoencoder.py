@@ -7,19 +7,18 @@ Try:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 
-from latentdiff.checkpoints import embedded_model, load_autoencoder
+from latentdiff.checkpoints import load_autoencoder
 from latentdiff.checkpoints.lpips import load_lpips
 from latentdiff.devices import restored_random_state
 from latentdiff.errors import InputError
@@ -27,9 +26,8 @@ from latentdiff.images import to_tensor
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 
 from .config import AutoencoderTraining
-from .data.augment import random_view, random_window, rgb
-from .data.dataset import CaptionedImages, LazyImages, composite, open_held_out, open_images
-from .data.prefetch import prefetched_by_workers, workers
+from .data.dataset import CaptionedImages, open_images
+from .data.pictures import draw_views, image_batches, load_held_out, load_measured
 from .loop.activations import kept_by_step
 from .loop.checkpointing import Checkpoint
 from .loop.cpu import tuned_for_cpu
@@ -68,12 +66,7 @@ from .monitor.reconstructions import export, mean_psnr, reconstructed, save_norm
 from .monitor.samples import SampleGrids
 from .monitor.trackers import require_trackers
 from .monitor.validation import ema_distance
-from .networks.takeover import take_over
-
-WHOLE = slice(None)
-HELD_OUT = 64  # pictures to measure by, of a split, or as many more as have `HELD_OUT_PIXELS`
-HELD_OUT_PIXELS = 1024 * 64**2
-MEASURED_PIXELS = 4096 * 64**2  # of the pictures whose latents the exported statistics are of
+from .networks.takeover import load_started, take_over
 
 
 def train_autoencoder(config: AutoencoderTraining, resume: bool = False, stop: Stop = go_on) -> Path:
@@ -114,7 +107,7 @@ def _train(
     reference = open_reference(config, folder / "cache")
     data = open_images(config.data, config.run.batch_size, folder)
     held_out = load_held_out(config, data)
-    model, state = assemble(config)
+    model, state = assemble(config, references.started)
     networks = [*state.modules.values(), *references.networks]
     require_room(config.run, state, networks, accelerator.device, activations(model, config, accelerator))
     first = state.restore(checkpoint)
@@ -137,12 +130,16 @@ def activations(model: AutoencoderKL, config: AutoencoderTraining, accelerator: 
     return kept_by_step(accelerator, config.run, model, torch.empty(1, 3, config.data.size, config.data.size))
 
 
-def assemble(config: AutoencoderTraining) -> tuple[AutoencoderKL, RunState]:
-    """Return a new autoencoder, and what of a run is trained: it and its discriminator."""
+def assemble(config: AutoencoderTraining, started: AutoencoderKL | None = None) -> tuple[AutoencoderKL, RunState]:
+    """Return a new autoencoder, and what of a run is trained: it and its discriminator.
+
+    Args:
+        started: the autoencoder that training starts from, where it is loaded already.
+    """
     torch.manual_seed(config.run.seed)
     model, discriminator = AutoencoderKL(AutoencoderConfig.from_dict(config.model)), PatchDiscriminator()
     if config.start_from is not None:
-        take_over(model, load_started(config))
+        take_over(model, load_started(config) if started is None else started)
     if config.run.gradient_checkpointing:
         checkpoint_gradients(model)
     optimizers = {
@@ -317,24 +314,6 @@ def load_references(config: AutoencoderTraining, device: torch.device) -> Refere
     return References(perceptual, load_started(config, device) if loss.latents else None)
 
 
-def load_started(config: AutoencoderTraining, device: torch.device | str = "cpu") -> AutoencoderKL:
-    """Return the autoencoder that training starts from.
-
-    Raises:
-        InputError: its latents have other channels, or are of pictures made smaller by more.
-        ModelLoadError: it is refused.
-    """
-    place = embedded_model() if config.start_from == "embedded" else Path(str(config.start_from))
-    started, shape = load_autoencoder(place, device=device), AutoencoderConfig.from_dict(config.model)
-    found, own = ((one.latent_channels, one.downsample_factor) for one in (started.config, shape))
-    if found[0] != own[0] or found[1] > own[1]:
-        raise InputError(
-            f"start_from must have {own[0]} latent channels, {own[1]} times smaller than pictures or less, got "
-            f"{found[0]} channels, {found[1]} times; change model or start from another autoencoder"
-        )
-    return started
-
-
 def require_trainable(config: AutoencoderTraining) -> None:
     """Raise InputError where settings of a config do not fit together."""
     if config.loss.adversarial and config.run.accumulation > 1:  # parts of a batch have other norms than the whole
@@ -351,7 +330,7 @@ def compile_autoencoder(
 ) -> None:
     """Compile both halves in place on one micro-batch; see `compile_checked`."""
     share = own_shares(accelerator, config.run)[0]
-    images = _batch(data, config, 0, share).to(accelerator.device)
+    images = to_tensor(draw_views(data, config, (share,), 0)).to(accelerator.device)
     compile_checked(model.encoder, images, autocast=accelerator.autocast())
     latents = model.encode(images).mode().detach()
     compile_checked(model.decoder, latents, autocast=accelerator.autocast())
@@ -367,50 +346,3 @@ def kept_graphs() -> AbstractContextManager[Any]:
 def _latent_shape(model: AutoencoderKL, images: Tensor) -> tuple[int, int, int]:
     factor = model.config.downsample_factor
     return model.config.latent_channels, images.shape[-2] // factor, images.shape[-1] // factor
-
-
-def image_batches(
-    data: CaptionedImages, config: AutoencoderTraining, first: int, shares: Sequence[slice] = (WHOLE,)
-) -> Iterator[Tensor]:
-    """Yield the images (b, 3, H, W) of every step from `first` on, drawn ahead where they have to be decoded.
-
-    Args:
-        shares: which positions in the batch, one after the other.
-    """
-    numbers = range(first * len(shares), config.run.steps * len(shares))
-    processes = workers() if isinstance(data.images, LazyImages) else 0
-    return map(to_tensor, prefetched_by_workers(partial(draw_views, data, config, shares), numbers, processes))
-
-
-def draw_views(data: CaptionedImages, config: AutoencoderTraining, shares: Sequence[slice], number: int) -> np.ndarray:
-    """Return the pictures (b, H, W, 3) uint8 of one share of one step, shares of a step being numbered in a row.
-
-    How each is changed is a pure function of (seed, step, sample).
-    """
-    step, share = divmod(number, len(shares))
-    indices, _ = data.order.batch(step, config.run.batch_size, config.run.seed)
-    rngs = [np.random.default_rng([config.run.seed, step, data.place(index)]) for index in indices]
-    pairs = list(zip(indices, rngs))[shares[share]]
-    if config.data.crop == "random":
-        return np.stack([random_view(random_window(data, index, rng), rng) for index, rng in pairs])
-    return np.stack([random_view(data.images[index], rng) for index, rng in pairs])
-
-
-def _batch(data: CaptionedImages, config: AutoencoderTraining, step: int, share: slice = WHOLE) -> Tensor:
-    return to_tensor(draw_views(data, config, (share,), step))
-
-
-def load_measured(config: AutoencoderTraining, data: CaptionedImages) -> Tensor:
-    """Return pictures (N, 3, H, W) from all over the set, for scenes follow drawings in it, to measure latents by."""
-    most = max(HELD_OUT, MEASURED_PIXELS // config.data.size**2)
-    images = data.images[:: 1 + (len(data) - 1) // most]
-    return to_tensor(composite(images, rgb(config.data.background)))
-
-
-def load_held_out(config: AutoencoderTraining, data: CaptionedImages) -> Tensor:
-    """Return pictures (N, 3, H, W) that are not trained on, a test split's too, or 16 that are where there are none."""
-    cache = Path(config.run.out) / "cache"
-    most = max(HELD_OUT, HELD_OUT_PIXELS // config.data.size**2)
-    splits = [open_held_out(config.data, cache, most, split) for split in ("validation", "test")]
-    images = [split.images for split in splits if split is not None] or [data.images[-16:]]
-    return to_tensor(composite(np.concatenate(images), rgb(config.data.background)))

@@ -7,7 +7,6 @@ Try:
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -17,15 +16,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latentdiff.checkpoints import Components, save_pipeline
-from latentdiff.checkpoints.lora import save_lora
-from latentdiff.checkpoints.textual_inversion import save_embedding
+from latentdiff.checkpoints import Components
 from latentdiff.devices import restored_random_state
-from latentdiff.models.lora import LoRA
-from latentdiff.models.pixels import PixelSpace
-from latentdiff.pipeline import Pipeline
 
-from .config import DiffusionTraining, ObjectiveConfig, RunConfig, TextualInversionConfig
+from .config import DiffusionTraining, ObjectiveConfig, RunConfig
 from .data.batches import Batch, draw_batch, latent_batches, sample_weights
 from .data.conditions import extra_channels
 from .data.latents import LatentSet, warn_of_cut
@@ -52,19 +46,13 @@ from .loop.state import RunState
 from .losses.consistency import Teacher, consistency_terms, make_teacher, weights_besides
 from .losses.diffusion import conditioning, loss_terms, model_inputs, require_trainable
 from .monitor.evaluation import Evaluations, Tools, load_tools, open_reference
-from .monitor.instruments import LatentStatistics, gradient_norms, measure_speed
+from .monitor.export import export, export_name, load_trained, model_place, save_trained
+from .monitor.instruments import LatentStatistics, Speed, gradient_norms, measure_speed
 from .monitor.log import Log
-from .monitor.process import show_process
 from .monitor.samples import SampleGrids, draw_samples, try_prompts
 from .monitor.trackers import require_trackers
 from .monitor.validation import ema_distance, held_out_scalars, load_held_out
-from .networks.encoders import JointNetwork
-from .networks.lora import Adapted
 from .setup import assemble, load_components, move_networks, prepare_data, require_buildable
-
-MODEL_FOLDER = "model"
-LORA_FILE = "lora.safetensors"
-EMBEDDING_FILE = "embedding.safetensors"
 
 
 def train_diffusion(config: DiffusionTraining, resume: bool = False, stop: Stop = go_on) -> Path:
@@ -127,11 +115,6 @@ def _train(
     return folder / export_name(config)
 
 
-def export_name(config: DiffusionTraining) -> str:
-    """Return the name of what a run exports in its folder."""
-    return {"lora": LORA_FILE, "word": EMBEDDING_FILE}.get(config.train.kind, MODEL_FOLDER)
-
-
 def run_steps(
     network: nn.Module,
     teacher: Teacher | None,
@@ -150,11 +133,7 @@ def run_steps(
     `network` is what is called, and `state.modules["model"]` the part of it, or all, that is trained.
     """
     run, trained, importance = config.run, state.modules["model"], state.modules.get("importance")
-    example, twice = draw_batch(data, config, 0, slice(1)), 0.5 * config.objective.self_conditioning
-    passes = twice if teacher is None else 3.0  # without a backward pass: two of the teacher, one for the target
-    plain = blank_unet(components) if shards_weights(accelerator) else network
-    inputs, more = called_with(example, config), conditioning(example)
-    speed = measure_speed(plain, *inputs, accelerator=accelerator, more=passes, **more)
+    speed = speed_of(network, teacher, config, components, data, accelerator)
     unet, optimizer = prepared(accelerator, network, state.optimizers["optimizer"])
     state.to(accelerator.device)
     log, statistics, grids = Log(run, first, "diffusion", accelerator, speed), LatentStatistics(), SampleGrids()
@@ -195,6 +174,22 @@ def run_steps(
                 break
     log.close()
     return not stopping
+
+
+def speed_of(
+    network: nn.Module,
+    teacher: Teacher | None,
+    config: DiffusionTraining,
+    components: Components,
+    data: LatentSet,
+    accelerator: Accelerator,
+) -> Speed:
+    """Return what a sample costs the network."""
+    example, twice = draw_batch(data, config, 0, slice(1)), 0.5 * config.objective.self_conditioning
+    passes = twice if teacher is None else 3.0  # without a backward pass: two of the teacher, one for the target
+    plain = blank_unet(components) if shards_weights(accelerator) else network
+    inputs, more = called_with(example, config), conditioning(example)
+    return measure_speed(plain, *inputs, accelerator=accelerator, more=passes, **more)
 
 
 def evaluate(
@@ -310,61 +305,6 @@ def activations(network: nn.Module, config: DiffusionTraining, data: LatentSet, 
     """Return about how many bytes a micro-step keeps for its backward pass; see `kept_by_step`."""
     example = draw_batch(data, config, 0, slice(1))
     return kept_by_step(accelerator, config.run, network, *called_with(example, config), **conditioning(example))
-
-
-def export(
-    network: nn.Module, components: Components, config: DiffusionTraining, folder: Path, trained: bool = True
-) -> None:
-    """Save the model or the LoRA, say how to use it, and show what it learnt where it was trained on pixels.
-
-    Args:
-        trained: whether a step was taken since the run was opened, so that there is something new to show.
-    """
-    prompt = shlex.quote(config.samples.prompts[0])
-    calls = {"inpaint": f"generate {prompt} --image PICTURE --mask MASK", "upscale": "upscale PICTURE"}
-    call, base = calls.get(config.task.kind, f"generate {prompt}"), shlex.quote(config.start_from or "embedded")
-    place = save_trained(network, components, config, model_place(config, folder))
-    option = {"lora": "lora", "word": "embedding"}.get(config.train.kind)
-    if option is not None:
-        print(f"saved {place}; try: latentdiff {call} --model {base} --{option} {shlex.quote(str(place))}")
-        return
-    print(f"saved {place}; try: latentdiff {call} --model {shlex.quote(str(place))}")
-    if isinstance(components.autoencoder, PixelSpace):
-        if trained:
-            SampleGrids().made(partial(show_process, components, config, folder))
-        paths = f"{shlex.quote(str(place))} --data {shlex.quote(config.data.folder)}"
-        print(f"bits per dimension: latentdiff evaluate {paths} --metrics nll")
-
-
-def model_place(config: DiffusionTraining, folder: Path) -> Path:
-    """Return the folder that a run's model goes to: its own for a whole model, that of the run for a single file."""
-    return folder / MODEL_FOLDER if export_name(config) == MODEL_FOLDER else folder
-
-
-def save_trained(network: nn.Module, components: Components, config: DiffusionTraining, place: Path) -> Path:
-    """Write what a run trains into a folder, the whole model or a file of what is new; return where it is."""
-    if isinstance(network, Adapted):
-        file = place / LORA_FILE
-        defaults = {} if config.consistency is None else components.defaults
-        save_lora(LoRA({"unet": network.factors(torch.float16)}, defaults=defaults), file, components)
-        return file
-    words = network.words if isinstance(network, JointNetwork) else None
-    if words is not None and isinstance(config.train, TextualInversionConfig):
-        file = place / EMBEDDING_FILE
-        save_embedding(config.train.word, words.vectors.detach().cpu(), file)
-        return file
-    save_pipeline(components, place, torch.float16)
-    return place
-
-
-def load_trained(config: DiffusionTraining, place: Path, device: torch.device) -> Components:
-    """Load what `save_trained` wrote, with the model that it is for."""
-    if config.train.kind not in ("lora", "word"):
-        return Pipeline.from_pretrained(place, device=device).components
-    base = Pipeline.from_pretrained(config.start_from, device=device)
-    if isinstance(config.train, TextualInversionConfig):
-        return base.with_embedding(place / EMBEDDING_FILE, config.train.word).components
-    return base.with_loras({str(place / LORA_FILE): 1.0}).components
 
 
 def draw_timesteps(

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latentdiff.checkpoints import embedded_model, load_text_encoder, save_model
+from latentdiff.checkpoints import load_text_encoder, save_model
 from latentdiff.checkpoints.hashes import network_digest
 from latentdiff.devices import restored_random_state
 from latentdiff.errors import InputError
@@ -39,6 +39,7 @@ from .loop.state import RunState
 from .losses.contrastive import calibration_error, contrastive_loss, label_loss, ranks
 from .monitor.log import Log
 from .monitor.trackers import require_trackers
+from .networks.parts import part_folder
 
 HELD_OUT = 1024  # pictures to measure by
 IMAGES_AT_ONCE = 128
@@ -87,7 +88,7 @@ def assemble(config: ImageTextTraining, device: torch.device) -> tuple[Captioned
     """Return the pictures and their encoded captions, those to measure by, and a new model."""
     folder = Path(config.run.out)
     cache = folder / "cache" if config.cache is None else Path(config.cache)
-    place = embedded_model() if config.text_encoder == "embedded" else Path(config.text_encoder)
+    place = part_folder("text_encoder", config.text_encoder)
     encoder, tokenizer = load_text_encoder(place, device=device)
     if isinstance(encoder, LabelEncoder):
         raise InputError(f"text_encoder {config.text_encoder} knows classes alone; name one with a vocabulary")

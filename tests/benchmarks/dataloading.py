@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from latentdiff.training.config import AutoencoderTraining
 from latentdiff.training.data import dataset
+from latentdiff.training.data.pictures import draw_views
 from latentdiff.training.data.prefetch import prefetched_by_workers, workers
-from latentdiff.training.train_autoencoder import draw_views
 from PIL import Image
 
 SHARDS = 20

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import torch
 from latentdiff.training.config import AutoencoderTraining
-from latentdiff.training.data import dataset
-from latentdiff.training.train_autoencoder import draw_views, image_batches, load_held_out, load_measured
+from latentdiff.training.data import dataset, pictures
+from latentdiff.training.data.pictures import draw_views, image_batches, load_held_out, load_measured
 from PIL import Image
-
-from latentdiff.training import train_autoencoder
 
 SAMPLE = Path(__file__).parents[2] / "assets" / "sample"
 
@@ -68,8 +66,8 @@ def test_latents_are_measured_of_pictures_from_the_whole_set(tmp_path: Path, mon
     data = dataset.open_images(config.data, 6, tmp_path)
     every = load_measured(config, data)
     assert len(every) == len(data)
-    monkeypatch.setattr(train_autoencoder, "HELD_OUT", 5)
-    monkeypatch.setattr(train_autoencoder, "MEASURED_PIXELS", 0)
+    monkeypatch.setattr(pictures, "HELD_OUT", 5)
+    monkeypatch.setattr(pictures, "MEASURED_PIXELS", 0)
     some = load_measured(config, data)
     assert 3 <= len(some) <= 5 and torch.equal(some[0], every[0])
     assert any(torch.equal(some[-1], image) for image in every[len(every) // 2 :])

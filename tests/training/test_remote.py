@@ -19,10 +19,10 @@ from latentdiff.training.config import AutoencoderTraining, DataConfig
 from latentdiff.training.data import dataset, remote, shards
 from latentdiff.training.data.dataset import CaptionedImages, LazyImages, load_images, open_held_out, open_images
 from latentdiff.training.data.latents import LatentSet, cached_latents
+from latentdiff.training.data.pictures import draw_views, image_batches
 from latentdiff.training.data.prefetch import AHEAD
 from latentdiff.training.data.remote import AT_ONCE, Forward, look_up, read_range, without_secrets
 from latentdiff.training.loop.checkpointing import load_latest
-from latentdiff.training.train_autoencoder import draw_views, image_batches
 from PIL import Image
 
 from latentdiff.checkpoints import Encoders
@@ -217,7 +217,7 @@ def test_a_run_goes_on_from_any_step_and_from_any_process(
 def test_a_run_that_lost_its_server_ends_with_the_weights_of_one_that_did_not(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentdiff.training.train_autoencoder.workers", lambda: 0)
+    monkeypatch.setattr("latentdiff.training.data.pictures.workers", lambda: 0)
     pattern, file = write_shards(server.folder), recipe(tmp_path, "autoencoder", data__size=8)
     cli_train(file, [f"data.folder={pattern}", "run.save_every=1"], False, str(tmp_path / "local"))
     overrides = [f"data.folder='{server.address}/{pattern.name}'", "run.save_every=1"]
@@ -227,7 +227,7 @@ def test_a_run_that_lost_its_server_ends_with_the_weights_of_one_that_did_not(
         return draw_views(data, config, shares, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr("latentdiff.training.train_autoencoder.draw_views", lose_the_server)
+        patch.setattr("latentdiff.training.data.pictures.draw_views", lose_the_server)
         with pytest.raises(StorageError, match=r"could not be read in 5 attempts"):
             cli_train(file, overrides, False, str(tmp_path / "away"))
     server.failing = {}

@@ -18,19 +18,16 @@ from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ..config import AutoencoderTraining
 from ..data.augment import rgb
 from ..data.dataset import CaptionedImages, composite, open_images
+from ..data.pictures import WHOLE, draw_views, image_batches, load_held_out
 from ..loop.distributed import own_shares
 from ..loop.resources import require_small_enough
 from ..loop.run import seeded, start_step
 from ..loop.state import RunState
 from ..losses.autoencoder import References, loss_terms
 from ..train_autoencoder import (
-    WHOLE,
     accumulate_gradients,
     activations,
     assemble,
-    draw_views,
-    image_batches,
-    load_held_out,
     load_references,
     require_trainable,
 )
@@ -73,7 +70,7 @@ def examine_autoencoder(config: AutoencoderTraining) -> Iterator[Row]:
         yield from examine_pictures(config, data)
         yield examine_held_out(config, data)
         yield examine_evaluation(config, accelerator, Path(folder))
-        model, state = assemble(config)
+        model, state = assemble(config, references.started)
         networks = [*state.modules.values(), *references.networks]
         yield from examine_memory(networks, state, accelerator, activations(model, config, accelerator))
         yield examine_disk(config, state)

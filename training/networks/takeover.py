@@ -1,11 +1,35 @@
-"""Layers of a trained autoencoder for one that may have more levels."""
+"""The autoencoder that training starts from; the new one may have more levels."""
 
 from __future__ import annotations
 
 import re
 
+import torch
+
+from latentdiff.checkpoints import load_autoencoder
 from latentdiff.errors import InputError
-from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
+
+from ..config import AutoencoderTraining
+from .parts import part_folder
+
+
+def load_started(config: AutoencoderTraining, device: torch.device | str = "cpu") -> AutoencoderKL:
+    """Return the autoencoder that training starts from.
+
+    Raises:
+        InputError: there is none, its latents have other channels, or are of pictures made smaller by more.
+        ModelLoadError: it is refused.
+    """
+    place = part_folder("start_from", str(config.start_from))
+    started, shape = load_autoencoder(place, device=device), AutoencoderConfig.from_dict(config.model)
+    found, own = ((one.latent_channels, one.downsample_factor) for one in (started.config, shape))
+    if found[0] != own[0] or found[1] > own[1]:
+        raise InputError(
+            f"start_from must have {own[0]} latent channels, {own[1]} times smaller than pictures or less, got "
+            f"{found[0]} channels, {found[1]} times; change model or start from another autoencoder"
+        )
+    return started
 
 
 def take_over(model: AutoencoderKL, started: AutoencoderKL) -> None:
