@@ -35,7 +35,7 @@ STEPS: dict[str, Any] = {"num_inference_steps": 2}
 PICTURE, MASK = noise_picture(32, 32), [0, 0, 16, 32]
 
 
-@pytest.fixture(params=["cuda", "mps"])
+@pytest.fixture(params=["cuda", pytest.param("mps", marks=pytest.mark.long)])
 def device(request: pytest.FixtureRequest) -> Iterator[FakeDevice]:
     with FakeDevice(request.param) as device:
         yield device

@@ -60,7 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
 WAITS = {"scratch": 1, "lora": 1, "autoencoder": 1}
 
 
-@pytest.fixture(params=["cuda", "mps"])
+@pytest.fixture(params=["cuda", pytest.param("mps", marks=pytest.mark.long)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDevice]:
     """A device, with no time spent on measuring how fast it is, and little on samples."""
     monkeypatch.setattr(monitor.samples, "Settings", SimpleNamespace(num_inference_steps=2))
