@@ -115,7 +115,7 @@ def test_batches_drawn_ahead_are_those_of_the_steps_share_by_share(tmp_path: Pat
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_run_with_buckets_trains_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool) -> None:
     monkeypatch.setattr(dataset, "IN_MEMORY_BYTES", 2**30 if in_memory else 0)
-    monkeypatch.setattr("latentdiff.training.train_diffusion.show_process", lambda *arguments: None)
+    monkeypatch.setattr("latentdiff.training.monitor.export.show_process", lambda *arguments: None)
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(tree(tmp_path)))
     cli_train(str(file), [], False, None)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from latentdiff.training.config import LoraConfig
 from latentdiff.training.data.batches import Batch
 from latentdiff.training.loop.run import checkpoint_gradients, fast_attention
+from latentdiff.training.monitor import export
 from latentdiff.training.monitor.instruments import (
     LatentStatistics,
     Speed,
@@ -133,7 +134,7 @@ def test_a_run_that_is_looked_at_ends_with_the_weights_of_one_that_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     pictures(tmp_path / "pictures", 6)
-    monkeypatch.setattr(diffusion, "show_process", lambda *_: None)
+    monkeypatch.setattr(export, "show_process", lambda *_: None)
     given = ["model.dropout=0.2", "run.accumulation=2", "run.gradient_checkpointing=true", "run.sample_every=100"]
     cli_train(recipe(tmp_path, **changes), [*given, "run.log_every=2"], False, str(tmp_path / "with"))
     with monkeypatch.context() as changed:
@@ -156,7 +157,7 @@ def test_a_run_that_is_looked_at_ends_with_the_weights_of_one_that_is_not(
 def test_a_compiled_network_is_not_gone_through_term_by_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures(tmp_path / "pictures", 6)
     compiled: list[nn.Module] = []
-    monkeypatch.setattr(diffusion, "show_process", lambda *_: None)
+    monkeypatch.setattr(export, "show_process", lambda *_: None)
     monkeypatch.setattr(diffusion, "compile_checked", lambda network, *_, **__: compiled.append(network))
     monkeypatch.setattr(diffusion, "gradient_norms", lambda *_: pytest.fail("its graph was to be kept"))
     together = ["run.compile=true", "run.accumulation=2", "run.gradient_checkpointing=true", "optimizer.kind=adafactor"]

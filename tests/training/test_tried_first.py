@@ -14,7 +14,7 @@ from latentdiff.training.data import prior_images
 from latentdiff.training.data.dataset import read_captions
 from latentdiff.training.loop.checkpointing import checkpoint_folders
 from latentdiff.training.loop.run import locked
-from latentdiff.training.monitor import samples
+from latentdiff.training.monitor import export, samples
 
 from latentdiff.commands.train import check as cli_check
 from latentdiff.commands.train import train as cli_train
@@ -30,7 +30,7 @@ from tests.training.test_stages import pictures
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A recipe of four steps in pixels, with a class for each letter."""
-    monkeypatch.setattr(stage, "show_process", lambda *_: None)
+    monkeypatch.setattr(export, "show_process", lambda *_: None)
     pictures(tmp_path / "pictures", 6)
     return recipe(tmp_path)
 
@@ -164,7 +164,7 @@ def test_a_finished_run_is_not_shown_again(
     file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown = []
-    monkeypatch.setattr(stage, "show_process", lambda *_: shown.append(1))
+    monkeypatch.setattr(export, "show_process", lambda *_: shown.append(1))
     cli_train(file, [], False, None)
     cli_train(file, [], True, None)
     assert shown == [1]

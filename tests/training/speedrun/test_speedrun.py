@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
+from latentdiff.training.monitor import export
+from latentdiff.training.networks import parts
 from latentdiff.training.speedrun import begin, measure, recipes, run, survey, table
 from latentdiff.training.speedrun.machine import Machine
 from latentdiff.training.speedrun.plan import Costs
@@ -25,7 +27,7 @@ from latentdiff.cli import main
 from latentdiff.errors import InputError, StorageError
 from latentdiff.evaluate import Request as WholeRequest
 from latentdiff.images import open_image
-from latentdiff.training import setup, train_diffusion
+from latentdiff.training import train_diffusion
 from tests.training.test_stages import pictures
 
 AUTOENCODER = {
@@ -89,9 +91,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, built_model: Path) -> 
     for module in (begin, measure):
         monkeypatch.setattr(module, "EMBEDDED", str(built_model))
     monkeypatch.setattr(begin, "LEAST_PSNR", 0.0)
-    for other in (survey, setup):
+    for other in (survey, parts):
         monkeypatch.setattr(other, "embedded_model", lambda: built_model)
-    monkeypatch.setattr(train_diffusion, "show_process", lambda *_: None)
+    monkeypatch.setattr(export, "show_process", lambda *_: None)
     monkeypatch.setattr(measure, "Request", lambda *given, settings, **more: Request(settings, *given, **more))
     yield
     AcceleratorState._reset_state(True)
