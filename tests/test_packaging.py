@@ -47,6 +47,7 @@ def test_the_wheel_has_one_top_level_name(wheel: Path) -> None:
     assert not (wheel / "latentdiff/training.py").exists()  # stands in for the folder in a checkout alone
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("installed", [True, False])
 def test_training_is_ours_beside_a_folder_of_that_name(
     wheel: Path, someone_elses_training: Path, installed: bool

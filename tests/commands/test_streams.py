@@ -56,6 +56,7 @@ def test_closed_streams_lose_no_picture(built_model: Path, tmp_path: Path) -> No
         assert shell("latentdiff generate fox --steps 0 2>/dev/full", tmp_path).returncode == 2
 
 
+@pytest.mark.long
 def test_names_that_a_stream_or_record_cannot_hold(built_model: Path, tmp_path: Path) -> None:
     narrow = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = shell(f"latentdiff generate fox --model {built_model} --steps 1 -o \u72d0.png", tmp_path, **narrow)

@@ -23,6 +23,8 @@ from tests.checkpoints.test_single_file import FAMILIES, components_of, tiny
 from tests.conftest import UNET
 from tests.models.tiny import noise_picture
 
+pytestmark = pytest.mark.long
+
 PICTURE = noise_picture(32, 32)
 KINDS = [*FAMILIES, "inpainting", "embedded"]
 

@@ -20,7 +20,7 @@ from tests.checkpoints.test_single_file import components_of, tiny
 from tests.models.tiny import relative_error
 
 pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:(peft|transformers|diffusers)")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore::UserWarning:(peft|transformers|diffusers)")]
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 EVERYTHING = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "fc1", "fc2")

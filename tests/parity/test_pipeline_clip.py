@@ -13,6 +13,8 @@ from latentdiff import Pipeline
 from latentdiff.checkpoints import save_pipeline
 from tests.checkpoints.test_single_file import components_of, tiny
 
+pytestmark = pytest.mark.long
+
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),

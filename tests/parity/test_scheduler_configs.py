@@ -23,7 +23,7 @@ PROCESS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "pr
 STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 OFFSET_WARNING = "ignore:.*steps_offset:FutureWarning"
 # diffusers takes numpy's functions of tensors.
-pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")]
 
 
 def class_defaults() -> dict[str, dict[str, Any]]:

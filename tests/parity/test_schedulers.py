@@ -275,6 +275,7 @@ def cases() -> list[Any]:
     return chosen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("sampler", "betas", "prediction_type", "spacing", "steps"), cases())
 def test_trajectory(float64: None, sampler: str, betas: str, prediction_type: str, spacing: str, steps: int) -> None:
     values = config(betas, prediction_type, timestep_spacing=spacing, steps_offset=1)
@@ -381,6 +382,7 @@ def test_seed_means_what_it_means_in_diffusers(sampler: str) -> None:
     assert largest_difference(sampler, values, 20, eta=1.0 if sampler == "ddim" else 0.0, dtype=torch.float32) < 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sampler", list(PEERS))
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("offset", [0, 1])

@@ -189,6 +189,7 @@ def test_a_missing_package_is_named_before_the_run_folder_is_made(
     assert not (tmp_path / "autoencoder").exists()
 
 
+@pytest.mark.long
 def test_a_service_that_refuses_is_an_error_of_one_line(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**options: Any) -> None:
         raise RefusedError("No API key configured.\nUse `wandb login` to log in.")
