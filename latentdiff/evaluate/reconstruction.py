@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import ModuleType
 from typing import Literal
 
@@ -56,17 +57,15 @@ def rfid(evaluation: Evaluation) -> list[Figure]:
 
 def psnr(evaluation: Evaluation) -> list[Figure]:
     """Measure the mean over test pictures of the peak signal-to-noise ratio, in 8 bits; infinite where all agree."""
-    torchmetrics(evaluation)
+    skimage_metrics(evaluation)
     return [_figure(evaluation, "psnr", psnr_of, "higher", {"data_range": RANGE}, unit="dB")]
 
 
 def psnr_of(images: Tensor, others: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio in dB of each pair of images (B, 3, H, W) in [-1, 1], (B,)."""
-    error = (_levels(images) - _levels(others)).square().mean(dim=(1, 2, 3))
-    value = torchmetrics().peak_signal_noise_ratio(
-        _levels(images), _levels(others), data_range=float(RANGE), reduction="none", dim=(1, 2, 3)
-    )
-    return torch.where(error == 0, math.inf, value)
+    compare = skimage_metrics().peak_signal_noise_ratio
+    with np.errstate(divide="ignore"):  # of pairs that agree, whose ratio is infinite
+        return torch.tensor([compare(*pair, data_range=RANGE) for pair in zip(_levels(images), _levels(others))])
 
 
 def ssim(evaluation: Evaluation) -> list[Figure]:
@@ -74,7 +73,7 @@ def ssim(evaluation: Evaluation) -> list[Figure]:
 
     Source: Wang et al. 2004, IEEE TIP 13(4), Eq. 13.
     """
-    torchmetrics(evaluation)
+    skimage_metrics(evaluation)
     return [_figure(evaluation, "ssim", ssim_of, "higher", SSIM_PROTOCOL)]
 
 
@@ -86,17 +85,15 @@ def ssim_of(images: Tensor, others: Tensor) -> Tensor:
     """
     if min(images.shape[-2:]) < WINDOW:
         raise InputError(f"ssim needs pictures of {WINDOW} pixels or more, got {min(images.shape[-2:])}")
-    _, whole = torchmetrics().structural_similarity_index_measure(
-        *(_levels(images), _levels(others)),
-        gaussian_kernel=True,
+    compare = partial(
+        skimage_metrics().structural_similarity,  # which leaves out the edge, where the window stands over
+        gaussian_weights=True,
         sigma=SIGMA,
-        kernel_size=WINDOW,
-        data_range=float(RANGE),
-        reduction="none",
-        return_full_image=True,
+        use_sample_covariance=False,  # as in the paper
+        data_range=RANGE,
+        channel_axis=0,
     )
-    edge = WINDOW // 2  # where the window stands over; left out, as in the paper
-    return whole[..., edge:-edge, edge:-edge].mean(dim=(1, 2, 3))
+    return torch.tensor([compare(*pair) for pair in zip(_levels(images), _levels(others))], dtype=torch.float64)
 
 
 def lpips(evaluation: Evaluation) -> list[Figure]:
@@ -142,20 +139,20 @@ def _compared(compare: Compare, images: Tensor, others: Tensor) -> Floats:
     return torch.cat([compare(*pair) for pair in parts]).double().numpy()
 
 
-def _levels(images: Tensor) -> Tensor:
+def _levels(images: Tensor) -> Floats:
     """Return images in [-1, 1] as levels 0 .. 255, in float64: variances are differences of large numbers."""
-    return images.double().add(1).mul(RANGE / 2).round()
+    return images.double().add(1).mul(RANGE / 2).round().cpu().numpy()
 
 
-def torchmetrics(_: Evaluation | None = None) -> ModuleType:
-    """Return the functions of images of torchmetrics.
+def skimage_metrics(_: Evaluation | None = None) -> ModuleType:
+    """Return the metrics of scikit-image.
 
     Raises:
         MissingDependencyError: it is not installed.
     """
     try:
-        return importlib.import_module("torchmetrics.functional.image")
+        return importlib.import_module("skimage.metrics")
     except ImportError as error:
         raise MissingDependencyError(
-            "this metric needs torchmetrics, which is not installed; `pip install 'latentdiff[evaluate]'`"
+            "this metric needs scikit-image, which is not installed; `pip install 'latentdiff[evaluate]'`"
         ) from error

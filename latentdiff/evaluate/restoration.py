@@ -74,7 +74,11 @@ def upscaling(evaluation: Evaluation) -> list[Figure]:
     autoencoder makes of the large picture. Ceiling: of the small one enlarged by Lanczos' filter. Rows of that, of what
     the model makes and of the truth are drawn into the folder of the report.
     """
-    return [*_upscaling(evaluation, "upscale"), *_upscaling(evaluation, "upscale_degraded")]
+    numbers = evaluation.sample(PICTURES)
+    returned = reconstruct(evaluation.model.components, evaluation.reference("test").load(numbers))
+    return [
+        figure for task in ("upscale", "upscale_degraded") for figure in _upscaling(evaluation, task, numbers, returned)
+    ]
 
 
 def upscaler(evaluation: Evaluation) -> None:
@@ -94,15 +98,13 @@ def psnr_inside(images: Tensor, others: Tensor, holes: Tensor) -> Floats:
     return np.minimum(-10 * np.log10(squares.numpy().clip(min=1e-12)), MOST)
 
 
-def _upscaling(evaluation: Evaluation, task: str) -> list[Figure]:
-    numbers = evaluation.sample(PICTURES)
+def _upscaling(evaluation: Evaluation, task: str, numbers: Sequence[int], returned: Tensor) -> list[Figure]:
     items = evaluation.spoilt_items(task, numbers)
     paths, made, real = _drawn(evaluation, task, items, numbers)
     size = (real.shape[3], real.shape[2])
     plain = to_tensor([item.inputs["image"].resize(size, Image.Resampling.LANCZOS) for item in items])
     _draw_sheet(evaluation, f"upscaling{'' if task == 'upscale' else '-degraded'}", [plain, made, real])
-    returned, drawn = reconstruct(evaluation.model.components, real), list(zip(paths, items))
-    found = []
+    drawn, found = list(zip(paths, items)), []
     for name, measure, unit in (("psnr", psnr_of, "dB"), ("ssim", ssim_of, "")):
         values, floor, ceiling = (_values(measure, images, real) for images in (made, returned, plain))
         figure = evaluation.figure(

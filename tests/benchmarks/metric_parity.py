@@ -82,11 +82,12 @@ def main() -> None:
 
 def of_pictures(folder: Path) -> Iterator[Row]:
     """Yield the figures of an evaluation of random pictures beside those of other packages."""
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+    from skimage.metrics import peak_signal_noise_ratio
     from sklearn.metrics import top_k_accuracy_score
     from sklearn.metrics.pairwise import rbf_kernel
     from sklearn.neighbors import NearestNeighbors
     from torch_fidelity import metric_fid, metric_kid, metric_prc
+    from torchmetrics.functional import image as theirs_of_images
     from torchmetrics.functional.multimodal import clip_score
     from torchmetrics.image.fid import _compute_fid
     from torchmetrics.image.kid import maximum_mean_discrepancy
@@ -131,11 +132,12 @@ def of_pictures(folder: Path) -> Iterator[Row]:
     yield "neighbours", found["neighbours"], "scikit-learn", float(np.mean(hits))
     moments = [torch.tensor(part) for x in (returned, b) for part in (x.mean(0), np.cov(x, rowvar=False))]
     yield "rfid", found["rfid"], "torchmetrics", float(_compute_fid(*moments))
-    pairs = [[(x.permute(1, 2, 0).double().numpy() + 1) * 127.5 for x in pair] for pair in zip(one.returned, one.real)]
-    levels = {"data_range": 255}
-    yield "psnr", found["psnr"], "scikit-image", float(np.mean([peak_signal_noise_ratio(*x, **levels) for x in pairs]))
-    window = {**levels, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": -1}
-    yield "ssim", found["ssim"], "scikit-image", float(np.mean([structural_similarity(*x, **window) for x in pairs]))
+    levels = [(x.double() + 1) * 127.5 for x in (one.returned, one.real)]
+    ratios = theirs_of_images.peak_signal_noise_ratio(*levels, data_range=255.0, reduction="none", dim=(1, 2, 3))
+    yield "psnr", found["psnr"], "torchmetrics", float(ratios.mean())
+    window = {"sigma": 1.5, "kernel_size": 11, "data_range": 255.0, "return_full_image": True}
+    _, whole = theirs_of_images.structural_similarity_index_measure(*levels, **window)
+    yield "ssim", found["ssim"], "torchmetrics", float(whole[..., 5:-5, 5:-5].mean())
     with torch.no_grad():
         yield "lpips", found["lpips"], "torchmetrics", float(published(one.returned, one.real).mean())
     hole = torch.zeros(N, 1, 32, 32, dtype=torch.bool)

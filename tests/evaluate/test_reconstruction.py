@@ -22,7 +22,7 @@ from tests.training.test_lpips import network, weights  # noqa: F401  (fixtures)
 
 NAMES = ("rfid", "psnr", "ssim", "lpips")
 
-pytest.importorskip("torchmetrics")
+pytest.importorskip("skimage")
 
 
 def test_an_autoencoder_that_changes_nothing(pipe: Pipeline, weights: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -47,18 +47,17 @@ def test_pictures_that_are_lighter_by_known_levels(pipe: Pipeline, tmp_path: Pat
     assert psnr.estimate.value == pytest.approx(20 * math.log10(255 / 5), abs=1e-4)
     assert psnr.estimate.low == pytest.approx(psnr.estimate.high, abs=1e-3)
     assert set(psnr.items) == {f"{number} test {number}" for number in range(6)}
-    skimage = pytest.importorskip("skimage.metrics")
-    expected = [
-        skimage.structural_similarity(
-            *((one.permute(1, 2, 0).double().numpy() + 1) * 127.5 for one in pair),
-            gaussian_weights=True,
-            sigma=ssim.protocol["sigma"],
-            use_sample_covariance=False,
-            data_range=ssim.protocol["data_range"],
-            channel_axis=-1,
-        )
-        for pair in zip(asked.returned, pictures[asked.chosen])
-    ]
+    torchmetrics = pytest.importorskip("torchmetrics.functional.image")
+    _, whole = torchmetrics.structural_similarity_index_measure(
+        *((pair.double() + 1) * 127.5 for pair in (asked.returned, pictures[asked.chosen])),
+        gaussian_kernel=True,
+        sigma=ssim.protocol["sigma"],
+        kernel_size=ssim.protocol["window"],
+        data_range=float(ssim.protocol["data_range"]),
+        reduction="none",
+        return_full_image=True,
+    )
+    expected = whole[..., 5:-5, 5:-5].mean(dim=(1, 2, 3)).tolist()
     assert list(ssim.items.values()) == pytest.approx(expected, abs=1e-4)
     assert ssim.protocol["window"] == 11
 
@@ -103,7 +102,7 @@ def test_metrics_without_their_package_name_the_extra(
         raise ImportError(name)
 
     monkeypatch.setattr(reconstruction.importlib, "import_module", absent)
-    with pytest.raises(LatentDiffError, match=r"this metric needs torchmetrics.*latentdiff\[evaluate\]"):
+    with pytest.raises(LatentDiffError, match=r"this metric needs scikit-image.*latentdiff\[evaluate\]"):
         measure(evaluation(tmp_path, pipe.components, images(3)), ["ssim"])
 
 

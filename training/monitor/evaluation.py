@@ -22,7 +22,7 @@ from latentdiff.evaluate.features import LATENTS, FeatureNetwork, check_features
 from latentdiff.evaluate.judge import Judge, load_judge
 from latentdiff.evaluate.latents import returned_by
 from latentdiff.evaluate.page import PAGE
-from latentdiff.evaluate.reconstruction import torchmetrics
+from latentdiff.evaluate.reconstruction import skimage_metrics
 from latentdiff.evaluate.report import REQUEST
 from latentdiff.evaluate.run import JUDGE, METRICS, NETWORK, PERCEPTUAL, evaluate, measure
 from latentdiff.files import is_file
@@ -73,8 +73,8 @@ def load_tools(config: Config, device: torch.device) -> Tools:
     check_features(asked.features)
     needs = {need for name in asked.metrics for need in METRICS[name].needs}
     own_judge = asked.features == "image-text" and asked.judge is not None
-    if torchmetrics in needs:
-        torchmetrics(Evaluation(Request(Path(config.run.out)), None, {}))
+    if skimage_metrics in needs:
+        skimage_metrics(Evaluation(Request(Path(config.run.out)), None, {}))
     return Tools(
         find_features(f"image-text:{asked.judge}" if own_judge else asked.features, device)
         if NETWORK in needs and asked.features != LATENTS
