@@ -28,12 +28,12 @@ CAPTIONS_OF_A_VIEW = 3  # at most; more would take longer to encode than they ar
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pictures with a caption of each, and one of another picture with the same label, such as one in another style.
+    """Pictures with a caption of each.
 
     Attributes:
         images: (B, 3, H, W).
-        texts: (2 B, text_dim), mean states of the captions: their own, then those of the others.
-        right: (B, 2 B) bool, whether the caption of each column is one that the picture of a row might have had.
+        texts: (B, text_dim), mean states of the captions.
+        right: (B, B) bool, whether the caption of each column is one that the picture of a row might have had.
         labels: (B,) int64, the label of what each shows; -1 for a picture with a thing beside its own.
     """
 
@@ -57,7 +57,6 @@ class CaptionedViews:
         captions: all different ones.
         labels: all labels, see `label_of`.
         label_texts: (M, text_dim), mean states of the labels, in their order.
-        alike: the numbers of the pictures of each label.
     """
 
     data: CaptionedImages
@@ -66,36 +65,27 @@ class CaptionedViews:
     captions: dict[str, int]
     labels: dict[str, int]
     label_texts: Tensor
-    alike: dict[str, list[int]]
 
     def batch(self, config: ImageTextTraining, step: int) -> Pairs:
         """Return the pairs of a step: a pure function of (seed, step)."""
         seed = config.run.seed
         indices, _ = self.data.order.batch(step, config.run.batch_size, seed)
-        pictures, numbers, others, known, labels, places, chances = [], [], [], [], [], [], []
+        pictures, numbers, known, labels, places, chances = [], [], [], [], [], []
         for index in indices:
             rng = np.random.default_rng([seed, step, self.data.place(index)])
             variant = self.plans[index][draw_view(config.data, rng)]
-            captions, label = self._numbers(variant), label_of(self.data.rows[index], config.label_column)
+            captions = [self.captions[caption] for caption in variant.captions[:CAPTIONS_OF_A_VIEW]]
             pictures.append(paint(self.data, variant))
             known.append(set(captions))
             numbers.append(int(rng.choice(captions)))
+            label = label_of(self.data.rows[index], config.label_column)
             labels.append(self.labels[label] if variant.beside is None else -1)
-            other = int(rng.choice(self.alike[label]))
-            apart = [
-                one for one in self._numbers(self.plans[other][draw_view(config.data, rng)]) if one not in captions
-            ]
-            others.append(int(rng.choice(apart or captions)))
             places.append(draw_place(rng))
             chances.append(draw_distortion(rng))
-        numbers += others
         right = torch.tensor([[number in own for number in numbers] for own in known])
         where, how = (torch.from_numpy(np.stack(drawn)).float() for drawn in (places, chances))
         images = distorted(to_tensor(np.stack(pictures)), where, how, config.distort)
         return Pairs(images, self.texts.take(numbers), right, torch.tensor(labels))
-
-    def _numbers(self, variant: Variant) -> list[int]:
-        return [self.captions[caption] for caption in variant.captions[:CAPTIONS_OF_A_VIEW]]
 
 
 def label_of(row: dict[str, Any], column: str | None) -> str:
@@ -116,12 +106,10 @@ def prepare_views(
     used = (caption for views in plans for view in views for caption in view.captions[:CAPTIONS_OF_A_VIEW])
     captions = {caption: number for number, caption in enumerate(dict.fromkeys(used))}
     texts = encode_texts(list(captions), encoder, tokenizer, cache)
-    alike = dict[str, list[int]]()
-    for number, row in enumerate(data.rows):
-        alike.setdefault(label_of(row, config.label_column), []).append(number)
-    labels = {label: number for number, label in enumerate(alike)}
+    found = dict.fromkeys(label_of(row, config.label_column) for row in data.rows)
+    labels = {label: number for number, label in enumerate(found)}
     label_texts = encode_texts(list(labels), encoder, tokenizer, cache).take(range(len(labels)))
-    return CaptionedViews(data, plans, texts, captions, labels, label_texts, alike)
+    return CaptionedViews(data, plans, texts, captions, labels, label_texts)
 
 
 def encode_texts(texts: list[str], encoder: TextEncoder, tokenizer: Tokenizer, cache: Path) -> CachedTensors:

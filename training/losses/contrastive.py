@@ -11,24 +11,22 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, right: Tensor
     """Return the mean cross entropy of finding the texts of an image among a batch's, and the images of a text.
 
     Args:
-        images: (B, D) unit vectors.
-        texts: (M, D) unit vectors, M at least B: those after the first B are there to be told from the right ones.
+        images, texts: (B, D) unit vectors.
         scale: of their similarities.
-        right: (B, M) bool, whether the text of each column says what the image of a row shows; True on the diagonal.
+        right: (B, B) bool, whether the text of each column says what the image of a row shows; True on the diagonal.
 
     Source: Radford et al. 2021, arXiv 2103.00020, Fig. 3; several right answers as in Khosla et al. 2020,
     arXiv 2004.11362, Eq. 2.
     """
-    logits, own = scale * images @ texts.T, slice(len(images))  # (B, M)
-    parts = ((logits, right.to(logits)), (logits[:, own].T, right[:, own].T.to(logits)))
-    by_image, by_text = (F.cross_entropy(found, wanted / wanted.sum(dim=1, keepdim=True)) for found, wanted in parts)
+    logits = scale * images @ texts.T  # (B, B)
+    parts = ((logits, right.to(logits)), (logits.T, right.T.to(logits)))
+    by_image, by_text = (F.cross_entropy(found, own / own.sum(dim=1, keepdim=True)) for found, own in parts)
     return (by_image + by_text) / 2
 
 
 def least_loss(right: Tensor) -> float:
     """Return the least that `contrastive_loss` can be, where some texts are right for several images."""
-    by_image, by_text = (found.double().log().mean() for found in (right.sum(dim=1), right[:, : len(right)].sum(dim=0)))
-    return float((by_image + by_text) / 2)
+    return float((right.sum(dim=0).double().log().mean() + right.sum(dim=1).double().log().mean()) / 2)
 
 
 def label_loss(images: Tensor, labels: Tensor, scale: Tensor, right: Tensor) -> Tensor:
