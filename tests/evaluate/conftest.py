@@ -53,5 +53,5 @@ def call(tmp_path_factory: pytest.TempPathFactory, built_model: Path, judge: Pat
 
 @pytest.fixture(autouse=True)
 def small_text_encoder(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the image-text model beside the small text encoder; there is none that ships."""
+    """Have the image-text model beside the small text encoder, not the one that ships."""
     monkeypatch.setattr("latentdiff.evaluate.judge.embedded_model", lambda: text)
