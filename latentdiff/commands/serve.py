@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from latentdiff.commands.shared import add_lora_dir, load, say
 from latentdiff.errors import InputError, MissingDependencyError
-from latentdiff.files import require_path
+from latentdiff.files import read_file, require_path
 from latentdiff.generation.options import check_integer
 from latentdiff.lora_tags import lora_files
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 HELP = "Serve models over HTTP, by OpenAI's images API, and on a page."
 EXTRA, PAGE_EXTRA = 'pip install "latentdiff[serve]"', 'pip install "latentdiff[ui]"'
 TOKEN = "LATENTDIFF_TOKEN"
+LONGEST_TOKEN_FILE = 2**10  # bytes
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +51,18 @@ def add_serving(parser: argparse.ArgumentParser, usual: str) -> None:
     add_lora_dir(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; this machine alone by default")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 for any that is free (default 8000)")
-    parser.add_argument(
+    token = parser.add_mutually_exclusive_group()
+    token.add_argument(
         "--token", help=f"what requests must bring; needed for every --host but this machine's; {TOKEN} says it too"
+    )
+    token.add_argument("--token-file", metavar="FILE", help="the same, in a file, where no list of processes shows it")
+    parser.add_argument(
+        "--proxy",
+        nargs="+",
+        default=[],
+        metavar="ADDRESS",
+        help="addresses or networks of proxies, which are believed what they say of their clients (X-Forwarded-For and "
+        "-Proto); all others are not",
     )
     parser.add_argument("--queue", type=int, metavar="N", help="jobs that may wait (default 64)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="images that are drawn at once (default 8)")
@@ -77,15 +88,16 @@ def serve(
     """
     check_integer("--port", options.port, 0, 65535, "try 8000")
     check_integer("--batch", options.batch, 1, 1024, "try 8")
-    token = options.token if options.token is not None else os.environ.get(TOKEN) or None
+    token = _token(options)
     with _extra("a server", EXTRA):
         import uvicorn  # noqa: F401
 
-        from latentdiff.serve.http.guard import check_token
+        from latentdiff.serve.http.guard import check_proxies, check_token
         from latentdiff.serve.http.limits import Limits
         from latentdiff.serve.http.models import served_name
         from latentdiff.serve.http.server import Server, listen
-    check_token(token, options.host)
+    check_proxies(options.proxy)
+    check_token(token, options.host, options.proxy)
     limits = Limits() if options.queue is None else Limits(queue=options.queue)
     names = [served_name(model) for model in given]
     if len(set(names)) < len(names):
@@ -97,7 +109,14 @@ def serve(
     with listen(options.host, options.port) as opened:
         pipes = {name: load(model, options.device, options.dtype) for name, model in zip(names, given)}
         server = Server(
-            pipes, host=options.host, token=token, batch=options.batch, limits=limits, lora_dir=lora_dir, page=page
+            pipes,
+            host=options.host,
+            token=token,
+            proxies=options.proxy,
+            batch=options.batch,
+            limits=limits,
+            lora_dir=lora_dir,
+            page=page,
         )
         opened.listen()
         host, port = opened.getsockname()[:2]
@@ -106,6 +125,14 @@ def serve(
         server.run(sockets=[opened])
     if server.hurried:
         raise KeyboardInterrupt("interrupted; what was being drawn is lost")
+
+
+def _token(options: argparse.Namespace) -> str | None:
+    """Return the token of the options, or else of the environment."""
+    if options.token_file is not None:
+        data = read_file(require_path(options.token_file, "the token"), LONGEST_TOKEN_FILE, "the token")
+        return data.decode("utf-8", "replace").strip()
+    return options.token if options.token is not None else os.environ.get(TOKEN) or None
 
 
 def _mount_page() -> MountPage:
