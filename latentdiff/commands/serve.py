@@ -15,10 +15,12 @@ from latentdiff.generation.options import check_integer
 from latentdiff.lora_tags import lora_files
 
 if TYPE_CHECKING:
+    from latentdiff.serve.filter import Filter
     from latentdiff.serve.http.server import MountPage
 
 HELP = "Serve models over HTTP, by OpenAI's images API, and on a page."
 EXTRA, PAGE_EXTRA = 'pip install "latentdiff[serve]"', 'pip install "latentdiff[ui]"'
+FILTER_EXTRA = 'pip install "latentdiff[filter]"'
 TOKEN = "LATENTDIFF_TOKEN"
 LONGEST_TOKEN_FILE = 2**10  # bytes
 
@@ -66,6 +68,15 @@ def add_serving(parser: argparse.ArgumentParser, usual: str) -> None:
     )
     parser.add_argument("--queue", type=int, metavar="N", help="jobs that may wait (default 64)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="images that are drawn at once (default 8)")
+    parser.add_argument(
+        "--filter",
+        nargs="?",
+        type=float,
+        const=0.8,
+        metavar="SCORE",
+        help="refuse pictures that a classifier of nudity scores higher, 0 to 1 (0.8); no previews then (needs the "
+        "extra filter)",
+    )
     parser.add_argument("--device", help="cpu, cuda, mps; the fastest there is by default")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16")
 
@@ -106,6 +117,7 @@ def serve(
     if lora_dir is not None:
         lora_files(lora_dir)  # before models load
     page = _mount_page() if with_page else None
+    content_filter = None if options.filter is None else _filter(options.filter)
     with listen(options.host, options.port) as opened:
         pipes = {name: load(model, options.device, options.dtype) for name, model in zip(names, given)}
         server = Server(
@@ -116,6 +128,7 @@ def serve(
             batch=options.batch,
             limits=limits,
             lora_dir=lora_dir,
+            content_filter=content_filter,
             page=page,
         )
         opened.listen()
@@ -140,6 +153,13 @@ def _mount_page() -> MountPage:
         from latentdiff.serve.page.mount import mount_page
 
         return mount_page
+
+
+def _filter(score: float) -> Filter:
+    with _extra("a filter", FILTER_EXTRA):
+        from latentdiff.serve.filter import NudityFilter
+
+        return NudityFilter(score)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from latentdiff.errors import StorageError, shown
 from latentdiff.pipeline import Pipeline
+from latentdiff.serve.filter import Filter
 from latentdiff.serve.http.app import make_app
 from latentdiff.serve.http.desk import Desk
 from latentdiff.serve.http.guard import Guard, check_proxies, check_token, is_loopback
@@ -46,6 +47,7 @@ class Server(uvicorn.Server):
         batch: see `Scheduler`.
         limits: of requests and jobs.
         lora_dir: folder of the LoRAs that prompts may name; see `lora_tags`.
+        content_filter: see `Scheduler`.
         page: adds a page to the application and returns both, as `page.mount.mount_page` does; None for none.
 
     Raises:
@@ -62,13 +64,16 @@ class Server(uvicorn.Server):
         batch: int = 8,
         limits: Limits | None = None,
         lora_dir: Path | None = None,
+        content_filter: Filter | None = None,
         page: MountPage | None = None,
     ) -> None:
         check_proxies(proxies)
         check_token(token, host, proxies)
         self.limits = limits or Limits()
         models = Models(pipes, Loras(lora_dir, self.limits))
-        self.scheduler = Scheduler(models.pipes[models.first], batch=batch, queue=self.limits.queue)
+        self.scheduler = Scheduler(
+            models.pipes[models.first], batch=batch, queue=self.limits.queue, content_filter=content_filter
+        )
         self.desk = Desk(self.scheduler, self.limits)
         self.shelf, links = Shelf(self.desk), Links(self.limits)
         self.api: FastAPI = make_app(models, self.desk, self.shelf, links)
