@@ -14,6 +14,7 @@ from collections.abc import Iterable
 __all__ = [
     "ClosedError",
     "DeadlineError",
+    "FilterError",
     "InputError",
     "JobCancelledError",
     "LatentDiffError",
@@ -26,6 +27,7 @@ __all__ = [
     "ModelValueError",
     "OutOfMemoryError",
     "QueueFullError",
+    "RefusedError",
     "StorageError",
     "UnsafeModelError",
     "printable",
@@ -124,6 +126,14 @@ class JobCancelledError(LatentDiffError):
 
 class DeadlineError(LatentDiffError):
     """A job was not done by its deadline."""
+
+
+class RefusedError(LatentDiffError):
+    """A content filter refused a picture."""
+
+
+class FilterError(LatentDiffError):
+    """A content filter failed, so that nobody knows whether a picture may be shown."""
 
 
 class OutOfMemoryError(LatentDiffError, MemoryError):

@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING
 
 from latentdiff.commands.shared import add_lora_dir, load, say
 from latentdiff.errors import InputError, MissingDependencyError
-from latentdiff.files import require_path
+from latentdiff.files import read_file, require_path
 from latentdiff.generation.options import check_integer
 from latentdiff.lora_tags import lora_files
 
 if TYPE_CHECKING:
+    from latentdiff.serve.filter import Filter
     from latentdiff.serve.http.server import MountPage
 
 HELP = "Serve models over HTTP, by OpenAI's images API, and on a page."
 EXTRA, PAGE_EXTRA = 'pip install "latentdiff[serve]"', 'pip install "latentdiff[ui]"'
+FILTER_EXTRA = 'pip install "latentdiff[filter]"'
 TOKEN = "LATENTDIFF_TOKEN"
+LONGEST_TOKEN_FILE = 2**10  # bytes
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,11 +53,30 @@ def add_serving(parser: argparse.ArgumentParser, usual: str) -> None:
     add_lora_dir(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; this machine alone by default")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 for any that is free (default 8000)")
-    parser.add_argument(
+    token = parser.add_mutually_exclusive_group()
+    token.add_argument(
         "--token", help=f"what requests must bring; needed for every --host but this machine's; {TOKEN} says it too"
+    )
+    token.add_argument("--token-file", metavar="FILE", help="the same, in a file, where no list of processes shows it")
+    parser.add_argument(
+        "--proxy",
+        nargs="+",
+        default=[],
+        metavar="ADDRESS",
+        help="addresses or networks of proxies, which are believed what they say of their clients (X-Forwarded-For and "
+        "-Proto); all others are not",
     )
     parser.add_argument("--queue", type=int, metavar="N", help="jobs that may wait (default 64)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="images that are drawn at once (default 8)")
+    parser.add_argument(
+        "--filter",
+        nargs="?",
+        type=float,
+        const=0.8,
+        metavar="SCORE",
+        help="refuse pictures that a classifier of nudity scores higher, 0 to 1 (0.8); no previews then (needs the "
+        "extra filter)",
+    )
     parser.add_argument("--device", help="cpu, cuda, mps; the fastest there is by default")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16")
 
@@ -77,15 +99,16 @@ def serve(
     """
     check_integer("--port", options.port, 0, 65535, "try 8000")
     check_integer("--batch", options.batch, 1, 1024, "try 8")
-    token = options.token if options.token is not None else os.environ.get(TOKEN) or None
+    token = _token(options)
     with _extra("a server", EXTRA):
         import uvicorn  # noqa: F401
 
-        from latentdiff.serve.http.guard import check_token
+        from latentdiff.serve.http.guard import check_proxies, check_token
         from latentdiff.serve.http.limits import Limits
         from latentdiff.serve.http.models import served_name
         from latentdiff.serve.http.server import Server, listen
-    check_token(token, options.host)
+    check_proxies(options.proxy)
+    check_token(token, options.host, options.proxy)
     limits = Limits() if options.queue is None else Limits(queue=options.queue)
     names = [served_name(model) for model in given]
     if len(set(names)) < len(names):
@@ -94,10 +117,19 @@ def serve(
     if lora_dir is not None:
         lora_files(lora_dir)  # before models load
     page = _mount_page() if with_page else None
+    content_filter = None if options.filter is None else _filter(options.filter)
     with listen(options.host, options.port) as opened:
         pipes = {name: load(model, options.device, options.dtype) for name, model in zip(names, given)}
         server = Server(
-            pipes, host=options.host, token=token, batch=options.batch, limits=limits, lora_dir=lora_dir, page=page
+            pipes,
+            host=options.host,
+            token=token,
+            proxies=options.proxy,
+            batch=options.batch,
+            limits=limits,
+            lora_dir=lora_dir,
+            content_filter=content_filter,
+            page=page,
         )
         opened.listen()
         host, port = opened.getsockname()[:2]
@@ -108,11 +140,26 @@ def serve(
         raise KeyboardInterrupt("interrupted; what was being drawn is lost")
 
 
+def _token(options: argparse.Namespace) -> str | None:
+    """Return the token of the options, or else of the environment."""
+    if options.token_file is not None:
+        data = read_file(require_path(options.token_file, "the token"), LONGEST_TOKEN_FILE, "the token")
+        return data.decode("utf-8", "replace").strip()
+    return options.token if options.token is not None else os.environ.get(TOKEN) or None
+
+
 def _mount_page() -> MountPage:
     with _extra("the page", PAGE_EXTRA):
         from latentdiff.serve.page.mount import mount_page
 
         return mount_page
+
+
+def _filter(score: float) -> Filter:
+    with _extra("a filter", FILTER_EXTRA):
+        from latentdiff.serve.filter import NudityFilter
+
+        return NudityFilter(score)
 
 
 @contextmanager

@@ -18,16 +18,18 @@ from dataclasses import replace
 from types import TracebackType
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from latentdiff.engine.memory_estimate import sampling_bytes
-from latentdiff.errors import ClosedError, InputError, QueueFullError, shown
+from latentdiff.errors import ClosedError, FilterError, InputError, QueueFullError, RefusedError, shown
 from latentdiff.generation.decode import OUTPUT_TYPES
 from latentdiff.generation.masks import MaskLike
 from latentdiff.generation.options import check_integer, number, one_of
 from latentdiff.generation.run import Drawing, prepare_drawing
 from latentdiff.generation.text import TextCache
 from latentdiff.pipeline import ImageLike, Pipeline
+from latentdiff.serve.filter import Filter, require_allowed
 from latentdiff.serve.helper import DECODE, PREPARE, Helper
 from latentdiff.serve.jobs import ServedJob
 from latentdiff.serve.places import Place, Places, explained
@@ -50,6 +52,7 @@ class Scheduler:
         memory: bytes that the images being drawn may take by estimate, the weights left out; None for no bound but
             `batch`.
         preview: what makes a small picture of an x0 estimate.
+        content_filter: must let every picture through before anybody sees it; there are no previews then.
 
     Raises:
         InputError: the networks are offloaded, or a number cannot be used.
@@ -63,9 +66,11 @@ class Scheduler:
         queue: int = 64,
         memory: int | None = None,
         preview: Preview | None = None,
+        content_filter: Filter | None = None,
     ) -> None:
         self._require_here(pipe, pipe)
         self.pipe, self.batch = pipe, check_integer("batch", batch, 1, 1024, "try 8")
+        self.content_filter = content_filter
         self.memory = None if memory is None else check_integer("memory", memory, 1, 2**60, "try 8 * 2**30")
         self._waiting = Waiting(check_integer("queue", queue, 1, 100_000, "try 64"))
         self._preview, self._texts = LinearPreview() if preview is None else preview, TextCache()
@@ -109,6 +114,9 @@ class Scheduler:
         chosen = self.pipe if pipe is None else pipe
         self._require_here(chosen, self.pipe)
         one_of(tuple(OUTPUT_TYPES))("output_type", output_type)
+        if self.content_filter is not None:
+            one_of(("pil",))("output_type", output_type)  # of which a filter sees what is in it
+            preview_every = 0
         check_integer("priority", priority, -1000, 1000, "try 0")
         check_integer("preview_every", preview_every, 0, 1000, "try 5")
         if deadline is not None:
@@ -136,6 +144,20 @@ class Scheduler:
     def closed(self) -> bool:
         """Whether no more jobs are taken: it was closed, or its loop ended."""
         return self._waiting.closed
+
+    def check(self, picture: Image.Image) -> None:
+        """Raise unless the content filter lets a picture through, if there is one.
+
+        Raises:
+            RefusedError, FilterError: see `filter.require_allowed`.
+        """
+        if self.content_filter is None:
+            return
+        try:
+            require_allowed(self.content_filter, picture)
+        except (RefusedError, FilterError):
+            self._recorder.count("withheld")
+            raise
 
     def stats(self) -> Stats:
         """Return figures of what waits, what runs, and what was done."""
@@ -251,6 +273,7 @@ class Scheduler:
         try:
             if not job.ended:
                 picture = drawing.finish(latents, index, ALONE, job.output_type)
+                self.check(picture.image)
                 self._recorder.count("picture")
                 job.add(index, picture)
         except Exception as error:

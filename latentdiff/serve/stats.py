@@ -22,6 +22,7 @@ class Stats:
         decoding: images that are sampled, and not yet decoded.
         pictures: images that were drawn.
         done, failed, cancelled, rejected: jobs that ended so, or found the queue full.
+        withheld: pictures that the content filter refused, or failed on.
         steps: common steps that were taken.
         batch_fill: share of the places that were taken, on average over those steps.
         step_seconds: a common step took, in the median of the newest ones.
@@ -36,6 +37,7 @@ class Stats:
     failed: int
     cancelled: int
     rejected: int
+    withheld: int
     steps: int
     batch_fill: float
     step_seconds: float
@@ -55,7 +57,7 @@ class Recorder:
         self._step_seconds, self._admissions = deque[float](maxlen=REMEMBERED), deque[float](maxlen=REMEMBERED)
 
     def count(self, what: str) -> None:
-        """Count a "picture", a "step", a job that is "rejected", or the end of one."""
+        """Count a "picture", a "step", a job that is "rejected", a picture that is "withheld", or the end of one."""
         with self._lock:
             self._counts[what] += 1
 
@@ -84,6 +86,7 @@ class Recorder:
                 failed=counts["failed"],
                 cancelled=counts["cancelled"],
                 rejected=counts["rejected"],
+                withheld=counts["withheld"],
                 steps=steps,
                 batch_fill=self._taken / (steps * self._places) if steps else 0.0,
                 step_seconds=_share(self._step_seconds, 0.5),

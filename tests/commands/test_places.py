@@ -33,7 +33,7 @@ COMMANDS = {
     "data": ["digits PLACE", "emoji PLACE"],
     "evaluate": ["PLACE --data none", "MODEL --data PLACE"],
     "ui": ["--port 0 --model PLACE"],
-    "serve": ["--port 0 --model PLACE", "--model MODEL --token of-sixteen-and-more --host PLACE"],
+    "serve": ["--model PLACE", "--token-file PLACE", "--model MODEL --token of-sixteen-and-more --host PLACE"],
 }
 CALLS = [f"{command} {rest}" for command, all_of_it in COMMANDS.items() for rest in all_of_it]
 

@@ -195,7 +195,8 @@ class Desk:
     def _submit(self, order: Order, client: str) -> ServedJob:
         return self.scheduler.submit(
             client=client,
-            deadline=self.limits.seconds,
+            priority=order.priority,
+            deadline=order.deadline or self.limits.seconds,
             preview_every=order.preview_every,
             pipe=order.pipe,
             **order.options,

@@ -12,10 +12,12 @@ from starlette.requests import ClientDisconnect
 from latentdiff.errors import (
     ClosedError,
     DeadlineError,
+    FilterError,
     InputError,
     JobCancelledError,
     OutOfMemoryError,
     QueueFullError,
+    RefusedError,
     printable,
 )
 from latentdiff.generation.options import options_of
@@ -103,6 +105,10 @@ def api_error(error: Exception, retry_after: int | None = None) -> ApiError:
         return ApiError(409, error, "cancelled")
     if isinstance(error, DeadlineError):
         return ApiError(504, error, "time_limit")
+    if isinstance(error, RefusedError):
+        return ApiError(400, error, "content_policy_violation")
+    if isinstance(error, FilterError):
+        return ApiError(500, error, "filter_failed")
     if isinstance(error, OutOfMemoryError):
         return ApiError(507, error, "out_of_memory")
     logging.getLogger(__name__).error("a request failed in a way that was not foreseen", exc_info=error)

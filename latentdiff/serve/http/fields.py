@@ -14,11 +14,23 @@ from latentdiff.generation.options import Option, options_of
 from latentdiff.generation.request import Settings
 from latentdiff.serve.http.errors import ApiError
 
-__all__ = ["checked", "own_fields", "own_options", "parse_size", "read_object", "validated"]
+__all__ = ["Extensions", "checked", "own_fields", "own_options", "parse_size", "read_object", "validated"]
 
 LEFT_OUT = ("num_images", "height", "width")  # options that are fields of every door: n and size
 SHORT = {"num_inference_steps": "steps"}
 Fields = TypeVar("Fields", bound=BaseModel)
+
+
+class Extensions(BaseModel):
+    """Fields of ours that are no options of a generation; null is as good as left out."""
+
+    lora: dict[str, float] | list[str] | str | None = Field(
+        None, description="LoRAs beside those in the prompt: names with weights, names, or both as in `style:0.8,fox`."
+    )
+    priority: int = Field(0, ge=-1000, le=0, description="Below 0, jobs of a higher one go first, whoever's they are.")
+    deadline: float | None = Field(
+        None, ge=0.001, description="Seconds after which nobody wants it; of a client's jobs the nearest goes first."
+    )
 
 
 def own_fields() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import ipaddress
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,7 +21,7 @@ from latentdiff.errors import InputError, shown
 from latentdiff.serve.http.errors import ApiError, api_error
 from latentdiff.serve.http.limits import Limits
 
-__all__ = ["FILES", "PAGE", "Guard", "check_token", "is_loopback", "token_of"]
+__all__ = ["FILES", "PAGE", "Guard", "check_proxies", "check_token", "is_loopback", "token_of"]
 
 FILES = "/v1/images/files/"  # whose links are good without a token, and on any page
 PAGE = "/ui"  # which has a door of its own, for browsers; `/` leads there
@@ -38,11 +39,31 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_token(token: str | None, host: str) -> None:
-    """Raise InputError unless a token can be used, and is there where it must be."""
+def check_proxies(proxies: Sequence[str]) -> None:
+    """Raise InputError unless each is an address or a network, and not all there are."""
+    for proxy in proxies:
+        try:
+            everyone = ipaddress.ip_network(proxy).prefixlen == 0
+        except ValueError:
+            everyone = True
+        if everyone:
+            raise InputError(
+                f"a proxy must be an address or a network as 10.0.0.0/24, got {shown(proxy)}; try 127.0.0.1"
+            )
+
+
+def check_token(token: str | None, host: str, proxies: Sequence[str] = ()) -> None:
+    """Raise InputError unless a token can be used, and is there where it must be.
+
+    Args:
+        token: that requests must bring; None for none.
+        host: where the server listens.
+        proxies: through which others reach it even there.
+    """
     remedy = 'try $(python -c "import secrets; print(secrets.token_urlsafe())")'
-    if token is None and not is_loopback(host):
-        raise InputError(f"a server that others reach needs a token, got host {shown(host)} without one; {remedy}")
+    if token is None and (proxies or not is_loopback(host)):
+        way = "a proxy" if proxies else f"host {shown(host)}"
+        raise InputError(f"a server that others reach needs a token, got {way} without one; {remedy}")
     if token is not None and not TOKEN.fullmatch(token):
         raise InputError(f"a token must be 16 to 512 printable characters without spaces, got another; {remedy}")
 

@@ -24,6 +24,7 @@ COUNTERS = {
     "failed": "jobs that failed",
     "cancelled": "jobs that were cancelled",
     "rejected": "jobs that found the queue full",
+    "withheld": "images that the content filter refused, or failed on",
     "steps": "common steps that were taken",
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from latentdiff.errors import shown, suggest
 from latentdiff.generation.inputs import MAX_SCALE
 from latentdiff.generation.options import SIZE_MULTIPLE, options_of
 from latentdiff.generation.request import Settings
@@ -18,6 +19,7 @@ from latentdiff.images import decode_rgba, image_size
 from latentdiff.marks import COMPOSITE, GENERATED, mark, source_type_of
 from latentdiff.pipeline import DEFAULT_STRENGTH, Pipeline
 from latentdiff.serve.http.errors import ApiError
+from latentdiff.serve.http.fields import Extensions
 from latentdiff.serve.http.limits import Limits
 from latentdiff.serve.http.models import Models
 
@@ -35,6 +37,7 @@ class Order:
         options: for `Scheduler.submit`, prompt and pictures included.
         steps: of a picture, about.
         preview_every: steps between previews; 0 for none.
+        priority, deadline: see `Scheduler.submit`; without a deadline there is that of the server.
     """
 
     model: str
@@ -42,6 +45,8 @@ class Order:
     options: dict[str, Any] = field(repr=False)
     steps: int
     preview_every: int
+    priority: int = 0
+    deadline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,14 @@ def _header(text: str) -> str:
 
 
 def finished(
-    model: str, options: dict[str, Any], models: Models, limits: Limits, *, n: str = "n", previews: int = 0
+    model: str,
+    options: dict[str, Any],
+    models: Models,
+    limits: Limits,
+    *,
+    extensions: Extensions | None = None,
+    n: str = "n",
+    previews: int = 0,
 ) -> Order:
     """Return an order, checked as far as that needs no model to run, with its LoRAs and a seed.
 
@@ -78,6 +90,7 @@ def finished(
         options: for `Scheduler.submit`.
         models: that are served.
         limits: of requests.
+        extensions: that were asked for.
         n: what the door calls the number of pictures.
         previews: of each picture.
 
@@ -85,14 +98,40 @@ def finished(
         ApiError, InputError: something that cannot be used, or is too much.
     """
     limits.check("n", options.get("num_images", 1), n)
-    prompt, pipe = models.with_loras(model, options.get("prompt", ""))
+    asked = extensions or Extensions()
+    if asked.deadline is not None and asked.deadline > limits.seconds:
+        message = f"deadline must be within {limits.seconds} seconds, got {shown(asked.deadline)}; leave it out"
+        raise ApiError(400, message, "invalid_value", "deadline")
+    prompt, pipe = models.with_loras(model, f"{options.get('prompt', '')}{_lora_tags(asked.lora, models)}")
     complete = {"seed": secrets.randbelow(MAX_RANDOM_SEED), **options, "prompt": prompt}
     given = complete.get("timesteps") or complete.get("sigmas")
     steps = complete.get("num_inference_steps", usual_steps(pipe))
     steps = int(steps) if given is None else len(given) if isinstance(given, tuple) else 1
     _check_work(complete, steps, pipe, limits)
     taken = max(1, round(steps * _share(complete)))
-    return Order(model, pipe, complete, taken, max(1, taken // (previews + 1)) if previews else 0)
+    every = max(1, taken // (previews + 1)) if previews else 0
+    return Order(model, pipe, complete, taken, every, asked.priority, asked.deadline)
+
+
+def _lora_tags(given: dict[str, float] | list[str] | str | None, models: Models) -> str:
+    """Return what a prompt says to have the LoRAs of a field.
+
+    Raises:
+        ApiError: there is no such LoRA.
+    """
+    if isinstance(given, str):
+        given = [part.strip() for part in given.split(",") if part.strip()]
+    if not given:
+        return ""
+    parts = [f"{name}:{weight}" for name, weight in given.items()] if isinstance(given, dict) else given
+    files, tags = models.loras.files(), list[str]()
+    for part in parts:
+        name, _, weight = part.partition(":")
+        if name not in files or {*name} & {*"<>:"}:  # which no prompt can name
+            remedy = suggest(name[:80], files) or "; start the server with --lora-dir"
+            raise ApiError(400, f"there is no LoRA {shown(name)} here{remedy}", "invalid_value", "lora")
+        tags.append(f" <lora:{name}:{weight or 1}>")
+    return "".join(tags)
 
 
 def usual_steps(pipe: Pipeline) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -15,9 +15,10 @@ from starlette.types import ASGIApp
 
 from latentdiff.errors import StorageError, shown
 from latentdiff.pipeline import Pipeline
+from latentdiff.serve.filter import Filter
 from latentdiff.serve.http.app import make_app
 from latentdiff.serve.http.desk import Desk
-from latentdiff.serve.http.guard import Guard, check_token, is_loopback
+from latentdiff.serve.http.guard import Guard, check_proxies, check_token, is_loopback
 from latentdiff.serve.http.jobs.shelf import Shelf
 from latentdiff.serve.http.limits import Limits
 from latentdiff.serve.http.links import Links
@@ -42,9 +43,11 @@ class Server(uvicorn.Server):
         pipes: by the names that clients use.
         host: where it listens.
         token: see `guard.Guard`.
+        proxies: addresses and networks of proxies, which are believed what they say of their clients.
         batch: see `Scheduler`.
         limits: of requests and jobs.
         lora_dir: folder of the LoRAs that prompts may name; see `lora_tags`.
+        content_filter: see `Scheduler`.
         page: adds a page to the application and returns both, as `page.mount.mount_page` does; None for none.
 
     Raises:
@@ -57,29 +60,36 @@ class Server(uvicorn.Server):
         *,
         host: str = "127.0.0.1",
         token: str | None = None,
+        proxies: Sequence[str] = (),
         batch: int = 8,
         limits: Limits | None = None,
         lora_dir: Path | None = None,
+        content_filter: Filter | None = None,
         page: MountPage | None = None,
     ) -> None:
-        check_token(token, host)
+        check_proxies(proxies)
+        check_token(token, host, proxies)
         self.limits = limits or Limits()
         models = Models(pipes, Loras(lora_dir, self.limits))
-        self.scheduler = Scheduler(models.pipes[models.first], batch=batch, queue=self.limits.queue)
+        self.scheduler = Scheduler(
+            models.pipes[models.first], batch=batch, queue=self.limits.queue, content_filter=content_filter
+        )
         self.desk = Desk(self.scheduler, self.limits)
         self.shelf, links = Shelf(self.desk), Links(self.limits)
         self.api: FastAPI = make_app(models, self.desk, self.shelf, links)
         app = self.api if page is None else page(self.api, models, self.desk, links, token)
         self.hurried = False
         self._signals, self._drained_by = 0, 0.0
-        guard = Guard(app, token=token, local=is_loopback(host), limits=self.limits)
+        local = is_loopback(host) and not proxies  # by which it has other names
+        guard = Guard(app, token=token, local=local, limits=self.limits)
         super().__init__(
             uvicorn.Config(
                 guard,
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                proxy_headers=False,  # a client's address is not what it says itself
+                proxy_headers=bool(proxies),  # a client's address is not what it says itself
+                forwarded_allow_ips=list(proxies),
                 lifespan="off" if page is None else "on",
                 ws="none",
                 timeout_graceful_shutdown=LAST_ANSWERS,

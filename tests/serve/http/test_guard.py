@@ -18,7 +18,7 @@ from PIL import Image
 
 from latentdiff import Pipeline
 from latentdiff.errors import InputError
-from latentdiff.serve.http.guard import check_token
+from latentdiff.serve.http.guard import check_proxies, check_token
 from latentdiff.serve.http.limits import Limits
 from tests.serve.gate import Gate, eventually
 from tests.serve.http.conftest import Running, Serve
@@ -59,6 +59,46 @@ def test_an_address_that_others_reach_needs_a_token() -> None:
     for token in ("", "short", "with a space in its middle", "\u00e9" * 20):
         with pytest.raises(InputError, match="16 to 512 printable"):
             check_token(token, "127.0.0.1")
+
+
+def test_a_proxy_is_an_address_and_needs_a_token() -> None:
+    for proxy in ("127.0.0.1", "10.0.0.0/24", "::1", "fd00::/8"):
+        check_proxies([proxy])
+        with pytest.raises(InputError, match="needs a token, got a proxy"):
+            check_token(None, "127.0.0.1", [proxy])
+    for proxy in ("*", "", "nginx", "10.0.0.1/24", "0.0.0.0/0", "::/0", "127.0.0.1,10.0.0.1"):
+        with pytest.raises(InputError, match="a proxy must be an address"):
+            check_proxies(["127.0.0.1", proxy])
+
+
+# what a server takes for proxies, what comes from 127.0.0.1, and whom it takes for the client
+SAID = {
+    "nobody is believed unless told": ((), "203.0.113.9", "127.0.0.1"),
+    "another is not believed": (("127.0.0.2", "10.0.0.0/8"), "203.0.113.9", "127.0.0.1"),
+    "a proxy is": (("127.0.0.1",), "203.0.113.9", "203.0.113.9"),
+    "a network of proxies is": (("127.0.0.0/24",), "203.0.113.9", "203.0.113.9"),
+    "what a client wrote before it is not": (("127.0.0.1",), "198.51.100.1, 203.0.113.9", "203.0.113.9"),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_is_said_of_a_client(pipe: Pipeline, serve: Serve, name: str) -> None:
+    proxies, said, client = SAID[name]
+    server = serve(pipe, token=TOKEN, proxies=proxies)
+    clients, submit = list[str](), server.server.scheduler.submit
+
+    def submitted(*given: Any, **options: Any) -> Any:
+        clients.append(options["client"])
+        return submit(*given, **options)
+
+    server.server.scheduler.submit = submitted  # type: ignore[method-assign]
+    headers = {"authorization": f"Bearer {TOKEN}", "x-forwarded-for": said, "x-forwarded-proto": "https"}
+    headers |= {"host": "pictures.example"} if proxies else {}
+    with server.http(headers=headers) as plain:
+        link = plain.post(GENERATIONS, json=STEPS | {"response_format": "url"}).json()["data"][0]["url"]
+    assert clients == [client]
+    believed = client != "127.0.0.1"
+    assert link.startswith("https://pictures.example/" if believed else "http://")
 
 
 @pytest.mark.parametrize(

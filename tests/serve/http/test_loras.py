@@ -21,6 +21,7 @@ from tests.serve.gate import Gate
 from tests.serve.http.conftest import Running, Serve
 from tests.serve.http.test_generations import opened
 
+GENERATIONS = "/v1/images/generations"
 STEPS: dict[str, Any] = {"steps": 2, "guidance_scale": 1.0, "seed": 3}
 
 
@@ -46,6 +47,31 @@ def test_a_prompt_names_a_lora(pipe: Pipeline, serve: Serve, folder: Path) -> No
     assert image.tobytes() == expected.tobytes()
     record = json.loads(image.info[METADATA_KEY])
     assert record["prompt"] == "cat" and record["loras"][0]["path"] == "style.safetensors"
+
+
+def test_a_field_names_loras_as_a_prompt_does(pipe: Pipeline, serve: Serve, folder: Path) -> None:
+    server = serve(pipe, lora_dir=folder)
+    expected = opened(ask(server, "cat <lora:style:0.2> <lora:fox>").json()["data"][0]["b64_json"]).tobytes()
+    ways: list[Any] = [{"style": 0.2, "fox": 1}, ["style:0.2", "fox"], "style:0.2, fox"]
+    with server.http() as client:
+        for lora in ways:
+            answer = client.post(GENERATIONS, json={"prompt": "cat", "lora": lora, **STEPS})
+            assert opened(answer.json()["data"][0]["b64_json"]).tobytes() == expected
+        both = client.post(GENERATIONS, json={"prompt": "cat <lora:fox>", "lora": {"style": 0.2}, **STEPS})
+        assert opened(both.json()["data"][0]["b64_json"]).tobytes() == expected
+        none = client.post(GENERATIONS, json={"prompt": "cat", "lora": [], **STEPS})
+        job = client.post("/v1/jobs", json={"prompt": "cat", "lora": ["stile"], **STEPS})
+        twice = client.post(GENERATIONS, json={"prompt": "cat <lora:fox>", "lora": "fox", **STEPS})
+    assert none.status_code == 200
+    assert (job.status_code, job.json()["error"]["param"]) == (400, "lora")
+    assert "did you mean 'style'" in job.json()["error"]["message"]
+    assert twice.status_code == 400 and "once" in twice.json()["error"]["message"]
+
+
+def test_a_field_where_there_are_no_loras(pipe: Pipeline, serve: Serve) -> None:
+    with serve(pipe).http() as client:
+        refused = client.post(GENERATIONS, json={"prompt": "cat", "lora": {"style": 1}, **STEPS}).json()["error"]
+    assert refused["param"] == "lora" and "--lora-dir" in refused["message"]
 
 
 def test_those_that_cannot_be_used(pipe: Pipeline, serve: Serve, folder: Path) -> None:

@@ -161,6 +161,11 @@ def test_the_command(built_model: Path) -> None:
         (["--queue", "0"], 2, "queue must be"),
         (["--host", "0.0.0.0"], 2, "needs a token"),
         (["--token", "short"], 2, "16 to 512 printable"),
+        (["--token-file", "none"], 2, "none"),
+        (["--token-file", "LICENSE"], 2, "must be at most 0 MiB"),
+        (["--token-file", "a", "--token", "b"], 2, "not allowed with"),
+        (["--proxy", "127.0.0.1"], 2, "needs a token, got a proxy without one"),
+        (["--proxy", "nginx", "--token", "a-token-of-sixteen-and-more"], 2, "a proxy must be an address"),
         (["--model", "a/fox", "b/fox"], 2, "names of their own, got fox, fox"),
         (["--lora-dir", "none"], 2, "LoRAs must be in a folder, got 'none'"),
         (["--model", "none"], 2, "is no folder or file here"),
@@ -181,9 +186,17 @@ def test_the_token_of_the_environment(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "16 to 512 printable" in capsys.readouterr().err
 
 
+def test_the_token_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "token"
+    for text, says in (("short\n", "16 to 512 printable"), (" a-token-of-sixteen-and-more\n", "is no folder or file")):
+        place.write_text(text)
+        assert main(["serve", "--host", "0.0.0.0", "--port", "0", "--token-file", str(place), "--model", "none"]) != 0
+        assert says in capsys.readouterr().err
+
+
 def test_a_number_that_cannot_be_used_starts_nothing(pipe: Pipeline) -> None:
     before = threading.active_count()
-    for options in ({"token": "short"}, {"host": "0.0.0.0"}, {"batch": 0}):
+    for options in ({"token": "short"}, {"host": "0.0.0.0"}, {"proxies": ["::1"]}, {"batch": 0}):
         with pytest.raises(InputError):
             Server({"tiny": pipe}, **options)  # type: ignore[arg-type]
     assert threading.active_count() == before

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, create_model
+from pydantic import Field, create_model
 
 from latentdiff.generation.masks import ALPHA
-from latentdiff.serve.http.fields import own_fields, own_options, parse_size
+from latentdiff.serve.http.fields import Extensions, own_fields, own_options, parse_size
 from latentdiff.serve.http.limits import Limits
 from latentdiff.serve.http.models import Models
 from latentdiff.serve.http.orders import Order, decoded, finished, from_base64
@@ -18,7 +18,7 @@ __all__ = ["FORMATS", "Form", "JobFields", "JobRequest", "make_order"]
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 
 
-class JobFields(BaseModel):
+class JobFields(Extensions):
     """The fields of a job; null is as good as left out."""
 
     prompt: str = Field("", description="What to draw.")
@@ -73,5 +73,5 @@ def make_order(request: JobFields, models: Models, limits: Limits) -> tuple[Orde
         options["mask"] = decoded(from_base64(request.mask, "mask"), "mask", limits)
     elif request.mask is not None:
         options["mask"] = request.mask
-    order = finished(model, options, models, limits, previews=request.previews)
+    order = finished(model, options, models, limits, extensions=request, previews=request.previews)
     return order, Form(model, request.output_format, request.output_compression, request.when_gone == "drop")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, create_model
+from pydantic import Field, create_model
 
-from latentdiff.serve.http.fields import own_fields, read_object, validated
+from latentdiff.serve.http.fields import Extensions, own_fields, read_object, validated
 
 __all__ = ["IGNORED", "Fields", "GenerationRequest", "read_form", "read_json"]
 
@@ -19,7 +19,7 @@ IGNORED = {
 }
 
 
-class Fields(BaseModel):
+class Fields(Extensions):
     """The fields of OpenAI's that mean something here; null is as good as left out."""
 
     prompt: str = Field("", description="What to draw.")

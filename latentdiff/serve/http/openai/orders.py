@@ -95,7 +95,8 @@ def make_order(
         options.setdefault("guidance_scale", 1.0)  # there is no prompt to be guided by
     _set_size(options, fields.size, pipe, remarks)
     options |= {"prompt": fields.prompt, "num_images": 1 if fields.n is None else fields.n}
-    order = finished(model, options, models, limits, previews=(fields.partial_images or 0) if fields.stream else 0)
+    previews = (fields.partial_images or 0) if fields.stream else 0
+    order = finished(model, options, models, limits, extensions=fields, previews=previews)
     return order, _form(fields, model, remarks, transparent=_has_alpha(options, pipe))
 
 

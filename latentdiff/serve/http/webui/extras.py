@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Callable
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -45,16 +46,20 @@ def enlarging_order(request: Extra, models: Models, limits: Limits) -> Order:
     return finished(request.upscaler_1, given, models, limits)
 
 
-def enlarged(request: Extra, drawn: GeneratedImage | None, limits: Limits) -> dict[str, Any]:
+def enlarged(
+    request: Extra, drawn: GeneratedImage | None, limits: Limits, check: Callable[[Image.Image], None]
+) -> dict[str, Any]:
     """Return the answer of extra-single-image.
 
     Args:
         request: which picture, and how large.
         drawn: the picture by a model that enlarges, of whatever size; None where it is not to be one.
         limits: of pictures.
+        check: raises where a picture may not be shown; `drawn` has passed it.
 
     Raises:
         ApiError, InputError: the picture cannot be used, or would be too large.
+        RefusedError, FilterError: it may not be shown.
     """
     given = _given(request, limits)
     size, how = _size(request, given, limits), LARGER.get(request.upscaler_1, Image.Resampling.LANCZOS)
@@ -66,6 +71,7 @@ def enlarged(request: Extra, drawn: GeneratedImage | None, limits: Limits) -> di
         if how is not None:
             cut = request.resize_mode == 1 and request.upscaling_crop
             image = ImageOps.fit(image, size, how) if cut else image.resize(size, how)
+        check(image)
         data = encode(image, "PNG", None, source)
     return {"html_info": "", "image": base64.b64encode(data).decode()}
 

@@ -76,12 +76,12 @@ def _add_extras(app: FastAPI, models: Models, desk: Desk) -> None:
         fields, digest = await _read(Extra, request)
         remarks = Remarks(ignored=ignored(fields))
         if fields.upscaler_1 in LARGER:
-            body = await asyncio.to_thread(enlarged, fields, None, desk.limits)
+            body = await asyncio.to_thread(enlarged, fields, None, desk.limits, desk.scheduler.check)
         else:
             order = await asyncio.to_thread(enlarging_order, fields, models, desk.limits)
             async with desk.served(order, Claim.of(request, digest), request, DOOR) as job:
                 (picture,) = await job.drawn()
-                body = await asyncio.to_thread(enlarged, fields, picture, desk.limits)
+                body = await asyncio.to_thread(enlarged, fields, picture, desk.limits, desk.scheduler.check)
         return JSONResponse(body, headers=remarks.headers)
 
     @app.post(f"{ROOT}/png-info", openapi_extra=json_body(PngInfo))
