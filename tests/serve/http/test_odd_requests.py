@@ -47,6 +47,18 @@ def test_paths_that_are_none(server: Running, path: str) -> None:
     assert status(server, "GET", path, {}) == 404
 
 
+@pytest.mark.parametrize("charset", ["undefined", "idna", "hex", "none", "utf-16", "utf-8"])
+def test_charsets_of_forms(server: Running, charset: str) -> None:
+    kind = f"multipart/form-data; boundary=edge; charset={charset}"
+    part = b'--edge\r\ncontent-disposition: form-data; name="prompt"\r\n\r\nf\xff..x\r\n--edge--\r\n'
+    with server.http() as client:
+        answers = [
+            client.post(f"/v1/images/{door}", content=part, headers={"content-type": kind})
+            for door in ("edits", "variations")  # which both have no picture
+        ]
+    assert [answer.status_code for answer in answers] == [400, 400]
+
+
 DOORS = {
     "/v1/images/generations": (GenerationRequest, BODY),
     "/v1/jobs": (JobRequest, {**BODY, "image": base64.b64encode(png(picture())).decode()}),
