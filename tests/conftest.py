@@ -30,10 +30,8 @@ UNET = {
 AUTOENCODER = {"block_out_channels": [8, 8, 16], "norm_num_groups": 4, "scaling_factor": 0.5, "sample_size": 32}
 
 
-@pytest.fixture(scope="session")
-def built_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder in float32: pictures of 32 x 32 from latents (4, 8, 8), windows of 8 tokens. Not to be changed."""
-    place = tmp_path_factory.mktemp("model")
+def build_model(place: Path) -> Path:
+    """Write a model folder in float32, `tiny`: pictures of 32 x 32 from latents (4, 8, 8), windows of 8 tokens."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         networks = (
@@ -57,6 +55,12 @@ def built_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dtype=None,
     )
     return place / "tiny"
+
+
+@pytest.fixture(scope="session")
+def built_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model, which is not to be changed; see `build_model`."""
+    return build_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

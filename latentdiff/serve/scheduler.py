@@ -199,6 +199,7 @@ class Scheduler:
             while True:
                 self._woken.clear()
                 self._waiting.expire(time.monotonic())
+                self._leave()
                 self._admit()
                 if self._places.running:
                     self._step()
@@ -231,17 +232,19 @@ class Scheduler:
             return True
         return sum(place.need for place in self._places.running) + _need(job.drawing) <= self.memory
 
-    def _step(self) -> None:
-        now, running = time.monotonic(), list(self._places.running)
-        for place in running:
+    def _leave(self) -> None:
+        """Free the places of the images whose jobs have ended."""
+        now = time.monotonic()
+        for place in list(self._places.running):
             place.job.expire(now)
             if self._stopping:
                 place.job.end("cancelled", ClosedError("the scheduler was closed before the job was done"))
         self._places.leave()
-        if self._places.running:
-            count = len(self._places.running)
-            self._places.step()
-            self._recorder.step(count, time.monotonic() - now)
+
+    def _step(self) -> None:
+        begun, count = time.monotonic(), len(self._places.running)
+        self._places.step()
+        self._recorder.step(count, time.monotonic() - begun)
 
     def _prepare(self) -> None:
         """Prepare the job whose turn is next."""

@@ -28,5 +28,5 @@ def started(pipes: Mapping[str, Pipeline], **options: Any) -> Iterator[tuple[Ser
             yield server, f"http://127.0.0.1:{opened.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(180)  # machines are shared
             assert not thread.is_alive()

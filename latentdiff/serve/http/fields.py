@@ -18,6 +18,7 @@ __all__ = ["Extensions", "checked", "own_fields", "own_options", "parse_size", "
 
 LEFT_OUT = ("num_images", "height", "width")  # options that are fields of every door: n and size
 SHORT = {"num_inference_steps": "steps"}
+LARGEST = 2**64  # of whole numbers: seeds are smaller, and what is counted with is in the range of a float
 Fields = TypeVar("Fields", bound=BaseModel)
 
 
@@ -102,13 +103,19 @@ def checked(kind: type[Fields], values: Mapping[str, Any]) -> Fields:
         ApiError: one cannot be used.
     """
     try:
-        return kind.model_validate(values)
+        made = kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         param = str(first["loc"][0]) if first["loc"] else None
         says = first["msg"][0].lower() + first["msg"][1:]
         message = f"{param or 'the name of a field'}: {says}, got {shown(first['input'])}"
         raise ApiError(400, message, "invalid_value", param) from None
+    for name in kind.model_fields:
+        value = getattr(made, name)
+        if isinstance(value, int) and abs(value) > LARGEST:
+            message = f"{name} must stay within 64 bits, got {shown(value)}; make it smaller"
+            raise ApiError(400, message, "invalid_value", SHORT.get(name, name))
+    return made
 
 
 def parse_size(size: str | None) -> tuple[int, int] | None:

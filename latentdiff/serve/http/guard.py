@@ -11,7 +11,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -113,7 +113,10 @@ class Guard:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         host, path = headers.get("host", ""), str(scope["path"])
-        if self._local and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        called = _split(f"//{host}")
+        if called is None:
+            raise ApiError(400, f"Host must be the name of a machine, got {shown(host)}; mend it", "invalid_host")
+        if self._local and not is_loopback(called.hostname or ""):
             raise ApiError(403, f"this server is called localhost, got {shown(host)}; use that", "host_not_allowed")
         if self._requests > self._limits.requests and path not in OPEN:
             raise self._limits.exceeded("requests", f"{self._limits.requests} requests are being answered; try later")
@@ -129,7 +132,8 @@ class Guard:
     def _check_page(self, host: str, headers: Headers) -> None:
         """Refuse requests that a browser sends for the page of another server."""
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
-        foreign = origin is not None and urlsplit(origin).netloc != host
+        page = None if origin is None else _split(origin)
+        foreign = origin is not None and (page is None or page.netloc != host)
         if foreign or site not in ("none", "same-origin"):
             raise ApiError(403, "requests from the pages of other servers are refused", "origin_not_allowed")
 
@@ -160,6 +164,14 @@ class Guard:
             return message
 
         return limited
+
+
+def _split(address: str) -> SplitResult | None:
+    """Return the parts of an address; None of what is none."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return None
 
 
 def token_of(header: str) -> bytes:

@@ -112,7 +112,11 @@ class Door:
         return hmac.compare_digest(token_of(header), self._token.encode()) or by_cookie
 
     async def _enter(self, request: Request, token: str) -> Response:
-        given = parse_qs((await request.body()).decode("latin-1"), max_num_fields=4).get("token", [""])[0]
+        try:
+            fields = parse_qs((await request.body()).decode("latin-1"), max_num_fields=4)
+        except ValueError:  # more of them
+            fields = {}
+        given = fields.get("token", [""])[0]
         if not hmac.compare_digest(given.strip().encode("utf-8", "replace"), token.encode()):
             note = '<p role="alert">That is not the token of this server; try again.</p>'
             return HTMLResponse(ASK.format(action=f"{PAGE}/token", note=note), 401)

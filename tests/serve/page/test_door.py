@@ -25,8 +25,10 @@ def test_a_token_is_given_once(pipe: Pipeline, open_page: Open) -> None:
         assert asked.status_code == 401 and "Token of this server" in asked.text
         assert client.get("/ui/config").status_code == 401
         assert client.post("/ui/gradio_api/queue/join", json={}).status_code == 401
-        wrong = client.post("/ui/token", data={"token": "another-of-sixteen-and-more"})
-        assert wrong.status_code == 401 and "not the token" in wrong.text and not client.cookies
+        many = {str(number): TOKEN for number in range(9)}
+        for data in ({"token": "another-of-sixteen-and-more"}, {"token": ""}, {}, many):
+            wrong = client.post("/ui/token", data=data)
+            assert wrong.status_code == 401 and "not the token" in wrong.text and not client.cookies
         right = client.post("/ui/token", data={"token": TOKEN})
         assert (right.status_code, right.headers["location"]) == (303, "/ui/")
         cookie = right.headers["set-cookie"]

@@ -89,7 +89,7 @@ def make_order(
     quality = fields.quality or "auto"
     if QUALITIES[quality][0] != 1 and not options.keys() & {"num_inference_steps", "timesteps", "sigmas"}:
         options["num_inference_steps"] = max(1, round(usual_steps(pipe) * QUALITIES[quality][0]))
-    if uploads:
+    if kind != "generation":
         options |= _pictures(uploads, fields.model == "dall-e-2", limits)
     if kind == "variation":
         options.setdefault("guidance_scale", 1.0)  # there is no prompt to be guided by

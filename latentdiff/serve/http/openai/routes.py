@@ -112,7 +112,11 @@ async def _read_multipart(request: Request) -> tuple[dict[str, str], list[Upload
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(415, "the body must be multipart/form-data, got another", "wrong_content_type")
     values, uploads = dict[str, str](), list[Upload]()
-    async with request.form(max_files=MOST_FILES, max_fields=MOST_FIELDS) as form:
+    async with AsyncExitStack() as stack:
+        try:
+            form = await stack.enter_async_context(request.form(max_files=MOST_FILES, max_fields=MOST_FIELDS))
+        except ValueError:  # of a charset that decodes nothing, and of older parsers
+            raise ApiError(400, "the form cannot be read; send it in UTF-8", "invalid_body") from None
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 if name not in UPLOADS:
