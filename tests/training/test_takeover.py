@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from latentdiff.checkpoints import load_autoencoder, save_model
 from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
-from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL, Decoder
 from tests.models.tiny import randomize
 from tests.training.test_stages import SIZE, check_interrupted, pictures, recipe, weights_of
 
@@ -36,20 +36,30 @@ def autoencoder(*channels: int, latents: int = 4) -> AutoencoderKL:
     return model
 
 
-def test_levels_are_counted_from_the_latents() -> None:
-    model, started = autoencoder(4, 8, 16), autoencoder(8, 16)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def test_new_levels_begin_by_changing_nothing() -> None:
+    model, started = autoencoder(8, 8, 8, 16), autoencoder(8, 16)
     take_over(model, started)
     own, given = model.state_dict(), started.state_dict()
     for name, theirs in (
-        ("encoder.down_blocks.2.resnets.0.conv1.weight", "encoder.down_blocks.1.resnets.0.conv1.weight"),
-        ("encoder.down_blocks.1.downsamplers.0.conv.weight", "encoder.down_blocks.0.downsamplers.0.conv.weight"),
+        ("encoder.down_blocks.3.resnets.0.conv1.weight", "encoder.down_blocks.1.resnets.0.conv1.weight"),
         ("decoder.up_blocks.0.resnets.1.conv2.weight", "decoder.up_blocks.0.resnets.1.conv2.weight"),
-        ("quant_conv.weight", "quant_conv.weight"),
     ):
         assert torch.equal(own[name], given[theirs]), name
-    for part in ("encoder.conv_in.", "encoder.down_blocks.0.", "decoder.up_blocks.2.", "decoder.conv_out."):
-        assert all(torch.equal(own[name], before[name]) for name in own if name.startswith(part)), part
+    last = [
+        last_features(one.decoder, torch.randn(2, 4, 3, 2, generator=torch.Generator().manual_seed(0)))
+        for one in (model, started)
+    ]
+    torch.testing.assert_close(last[0], F.interpolate(last[1], scale_factor=4, mode="nearest"))
+    first = model.encoder.conv_in(torch.rand(2, 3, 16, 16))
+    torch.testing.assert_close(model.encoder.down_blocks[0](first), F.avg_pool2d(first, 2))
+
+
+def last_features(decoder: Decoder, latents: torch.Tensor) -> torch.Tensor:
+    """Return what a decoder normalizes and turns into pictures."""
+    found: list[torch.Tensor] = []
+    with decoder.conv_norm_out.register_forward_pre_hook(lambda _, given: found.extend(given)):
+        decoder(latents)
+    return found[0]
 
 
 def test_one_of_the_same_shape_is_taken_over_whole() -> None:
@@ -59,11 +69,13 @@ def test_one_of_the_same_shape_is_taken_over_whole() -> None:
     assert torch.equal(model.encode(images).mode(), started.encode(images).mode())
     with pytest.raises(InputError, match="1 more levels than model"):
         take_over(autoencoder(8), started)
+    with pytest.raises(InputError, match=r"the first 1 of model.block_out_channels must be 8, .* got \[4, 8, 16\]"):
+        take_over(autoencoder(4, 8, 16), started)
     assert latent_distance(model.encode(images), images, started) == 0
 
 
 def test_latents_are_compared_with_those_of_smaller_pictures() -> None:
-    model, started, images = autoencoder(4, 8, 16), autoencoder(8, 16), torch.rand(2, 3, 16, 16)
+    model, started, images = autoencoder(8, 8, 16), autoencoder(8, 16), torch.rand(2, 3, 16, 16)
     expected = (model.encode(images).mode() - started.encode(F.avg_pool2d(images, 2)).mode()).square().mean()
     found = latent_distance(model.encode(images), images, started)
     torch.testing.assert_close(found, expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import torch
+from torch import Tensor
 
 from latentdiff.checkpoints import load_autoencoder
 from latentdiff.errors import InputError
@@ -33,16 +34,26 @@ def load_started(config: AutoencoderTraining, device: torch.device | str = "cpu"
 
 
 def take_over(model: AutoencoderKL, started: AutoencoderKL) -> None:
-    """Give an autoencoder the weights of another that fit, levels counted from the latents.
+    """Give an autoencoder the weights of another, levels counted from the latents, and let it begin where that ended.
 
-    Layers that only the model has, on the side of the pictures, or that have other shapes stay as they are.
+    Levels that only the model has, on the side of the pictures, begin by changing nothing: their residual blocks add 0,
+    the step down takes the mean of four pixels, the step up repeats each. So pictures of twice the size become about
+    the latents that the halved ones had, and latents about the same pictures, twice the size (Chen et al. 2016,
+    Net2Net, arXiv 1511.05641). Layers of other shapes stay as they are.
 
     Raises:
-        InputError: the other one has more levels, or none of its weights fits.
+        InputError: the other one has more levels, none of its weights fits, or a new level has other channels than the
+            finest of the other one.
     """
-    added = len(model.config.block_out_channels) - len(started.config.block_out_channels)
+    widths, finest = model.config.block_out_channels, started.config.block_out_channels[0]
+    added = len(widths) - len(started.config.block_out_channels)
     if added < 0:
         raise InputError(f"start_from has {-added} more levels than model.block_out_channels; add channels there")
+    if any(width != finest for width in widths[:added]):
+        raise InputError(
+            f"the first {added} of model.block_out_channels must be {finest}, as of the finest level of start_from, so "
+            f"that new levels can begin by changing nothing, got {list(widths)}"
+        )
     own = model.state_dict()  # the decoder counts its levels from the latents, the encoder from the pictures
     given = {
         re.sub(r"(?<=^encoder\.down_blocks\.)\d+", lambda found: str(int(found[0]) + added), name): tensor
@@ -52,7 +63,24 @@ def take_over(model: AutoencoderKL, started: AutoencoderKL) -> None:
     fitting = {name: tensor for name, tensor in given.items() if _layer(name) not in other}
     if not fitting:
         raise InputError("start_from has no layer that fits; give model.block_out_channels its numbers")
-    model.load_state_dict({**own, **fitting})
+    model.load_state_dict({**own, **fitting, **_changing_nothing(own, len(widths), added)})
+
+
+def _changing_nothing(own: dict[str, Tensor], levels: int, added: int) -> dict[str, Tensor]:
+    """Return the tensors of an autoencoder with which its first levels change nothing."""
+    found = {}
+    for level in range(added):
+        encoder, decoder = f"encoder.down_blocks.{level}.", f"decoder.up_blocks.{levels - 1 - level}."
+        for name, tensor in own.items():
+            if name.startswith((encoder, decoder)) and ".conv2." in name:
+                found[name] = torch.zeros_like(tensor)
+        below = f"decoder.up_blocks.{levels - 2 - level}.upsamplers.0.conv."
+        for step, side in ((f"{encoder}downsamplers.0.conv.", slice(0, 2)), (below, slice(1, 2))):
+            kernel = torch.zeros(3, 3)
+            kernel[side, side] = 1
+            weight = torch.eye(len(own[f"{step}bias"]))[:, :, None, None] * kernel / kernel.sum()  # (C, C, 3, 3)
+            found |= {f"{step}weight": weight, f"{step}bias": torch.zeros(len(weight))}
+    return found
 
 
 def _layer(name: str) -> str:
