@@ -126,20 +126,23 @@ def by_schema(url: str, count: int, chance: int, figures: Figures) -> None:
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations()]
     session, rng = requests.Session(), random.Random(chance)
+
+    def sending(route: str) -> Callable[[Any], None]:
+        def send(case: Any) -> None:
+            _aim(case, url, session, rng)
+            figures.asked = case.as_curl_command
+            try:
+                answer = case.call(session=session, timeout=SECONDS)
+            except requests.RequestException as error:
+                figures.fault(f"{route} no answer", str(error))
+                return
+            figures.answered(route, answer.status_code, answer.text)
+
+        return send
+
     for number in itertools.count():
         for operation, mode in itertools.product(operations, GenerationMode):
-            route = f"{operation.method.upper()} {operation.path}"
-
-            def send(case: Any, route: str = route) -> None:
-                _aim(case, url, session, rng)
-                figures.asked = case.as_curl_command
-                try:
-                    answer = case.call(session=session, timeout=SECONDS)
-                except requests.RequestException as error:
-                    figures.fault(f"{route} no answer", str(error))
-                    return
-                figures.answered(route, answer.status_code, answer.text)
-
+            send = sending(f"{operation.method.upper()} {operation.path}")
             _often(send, operation.as_strategy(generation_mode=mode), EACH, chance + number)
             if figures.routes.total() >= count:
                 return
