@@ -66,7 +66,7 @@ from .monitor.reconstructions import export, mean_psnr, reconstructed, save_norm
 from .monitor.samples import SampleGrids
 from .monitor.trackers import require_trackers
 from .monitor.validation import ema_distance
-from .networks.takeover import load_started, take_over
+from .networks.takeover import freeze_encoder, load_started, take_over
 
 
 def train_autoencoder(config: AutoencoderTraining, resume: bool = False, stop: Stop = go_on) -> Path:
@@ -139,7 +139,10 @@ def assemble(config: AutoencoderTraining, started: AutoencoderKL | None = None) 
     torch.manual_seed(config.run.seed)
     model, discriminator = AutoencoderKL(AutoencoderConfig.from_dict(config.model)), PatchDiscriminator()
     if config.start_from is not None:
-        take_over(model, load_started(config) if started is None else started)
+        started = load_started(config) if started is None else started
+        take_over(model, started)
+        if config.decoder_only:
+            freeze_encoder(model, started)
     if config.run.gradient_checkpointing:
         checkpoint_gradients(model)
     optimizers = {

@@ -104,11 +104,36 @@ def test_training_keeps_latents_near_and_resumes_to_the_bit(tmp_path: Path) -> N
     check_interrupted(file, tmp_path)
 
 
+def test_the_decoder_alone_is_trained_and_the_latents_stay(tmp_path: Path) -> None:
+    pictures(tmp_path / "pictures", 4)
+    file = recipe(tmp_path, "autoencoder")
+    first = load_config(file)
+    assert isinstance(first, AutoencoderTraining)
+    shape = AutoencoderConfig.from_dict({**first.model, "scaling_factor": 0.18215})
+    randomize(started := AutoencoderKL(shape))
+    save_model(started, tmp_path / "started")
+    Path(file).write_text(Path(file).read_text() + f"start_from: {tmp_path / 'started'}\ndecoder_only: true\n")
+    cli_train(file, ["run.steps=4"], False, str(tmp_path / "run"))
+    trained, images = load_autoencoder(tmp_path / "run"), torch.rand(2, 3, SIZE, SIZE) * 2 - 1
+    latents = started.encode(images).mode()
+    assert torch.equal(trained.encode(images).mode(), latents)
+    assert trained.config.scaling_factor == 0.18215
+    for name, tensor in started.decoder.named_parameters():
+        assert not torch.equal(trained.get_parameter(f"decoder.{name}"), tensor), name
+    assert not torch.equal(trained.decode(latents), started.decode(latents))
+    check_interrupted(file, tmp_path)
+    with pytest.raises(
+        InputError, match="decoder_only needs the encoder of start_from; give model the numbers of its vae"
+    ):
+        cli_train(file, ["model.layers_per_block=2"], False, str(tmp_path / "other"))
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     pictures(tmp_path / "pictures", 4)
     file = recipe(tmp_path, "autoencoder")
-    with pytest.raises(InputError, match="name an autoencoder there"):
-        load_config(file, ["loss.latents=1"])
+    for change in ("loss.latents=1", "decoder_only=true"):
+        with pytest.raises(InputError, match="name an autoencoder there"):
+            load_config(file, [change])
     save_model(autoencoder(8, 16, latents=3), tmp_path / "three")
     with pytest.raises(InputError, match=r"start_from must have 4 latent channels, .* got 3 channels"):
         cli_train(file, [f"start_from={tmp_path / 'three'}"], False, str(tmp_path / "run"))

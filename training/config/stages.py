@@ -39,6 +39,8 @@ class AutoencoderTraining(Section):
     # Run or model folder of an autoencoder whose layers are taken over where they fit, or "embedded"; this one may have
     # more levels, on the side of the pictures.
     start_from: TextPath | None = None
+    # Train the decoder alone and leave the latents as `start_from` has them, for a U-Net that was trained on those.
+    decoder_only: bool = False
     # Keys of `latentdiff.models.autoencoder.AutoencoderConfig`.
     model: dict[str, Any]
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -55,6 +57,10 @@ class AutoencoderTraining(Section):
             raise ValueError("run.ema_snapshots is for stage diffusion; set it to 0")
         if self.loss.latents and self.start_from is None:
             raise ValueError("loss.latents keeps latents near those of start_from; name an autoencoder there")
+        if self.decoder_only and (self.start_from is None or self.loss.latents):
+            raise ValueError(
+                "decoder_only keeps the latents of start_from: name an autoencoder there, and set loss.latents to 0"
+            )
         if self.loss.lpips and self.data.size < 16:
             raise ValueError(f"loss.lpips needs pictures of 16 pixels or more, got data.size {self.data.size}")
         check_evaluate(self.evaluate, OF_AUTOENCODERS, "held_out_psnr")

@@ -49,8 +49,13 @@ def draw_views(data: CaptionedImages, config: AutoencoderTraining, shares: Seque
     return np.stack([random_view(data.images[index], rng) for index, rng in pairs])
 
 
-def load_measured(config: AutoencoderTraining, data: CaptionedImages) -> Tensor:
-    """Return pictures (N, 3, H, W) from all over the set, for scenes follow drawings in it, to measure latents by."""
+def load_measured(config: AutoencoderTraining, data: CaptionedImages) -> Tensor | None:
+    """Return pictures (N, 3, H, W) from all over the set, for scenes follow drawings in it, to measure latents by.
+
+    None where the latents stay as they are.
+    """
+    if config.decoder_only:
+        return None
     most = max(HELD_OUT, MEASURED_PIXELS // config.data.size**2)
     images = data.images[:: 1 + (len(data) - 1) // most]
     return to_tensor(composite(images, rgb(config.data.background)))

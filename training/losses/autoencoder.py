@@ -62,7 +62,7 @@ def loss_terms(
         terms["gradient"] = weights.gradient * multiscale_gradient(reconstruction, images)
     if weights.ssim:
         terms["ssim"] = weights.ssim * (1 - ssim(reconstruction, images))
-    if weights.kl:
+    if weights.kl and not config.decoder_only:
         terms["kl"] = weights.kl * posterior.kl().mean() / posterior.mean[0].numel()
     if references.perceptual is not None:
         terms["lpips"] = weights.lpips * references.perceptual(reconstruction, images).mean()

@@ -44,13 +44,18 @@ def in_parts(images: Tensor) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def save_normalised(model: AutoencoderKL, images: Tensor, folder: Path) -> tuple[AutoencoderKL, Tensor, Tensor]:
+def save_normalised(
+    model: AutoencoderKL, images: Tensor | None, folder: Path
+) -> tuple[AutoencoderKL, dict[str, list[float]]]:
     """Fold the measured latent statistics into a copy of the model, save it, and return it with both statistics.
 
     The per-channel mean and standard deviation of the latents of `images` go into the two 1x1 convolutions around the
     latent space, so that latents have mean 0 and standard deviation 1 and `scaling_factor` is 1: an ordinary
-    AutoencoderKL that no loader has to know more about.
+    AutoencoderKL that no loader has to know more about. Without images the model is saved as it is.
     """
+    if images is None:
+        save_model(model, folder)
+        return model, {}
     device = next(model.parameters()).device
     with torch.device("meta"):
         normalised = AutoencoderKL(model.config)
@@ -62,19 +67,18 @@ def save_normalised(model: AutoencoderKL, images: Tensor, folder: Path) -> tuple
     fold_statistics(normalised, mean, std)
     normalised.config = replace(model.config, scaling_factor=1.0)
     save_model(normalised, folder)
-    return normalised, mean, std
+    return normalised, {"latent_mean_before": mean.tolist(), "latent_std_before": std.tolist()}
 
 
 @torch.no_grad()
-def export(model: AutoencoderKL, images: Tensor, held_out: Tensor, folder: Path) -> None:
+def export(model: AutoencoderKL, images: Tensor | None, held_out: Tensor, folder: Path) -> None:
     """Save the model to folder/vae as `save_normalised` does, and what was measured of it to autoencoder.json."""
     vae = folder / "vae"
-    normalised, mean, std = save_normalised(model, images, vae)
+    normalised, statistics = save_normalised(model, images, vae)
     figures = {
         "held_out_psnr_db": mean_psnr(reconstructed(normalised, held_out), held_out),
         "held_out_images": len(held_out),
-        "latent_mean_before": mean.tolist(),
-        "latent_std_before": std.tolist(),
+        **statistics,
     }
     (folder / "autoencoder.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(f"held-out PSNR {figures['held_out_psnr_db']:.2f} dB; saved {vae}")

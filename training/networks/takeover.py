@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -64,6 +65,25 @@ def take_over(model: AutoencoderKL, started: AutoencoderKL) -> None:
     if not fitting:
         raise InputError("start_from has no layer that fits; give model.block_out_channels its numbers")
     model.load_state_dict({**own, **fitting, **_changing_nothing(own, len(widths), added)})
+
+
+def freeze_encoder(model: AutoencoderKL, started: AutoencoderKL) -> None:
+    """Keep the latents of an autoencoder as they are, those of another that it took over.
+
+    Raises:
+        InputError: its encoder is another.
+    """
+    halves = [
+        {name: tensor for name, tensor in one.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
+        for one in (model, started)
+    ]
+    same = halves[0].keys() == halves[1].keys()
+    if not same or not all(torch.equal(tensor, halves[1][name]) for name, tensor in halves[0].items()):
+        raise InputError("decoder_only needs the encoder of start_from; give model the numbers of its vae/config.json")
+    model.config = replace(model.config, scaling_factor=started.config.scaling_factor)
+    for half in (model.encoder, model.quant_conv):
+        if half is not None:
+            half.requires_grad_(False)
 
 
 def _changing_nothing(own: dict[str, Tensor], levels: int, added: int) -> dict[str, Tensor]:
