@@ -42,6 +42,21 @@ def test_keep_and_drop_choose_rows(tmp_path: Path) -> None:
         load_images(DataConfig(folder=folder, size=8, keep={"kind": ["c"]}))
 
 
+def test_rows_are_repeated_by_a_column(tmp_path: Path) -> None:
+    config = DataConfig(folder=str(folder_of(tmp_path, rows())), size=8, repeats={"kind": {"a": 3}})
+    data = open_images(config, 2, tmp_path / "run")
+    drawn = [int(sample) for step in range(4) for sample in data.order.batch(step, 2, 0)[0]]
+    assert sorted(drawn) == [0, 0, 0, 1, 2, 2, 2, 3]
+    for wrong, message in (
+        ({"kind": {"c": 2}}, "no picture has 'kind' 'c'; choose one of a, b"),
+        ({"size": {"a": 2}}, "'size'"),
+    ):
+        with pytest.raises(InputError, match=f"data.repeats: .*{message}"):
+            open_images(config.model_copy(update={"repeats": wrong}), 2, tmp_path / "run")
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        DataConfig(folder="x", repeats={"kind": {"a": 0}})
+
+
 @pytest.mark.parametrize(
     "bad",
     [{"file_name": "0.png"}, {"file_name": "0.png", "text": " "}, {"file_name": "no.png", "text": "x"}, {"text": "x"}],

@@ -43,6 +43,20 @@ def test_groups_never_mix_and_every_sample_is_seen_alike(sizes: tuple[int, ...],
         assert all(epochs - carried <= counts[i] <= epochs for i in np.flatnonzero(order.groups == group))
 
 
+def test_repeated_samples_come_so_often_an_epoch_and_each_time_is_another() -> None:
+    places, repeats = np.array([0, 1, 3, 4, 5]), np.array([1, 3, 2, 1, 1])
+    order = BatchOrder(places, np.array([0, 0, 0, 1, 1]), 6, repeats)
+    drawn = [pair for step in range(40) for pair in zip(*(part.tolist() for part in order.batch(step, 2, 0)))]
+    assert len(set(drawn)) == len(drawn) == 80
+    assert Counter(sample for sample, _ in drawn) == {0: 10, 1: 30, 2: 20, 3: 10, 4: 10}
+    without = BatchOrder(places, order.groups, 6, np.ones(5, dtype=np.int64))
+    plain = BatchOrder(places, order.groups, 6)
+    assert [seen(one, 2, 25) for one in (without,)] == [seen(plain, 2, 25)]
+    fewer = BatchOrder(places[1:], order.groups[1:], 6, repeats[1:])  # the first row is broken now
+    one, other = (seen(BatchOrder(of.places, of.groups * 0, 6, of.repeats), 1, 40) for of in (order, fewer))
+    assert [places[n] for n in one if n] == [places[1:][n] for n in other][: len([n for n in one if n])]
+
+
 def test_batches_of_groups_are_shuffled_and_any_of_them_can_be_asked_for() -> None:
     order = BatchOrder(np.arange(40), np.repeat([0, 1], 20), 40)
     batches = [order.batch(step, 4, 0)[0].tolist() for step in range(20)]

@@ -46,6 +46,8 @@ class DataConfig(Section):
     keep: dict[str, list[str | bool]] = {}
     # ... and none of these.
     drop: dict[str, list[str | bool]] = {}
+    # How often rows with a value in a metadata column come in an epoch ({"group": {"animals-nature": 4}}); others once.
+    repeats: dict[str, dict[str, Annotated[int, Field(ge=1, le=1000)]]] = {}
     # One caption for each picture, drawn anew each time, instead of their own; a folder then needs only pictures.
     captions: list[str] = []
     # Share of the pictures that is never trained on and measured by instead; which they are follows from each file's

@@ -16,11 +16,13 @@ class BatchOrder:
             skipping one does not move the others.
         groups: (N,) int64, 0 to G-1: samples of different groups never share a batch.
         total: how many rows there are.
+        repeats: (N,) int64, 1 and above: how often each sample comes in an epoch; None for once each.
     """
 
     places: np.ndarray
     groups: np.ndarray
     total: int
+    repeats: np.ndarray | None = None
     # The newest sequences, by (seed, epoch, group): of each group as many as a batch may need.
     _sequences: dict[tuple[int, int, int], np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
@@ -30,16 +32,16 @@ class BatchOrder:
         return BatchOrder(np.arange(count), np.zeros(count, dtype=np.int64), count)
 
     def batch(self, step: int, batch_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the samples of the batch of `step` and the epoch that each is seen in.
+        """Return the samples of the batch of `step` and a number that tells the times apart that each is seen.
 
         Every group is an endless sequence, one permutation of its samples after the other, cut into batches: each
-        sample comes once an epoch, and what is left of a group at the end of an epoch starts its first batch of the
-        next. The batches of all groups that end in one epoch are shuffled.
+        sample comes once an epoch, or `repeats` times, and what is left of a group at the end of an epoch starts its
+        first batch of the next. The batches of all groups that end in one epoch are shuffled.
 
         Returns:
-            Both (batch_size,) int64.
+            Both (batch_size,) int64; without repeats the number is that of the epoch.
         """
-        sizes = np.bincount(self.groups)
+        sizes = np.bincount(self.groups, self.repeats).astype(np.int64)
         if len(sizes) == 1:
             group, number = 0, step
         else:
@@ -47,18 +49,27 @@ class BatchOrder:
         positions = number * batch_size + np.arange(batch_size)
         epochs = positions // sizes[group]
         within = positions % sizes[group]
-        chosen = [self._sequence(seed, int(epoch), group)[place] for epoch, place in zip(epochs, within)]
-        return np.array(chosen, dtype=np.int64), epochs
+        drawn = [self._sequence(seed, int(epoch), group)[place] for epoch, place in zip(epochs, within)]
+        copies, chosen = np.divmod(np.array(drawn, dtype=np.int64), len(self.places))
+        return chosen, epochs * self._most + copies
+
+    @property
+    def _most(self) -> int:
+        return 1 if self.repeats is None else int(self.repeats.max())
 
     def _sequence(self, seed: int, epoch: int, group: int) -> np.ndarray:
-        """Return the samples of a group in their order in an epoch."""
+        """Return the samples of a group in their order in an epoch, N more for each time that one has come before."""
         key = (seed, epoch, group)
         found = self._sequences.get(key)
         if found is None:
             sample = np.full(self.total, -1)
             sample[self.places] = np.where(self.groups == group, np.arange(len(self.places)), -1)
-            drawn = sample[np.random.default_rng([seed, epoch]).permutation(self.total)]
-            self._sequences[key] = found = drawn[drawn >= 0]
+            copies, rows = np.divmod(
+                np.random.default_rng([seed, epoch]).permutation(self.total * self._most), self.total
+            )
+            drawn = sample[rows]
+            there = drawn >= 0 if self.repeats is None else (drawn >= 0) & (copies < self.repeats[drawn])
+            self._sequences[key] = found = (drawn + copies * len(self.places))[there]
             for old in [*self._sequences][: -2 * (int(self.groups.max()) + 1)]:
                 self._sequences.pop(old, None)
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentdiff.errors import InputError, shown
+from latentdiff.errors import InputError, shown, suggest
 from latentdiff.images import fit, write_file
 from latentdiff.prompts import MAX_PROMPT_LENGTH
 
@@ -45,6 +45,7 @@ class CaptionedImages:
         samples: N, one for each row.
         skipped: "place", "name" and "reason" of every row left out.
         apart: how many rows are held out of these.
+        repeats: `DataConfig.repeats`.
     """
 
     images: Any
@@ -52,6 +53,7 @@ class CaptionedImages:
     samples: list[Sample]
     skipped: list[dict[str, Any]] = field(default_factory=list)
     apart: int = 0
+    repeats: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,7 +68,11 @@ class CaptionedImages:
         frames = sorted({sample.frame for sample in self.samples})
         groups = np.array([frames.index(sample.frame) for sample in self.samples])
         places = np.array([sample.place for sample in self.samples])
-        return BatchOrder(places, groups, len(self.samples) + len(self.skipped) + self.apart)
+        total = len(self.samples) + len(self.skipped) + self.apart
+        return BatchOrder(places, groups, total, np.array([self._repeats(row) for row in self.rows]))
+
+    def _repeats(self, row: Mapping[str, Any]) -> int:
+        return math.prod(values.get(str(row.get(column)), 1) for column, values in self.repeats.items())
 
 
 @dataclass(frozen=True)
@@ -203,7 +209,8 @@ def open_images(
 
     Raises:
         InputError: nothing of a known kind, a missing column, no picture left, more than one picture and more than
-            1 % of all broken or without caption, or data.held_out beside a validation split or of too few pictures.
+            1 % of all broken or without caption, data.held_out beside a validation split or of too few pictures, or
+            data.repeats names what no picture has.
         StorageError: a folder cannot be written, or remote shards cannot be read.
     """
     cache = cache or folder / "cache"
@@ -224,6 +231,11 @@ def open_images(
         data = replace(data, samples=samples, images=LazyImages(source, samples))
     if config.held_out:
         data = _trained_on(data, config.held_out, source.place)
+    data = replace(data, repeats=config.repeats)
+    for column, value in ((column, value) for column, values in config.repeats.items() for value in values):
+        if all(str(row.get(column)) != value for row in data.rows):
+            known = {str(row[column]) for row in data.rows if row.get(column) is not None}
+            raise InputError(f"data.repeats: no picture has {shown(column)} {shown(value)}{suggest(value, known)}")
     for line in remarks(source, data.samples, config.crop == "random"):
         print(line, file=sys.stderr)
     if data.skipped:
