@@ -1,134 +1,291 @@
-"""Load a scheduler with clients that each ask for the next picture when they have the last one, and a lock likewise.
+"""Load three servers with clients, in turn: ours, our pipeline behind a lock, and diffusers' behind a lock.
 
-python tests/benchmarks/serve_load.py --model embedded --steps 8
-python tests/benchmarks/serve_load.py --clients 1,4 --pictures 2 --model path/to/model --device cuda
+    pip install -e '.[serve]' diffusers
+    python tests/benchmarks/serve_load.py                       # embedded model, 25 steps
+    python tests/benchmarks/serve_load.py --model narrow        # blocks of Stable Diffusion 1.5, a fifth as wide
+    python tests/benchmarks/serve_load.py --clients 1,4 --pictures 2 --rounds 1 --rate 0
 
-For each number of clients it prints, for the scheduler and for the pipeline behind a lock, pictures per second, the
-time from asking for a picture to having it (median and 95th percentile), the time to its first step, and how late an
-event loop of asyncio in the same process is meanwhile. Pictures are drawn once before anything is timed.
+All draw the same pictures from the same folder over the same HTTP. Closed loop: each client asks for the next picture
+when it has the last one. Open loop: requests come at random times, on average as many a second as `--rate` says, in
+shares of what the pipeline behind a lock did with one client; they do not wait for each other. For every round and
+number of clients the servers are loaded one after the other, so that what else the machine does meets all alike; the
+figures are medians over the rounds. Memory is that of the server's process, resident.
 """
 
-from __future__ import annotations
-
 import argparse
-import asyncio
+import base64
+import io
 import json
+import math
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
 
+import psutil
+import requests
 import torch
 
-from latentdiff import Pipeline
-from latentdiff.serve.scheduler import Scheduler
+from latentdiff import Pipeline, load_pipeline, save_pipeline
+from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 
+KINDS = ("scheduler", "lock", "diffusers")
 PROMPTS = ("a red fox", "a boat on a lake", "an old oak", "a bowl of apples")
-TICK = 0.005  # seconds that the event loop sleeps
-
-# (client, number of the picture) -> seconds to its first step
-Draw = Callable[[int, int], float]
-
-
-def options(client: int, number: int, steps: int) -> dict[str, Any]:
-    return {
-        "prompt": PROMPTS[(client + number) % len(PROMPTS)],
-        "seed": 1000 * client + number,
-        "num_inference_steps": steps,
-    }
+ROUTE = "/v1/images/generations"
+MEMORY_EVERY = 0.25  # seconds
+READY = 180  # seconds
+NARROW = {"block_out_channels": [64, 128, 256, 256], "attention_head_dim": 8, "layers_per_block": 2, "sample_size": 32}
 
 
-def with_scheduler(scheduler: Scheduler, steps: int) -> Draw:
-    def draw(client: int, number: int) -> float:
-        job = scheduler.submit(client=str(client), **options(client, number, steps))
-        first = [0.0]
-        job.listen(lambda event: first.append(time.monotonic()) if event.kind == "admitted" else None)
-        job.result()
-        return first[-1] - job.submitted
+@dataclass
+class Served:
+    """A server in a process of its own."""
 
-    return draw
+    url: str
+    process: psutil.Process
 
-
-def with_lock(pipe: Pipeline, steps: int) -> Draw:
-    lock = threading.Lock()
-
-    def draw(client: int, number: int) -> float:
-        asked = time.monotonic()
-        with lock:
-            begun = time.monotonic()
-            pipe(**options(client, number, steps))
-        return begun - asked
-
-    return draw
-
-
-def load(draw: Draw, clients: int, pictures: int) -> dict[str, float]:
-    """Return the figures of some clients that draw some pictures each, one after the other."""
-    times, waits = list[float](), list[float]()
-
-    def client(own: int) -> None:
-        for number in range(pictures):
-            begun = time.monotonic()
-            waits.append(draw(own, number))
-            times.append(time.monotonic() - begun)
-
-    with ThreadPoolExecutor(clients) as pool:
+    def draw(self, session: requests.Session, number: int, steps: int) -> float:
+        """Ask for a picture and return how long it took, in seconds."""
+        body = {"prompt": PROMPTS[number % len(PROMPTS)], "seed": number, "steps": steps, "size": "auto"}
         begun = time.monotonic()
-        running = [pool.submit(client, own) for own in range(clients)]
-        late = asyncio.run(lateness(lambda: all(one.done() for one in running)))
-        for one in running:
-            one.result()
-        seconds = time.monotonic() - begun
-    return {
-        "pictures_per_second": clients * pictures / seconds,
-        "picture_p50": share(times, 0.5),
-        "picture_p95": share(times, 0.95),
-        "admission_p50": share(waits, 0.5),
-        "admission_p95": share(waits, 0.95),
-        "event_loop_late_p99": share(late, 0.99),
-    }
+        answer = session.post(self.url + ROUTE, json=body, timeout=READY)
+        answer.raise_for_status()
+        base64.b64decode(answer.json()["data"][0]["b64_json"], validate=True)
+        return time.monotonic() - begun
 
-
-async def lateness(done: Callable[[], bool]) -> list[float]:
-    """Return by how many seconds an event loop woke late, each time that it slept."""
-    late = list[float]()
-    while not done():
-        begun = time.monotonic()
-        await asyncio.sleep(TICK)
-        late.append(time.monotonic() - begun - TICK)
-    return late
-
-
-def share(values: list[float], part: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(int(part * len(ordered)), len(ordered) - 1)]
+    def told(self) -> dict[str, float]:
+        """Return what our server says of itself: median and 95th percentile of its newest waits, and of its steps."""
+        text = requests.get(f"{self.url}/metrics", timeout=READY).text
+        found = {
+            "admission_p50": r'admission_seconds\{quantile="0.5"\}',
+            "admission_p95": r'admission_seconds\{quantile="0.95"\}',
+        }
+        patterns = found | {"step_seconds": "latentdiff_step_seconds", "batch_fill": "latentdiff_batch_fill"}
+        matches = {name: re.search(rf"^\w*{pattern} (\S+)", text, re.MULTILINE) for name, pattern in patterns.items()}
+        return {name: float(match[1]) for name, match in matches.items() if match}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--model", default="embedded", help="embedded, narrow or a folder")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--clients", default="1,2,4,8,16")
-    parser.add_argument("--pictures", type=int, default=2, help="of each client")
+    parser.add_argument("--clients", default="1,2,4,8,16,32")
+    parser.add_argument("--pictures", type=int, default=3, help="of each client")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rate", default="0.5,0.9", help="of the open loop; 0 for none")
+    parser.add_argument("--seconds", type=float, default=30, help="of the open loop")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--serve", choices=KINDS[1:], help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    model = None if arguments.model == "embedded" else arguments.model
-    pipe = Pipeline.from_pretrained(model, device=arguments.device, dtype=arguments.dtype)
-    figures: dict[str, Any] = {"device": str(pipe.device), "threads": torch.get_num_threads(), "steps": arguments.steps}
-    with Scheduler(pipe, batch=arguments.batch, queue=10_000) as scheduler:
-        ways = {"lock": with_lock(pipe, arguments.steps), "scheduler": with_scheduler(scheduler, arguments.steps)}
-        for draw in ways.values():
-            draw(0, 0)
-        for clients in (int(count) for count in arguments.clients.split(",")):
-            for name, draw in ways.items():
-                found = figures[f"{name} {clients}"] = load(draw, clients, arguments.pictures)
-                print(f"{clients:3} clients, {name:9}", *(f"{key} {value:.3f}" for key, value in found.items()))
-        stats = scheduler.stats()
-    figures["scheduler"] = {"batch_fill": stats.batch_fill, "step_seconds": stats.step_seconds}
-    print(json.dumps(figures))
+    if arguments.serve:
+        serve_behind_lock(arguments.serve, arguments.model, arguments.device, arguments.port)
+    else:
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Start the servers, load them and print the figures."""
+    found: dict[str, list[dict[str, float]]] = defaultdict(list)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model = model_folder(arguments.model, folder / "narrow")
+        kinds = arguments.kinds.split(",")
+        servers = {kind: stack.enter_context(started(kind, model, arguments)) for kind in kinds}
+        alone = {kind: warm(server, arguments.steps) for kind, server in servers.items()}
+        for turn in range(arguments.rounds):
+            for clients in map(int, arguments.clients.split(",")):
+                for kind in kinds[:: 1 if turn % 2 == 0 else -1]:
+                    name = f"closed, {clients:2} clients, {kind}"
+                    found[name].append(closed(servers[kind], clients, arguments.pictures, arguments.steps))
+                    show(name, found[name][-1])
+        for share in (float(rate) for rate in arguments.rate.split(",") if float(rate)):
+            for kind in kinds:
+                name = f"open, {share:.2f} of one client's rate, {kind}"
+                found[name].append(opened(servers[kind], share / alone["lock"], arguments.seconds, arguments.steps))
+                show(name, found[name][-1])
+    medians = {name: {key: median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
+    print("\nmedians")
+    for name, figures in medians.items():
+        show(name, figures)
+    print(
+        json.dumps({"threads": torch.get_num_threads(), "steps": arguments.steps, "model": arguments.model, **medians})
+    )
+
+
+def show(name: str, figures: dict[str, float]) -> None:
+    print(f"{name:45}", *(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
+
+
+def warm(server: Served, steps: int) -> float:
+    """Draw two pictures, and return how many seconds the second took."""
+    with requests.Session() as session:
+        server.draw(session, 0, steps)
+        return server.draw(session, 1, steps)
+
+
+def closed(server: Served, clients: int, pictures: int, steps: int) -> dict[str, float]:
+    """Return the figures of clients that draw some pictures each, one after the other."""
+
+    def client(own: int) -> list[float]:
+        with requests.Session() as session:
+            return [server.draw(session, own * pictures + number, steps) for number in range(pictures)]
+
+    with watched(server) as memory, ThreadPoolExecutor(clients) as pool:
+        begun = time.monotonic()
+        times = [seconds for one in pool.map(client, range(clients)) for seconds in one]
+        spent = time.monotonic() - begun
+    return figures_of(server, times, spent, memory)
+
+
+def opened(server: Served, rate: float, seconds: float, steps: int) -> dict[str, float]:
+    """Return the figures of requests that come at random times, so many a second."""
+    rng, moments = random.Random(0), [0.0]
+    while moments[-1] < seconds:
+        moments.append(moments[-1] + rng.expovariate(rate))
+
+    def ask(number: int) -> float:
+        with requests.Session() as session:
+            time.sleep(max(0.0, begun + moments[number] - time.monotonic()))
+            return server.draw(session, number, steps)
+
+    with watched(server) as memory, ThreadPoolExecutor(len(moments)) as pool:
+        begun = time.monotonic()
+        times = list(pool.map(ask, range(len(moments))))
+        spent = time.monotonic() - begun
+    return figures_of(server, times, spent, memory)
+
+
+def figures_of(server: Served, times: list[float], spent: float, memory: list[float]) -> dict[str, float]:
+    figures = {"pictures_per_second": len(times) / spent}
+    figures |= {f"p{share:.0f}": at(times, share / 100) for share in (50, 95, 99)}
+    return figures | {"megabytes": max(memory), "megabytes_grown": memory[-1] - memory[0]} | server.told()
+
+
+def at(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(math.ceil(share * len(ordered)) - 1, len(ordered) - 1)]
+
+
+@contextmanager
+def watched(server: Served) -> Iterator[list[float]]:
+    """Give the resident megabytes of a server's process, added to while the block runs."""
+    end, seen = threading.Event(), [server.process.memory_info().rss / 1e6]
+
+    def watch() -> None:
+        while not end.wait(MEMORY_EVERY):
+            seen.append(server.process.memory_info().rss / 1e6)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        end.set()
+        thread.join()
+
+
+@contextmanager
+def started(kind: str, model: str, arguments: argparse.Namespace) -> Iterator[Served]:
+    """Start a server of a kind in a process of its own, and end it."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = ["--model", model, "--device", arguments.device, "--port", port]
+    if kind == "scheduler":
+        command = ["-m", "latentdiff", "serve", *common, "--batch", str(arguments.batch), "--no-ui"]
+    else:
+        command = [__file__, *common, "--serve", kind]
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
+    try:
+        url, limit = f"http://127.0.0.1:{port}", time.monotonic() + READY
+        while not answers(url):
+            if process.poll() is not None or time.monotonic() > limit:
+                raise SystemExit(f"the server {kind} did not start")
+            time.sleep(0.2)
+        yield Served(url, psutil.Process(process.pid))
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/readyz", timeout=5).ok
+    except requests.ConnectionError:
+        return False
+
+
+def model_folder(name: str, place: Path) -> str:
+    """Return the folder of a model that both libraries load; "narrow" is made there with random weights."""
+    if name == "embedded":
+        return str(Path(__file__).parents[2] / "assets/emoji")
+    if name == "narrow":
+        base = load_pipeline(None)
+        shape = UNetConfig.from_dict({"cross_attention_dim": base.unet.config.cross_attention_dim, **NARROW})
+        torch.manual_seed(0)
+        save_pipeline(replace(base, unet=UNet2DConditionModel(shape)), place, dtype=torch.float32)
+        return str(place)
+    return name
+
+
+def serve_behind_lock(kind: str, model: str, device: str, port: int) -> None:
+    """Serve a pipeline by a route like ours, one picture at a time."""
+    import uvicorn
+    from fastapi import Body, FastAPI, Response
+
+    draw, lock, app = drawing(kind, model, device), threading.Lock(), FastAPI()
+
+    @app.get("/readyz")
+    def ready() -> Response:
+        return Response()
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response()
+
+    @app.post(ROUTE)
+    def generate(body: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
+        with lock:
+            image = draw(body["prompt"], body["seed"], body["steps"])
+        image.save(file := io.BytesIO(), "PNG")
+        return {"data": [{"b64_json": base64.b64encode(file.getvalue()).decode()}]}
+
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+
+
+def drawing(kind: str, model: str, device: str) -> Callable[[str, int, int], Any]:
+    """Return a function of prompt, seed and steps that draws a picture."""
+    if kind == "lock":
+        pipe = Pipeline.from_pretrained(model, device=device)
+        return lambda prompt, seed, steps: pipe(prompt, seed=seed, num_inference_steps=steps).images[0]
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
+
+    theirs = StableDiffusionPipeline.from_pretrained(model).to(device)
+    theirs.scheduler = EulerAncestralDiscreteScheduler.from_config(theirs.scheduler.config)
+    theirs.set_progress_bar_config(disable=True)
+
+    def draw(prompt: str, seed: int, steps: int) -> Any:
+        noise = torch.Generator().manual_seed(seed)
+        return theirs(prompt, num_inference_steps=steps, guidance_scale=7.5, generator=noise).images[0]
+
+    return draw
 
 
 if __name__ == "__main__":
