@@ -47,7 +47,7 @@ PROMPTS = ("a red fox", "a boat on a lake", "an old oak", "a bowl of apples")
 ROUTE = "/v1/images/generations"
 MEMORY_EVERY = 0.25  # seconds
 READY = 180  # seconds
-NARROW = {"block_out_channels": [64, 128, 256, 256], "attention_head_dim": 8, "layers_per_block": 2, "sample_size": 32}
+NARROW = {"block_out_channels": [64, 128, 256, 256], "attention_head_dim": 8, "layers_per_block": 2, "sample_size": 16}
 
 
 @dataclass
