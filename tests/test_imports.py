@@ -51,6 +51,7 @@ TRAINING_ROOMS = (
         "distill",
         "finetune",
         "tune_sampler",
+        "tiny_decoder",
         "train_diffusion",
         "train_autoencoder",
         "train_image_text",

@@ -1,4 +1,4 @@
-"""`latentdiff distill`: few steps for a model, by a sampler tuned for it, or by a LoRA or weights of few calls."""
+"""`latentdiff distill`: few steps for a model, by a tuned sampler, a LoRA or weights of few calls; cheap previews."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from latentdiff.checkpoints import Components, load_pipeline, read_header, save_pipeline
+from latentdiff.checkpoints import Components, load_pipeline, read_header, save_model, save_pipeline
 from latentdiff.checkpoints.components import moved
 from latentdiff.checkpoints.find import find_model
-from latentdiff.checkpoints.folder import INDEX
+from latentdiff.checkpoints.folder import INDEX, TINY_DECODER
 from latentdiff.checkpoints.lora import describe_lora
 from latentdiff.checkpoints.tuned_sampler import FILE, read_tuned
 from latentdiff.devices import resolve_device
@@ -24,7 +24,8 @@ from latentdiff.errors import InputError, StorageError, shown
 from latentdiff.files import is_file
 from latentdiff.generation.options import check_number
 from latentdiff.generation.request import Settings
-from latentdiff.images import write_file
+from latentdiff.images import to_tensor, write_file
+from latentdiff.models.autoencoder import AutoencoderKL
 
 from .config import (
     ConsistencyConfig,
@@ -35,14 +36,16 @@ from .config import (
     load_config,
     parse_config,
 )
-from .data.dataset import read_captions
+from .data.dataset import composite, open_images, read_captions
 from .finetune import choose
+from .tiny_decoder import BATCH, decoded_pairs, tiny_config, train_tiny_decoder
 from .train_diffusion import train_diffusion
 from .tune_sampler import MEASURED_ON, TRAINED_ON, targets_of, tune
 
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 FEW, GUIDED = 8, 1.0  # a model whose defaults are at most so many steps, without guidance, needs no fewer
 STEPS = 2000  # of training
+DECODED = 512  # pictures for a tiny decoder
 # By whether the U-Net is large and whether a LoRA is trained.
 RATES = {(False, False): 1e-4, (False, True): 5e-4, (True, False): 5e-6, (True, True): 1e-4}
 
@@ -102,9 +105,7 @@ def tune_sampler(asked: Asked, steps: Sequence[int]) -> Path:
     components = asked.load()
     guidance = asked.guidance(components)
     prompts = _prompts(asked.pictures(min(components.native_size)), Path(asked.out))
-    folder, own = _writable(asked.out), _is_own(asked.model, Path(asked.out))
-    if not own and any(folder.iterdir()) and not (folder / INDEX).is_file():
-        raise InputError(f"{asked.out} holds something that is no saved model; move it, or choose another --out")
+    folder, own = _destination(asked)
     found, components = _tables_there(components, folder), moved(components, resolve_device(None))
     print(f"drawing {len(prompts)} pictures in many steps", flush=True)
     training, held_out = (
@@ -123,6 +124,40 @@ def tune_sampler(asked: Asked, steps: Sequence[int]) -> Path:
     told = f" --guidance {guidance:g}" if guidance != own_guidance(components) else ""
     call = f"latentdiff generate {shlex.quote(prompts[0] or 'a picture')} --model {shlex.quote(str(folder))}"
     print(f"saved {folder / FILE}; try: {call} --sampler {TUNED} --steps {steps[0]}{told}")
+    return folder
+
+
+def add_tiny_decoder(asked: Asked) -> Path:
+    """Train a tiny decoder for the previews of a model and write it beside it; return the folder of the model.
+
+    Args:
+        asked: whose pictures are trained on; `out` as of `tune_sampler`.
+
+    Raises:
+        InputError, ModelLoadError: the model has no latents, or the pictures cannot be used.
+        StorageError: the folder cannot be written.
+    """
+    require_model(asked.model)
+    components = load_pipeline(asked.model)
+    if not isinstance(components.autoencoder, AutoencoderKL):
+        raise InputError(
+            f"{shown(asked.model)} draws pixels and needs no decoder; previews of it are its own estimates"
+        )
+    folder, own = _destination(asked)
+    pictures = open_images(asked.pictures(min(components.native_size)), BATCH, folder / "cache", folder / "cache")
+    chosen = pictures.images[:: 1 + (len(pictures) - 1) // DECODED]
+    components = moved(components, resolve_device(None))
+    print(f"decoding {len(chosen)} pictures", flush=True)
+    latents, wanted = decoded_pairs(components, to_tensor(composite(chosen, (255, 255, 255))))
+    decoder, found = train_tiny_decoder(tiny_config(components), latents, wanted, report=_say)
+    if own:
+        save_model(decoder, folder / TINY_DECODER, torch.float16)
+    else:
+        save_pipeline(
+            replace(moved(components, torch.device("cpu")), tiny_decoder=decoder.cpu()), folder, torch.float16
+        )
+    size = sum(parameter.numel() for parameter in decoder.parameters()) * 2 / 1e6
+    print(f"saved {folder / TINY_DECODER}, {size:.2f} MB: {found:.1f} dB from what the autoencoder decodes")
     return folder
 
 
@@ -222,6 +257,19 @@ def _tables_there(components: Components, folder: Path) -> TunedSampler:
     digest = schedule_digest(components.schedule)
     there = [one for one in (read_tuned(folder), components.tuned) if one is not None and one.schedule == digest]
     return there[0] if there else TunedSampler(digest, {})
+
+
+def _destination(asked: Asked) -> tuple[Path, bool]:
+    """Return the folder that is written to, and whether it is that of the model itself.
+
+    Raises:
+        InputError: it holds something else.
+        StorageError: it cannot be made.
+    """
+    folder, own = _writable(asked.out), _is_own(asked.model, Path(asked.out))
+    if not own and any(folder.iterdir()) and not (folder / INDEX).is_file():
+        raise InputError(f"{asked.out} holds something that is no saved model; move it, or choose another --out")
+    return folder, own
 
 
 def _writable(out: str) -> Path:

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from latentdiff.devices import machine_memory
 from latentdiff.errors import ModelConfigError, ModelMismatchError
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from latentdiff.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from latentdiff.models.bert import BertConfig, BertModel
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.config import ModelConfig
@@ -46,6 +47,7 @@ class Kind(NamedTuple):
 KINDS: dict[str, Kind] = {
     "UNet2DConditionModel": Kind(UNetConfig, UNet2DConditionModel, "diffusion_pytorch_model"),
     "AutoencoderKL": Kind(AutoencoderConfig, AutoencoderKL, "diffusion_pytorch_model"),
+    "AutoencoderTiny": Kind(AutoencoderTinyConfig, AutoencoderTiny, "diffusion_pytorch_model"),
     "BertModel": Kind(BertConfig, BertModel, "model"),
     "CLIPTextModel": Kind(CLIPTextConfig, CLIPTextModel, "model"),
     "CLIPTextModelWithProjection": Kind(CLIPTextConfig, CLIPTextModel, "model"),

@@ -17,6 +17,7 @@ from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.diffusion.tuned import TunedSampler, TunedTable
 from latentdiff.errors import InputError, ModelConfigError
 from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.autoencoder_tiny import AutoencoderTiny
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.encoding import PenultimateStates, PromptEncoder, TokenEncoder, TokenStates
 from latentdiff.models.image_text import ImageTextModel
@@ -41,7 +42,7 @@ LARGEST_SIDE = 2048  # of the pictures that a model draws unless told otherwise,
 Autoencoder = AutoencoderKL | PixelSpace
 Task = Literal["text_to_image", "inpaint", "upscale"]
 TextEncoder = TokenEncoder | LabelEncoder
-AnyNetwork = UNet2DConditionModel | Autoencoder | TextEncoder | ImageTextModel
+AnyNetwork = UNet2DConditionModel | Autoencoder | AutoencoderTiny | TextEncoder | ImageTextModel
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class Components(Encoders):
         base: the components with the networks as they are without LoRAs; None where there are none.
         defaults: of generation options, where the model has its own; see `checkpoints.generation_config`.
         tuned: sampler of its own; None where it has none. See `checkpoints.tuned_sampler`.
+        tiny_decoder: for previews; None where it has none.
     """
 
     unet: UNet2DConditionModel
@@ -130,6 +132,7 @@ class Components(Encoders):
     base: Components | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tuned: TunedSampler | None = None
+    tiny_decoder: AutoencoderTiny | None = None
 
     @property
     def expects_pooled_text(self) -> bool:
@@ -234,7 +237,7 @@ def moved(components: Components, device: torch.device, dtype: torch.dtype | Non
 
     `components` stay as they are. What has both already is shared, not copied.
     """
-    names = ("unet", "autoencoder", "text_encoder", "text_encoder_2")
+    names = ("unet", "autoencoder", "text_encoder", "text_encoder_2", "tiny_decoder")
     networks = {name: network for name in names if (network := getattr(components, name)) is not None}
     shared = {name: share_weights(network).to(device, dtype) for name, network in networks.items()}
     return replace(components, **shared)

@@ -87,6 +87,7 @@ COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 LOW_RES = "low_res_scheduler"  # of the x4 upscaler
 SECOND = ("text_encoder_2", "tokenizer_2")  # of Stable Diffusion XL, whose refiner has no first ones
+TINY_DECODER = "tiny_decoder"  # beside them, if there is one, and in no index: diffusers' pipelines have none
 INDEX = "model_index.json"
 BASE = "_base"  # in the index of a variant
 COMPUTED_IN = "dtype"  # first in a text encoder's config.json that we write: what transformers is to compute in

@@ -22,6 +22,7 @@ from latentdiff.checkpoints.difference import apply_difference
 from latentdiff.checkpoints.folder import (
     INDEX,
     NETWORKS,
+    TINY_DECODER,
     Layout,
     as_diffusers_reads,
     child,
@@ -38,11 +39,13 @@ from latentdiff.checkpoints.weights import FLOATS, read_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import ModelConfigError, ModelMismatchError
 from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.autoencoder_tiny import AutoencoderTiny
 from latentdiff.models.tokenizer import Tokenizer
 
 __all__ = ["load_folder", "load_network", "load_schedule", "load_tokenizer"]
 
 # Tables that older files carry and no network needs, and weights that stand there twice.
+UNUSED_PART = {"AutoencoderTiny": "encoder."}
 IGNORED_TENSORS = ("embeddings.position_ids", "text_model.embeddings.position_ids", "encoder.embed_tokens.weight")
 # Pipelines of diffusers that set steps_offset to 1, whatever scheduler_config.json says; leading spacing alone has one.
 OFFSET_BY_ONE = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
@@ -96,6 +99,7 @@ def load_folder(
         source=ModelSource(folder),
         defaults=read_defaults(folder),
         tuned=read_tuned(folder),
+        tiny_decoder=None if load_vae else _load_tiny_decoder(homes["vae"], networks["vae"], dtype, device),
     )
     check_fit(folder, components)
     return components
@@ -111,6 +115,24 @@ def _load_component(layout: Layout, component: str, dtype: torch.dtype, device: 
     changes = read_header(layout.difference).tensors
     network = build(path, KINDS[named], data, len(base.state_dict()) + len(changes), dtype)
     return apply_difference(layout.difference, changes, base, network).requires_grad_(False).eval()
+
+
+def _load_tiny_decoder(
+    folder: Path, autoencoder: Any, dtype: torch.dtype, device: str | torch.device
+) -> AutoencoderTiny | None:
+    """Load the decoder of previews that a model may have.
+
+    Raises:
+        ModelLoadError: it was refused, or is for other latents.
+    """
+    if not (folder / TINY_DECODER / "config.json").is_file():
+        return None
+    found: AutoencoderTiny = load_network(folder, TINY_DECODER, ("AutoencoderTiny",), dtype, device)
+    channels = found.config.latent_channels
+    if channels != autoencoder.config.latent_channels:
+        place, own = folder / TINY_DECODER, autoencoder.config.latent_channels
+        raise ModelConfigError(f"{place} decodes latents of {channels} channels, those of vae have {own}; remove it")
+    return found
 
 
 def _read_config(root: Path, component: str, classes: tuple[str, ...]) -> tuple[Path, dict[str, Any], str]:
@@ -140,17 +162,22 @@ def load_network(
             raise ModelMismatchError(f"{file}: {_differences(placed, headers[file].keys())} by the index")
     tensors = {name: info for header in headers.values() for name, info in header.items()}
     network = build(path, KINDS[named], data, len(tensors), dtype)
-    names = {_current_name(name, named): name for name in tensors if name not in IGNORED_TENSORS}
+    names = {_current_name(name, named): name for name in tensors if _is_used(name, named)}
     _check_tensors(root / component, network.state_dict(), {new: tensors[old] for new, old in names.items()})
     weights: dict[str, Tensor] = {}
     for file, header in headers.items():
-        wanted = {name: info for name, info in header.items() if name not in IGNORED_TENSORS}
+        wanted = {name: info for name, info in header.items() if _is_used(name, named)}
         kept = getattr(network, "kept_in_float32", ()) if dtype == torch.float16 else ()
         exact = {name: info for name, info in wanted.items() if name.endswith(kept)}
         weights |= read_weights(file, exact, torch.float32, device)
         weights |= read_weights(file, {name: wanted[name] for name in wanted.keys() - exact.keys()}, dtype, device)
     network.load_state_dict({new: weights[old] for new, old in names.items()}, strict=True, assign=True)
     return network.requires_grad_(False).eval()
+
+
+def _is_used(name: str, class_name: str) -> bool:
+    part = UNUSED_PART.get(class_name)
+    return name not in IGNORED_TENSORS and (part is None or not name.startswith(part))
 
 
 def _current_name(name: str, class_name: str) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from latentdiff.checkpoints.build import KINDS
 from latentdiff.checkpoints.components import AnyNetwork, Components
-from latentdiff.checkpoints.folder import COMPUTED_IN, INDEX
+from latentdiff.checkpoints.folder import COMPUTED_IN, INDEX, TINY_DECODER
 from latentdiff.checkpoints.generation_config import FILE as DEFAULTS
 from latentdiff.checkpoints.storage import flush_to_disk, replace_folder, save_tensors, write_json
 from latentdiff.checkpoints.tuned_sampler import FILE as TUNED
@@ -90,6 +90,10 @@ def save_pipeline(
 
     def write(place: Path) -> None:
         write_components(place, networks, tokenizers, schedules, dtype)
+        if components.tiny_decoder is not None:
+            write_model(components.tiny_decoder, place / TINY_DECODER, dtype)
+        elif (Path(folder) / TINY_DECODER).exists():  # which would be that of an older model
+            (place / TINY_DECODER).mkdir()
         if components.defaults or (Path(folder) / DEFAULTS).exists():  # which would be those of an older model
             write_json(place / DEFAULTS, dict(components.defaults))
         if components.tuned is not None or (Path(folder) / TUNED).exists():

@@ -1,4 +1,4 @@
-"""`latentdiff distill`: a model drawn in few steps."""
+"""`latentdiff distill`: a model drawn in few steps, or with cheap previews."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from latentdiff.commands.shared import load_torch
 from latentdiff.errors import InputError, shown
 from latentdiff.generation.options import check_integer
 
-HELP = "Make a model draw in few steps: tune a sampler for it, or train a LoRA or its weights."
+HELP = "Make a model draw in few steps: tune a sampler for it, or train a LoRA or its weights; or train its previews."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +27,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--lora", type=int, metavar="RANK", help="train a LoRA of this rank instead of tuning a sampler")
     what.add_argument("--whole", action="store_true", help="train the whole U-Net instead of tuning a sampler")
+    what.add_argument(
+        "--preview",
+        action="store_true",
+        help="train a tiny decoder for the previews of the server and the page instead",
+    )
     parser.add_argument(
         "--guidance", type=float, metavar="X", help="guidance of the many steps; the model's own by default"
     )
@@ -46,13 +51,15 @@ def run(options: argparse.Namespace) -> None:
     if options.data is None and not options.resume:
         raise InputError("--data is missing; name captioned pictures such as those the model was trained on")
     load_torch()
-    from latentdiff.training.distill import Asked, distil, go_on, tune_sampler
+    from latentdiff.training.distill import Asked, add_tiny_decoder, distil, go_on, tune_sampler
 
     if options.resume:
         go_on(options.out)
         return
     asked = Asked(options.model, options.data, options.out, options.guidance, options.recipe)
-    if trains:
+    if options.preview:
+        add_tiny_decoder(asked)
+    elif trains:
         distil(asked, steps[0], options.lora)
     else:
         tune_sampler(asked, steps)

@@ -1,4 +1,4 @@
-"""Cheap previews: a linear map from latents to colours, fitted to the decoder."""
+"""Cheap previews: by a model's tiny decoder, or a linear map from latents to colours, fitted to the decoder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,33 @@ from latentdiff.checkpoints import Components
 from latentdiff.checkpoints.components import Autoencoder
 from latentdiff.images import from_tensor
 
-__all__ = ["LinearPreview", "Preview"]
+__all__ = ["CheapPreview", "LinearPreview", "Preview"]
 
 # (components, x0 estimate (1, C, h, w) of scaled latents) -> small picture
 Preview = Callable[[Components, Tensor], Image.Image]
 
 SAMPLES, COARSEST = 4, 4  # maps of random latents that are decoded, and how many times they are blurred by halves
+
+
+class CheapPreview:
+    """A preview by the tiny decoder of a model, as large as the picture, or else a linear one; see `LinearPreview`."""
+
+    def __init__(self) -> None:
+        self._linear = LinearPreview()
+
+    @torch.no_grad()
+    def __call__(self, components: Components, estimate: Tensor) -> Image.Image:
+        """Return the preview of an x0 estimate (1, C, h, w)."""
+        decoder = components.tiny_decoder
+        if decoder is None:
+            return self._linear(components, estimate)
+        scaled = (estimate / decoder.config.scaling_factor).to(next(decoder.parameters()))
+        return from_tensor(decoder.decode(scaled).float().nan_to_num().clamp(-1, 1))[0]
+
+    def fit(self, components: Components) -> None:
+        """Do what is done once for each model."""
+        if components.tiny_decoder is None:
+            self._linear.fit(components)
 
 
 class LinearPreview:

@@ -33,7 +33,7 @@ from latentdiff.serve.filter import Filter, require_allowed
 from latentdiff.serve.helper import DECODE, PREPARE, Helper
 from latentdiff.serve.jobs import ServedJob
 from latentdiff.serve.places import Place, Places, explained
-from latentdiff.serve.preview import LinearPreview, Preview
+from latentdiff.serve.preview import CheapPreview, Preview
 from latentdiff.serve.stats import Recorder, Stats
 from latentdiff.serve.waiting import Waiting
 
@@ -73,7 +73,7 @@ class Scheduler:
         self.content_filter = content_filter
         self.memory = None if memory is None else check_integer("memory", memory, 1, 2**60, "try 8 * 2**30")
         self._waiting = Waiting(check_integer("queue", queue, 1, 100_000, "try 64"))
-        self._preview, self._texts = LinearPreview() if preview is None else preview, TextCache()
+        self._preview, self._texts = CheapPreview() if preview is None else preview, TextCache()
         self._recorder, self._woken, self._stopping = Recorder(self.batch), threading.Event(), False
         self._decoding, self._lock = 0, threading.Lock()
         self._places = Places(self._preview, self._sampled)
@@ -258,7 +258,7 @@ class Scheduler:
             if self.memory is not None and need > self.memory:
                 most = f"{self.memory / 2**20:,.0f} MB"
                 raise InputError(f"a picture may take {most}, got one of {need / 2**20:,.0f} MB; ask for a smaller one")
-            if job.preview_every and isinstance(self._preview, LinearPreview):
+            if job.preview_every and isinstance(self._preview, CheapPreview):
                 self._preview.fit(request.components)
             job.drawing = drawing
         except Exception as error:

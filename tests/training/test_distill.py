@@ -31,7 +31,7 @@ from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError, ModelConfigError, ModelFormatError, ModelMismatchError
 from latentdiff.generation.result import read_record
 from latentdiff.models.lora import Factors, LoRA, layers_of
-from latentdiff.training import distill, tune_sampler
+from latentdiff.training import distill, tiny_decoder, tune_sampler
 from tests.training.test_lora_stage import base
 from tests.training.test_stages import check_interrupted, pictures, recipe
 
@@ -78,6 +78,36 @@ def test_a_sampler_is_tuned_by_one_command(
     capsys.readouterr()
     assert main([*call, "--recipe", chosen, "--steps", "1", "--out", str(model)]) == 0
     assert "latentdiff generate c --model" in capsys.readouterr().out
+
+
+def test_a_tiny_decoder_is_trained_by_one_command(
+    built_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the model or in a copy of it; it learns what the autoencoder decodes."""
+    monkeypatch.setattr(distill, "train_tiny_decoder", partial(tiny_decoder.train_tiny_decoder, iterations=30))
+    model = shutil.copytree(built_model, tmp_path / "model")
+    call = ["distill", str(model), "--data", str(pictures(tmp_path / "pictures", 6)), "--preview", "--out"]
+    for out in (model, tmp_path / "copy"):
+        assert main([*call, str(out)]) == 0
+        assert "dB from what the autoencoder decodes" in capsys.readouterr().out
+    components = [Pipeline.from_pretrained(place, device="cpu").components for place in (model, tmp_path / "copy")]
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    decoded = [one.tiny_decoder.decode(latents) for one in components if one.tiny_decoder is not None]
+    assert torch.equal(decoded[0], decoded[1])
+    assert decoded[0].shape == components[0].autoencoder.decode(latents).shape
+    assert main([*call, str(model), "--whole"]) == 2
+
+
+def test_a_tiny_decoder_learns() -> None:
+    config = tiny_decoder.AutoencoderTinyConfig(decoder_block_out_channels=(8, 8), num_decoder_blocks=(1, 1))
+    latents = torch.randn(40, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    wanted = torch.nn.functional.interpolate(latents[:, :3].clamp(-1, 1), scale_factor=2)
+    state = torch.get_rng_state()
+    errors = [
+        tiny_decoder.train_tiny_decoder(config, latents, wanted, count, lambda line: None)[1] for count in (1, 120)
+    ]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert errors[1] > errors[0] + 4
 
 
 @pytest.fixture
