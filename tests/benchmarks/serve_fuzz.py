@@ -129,9 +129,9 @@ def by_schema(url: str, count: int, chance: int, figures: Figures) -> None:
 
     def sending(route: str) -> Callable[[Any], None]:
         def send(case: Any) -> None:
-            _aim(case, url, session, rng)
             figures.asked = case.as_curl_command
             try:
+                _aim(case, url, session, rng)
                 answer = case.call(session=session, timeout=SECONDS)
             except requests.RequestException as error:
                 figures.fault(f"{route} no answer", str(error))
