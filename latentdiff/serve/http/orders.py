@@ -69,8 +69,8 @@ class Remarks:
 
 
 def _header(text: str) -> str:
-    """Return a text that a header can hold."""
-    return ascii(text[:1000])[1:-1]
+    """Return a text that a header can hold: without other characters than ASCII's, and no space at its ends."""
+    return ascii(text[:1000])[1:-1].strip()
 
 
 def finished(

@@ -149,6 +149,9 @@ def test_names_that_no_header_can_hold_are_escaped(server: Running) -> None:
     answer = post(server, "txt2img", **STEPS, **{"a\r\nset-cookie: b": 1, "\u2603" * 2000: 1})
     assert answer.status_code == 200 and "set-cookie" not in answer.headers
     assert answer.headers["x-latentdiff-ignored"].startswith("a\\r\\nset-cookie: b, \\u2603")
+    for names, said in (((" a ", "b", ""), "a , b,"), (("",), ""), ((" ",), "")):
+        answer = post(server, "txt2img", **STEPS, **dict.fromkeys(names, 1))
+        assert (answer.status_code, answer.headers["x-latentdiff-ignored"]) == (200, said)
 
 
 def test_what_json_cannot_hold_is_not_sent_back(server: Running) -> None:
