@@ -45,8 +45,8 @@ from latentdiff.models.tokenizer import Tokenizer
 __all__ = ["load_folder", "load_network", "load_schedule", "load_tokenizer"]
 
 # Tables that older files carry and no network needs, and weights that stand there twice.
-UNUSED_PART = {"AutoencoderTiny": "encoder."}
 IGNORED_TENSORS = ("embeddings.position_ids", "text_model.embeddings.position_ids", "encoder.embed_tokens.weight")
+UNUSED_PART = {"AutoencoderTiny": "encoder."}  # by class, how the names of tensors begin that no network here has
 # Pipelines of diffusers that set steps_offset to 1, whatever scheduler_config.json says; leading spacing alone has one.
 OFFSET_BY_ONE = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 
