@@ -12,18 +12,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from latentdiff.checkpoints.folder import NETWORKS, VARIANTS, read_layout, weight_files
+from latentdiff.checkpoints.folder import FAST_LORA, NETWORKS, TINY_DECODER, VARIANTS, read_layout, weight_files
+from latentdiff.checkpoints.generation_config import FILE as DEFAULTS
+from latentdiff.checkpoints.tuned_sampler import FILE as TUNED
 from latentdiff.errors import InputError, ModelPathError, suggest
 from latentdiff.files import require_path
 from latentdiff.models.tokenizer import FILES
 
-__all__ = ["EMBEDDED", "embedded_model", "find_model"]
+__all__ = ["EMBEDDED", "embedded_model", "find_fast_lora", "find_model"]
 
 EMBEDDED = "embedded"  # what the model that comes with the package is called in settings
 # All that come with it, and the folders that they are in.
 ASSETS = {EMBEDDED: "emoji", "embedded-inpaint": "emoji-inpaint", "embedded-upscale": "emoji-upscale"}
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+OWN = (DEFAULTS, TUNED, FAST_LORA, f"{TINY_DECODER}/*.safetensors")  # what a model may have beside its components
 SMALL = ("model_index.json", "*/config.json", "*/scheduler_config.json", *(f"tokenizer*/{name}" for name in FILES))
 
 
@@ -82,6 +85,25 @@ def find_model(model: str | os.PathLike[str] | None, *, local: bool = False) -> 
     raise InputError(f"model {name[:200]!r} is no folder or file here{remedy}")
 
 
+def find_fast_lora(model: str | os.PathLike[str] | None) -> Path:
+    """Return the LoRA in a model's folder that makes it draw in few calls.
+
+    Args:
+        model: as of `find_model`.
+
+    Raises:
+        InputError: there is no such model, or none in its folder.
+    """
+    folder, name = find_model(model)
+    file = folder / FAST_LORA
+    if not file.is_file():
+        raise InputError(
+            f"model {name[:200]!r} has no {FAST_LORA}, which draws in few calls; make one with latentdiff distill "
+            "--lora 64 and put it into its folder, or leave --fast out"
+        )
+    return file
+
+
 def _fetch(model: str, local: bool) -> Path:
     """Return the folder of a model in the cache, once all that is loaded of it is there.
 
@@ -92,7 +114,7 @@ def _fetch(model: str, local: bool) -> Path:
         ModelLoadError: it is there, but no model that can be loaded.
     """
     name, _, revision = model.partition("@")
-    folder = _snapshot(name, revision, SMALL, (), local)
+    folder = _snapshot(name, revision, (*SMALL, *OWN), (), local)
     components = [component for component in NETWORKS if component in read_layout(folder).classes]
     left_out = tuple(f"*{part}{end}*" for part in VARIANTS for end in ".-")
     folder = _snapshot(name, revision, _weights(components), left_out, local)

@@ -88,6 +88,7 @@ NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 LOW_RES = "low_res_scheduler"  # of the x4 upscaler
 SECOND = ("text_encoder_2", "tokenizer_2")  # of Stable Diffusion XL, whose refiner has no first ones
 TINY_DECODER = "tiny_decoder"  # beside them, if there is one, and in no index: diffusers' pipelines have none
+FAST_LORA = "fast_lora.safetensors"  # beside them, if there is one: draws in few calls
 INDEX = "model_index.json"
 BASE = "_base"  # in the index of a variant
 COMPUTED_IN = "dtype"  # first in a text encoder's config.json that we write: what transformers is to compute in

@@ -53,6 +53,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser)
     add_lora_dir(parser)
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="draw in few calls, by the LoRA for that in the model's folder; options that are given count more",
+    )
     parser.add_argument("--image", help="PNG, JPEG or WebP to start from")
     parser.add_argument(
         "--mask",
@@ -95,8 +100,9 @@ def run(options: argparse.Namespace) -> None:
     prompts, named = _taken_loras(prompts, options.lora_dir)
     with ending_at_once():  # some checks load torch
         settings = Settings(prompts=tuple(prompts), **chosen)
-    embeddings, loras = _embeddings(options.embedding), {**parse_loras(options.lora), **named}
-    if len(loras) < len(options.lora) + len(named):
+    fast = _fast_lora(options.model) if options.fast else {}
+    embeddings, loras = _embeddings(options.embedding), {**fast, **parse_loras(options.lora), **named}
+    if len(loras) < len(fast) + len(options.lora) + len(named):
         raise InputError("a LoRA must be given once, by --lora or in the prompt, got one twice; leave one of them out")
     output = Output(options.out, [settings.prompt(index) for index in range(settings.count)], writing(options))
     started = time.perf_counter()
@@ -130,6 +136,15 @@ def _load(
     for file, word in embeddings:
         pipe = pipe.with_embedding(file, word)
     return pipe.with_loras(loras) if loras else pipe
+
+
+def _fast_lora(model: str | None) -> dict[str, Weight]:
+    """Return the file that makes a model draw in few calls, with its weight."""
+    if model is not None and is_file(model):
+        raise InputError(f"--fast takes what is in a model's folder, got the file {shown(model)}; give --lora FILE")
+    from latentdiff.checkpoints.find import find_fast_lora
+
+    return {str(find_fast_lora(model)): 1.0}
 
 
 def _best(

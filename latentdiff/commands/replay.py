@@ -149,7 +149,7 @@ class _Replay:
         inputs = self._inputs(record)
         pipe = self._model(record, name)
         pipe = self._with_embeddings(pipe, record.get("embeddings") or [])
-        pipe = self._with_loras(pipe, record.get("loras") or [])
+        pipe = self._with_loras(pipe, record)
         if settings.sampler == TUNED:
             table = pipe.components.tuned_table(settings.num_inference_steps)
             same = record.get("tuned_sampler") == table.digest
@@ -221,18 +221,21 @@ class _Replay:
             self._require(pipe.components.embeddings[-1]["hash"] == record.get("hash"), file, "embedding", "made with")
         return pipe
 
-    def _with_loras(self, pipe: Pipeline, records: object) -> Pipeline:
+    def _with_loras(self, pipe: Pipeline, made: Mapping[str, Any]) -> Pipeline:
         """Return a pipeline with the LoRAs of a record, if their files are still what they were."""
+        from latentdiff.checkpoints.find import find_model
+        from latentdiff.checkpoints.folder import FAST_LORA
         from latentdiff.checkpoints.hashes import model_hash
         from latentdiff.checkpoints.lora import load_lora
 
-        loras: dict[Any, Any] = {}
+        records, loras = made.get("loras") or [], dict[Any, Any]()
         for entry in records if isinstance(records, list) else [records]:
             record = entry if isinstance(entry, dict) else {}
             path = record.get("path")
             if not isinstance(path, str):
                 raise InputError("the picture was drawn with a LoRA in memory, which no file keeps; draw it in Python")
-            file = self._find(path, "lora", record.get("hash"), lambda one: model_hash(Path(one)))
+            home = find_model(self._find_model(made))[0] if path == FAST_LORA else None
+            file = self._find(path, "lora", record.get("hash"), lambda one: model_hash(Path(one)), home)
             lora = load_lora(file, pipe.components)
             self._require(lora.hash == record.get("hash"), file, "LoRA", "made with")
             loras[lora] = record.get("weight")
@@ -285,14 +288,17 @@ class _Replay:
                 found[name] = hard_mask(opened)  # as masks with shades of grey were read once
         return found
 
-    def _find(self, recorded: str, kind: str, wanted: object, hash_of: Callable[[str], str]) -> str:
-        """Return where a recorded file is: as given anew, else by its path from here, else beside the picture."""
+    def _find(
+        self, recorded: str, kind: str, wanted: object, hash_of: Callable[[str], str], home: Path | None = None
+    ) -> str:
+        """Return where a recorded file is: as given anew, else by its path from here, beside the picture or at home."""
         given = getattr(self.options, f"new_{kind}")
         for file in given:
             if len(given) == 1 or hash_of(file) == wanted:
                 return str(file)
-        beside = self.source.parent / Path(recorded).name
-        return str(beside) if not is_file(recorded) and is_file(beside) else recorded
+        name = Path(recorded).name
+        places = (Path(recorded), self.source.parent / name, *([home / name] if home else []))
+        return str(next((place for place in places if is_file(place)), recorded))
 
     def _require(self, same: bool, what: str, kind: str, how: str) -> None:
         if not same and not self.options.force:

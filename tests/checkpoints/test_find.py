@@ -6,14 +6,18 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from latentdiff.checkpoints import embedded_model, find_model, load_pipeline
-from latentdiff.checkpoints.find import ASSETS
+from latentdiff.checkpoints import embedded_model, find_model, load_pipeline, save_pipeline
+from latentdiff.checkpoints.find import ASSETS, find_fast_lora
+from latentdiff.checkpoints.folder import FAST_LORA
+from latentdiff.diffusion.tuned import TunedSampler, schedule_digest
 from latentdiff.errors import InputError, ModelPathError
+from latentdiff.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from tests.test_imports import OFFLINE
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -107,6 +111,28 @@ def test_only_what_is_loaded_is_fetched(
         file for file in hub.fetched if file.endswith((".bin", ".ckpt", ".py", ".md"))
     ]
     assert half or set(weights) == expected
+
+
+def test_what_a_model_has_of_its_own_is_fetched(
+    built_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    components = load_pipeline(built_model)
+    config = AutoencoderTinyConfig(
+        latent_channels=components.unet.config.in_channels,
+        decoder_block_out_channels=(8, 8),
+        num_decoder_blocks=(1, 1),
+    )
+    model, tuned = tmp_path / "model", TunedSampler(schedule_digest(components.schedule), {})
+    own = replace(components, defaults={"num_inference_steps": 3}, tuned=tuned, tiny_decoder=AutoencoderTiny(config))
+    save_pipeline(own, model)
+    (model / FAST_LORA).write_bytes(b"x")
+    hub = Hub(model, tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    fetched = load_pipeline(find_model("owner/model")[0])
+    assert fetched.defaults == own.defaults and fetched.tuned == tuned and fetched.tiny_decoder is not None
+    assert find_fast_lora("owner/model").read_bytes() == b"x"
 
 
 def test_a_link_out_of_the_cache_is_refused(built_model: Path, tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def test_shipped_recipes_build_their_networks(file: Path) -> None:
 def test_override_wins_and_is_typed(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(RECIPE)
-    config = load_config(file, ["run.steps=3", "optimizer.betas=[0.8, 0.9]"])
-    assert config.run.steps == 3
+    config = load_config(file, ["run.steps=3", "run.precision=no", "optimizer.betas=[0.8, 0.9]"])
+    assert (config.run.steps, config.run.precision) == (3, "no")
     assert config.optimizer.betas == (0.8, 0.9)
 
 

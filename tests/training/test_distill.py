@@ -271,6 +271,15 @@ def test_one_command_trains_a_lora(
     replay = ["replay", str(picture), "--model", str(model), "--lora", str(out / "lora.safetensors")]
     assert main([*replay, "-o", str(tmp_path / "again.png")]) == 0
     assert Image.open(picture).tobytes() == Image.open(tmp_path / "again.png").tobytes()
+    quick, again = tmp_path / "elsewhere/quick.png", tmp_path / "again.png"
+    assert main(["generate", "a", "--model", str(model), "--fast"]) == 2
+    assert "no fast_lora.safetensors" in capsys.readouterr().err
+    shutil.copyfile(out / "lora.safetensors", model / "fast_lora.safetensors")
+    quick.parent.mkdir()
+    assert main(["generate", "a", "--model", str(model), "--fast", "-o", str(quick)]) == 0
+    assert main(["replay", str(quick), "--model", str(model), "-o", str(again)]) == 0
+    drawn = [Image.open(file).tobytes() for file in (picture, quick, again)]
+    assert drawn == [drawn[0]] * 3
     config = load_config(out / "config.yaml")
     assert isinstance(config, DiffusionTraining) and config.consistency is not None
     capsys.readouterr()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from latentdiff.prompts import check_prompt
@@ -12,6 +12,7 @@ from latentdiff.prompts import check_prompt
 from .checks import check_colour, check_path, check_schedule, check_texts
 
 TextPath = Annotated[str, AfterValidator(check_path)]
+No = BeforeValidator(lambda value: "no" if value is False else value)  # YAML reads a plain no as false
 
 
 class Section(BaseModel):
@@ -109,7 +110,7 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     # Of the autocast; weights, average and optimizer are float32 always. auto: bf16 on a GPU and on CPUs with native
     # bf16 matrix instructions, fp32 elsewhere. fp16 is for GPUs without bf16.
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    precision: Annotated[Literal["auto", "no", "bf16", "fp16"], No] = "auto"
     compile: bool = False
     # Compute activations again in the backward pass instead of keeping them.
     gradient_checkpointing: bool = False
