@@ -136,7 +136,7 @@ def by_schema(url: str, count: int, chance: int, figures: Figures) -> None:
             except requests.RequestException as error:
                 figures.fault(f"{route} no answer", str(error))
                 return
-            figures.answered(route, answer.status_code, answer.text)
+            figures.answered(route, answer.status_code, answer.content.decode(errors="replace"))
 
         return send
 

@@ -1,14 +1,17 @@
-"""Clients that are programs of their own: OpenAI's for JavaScript, and curl."""
+"""Clients that are programs of their own, or need an environment of their own: OpenAI's for JavaScript, LiteLLM, curl."""
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from latentdiff import Pipeline
@@ -50,6 +53,15 @@ def node() -> str:
 
 
 @pytest.fixture(scope="module")
+def litellm() -> str:
+    """A Python that has LiteLLM."""
+    found = os.environ.get("LITELLM_PYTHON", sys.executable)
+    if subprocess.run([found, "-c", "import importlib.util as u; u.find_spec('litellm') or exit(1)"]).returncode:
+        leave_out("needs LiteLLM in the Python of LITELLM_PYTHON (`pip install litellm`)")
+    return found
+
+
+@pytest.fixture(scope="module")
 def curl() -> str:
     """The program."""
     return shutil.which("curl") or leave_out("needs curl")
@@ -72,6 +84,21 @@ def test_openais_client_for_javascript(server: Running, node: str, sent: Path, e
     refused = got["refused"]
     assert refused.pop("requestID").startswith("req_")
     assert refused == {"name": "BadRequestError", "status": 400, "param": "size", "code": "invalid_value"}
+
+
+def test_litellm(server: Running, litellm: str, sent: Path, expected: bytes, changed: bytes) -> None:
+    script = Path(__file__).with_name("litellm_client.py")
+    command = [litellm, str(script), f"{server.url}/v1", str(sent)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    got = json.loads(ran.stdout.splitlines()[-1])
+    assert [opened(one).tobytes() for one in got["generated"] + got["edited"]] == [expected, changed]
+    for together in (got["two"], got["both"]):  # in calls that they may share
+        first, second = (np.asarray(opened(one), int) for one in together)
+        assert np.abs(first.ravel() - np.frombuffer(expected, np.uint8)).max() <= 1
+        assert np.abs(first - second).max() > 1
+    status, message = got["refused"]
+    assert status == 400 and "a multiple of 8" in message
 
 
 def curled(curl: str, *arguments: str) -> tuple[int, str]:
