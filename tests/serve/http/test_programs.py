@@ -1,4 +1,4 @@
-"""Clients that are programs of their own, or need an environment of their own: OpenAI's for JavaScript, LiteLLM, curl."""
+"""Clients that are programs of their own, or in an environment of their own: OpenAI's for JavaScript, LiteLLM, curl."""
 
 from __future__ import annotations
 
