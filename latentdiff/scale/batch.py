@@ -94,6 +94,8 @@ def run_batch(prompts: str, out: str, job: Job, how: How) -> Summary:
     """
     Settings(prompts=("a",), **{name: value for name, value in job.settings.items() if name != "strength"})
     table, store = open_table(prompts), open_store(out)
+    if store.place.startswith("memory://") and (how.engine is not None or how.workers != 0):
+        raise InputError("memory:// is of one process alone, got others that draw; add --workers 0")
     with locked(store, how.say):
         job, layout = settle(store, job, new=how.new)
         damaged = find_damage(store, how.say) if how.verify else frozenset()

@@ -130,7 +130,7 @@ def read_shards(table: Table, layout: Layout) -> Iterator[Shard]:
     while chunk := tuple(islice(rows, layout.shard_size)):
         names = tuple(map(name_of, chunk))
         ends = [(row.number, row.copy) for row in (chunk[0], chunk[-1])]
-        digest = hashlib.sha256(f"{layout.format}\0{len(chunk)}\0{ends}\0".encode())
+        digest = hashlib.sha256(f"{layout.format}\0{len(chunk)}\0{ends}\0{layout.columns.kept}\0".encode())
         digest.update("".join(names).encode())
         for row in chunk:
             if row.kept:
