@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Any
+from json.encoder import encode_basestring_ascii as _quoted
+from typing import Any, NamedTuple
 
 from latentdiff.errors import InputError, shown, suggest
 from latentdiff.files import open_file
@@ -32,11 +33,14 @@ OPTIONS = options_of(Settings)
 UNSETTLED = {"strength", *(name for name, declared in OPTIONS.items() if declared.from_model)}
 DEFAULTS = {item.name: item.default for item in fields(Settings)}
 TYPES = {item.name: str(item.type).partition(" ")[0] for item in fields(Settings)}
+EXACTLY = {name: {"int": int, "str": str, "bool": bool}.get(kind) for name, kind in TYPES.items()}
+MOST_KINDS = 1000  # of sets of columns that are remembered, as rows of JSON may leave any of them out
+NOTHING: Mapping[str, Any] = {}
+WRITER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str)
 TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A picture that is to be drawn.
 
     Attributes:
@@ -56,7 +60,7 @@ class Row:
     image: Any = None
     mask: Any = None
     loras: tuple[tuple[str, tuple[float, ...]], ...] = ()
-    kept: Mapping[str, Any] = field(default_factory=dict)
+    kept: Mapping[str, Any] = NOTHING
 
 
 @dataclass(frozen=True)
@@ -92,14 +96,13 @@ class Maker:
 
     def namer(self) -> Callable[[Row], str]:
         """Return the function that names pictures."""
-        start = hashlib.sha256(_rendered({"naming": NAMING, **self.facts}))
+        start = hashlib.sha256(_rendered({"naming": NAMING, **self.facts}).encode())
         hashed = lru_cache(maxsize=10_000)(file_hash)  # a file is read once, though many rows name it
 
         def name(row: Row) -> str:
-            tree: dict[str, Any] = {"prompt": row.prompt}
-            for key, value in row.settings.items():
-                if key in UNSETTLED or value != DEFAULTS[key]:
-                    tree[key] = value
+            settings = row.settings
+            tree = {key: settings[key] for key in settings if key in UNSETTLED or settings[key] != DEFAULTS[key]}
+            tree["prompt"] = row.prompt
             if row.image is not None:
                 tree["image"] = hashed(str(row.image))
             if row.mask is not None:
@@ -107,7 +110,7 @@ class Maker:
             if row.loras:
                 tree["loras"] = [[hashed(file), weights] for file, weights in row.loras]
             digest = start.copy()
-            digest.update(_rendered(tree))
+            digest.update(_rendered(tree).encode())
             return digest.hexdigest()[:DIGITS]
 
         return name
@@ -120,20 +123,46 @@ def read_rows(table: Table, maker: Maker, columns: Columns) -> Iterator[Row]:
         InputError: the table cannot be read, or has a column that is not known.
     """
     names, kept = columns.names, {ID, *columns.kept}
-    known = names.keys() | kept
+    plain: dict[tuple[str, ...], list[tuple[str, str]] | None] = {}  # of the columns of a row, where all are settings
     for number, cells in enumerate(table.rows(), 1):
-        if not cells.keys() <= known:
-            other = next(name for name in cells if name not in known)
+        key = tuple(cells)
+        if key not in plain:
+            if len(plain) > MOST_KINDS:
+                plain.clear()
+            plain[key] = _plain_columns(number, cells, names, kept)
+        columns_of = plain[key]
+        if columns_of is None or "num_images" in maker.defaults:
+            yield from _pictures_of(number, cells, table.place, maker, names, kept)
+            continue
+        settings, prompt = dict(maker.defaults), "" if _is_missing(cells["prompt"]) else cells["prompt"]
+        for column, name in columns_of:
+            if not _is_missing(raw := cells[column]):
+                settings[name] = raw if type(raw) is EXACTLY.get(name) else _value(name, raw)
+        yield Row(number, 0, prompt, settings, None, None, maker.loras)
+
+
+def _plain_columns(number: int, cells: Cells, names: Mapping[str, str], kept: set[str]) -> list[tuple[str, str]] | None:
+    """Return columns with the settings that they stand for, besides a prompt; None where there is more in a row.
+
+    Raises:
+        InputError: one is not known.
+    """
+    for other in cells:
+        if other not in names and other not in kept:
+            near = suggest(str(other)[:80], names)
+            near = near if "did you mean" in near else ""
             raise InputError(
-                f"row {number} has a column {shown(other)}, which is no setting"
-                f"{suggest(str(other)[:80], names) if _is_near(other, names) else ''}; --keep {shown(other)[1:-1]} "
-                "writes it beside the picture"
+                f"row {number} has a column {shown(other)}, which is no setting{near}; "
+                f"--keep {str(other)[:80]} writes it beside the picture"
             )
-        yield from _pictures_of(number, cells, table.place, maker, names, kept)
-
-
-def _is_near(name: str, names: Mapping[str, str]) -> bool:
-    return "did you mean" in suggest(str(name)[:80], names)
+    meant = [names[column] for column in cells if column in names]
+    if len(set(meant)) < len(meant):
+        twice = next(name for name in meant if meant.count(name) > 1)
+        raise InputError(f"row {number} must say {twice} once, got it in two columns; leave one of them out")
+    special = {*INPUTS, "size", "num_images"}
+    if "prompt" not in cells or any(column not in names or names[column] in special for column in cells):
+        return None
+    return [(column, names[column]) for column in cells if column != "prompt"]
 
 
 def _pictures_of(
@@ -176,7 +205,7 @@ def _with_seed(settings: Mapping[str, Any], copy: int) -> dict[str, Any]:
 
 def _is_missing(cell: object) -> bool:
     """Say whether a cell says nothing: an empty one, or a number that is none, as pandas fills gaps."""
-    return cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell))
+    return cell is None or cell == "" or (type(cell) is float and math.isnan(cell))
 
 
 def _value(name: str, raw: Any) -> Any:
@@ -258,5 +287,16 @@ def file_hash(place: str) -> str | None:
     return digest.hexdigest()
 
 
-def _rendered(tree: Mapping[str, Any]) -> bytes:
-    return json.dumps(tree, sort_keys=True, separators=(",", ":"), default=str).encode("utf-8", "surrogatepass")
+def _rendered(tree: Mapping[str, Any]) -> str:
+    """Return JSON in one form alone: sorted, without spaces, in ASCII.
+
+    What most rows have goes by a short way, as there are millions of them.
+    """
+    return "{" + ",".join([f"{_quoted(name)}:{_written(tree[name])}" for name in sorted(tree)]) + "}"
+
+
+def _written(value: Any) -> str:
+    kind = type(value)
+    if kind is str:
+        return _quoted(value)
+    return int.__repr__(value) if kind is int else WRITER.encode(value)

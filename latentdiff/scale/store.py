@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
-from latentdiff.checkpoints.storage import flush_to_disk
 from latentdiff.errors import InputError, LatentDiffError, MissingDependencyError, StorageError, shown
 
 __all__ = ["LocalStore", "RemoteStore", "Store", "open_store"]
@@ -117,7 +116,7 @@ class LocalStore:
                     os.fsync(file.fileno())
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary, target)
-                flush_to_disk(target.parent)
+                _flush(target.parent)
             except BaseException:
                 with suppress(OSError):
                     temporary.unlink(missing_ok=True)
@@ -132,8 +131,8 @@ class LocalStore:
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(source, target)
-            flush_to_disk(target.parent)
-            flush_to_disk(source.parent)
+            _flush(target.parent)
+            _flush(source.parent)
 
     def remove(self, path: str) -> None:
         target = self.root / path
@@ -161,6 +160,20 @@ class LocalStore:
                 f"cannot write or read {shown(str(self.root / path), 200)}: {reason}; free space or choose another "
                 "place, then give the same command again"
             ) from error
+
+
+def _flush(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk; Windows does that by itself.
+
+    As `checkpoints.storage.flush_to_disk`, which comes with torch; planning needs none.
+    """
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class RemoteStore:

@@ -56,6 +56,16 @@ def test_empty_cells_say_nothing(tmp_path: Path) -> None:
     assert one.settings == other.settings == {} and one.image is None
 
 
+def test_an_option_in_two_columns_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="must say num_inference_steps once, got it in two columns"):
+        rows_of(tmp_path, [{"prompt": "a", "steps": 2, "num_inference_steps": 3}])
+
+
+def test_defaults_of_the_job_may_ask_for_several_pictures_of_each_row(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, [{"prompt": "a"}, {"prompt": "b", "num_images": 1}], Maker({}, {"num_images": 2}))
+    assert [(row.number, row.copy) for row in rows] == [(1, 0), (1, 1), (2, 0)]
+
+
 @pytest.mark.parametrize(
     ("column", "message"),
     [("promt", r"a column 'promt', which is no setting; did you mean 'prompt'\?"), ("zzz", "--keep zzz writes it")],
