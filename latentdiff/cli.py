@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from latentdiff import __version__
 from latentdiff.commands import (
+    batch,
     convert,
     data,
     distill,
@@ -45,6 +46,7 @@ INTERRUPTED = 130
 # Each has HELP, add_options(parser) and run(options).
 COMMANDS: dict[str, ModuleType] = {
     "generate": generate,
+    "batch": batch,
     "upscale": upscale,
     "replay": replay,
     "plan": plan,

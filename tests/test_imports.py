@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = (
     "cli",
     "commands",
+    "scale",
     "serve",
     "training",
     "evaluate",

@@ -1,0 +1,188 @@
+"""Processes on this machine: each has the model, takes a shard, writes it, and takes the next one.
+
+A process that dies costs the shard that it had in hand; another is started in its place and draws that again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+from latentdiff.devices import gpu_of_process
+from latentdiff.errors import StorageError
+from latentdiff.scale.commit import Report
+from latentdiff.scale.plan import Task
+from latentdiff.scale.worker import Crew, work
+
+__all__ = ["Began", "draw_here", "draw_locally"]
+
+MOST_DEATHS = 5  # of processes at one batch, after which its rows are given up
+MOST_FALSE_STARTS = 3  # of processes in turn that die while they load the model
+GRACE = 5.0  # seconds in which a process that is told to end should
+
+
+@dataclass(frozen=True)
+class Began:
+    """A worker has drawn so many rows of a shard and goes on with the next."""
+
+    shard: int
+    rows: int
+
+
+Events = Iterator[Report | Began]
+
+
+def draw_here(tasks: Iterator[Task], crew: Crew) -> Events:
+    """Draw in this process and yield what happens.
+
+    Raises:
+        InputError, ModelLoadError: the model cannot be loaded.
+        StorageError: the store fails.
+    """
+    artist = crew.artist()
+    for task in tasks:
+        yield crew.write(task, artist)
+
+
+def draw_locally(tasks: Iterator[Task], crew: Crew, workers: int) -> Events:
+    """Draw in processes of this machine and yield what happens.
+
+    Args:
+        tasks: taken one by one, as they are needed.
+        crew: what the processes share.
+        workers: how many of them, at least 1.
+
+    Raises:
+        InputError, ModelLoadError: the model cannot be loaded.
+        StorageError: the store fails, or processes die before they draw anything.
+    """
+    team = _Team(tasks, crew)
+    try:
+        for place in range(workers):
+            team.start(place)
+        while team.members:
+            for connection in wait([member.connection for member in team.members.values()]):
+                yield from team.heard(next(one for one in team.members.values() if one.connection is connection))
+    finally:
+        team.end()
+
+
+@dataclass
+class _Member:
+    """A process that draws."""
+
+    place: int
+    process: BaseProcess
+    connection: Connection
+    task: Task | None = None
+    ready: bool = False
+    rows: tuple[tuple[int, int], ...] = ()  # of the batch in hand
+    drawn: int = 0  # rows of the shard before that batch
+
+
+class _Team:
+    """The processes of a job."""
+
+    def __init__(self, tasks: Iterator[Task], crew: Crew) -> None:
+        self.tasks, self.crew = tasks, crew
+        self.members = dict[int, _Member]()
+        self._returned = list[Task]()  # by processes that died
+        self._deaths = Counter[tuple[int, tuple[tuple[int, int], ...]]]()
+        self._false_starts = 0
+        self._context = multiprocessing.get_context("spawn")
+
+    def start(self, place: int) -> None:
+        """Start a process, unless there is nothing to do."""
+        task = self._next()
+        if task is None:
+            return
+        ours, theirs = self._context.Pipe()
+        device = self.crew.model.device
+        if device in (None, "auto", "cuda"):
+            device = gpu_of_process(place) or device
+        crew = replace(self.crew, model=replace(self.crew.model, device=device))
+        process = self._context.Process(
+            target=work, args=(theirs, crew), name=f"latentdiff-worker-{place}", daemon=True
+        )
+        process.start()
+        theirs.close()  # so that the end of the process is the end of the connection
+        self.members[place] = _Member(place, process, ours, task)
+
+    def heard(self, member: _Member) -> Events:
+        """Take a message of a process, or that it died."""
+        try:
+            kind, content = member.connection.recv()
+        except (EOFError, OSError):
+            self._died(member)
+            return
+        if kind == "error":
+            raise content
+        if kind == "began":
+            assert member.task is not None
+            member.drawn, member.rows = member.drawn + len(member.rows), tuple(content)
+            yield Began(member.task.shard.number, member.drawn)
+            return
+        if kind == "ready":
+            member.ready, self._false_starts = True, 0
+        else:
+            member.task = self._next()
+        member.drawn, member.rows = 0, ()
+        with suppress(OSError):  # of one that has died; the next message says so
+            member.connection.send(member.task)
+        if kind == "done":
+            yield content
+        if member.task is None:
+            member.process.join()
+            self._forget(member)
+
+    def _next(self) -> Task | None:
+        return self._returned.pop() if self._returned else next(self.tasks, None)
+
+    def _died(self, member: _Member) -> None:
+        member.process.join()
+        code, task = member.process.exitcode or 0, member.task
+        self._forget(member)
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if not member.ready:
+            self._false_starts += 1
+            if self._false_starts >= MOST_FALSE_STARTS:
+                raise StorageError(
+                    f"{MOST_FALSE_STARTS} workers died while they loaded the model ({how}); try fewer --workers, which "
+                    "need less memory"
+                )
+        if task is not None:
+            if member.rows:
+                self._deaths[task.shard.number, member.rows] += 1
+                if self._deaths[task.shard.number, member.rows] >= MOST_DEATHS:
+                    task = _without(task, member.rows, f"{MOST_DEATHS} processes died while they drew it ({how})")
+            self._returned.append(task)
+        self.start(member.place)
+
+    def _forget(self, member: _Member) -> None:
+        del self.members[member.place]
+        member.connection.close()
+        member.process.close()
+
+    def end(self) -> None:
+        """End all processes at once; what they have in hand does not count."""
+        for member in self.members.values():
+            member.process.terminate()
+        for member in self.members.values():
+            member.process.join(GRACE)
+            if member.process.is_alive():
+                member.process.kill()
+                member.process.join()
+            member.connection.close()
+        self.members.clear()
+
+
+def _without(task: Task, rows: tuple[tuple[int, int], ...], why: str) -> Task:
+    """Return a task in which some rows are given up."""
+    names = {name: why for row, name in zip(task.shard.rows, task.shard.names) if (row.number, row.copy) in set(rows)}
+    return replace(task, given_up={**task.given_up, **names})
