@@ -26,7 +26,8 @@ from latentdiff.devices import resolve_device, resolve_dtype
 from latentdiff.diffusion.plan import EXTERNAL
 from latentdiff.diffusion.tuned import TUNED
 from latentdiff.engine.attention import find_attention, use_attention
-from latentdiff.engine.execution import Execution
+from latentdiff.engine.engines import Eager, Engine
+from latentdiff.engine.execution import Execution, find_engine, settle
 from latentdiff.engine.offload import Offload
 from latentdiff.errors import InputError, shown
 from latentdiff.generation.decode import OUTPUT_TYPES
@@ -61,12 +62,21 @@ class Pipeline:
         offload: moves networks from CPU memory to the device while they run; None where they are on it.
         tile_size: side of the tiles, in latents, in which pictures are decoded; they are the same to rounding and need
             a fraction of the memory. None for tiles only where a decoder would need several gigabytes.
+        engine: what runs U-Net and decoder; None for PyTorch as it is.
     """
 
-    def __init__(self, components: Components, *, offload: Offload | None = None, tile_size: int | None = None) -> None:
+    def __init__(
+        self,
+        components: Components,
+        *,
+        offload: Offload | None = None,
+        tile_size: int | None = None,
+        engine: Engine | None = None,
+    ) -> None:
         check_defaults(components.defaults)
         self.components = components
         self.offload = offload
+        self.engine = Eager() if engine is None else engine
         self.tile_size = None if tile_size is None else check_integer("tile_size", tile_size, 8, 4096, "try 32")
         self.unet: UNet2DConditionModel = components.unet
         self.autoencoder = components.autoencoder
@@ -84,6 +94,7 @@ class Pipeline:
         attention: str = "sdpa",
         offload: bool = False,
         tile_size: int | None = None,
+        engine: str = "eager",
         local: bool = False,
     ) -> Pipeline:
         """Load a model.
@@ -98,19 +109,21 @@ class Pipeline:
             attention: "sdpa", torch's own, or "xformers", which must be installed and runs on CUDA only.
             offload: keep all networks in CPU memory and have each on the device only while it runs.
             tile_size: see `Pipeline`.
+            engine: what runs U-Net and decoder: "eager", PyTorch as it is; "compile", PyTorch compiled; "openvino", on
+                a CPU, where that is installed; "auto" for the fastest that begins at once. See docs/engines.md.
             local: of models on a hub, take only what is in the cache already.
 
         Raises:
-            InputError: there is no such folder, device, dtype, prediction type or attention, or no need to offload.
-            MissingDependencyError: xformers is not installed.
+            InputError: there is no such folder, device, dtype, prediction type, attention or engine, or some do not go
+                together.
+            MissingDependencyError: the attention or engine is not installed.
             ModelLoadError: the model was refused; the subclass says why.
         """
-        place = resolve_device(device)
-        attend = find_attention(attention, place)
-        offloading = Offload(place) if offload else None
-        home = "cpu" if offload else place
-        components = load_pipeline(model, resolve_dtype(dtype), home, prediction_type, vae, local=local)
-        pipe = cls(components, offload=offloading, tile_size=tile_size)
+        how = settle(device, dtype, engine, offload=offload)
+        attend = find_attention(attention, how.device)
+        home = "cpu" if offload else how.device
+        components = load_pipeline(model, how.dtype, home, prediction_type, vae, local=local)
+        pipe = cls(components, offload=how.offload, tile_size=tile_size, engine=how.engine)
         use_attention(attend, pipe.unet, pipe.autoencoder)
         return pipe
 
@@ -146,14 +159,16 @@ class Pipeline:
         This one stays as it is, and so do those that share its weights: `pipe = pipe.to("cuda")` lets go of it.
 
         Raises:
-            InputError: there is no such device or dtype, or the networks are offloaded and stay in CPU memory.
+            InputError: there is no such device or dtype, the networks are offloaded and stay in CPU memory, or the
+                engine does not run there.
         """
         if self.offload is not None and device is not None:
             given = str(device)[:80]
             raise InputError(f"offload keeps its networks in CPU memory, got {given!r}; load without offload")
         place = self.components.device if device is None else resolve_device(device)
         kind = self.dtype if dtype is None else resolve_dtype(dtype)
-        return self._with(moved(self.components, place, kind))
+        engine = find_engine(self.engine.name, place, kind, offload=self.offload is not None)
+        return self._with(moved(self.components, place, kind), engine)
 
     @property
     def parts(self) -> Components:
@@ -174,7 +189,13 @@ class Pipeline:
     @property
     def execution(self) -> Execution:
         """How the networks are run."""
-        return Execution(self.device, self.dtype, self.offload, self.tile_size)
+        return Execution(self.device, self.dtype, self.offload, self.tile_size, self.engine)
+
+    def make_ready(self) -> Pipeline:
+        """Let the engine convert the networks now that it would convert for the first picture, and return this."""
+        self.engine.predict(self.unet)
+        self.engine.decode(self.autoencoder)
+        return self
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -363,8 +384,9 @@ class Pipeline:
         """
         return self._with(apply_loras(self.components, loras))
 
-    def _with(self, components: Components) -> Pipeline:
-        return Pipeline(components, offload=self.offload, tile_size=self.tile_size)
+    def _with(self, components: Components, engine: Engine | None = None) -> Pipeline:
+        engine = self.engine if engine is None else engine
+        return Pipeline(components, offload=self.offload, tile_size=self.tile_size, engine=engine)
 
 
 def _given(options: Mapping[str, object]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from latentdiff.commands.shared import (
     Output,
+    add_engine,
     add_lora_dir,
     add_machine,
     add_model,
@@ -83,6 +84,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offload", action="store_true", help="keep networks in CPU memory while they do not run")
     add_writing(parser)
     add_machine(parser)
+    add_engine(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -109,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
     pipe = _load(options, embeddings, loras)
     if not options.prompts and options.image is None and pipe.components.reads_text:
         raise InputError('this model needs a PROMPT, got none; say what to draw, as in "a red fox"')
-    upscaler = load_upscaler(options.upscale_model, options.device, options.dtype) if options.upscale else None
+    upscaler = load_upscaler(options.upscale_model, options) if options.upscale else None
     if among > 1:
         chosen["num_images"] = settings.num_images * among
     images = pipe.stream(prompts, image=options.image, mask=_mask(options.mask), progress=on_terminal(), **chosen)
@@ -132,6 +134,7 @@ def _load(
         vae=options.vae,
         attention=options.attention,
         offload=options.offload,
+        engine=options.engine or "eager",
     )
     for file, word in embeddings:
         pipe = pipe.with_embedding(file, word)

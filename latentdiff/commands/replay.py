@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from latentdiff.commands.shared import (
     LoadOptions,
     Output,
+    add_engine,
     add_machine,
     add_writing,
     load,
     on_terminal,
     print_report,
     say,
+    warnings_as_lines,
     write_all,
     writing,
 )
 from latentdiff.encoding import FORMATS, encode
-from latentdiff.errors import InputError, shown
+from latentdiff.errors import InputError, MissingDependencyError, shown
 from latentdiff.files import is_file
 from latentdiff.generation.options import check_integer
 from latentdiff.generation.request import Settings
@@ -70,6 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="go on with another model, LoRA or image than recorded")
     add_writing(parser)
     add_machine(parser)
+    add_engine(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -84,13 +87,12 @@ def run(options: argparse.Namespace) -> None:
     kind, original = stored.format or "PNG", pixel_hash(to_rgba(stored))
     output = Output(options.out, [request.settings.prompt(0)], writing(options), _beside(source))
     started = time.perf_counter()
-    then = {key: shown(record.get(key))[:40] for key in ("device", "torch")}
-    one = _Replay(options, source, record.get("model_hash")).generate(record, request, str(source))
+    with warnings_as_lines():
+        one = _Replay(options, source, record.get("model_hash")).generate(record, request, str(source))
     report = write_all([one], output, 1, options)
     identical = pixel_hash(_as_written(one.image, kind)) == original
     if not identical:
-        now = f"torch {one.record['torch']} on {one.record['device']}"
-        say(f"the pixels differ from {source}, which torch {then['torch']} on {then['device']} drew; this is {now}")
+        say(f"the pixels differ from {source}, which {_drawn_by(record)} drew; this is {_drawn_by(one.record)}")
     print_report(report, options, seconds=round(time.perf_counter() - started, 3), identical=identical)
 
 
@@ -98,6 +100,12 @@ def _beside(source: Path) -> Path:
     """Return IMAGE-replay.png, its name cut to what file systems take; of the format of IMAGE by its name."""
     ending = source.suffix if source.suffix.lower() in FORMATS else ".png"
     return source.with_name(f"{source.stem[:200]}-replay{ending}")
+
+
+def _drawn_by(record: Mapping[str, Any]) -> str:
+    """Return what drew the picture of a record, as far as pixels may depend on it."""
+    name, torch, device = (str(record.get(key))[:40] for key in ("engine", "torch", "device"))
+    return f"torch {torch} on {device}" + ("" if name in ("None", "eager") else f" by {name}")
 
 
 def _as_written(picture: Image.Image, kind: str) -> Image.Image:
@@ -179,7 +187,11 @@ class _Replay:
         how: LoadOptions = {"prediction_type": record.get("prediction_type"), "local": model not in options.model}
         if isinstance(record.get("vae"), str):
             how["vae"] = self._find(record["vae"], "vae", None, str)
-        pipe = load(model, device, dtype, **how)
+        how["engine"] = str(self.options.engine or record.get("engine") or "eager")[:80]
+        try:
+            pipe = load(model, device, dtype, **how)
+        except MissingDependencyError as error:
+            raise MissingDependencyError(f"{error}; or draw the picture nearly as it was by --engine eager") from error
         expected, got = str(record.get("model_hash"))[:10], pipe.components.model_hash
         if got != record.get("model_hash") and not options.force:
             raise InputError(

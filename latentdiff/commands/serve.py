@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from latentdiff.commands.shared import add_lora_dir, load, say
+from latentdiff.commands.shared import add_engine, add_lora_dir, load, say, warnings_as_lines
 from latentdiff.errors import InputError, MissingDependencyError
 from latentdiff.files import read_file, require_path
 from latentdiff.generation.options import check_integer
@@ -79,6 +79,7 @@ def add_serving(parser: argparse.ArgumentParser, usual: str) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, mps; the fastest there is by default")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16")
+    add_engine(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -119,7 +120,11 @@ def serve(
     page = _mount_page() if with_page else None
     content_filter = None if options.filter is None else _filter(options.filter)
     with listen(options.host, options.port) as opened:
-        pipes = {name: load(model, options.device, options.dtype) for name, model in zip(names, given)}
+        engine = options.engine or "eager"
+        pipes = {name: load(model, options.device, options.dtype, engine=engine) for name, model in zip(names, given)}
+        with warnings_as_lines():
+            for pipe in pipes.values():
+                pipe.make_ready()
         server = Server(
             pipes,
             host=options.host,

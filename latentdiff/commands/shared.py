@@ -165,6 +165,15 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
 
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says what runs a model."""
+    parser.add_argument(
+        "--engine",
+        metavar="E",
+        help="what runs the networks: eager (default), compile, openvino (on a CPU; needs the extra openvino), or auto",
+    )
+
+
 def add_writing(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what pictures carry besides pixels."""
     parser.add_argument(
@@ -229,6 +238,7 @@ class LoadOptions(TypedDict, total=False):
     vae: str | None
     attention: str
     offload: bool
+    engine: str
     local: bool
 
 
@@ -245,12 +255,19 @@ def load(
 
 @contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """Print what is warned of inside as a line each, without the place in the source."""
-    with warnings.catch_warnings(record=True) as caught:
+    """Print what is warned of inside as a line each, once, without the place in the source."""
+    said = set[str]()
+
+    def show(message: Warning | str, *place: object, **more: object) -> None:
+        text = str(message)
+        if text not in said:
+            said.add(text)
+            say(text)
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.showwarning = show
         yield
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
-        say(message)
 
 
 def parse_loras(given: Sequence[str]) -> dict[str, Any]:
@@ -336,19 +353,20 @@ def write_all(
     settings: Mapping[str, Any] = {}
     notes = list[str]()
     try:
-        for number, one in enumerate(images):
-            files.append(str(output.write(number, one)))
-            for key, value in (("prompts", one.prompt), ("seeds", one.seed)):
-                report[key].append(value)
-            report["token_counts"].append(one.token_count)
-            report["window_counts"].append(one.window_count)
-            settings = settings or one.record
-            for note in one.notes:
-                if note not in notes:
-                    say(note)
-                notes.append(note)
-            if not options.json:
-                print(files[-1], flush=True)
+        with warnings_as_lines():
+            for number, one in enumerate(images):
+                files.append(str(output.write(number, one)))
+                for key, value in (("prompts", one.prompt), ("seeds", one.seed)):
+                    report[key].append(value)
+                report["token_counts"].append(one.token_count)
+                report["window_counts"].append(one.window_count)
+                settings = settings or one.record
+                for note in one.notes:
+                    if note not in notes:
+                        say(note)
+                    notes.append(note)
+                if not options.json:
+                    print(files[-1], flush=True)
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted; {len(files)} of {count} pictures are written") from error
     from latentdiff.generation.result import OWN

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentdiff.commands.shared import (
     Output,
+    add_engine,
     add_lora,
     add_machine,
     add_settings,
@@ -52,6 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, *UPSCALE, leave_out=("num_images",))
     add_writing(parser)
     add_machine(parser)
+    add_engine(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -66,15 +68,15 @@ def run(options: argparse.Namespace) -> None:
     default = source.with_name(f"{source.stem}-x{options.scale or 4}.png")
     output = Output(options.out, [options.prompt], writing(options), default)
     started = time.perf_counter()
-    pipe = load_upscaler(options.model, options.device, options.dtype)
+    pipe = load_upscaler(options.model, options)
     pipe = pipe.with_loras(loras) if loras else pipe
     report = write_all(upscaled(pipe, options.image, options.prompt, **chosen), output, 1, options)
     print_report(report, options, seconds=round(time.perf_counter() - started, 3))
 
 
-def load_upscaler(model: str | None, device: str | None, dtype: str | None) -> Pipeline:
-    """Load a model that upscales pictures."""
-    pipe = load(model or UPSCALER, device, dtype)
+def load_upscaler(model: str | None, options: argparse.Namespace) -> Pipeline:
+    """Load a model that upscales pictures, where the options of the command say."""
+    pipe = load(model or UPSCALER, options.device, options.dtype, engine=options.engine or "eager")
     if not pipe.components.upscales:
         raise InputError(f"{shown(model)} draws pictures and enlarges none; pass a model that does, such as {UPSCALER}")
     return pipe

@@ -40,7 +40,7 @@ class JoinedUNet:
                 [[_joined(alike) for alike in zip(*blocks)] for blocks in zip(*transformers)]
                 for transformers in zip(*(network.texts for network in networks))
             ]
-            self._network = PreparedUNet(first.unet, rows, texts, torch.cat(masks) if masks else None)
+            self._network = PreparedUNet(first.unet, rows, texts, torch.cat(masks) if masks else None, first.predict)
 
     @torch.no_grad()
     def __call__(self, inputs: Sequence[Tensor], steps: Sequence[Tensor]) -> list[Tensor]:

@@ -10,6 +10,7 @@ the finest resolution is one stage, because a map between would be as large as w
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import product
 from typing import NamedTuple
@@ -30,7 +31,11 @@ ENLARGED_MAP = 2**29  # of pictures that are enlarged, which are large as a rule
 
 
 def decode(
-    autoencoder: AutoencoderKL | PixelSpace, latents: Tensor, tile: int | None = None, large: int = LARGE_MAP
+    autoencoder: AutoencoderKL | PixelSpace,
+    latents: Tensor,
+    tile: int | None = None,
+    large: int = LARGE_MAP,
+    whole: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Decode latents in tiles where these are wanted, or at once.
 
@@ -39,6 +44,7 @@ def decode(
         latents: (B, C, h, w), unscaled.
         tile: side of the tiles in latents; None for tiles only where the largest map in the decoder is large.
         large: bytes above which it is.
+        whole: what decodes latents at once; None for the autoencoder itself.
 
     Returns:
         Images (B, 3, H, W), about [-1, 1] but not clipped.
@@ -48,7 +54,7 @@ def decode(
         height, width = (factor * side for side in latents.shape[2:])
         if tile is not None or needs_tiles(autoencoder.config, height, width, latents.dtype, large):
             return decode_tiled(autoencoder, latents, tile or TILE)
-    return autoencoder.decode(latents)
+    return autoencoder.decode(latents) if whole is None else whole(latents)
 
 
 def needs_tiles(config: AutoencoderConfig, height: int, width: int, dtype: torch.dtype, large: int = LARGE_MAP) -> bool:

@@ -55,7 +55,8 @@ def decode_latents(
     large = ENLARGED_MAP if components.upscales else LARGE_MAP
 
     def run(model: Autoencoder, x: Tensor) -> Tensor:
-        return decode(model, x, execution.tile_size, large)
+        own = model is components.autoencoder  # not a copy of it in float32
+        return decode(model, x, execution.tile_size, large, execution.engine.decode(model) if own else None)
 
     scaled = latents / components.autoencoder.config.scaling_factor
     images = _finite(components, execution, run, scaled, notes)

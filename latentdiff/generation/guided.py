@@ -22,6 +22,7 @@ from latentdiff.diffusion import (
     preconditioning,
     rescaled,
 )
+from latentdiff.engine.execution import Execution
 from latentdiff.engine.tiled_denoising import Windows, tiled
 from latentdiff.generation.request import Settings
 from latentdiff.generation.text import BatchConditioning
@@ -54,6 +55,7 @@ Guided = Callable[[Tensor, Call], Generator[UNetCall, Tensor, Tensor]]
 
 def guided_network(
     components: Components,
+    execution: Execution,
     settings: Settings,
     cond: BatchConditioning,
     plan: Plan | SchedulerPlan,
@@ -64,6 +66,7 @@ def guided_network(
 
     Args:
         components: of the model.
+        execution: how they are run.
         settings: of the job.
         cond: conditioning of these images.
         plan: whose timesteps it is called at.
@@ -79,6 +82,7 @@ def guided_network(
         scales = [1.0] * len(scales)  # there is nothing to steer away from
     timesteps = plan.timesteps.to(context.device, torch.float32)
     prepared = unet.prepare(timesteps, context, added=cond.added, class_labels=cond.class_labels)
+    prepared = prepared.run_by(execution.engine.predict(unet))
     conditional_alone, looks = prepared.rows(slice(count, 2 * count)), tiled(windows)
 
     def predict(network: PreparedUNet, inputs: Tensor, rows: Tensor) -> Generator[UNetCall, Tensor, Tensor]:

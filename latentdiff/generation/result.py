@@ -261,6 +261,7 @@ def call_record(
         "loras": [_with_name(lora.record()) for lora in components.loras],
         "device": execution.device.type,
         "dtype": str(execution.dtype).removeprefix("torch."),
+        **execution.engine.record(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "version": __version__,

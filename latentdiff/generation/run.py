@@ -185,9 +185,8 @@ def _stage_steps(
     sees_all = stage.concat is not None and stage.strength == 1  # what to keep, by the network itself
     if latents is None and stage.image_latents is not None and not sees_all:
         latents = stage.image_latents.expand_as(noise)
-    guided = guided_network(
-        job.components, stage.settings, stage.conditioning.of(images), stage.plan, concat, stage.windows
-    )
+    cond = stage.conditioning.of(images)
+    guided = guided_network(job.components, job.execution, stage.settings, cond, stage.plan, concat, stage.windows)
     if isinstance(stage.plan, SchedulerPlan):
         return (yield from _asked(stage.plan.sampling(noise, generators, latents), guided))
     x, known = start(stage.plan, noise, latents), None
@@ -221,7 +220,8 @@ def invert(job: Job, iterations: int) -> Tensor:
         raise InputError("only pictures of text-to-image models are inverted, got a model that enlarges; use another")
     plan = make_inversion_plan(job.components.schedule, job.settings.num_inference_steps, iterations)
     with job.execution.onload(job.components.unet):
-        guided = guided_network(job.components, stage.settings, stage.conditioning.of([0]), plan, stage.concat)
+        cond = stage.conditioning.of([0])
+        guided = guided_network(job.components, job.execution, stage.settings, cond, plan, stage.concat)
         questions = sampling(job.components.denoiser(_answered_by_others), plan, stage.image_latents)
         return _run_calls(_asked(questions, guided))
 

@@ -8,7 +8,7 @@ arXiv 2112.10752, section 3.3; Podell et al. 2023, arXiv 2307.01952.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -25,6 +25,12 @@ from latentdiff.models.layers import ResnetBlock2D, TimestepEmbedding, activate,
 DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 MID_BLOCK = "UNetMidBlock2DCrossAttn"
+
+Texts = list[list[list[KeyValue]]]
+"""Keys and values of each transformer, each of its blocks, and each attention of that to the text."""
+
+# (sample (B, C_in, H, W), shifts (B, sum C), texts, mask (B, 1, 1, L) or None) -> prediction (B, C_out, H, W)
+Predict = Callable[[Tensor, Tensor, Texts, "Tensor | None"], Tensor]
 
 
 @dataclass(frozen=True)
@@ -324,9 +330,27 @@ class UNet2DConditionModel(nn.Module):
             embedding = embedding + self.add_embedding(inputs)
         return embedding
 
-    def _predict(
-        self, sample: Tensor, shifts: Sequence[Tensor], texts: Sequence[list[list[KeyValue]]], mask: Tensor | None
-    ) -> Tensor:
+    def predict(self, sample: Tensor, shifts: Tensor, texts: Texts, mask: Tensor | None = None) -> Tensor:
+        """Return the prediction (B, C_out, H, W) from what `prepare` makes of time and text.
+
+        Args:
+            sample: noisy latents (B, C_in, H, W).
+            shifts: what is added in all residual blocks, (B, sum C).
+            texts: keys and values of each transformer.
+            mask: (B, 1, 1, L) bool or None.
+        """
+        widths = [resnet.conv1.out_channels for resnet in self._resnets()]
+        return self._predict(sample, shifts.split(widths, dim=-1), texts, mask)
+
+    def attentions_to_text(self) -> list[list[int]]:
+        """Return how many attentions look at the text, of each block of each transformer, in the order of `Texts`."""
+        return [
+            [2 if layer.only_cross else 1 for layer in transformer.transformer_blocks]
+            for block in self._blocks()
+            for transformer in block.attentions
+        ]
+
+    def _predict(self, sample: Tensor, shifts: Sequence[Tensor], texts: Texts, mask: Tensor | None) -> Tensor:
         conditions = BlockInputs(iter(shifts), iter(texts), mask)
         hidden = self.conv_in(sample)  # (B, C_0, H, W)
         skips = [hidden]
@@ -339,7 +363,7 @@ class UNet2DConditionModel(nn.Module):
             hidden = block(hidden, skips, conditions)
         return self.conv_out(activate(self.conv_norm_out(hidden)))  # (B, C_out, H, W)
 
-    def _texts(self, context: Tensor) -> list[list[list[KeyValue]]]:
+    def _texts(self, context: Tensor) -> Texts:
         return [transformer.keys_values(context) for block in self._blocks() for transformer in block.attentions]
 
     def _resnets(self) -> list[ResnetBlock2D]:
@@ -370,12 +394,19 @@ class PreparedUNet:
         shifts: for each image (or one for all) and timestep, what is added in all residual blocks, (B or 1, N, sum C).
         texts: keys and values of each transformer.
         mask: (B, 1, 1, L) bool or None.
+        predict: what computes the rest, `UNet2DConditionModel.predict` of the U-Net or an engine that does the same.
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, shifts: Tensor, texts: list[list[list[KeyValue]]], mask: Tensor | None
+        self,
+        unet: UNet2DConditionModel,
+        shifts: Tensor,
+        texts: Texts,
+        mask: Tensor | None,
+        predict: Predict | None = None,
     ) -> None:
         self.unet = unet
+        self.predict = unet.predict if predict is None else predict
         self.shifts = shifts
         self.texts = texts
         self.mask = mask
@@ -389,9 +420,7 @@ class PreparedUNet:
             steps: (B,) int64, each image's index into the timesteps given to `prepare`; images may differ.
         """
         rows = torch.arange(len(steps), device=steps.device) if len(self.shifts) > 1 else torch.zeros_like(steps)
-        shifts = self.shifts[rows, steps]  # (B, sum C)
-        widths = [resnet.conv1.out_channels for resnet in self.unet._resnets()]
-        return self.unet._predict(sample, shifts.split(widths, dim=-1), self.texts, self.mask)
+        return self.predict(sample, self.shifts[rows, steps], self.texts, self.mask)
 
     def rows(self, index: slice | Tensor) -> PreparedUNet:
         """Return the same for some of the images: a slice (no copy), or their numbers (int64) in any order."""
@@ -400,7 +429,11 @@ class PreparedUNet:
             [[(keys[index], values[index]) for keys, values in block] for block in transformer]
             for transformer in self.texts
         ]
-        return PreparedUNet(self.unet, shifts, texts, None if self.mask is None else self.mask[index])
+        return PreparedUNet(self.unet, shifts, texts, None if self.mask is None else self.mask[index], self.predict)
+
+    def run_by(self, predict: Predict) -> PreparedUNet:
+        """Return the same with another function that computes the rest."""
+        return PreparedUNet(self.unet, self.shifts, self.texts, self.mask, predict)
 
 
 def _class_embedding(config: UNetConfig) -> nn.Module | None:

@@ -16,7 +16,7 @@ from latentdiff.engine.joined_calls import JoinedUNet, text_shape
 from latentdiff.errors import LatentDiffError, OutOfMemoryError
 from latentdiff.generation.guided import UNetCall
 from latentdiff.generation.run import Drawing, ImageSteps, image_steps
-from latentdiff.models.unet import UNet2DConditionModel
+from latentdiff.models.unet import Predict, UNet2DConditionModel
 from latentdiff.serve.jobs import Event, ServedJob
 from latentdiff.serve.preview import Preview
 from latentdiff.serve.waiting import Turn
@@ -27,6 +27,7 @@ __all__ = ["Place", "Places", "explained"]
 class _Kind(NamedTuple):
     """What calls of the U-Net must share to be made as one."""
 
+    predict: Predict
     unet: UNet2DConditionModel
     map_shape: tuple[int, ...]
     dtype: torch.dtype
@@ -180,4 +181,5 @@ def _lacks_memory(error: Exception) -> bool:
 
 
 def _kind(call: UNetCall) -> _Kind:
-    return _Kind(call.network.unet, tuple(call.inputs.shape[1:]), call.inputs.dtype, text_shape(call.network))
+    network = call.network
+    return _Kind(network.predict, network.unet, tuple(call.inputs.shape[1:]), call.inputs.dtype, text_shape(network))

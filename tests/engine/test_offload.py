@@ -138,7 +138,7 @@ def test_the_command_line_says_when_there_is_nothing_to_offload_from(capsys: pyt
 
 
 def test_networks_are_loaded_into_cpu_memory(built_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentdiff.pipeline.resolve_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr("latentdiff.engine.execution.resolve_device", lambda device: torch.device("cuda"))
     loaded = Pipeline.from_pretrained(built_model, offload=True)
     assert loaded.device == torch.device("cuda")
     assert {parameter.device.type for parameter in loaded.unet.parameters()} == {"cpu"}

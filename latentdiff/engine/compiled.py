@@ -1,0 +1,86 @@
+"""Run networks as torch.compile translates them: kernels for the machine, made when a shape is first called."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.engine.engines import Decode, Engine, Kept
+from latentdiff.engine.graphs import DecoderGraph, UNetGraph, flat_texts
+from latentdiff.errors import MissingDependencyError
+from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.pixels import PixelSpace
+from latentdiff.models.unet import Predict, Texts, UNet2DConditionModel
+
+__all__ = ["Compiled"]
+
+SHAPES = 64  # that a network is translated for; torch's own limit is lower, and beyond it nothing is translated
+
+
+class Compiled(Engine):
+    """torch.compile, with a translation of its own for each shape.
+
+    One for all shapes would be made when a second one comes, and a picture would depend on those that were drawn
+    before it in the same process.
+
+    Raises:
+        MissingDependencyError: on a CPU, there is no C++ compiler.
+    """
+
+    name = "compile"
+
+    def __init__(self, device: torch.device) -> None:
+        compiler = os.environ.get("CXX", "")
+        if device.type == "cpu" and not any(shutil.which(name) for name in (compiler, "g++", "clang++", "cl") if name):
+            raise MissingDependencyError(
+                "engine 'compile' needs a C++ compiler on a CPU, got none; install g++, or leave the engine out"
+            )
+        # Weights that are part of the translation can be laid out for it.
+        self._options: dict[str, Any] = {"freezing": True} if device.type == "cpu" else {}
+        self._kept = Kept[Any]()
+        self._lock = RLock()
+
+    def predict(self, unet: UNet2DConditionModel) -> Predict:
+        def make() -> Predict:
+            run = self._compiled(UNetGraph(unet).eval())
+
+            def predict(sample: Tensor, shifts: Tensor, texts: Texts, mask: Tensor | None = None) -> Tensor:
+                if mask is not None:  # which no pipeline passes
+                    return unet.predict(sample, shifts, texts, mask)
+                return run(sample, shifts, *(tensor.contiguous() for tensor in flat_texts(texts)))
+
+            return predict
+
+        return self._kept.get(unet, make)
+
+    def decode(self, autoencoder: AutoencoderKL | PixelSpace) -> Decode:
+        if isinstance(autoencoder, PixelSpace):
+            return autoencoder.decode
+        return self._kept.get(autoencoder, lambda: self._compiled(DecoderGraph(autoencoder).eval()))
+
+    def _compiled(self, network: nn.Module) -> Callable[..., Tensor]:
+        translated = torch.compile(network, dynamic=False, options=self._options)
+        shapes = set[tuple[Any, ...]]()
+
+        @torch.no_grad()
+        def run(*inputs: Tensor) -> Tensor:
+            inputs = tuple(tensor.contiguous() for tensor in inputs)
+            shape = tuple(tensor.shape for tensor in inputs)
+            if shape in shapes:
+                return translated(*inputs)
+            with self._lock, torch._dynamo.config.patch(cache_size_limit=SHAPES):
+                if shape not in shapes:
+                    size = "x".join(map(str, inputs[0].shape))
+                    warnings.warn(f"compiling a network for inputs of {size}; this takes a while", stacklevel=2)
+                output = translated(*inputs)
+                shapes.add(shape)
+            return output
+
+        return run

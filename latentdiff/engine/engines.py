@@ -1,0 +1,81 @@
+"""What runs the U-Net and the decoder: PyTorch as it is, PyTorch compiled, or OpenVINO.
+
+The networks stay plain PyTorch; an engine is applied from outside, to what of them is called again and again. Text
+encoders, the encoder of pictures and tiled decoding are always run by PyTorch as it is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable
+from threading import RLock
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor, nn
+
+from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.pixels import PixelSpace
+from latentdiff.models.unet import Predict, UNet2DConditionModel
+
+__all__ = ["Decode", "Eager", "Engine", "Kept"]
+
+# unscaled latents (B, C, h, w) -> images (B, 3, H, W), about [-1, 1] but not clipped
+Decode = Callable[[Tensor], Tensor]
+T = TypeVar("T")
+KEPT = 8  # networks that an engine has ready, such as those of a model with one LoRA and with another
+
+
+class Engine(ABC):
+    """Runs networks; threads may share one, and so do the pipelines that are made of one another.
+
+    Attributes:
+        name: key of `latentdiff.engine.execution.ENGINES`.
+        quantization: "int8", or None for weights and activations as they are.
+    """
+
+    name: str
+    quantization: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return what a picture records of the engine, JSON-ready."""
+        return {"engine": self.name}
+
+    @abstractmethod
+    def predict(self, unet: UNet2DConditionModel) -> Predict:
+        """Return what computes `unet.predict`; the same object for the same network."""
+
+    @abstractmethod
+    def decode(self, autoencoder: AutoencoderKL | PixelSpace) -> Decode:
+        """Return what computes `autoencoder.decode`."""
+
+
+class Eager(Engine):
+    """The networks as they are."""
+
+    name = "eager"
+
+    def predict(self, unet: UNet2DConditionModel) -> Predict:
+        return unet.predict
+
+    def decode(self, autoencoder: AutoencoderKL | PixelSpace) -> Decode:
+        return autoencoder.decode
+
+
+class Kept(Generic[T]):
+    """What was made of networks, of the last `KEPT` of them; threads may share one."""
+
+    def __init__(self) -> None:
+        self._made: OrderedDict[int, tuple[nn.Module, T]] = OrderedDict()  # holding the network keeps its id its own
+        self._lock = RLock()
+
+    def get(self, network: nn.Module, make: Callable[[], T]) -> T:
+        """Return what was made of a network, or make it."""
+        with self._lock:
+            found = self._made.get(id(network))
+            if found is None:
+                found = self._made[id(network)] = network, make()
+                if len(self._made) > KEPT:
+                    self._made.popitem(last=False)
+            self._made.move_to_end(id(network))
+            return found[1]

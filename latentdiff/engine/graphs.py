@@ -1,0 +1,105 @@
+"""The U-Net and the decoder as graphs of tensors: what torch.compile, OpenVINO and ONNX are given."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.unet import Texts, UNet2DConditionModel
+
+__all__ = ["DecoderGraph", "Traced", "UNetGraph", "exported", "flat_texts"]
+
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
+
+# Of the inputs that a graph is traced with. Axes of one length would be taken for one and the same axis.
+ROWS, HEIGHT, WIDTH, TOKENS = 2, 16, 24, 7
+MAP = {0: "batch", 2: "height", 3: "width"}  # axes of a map that may have other lengths
+
+
+class Traced(NamedTuple):
+    """A network that can be traced, in float32 and evaluation mode.
+
+    Attributes:
+        network: takes `inputs`.
+        inputs: examples.
+        names: of the inputs.
+        dynamic: for each input the axes that may have other lengths, by what they are called.
+    """
+
+    network: nn.Module
+    inputs: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    dynamic: tuple[dict[int, str], ...]
+
+    def axes(self, length: Callable[[str], Any]) -> tuple[Any, ...]:
+        """Return `dynamic` as exporters take it, in the form of the arguments, with what stands for a length."""
+        axes = tuple({axis: length(name) for axis, name in one.items()} for one in self.dynamic)
+        return (*axes[:2], axes[2:]) if isinstance(self.network, UNetGraph) else axes
+
+
+class UNetGraph(nn.Module):
+    """A U-Net that takes time and text as `UNet2DConditionModel.prepare` makes them, in a row of tensors."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+        self.layout = unet.attentions_to_text()
+
+    def forward(self, sample: Tensor, shifts: Tensor, *texts: Tensor) -> Tensor:
+        """Return the prediction (B, C_out, H, W).
+
+        Args:
+            sample: noisy latents (B, C_in, H, W).
+            shifts: (B, sum C).
+            texts: keys and values (B, heads, L, d) of all attentions to the text in turn.
+        """
+        pairs = iter(zip(texts[::2], texts[1::2]))
+        nested = [[[next(pairs) for _ in range(count)] for count in transformer] for transformer in self.layout]
+        return self.unet.predict(sample, shifts, nested)
+
+
+class DecoderGraph(nn.Module):
+    """An autoencoder that decodes."""
+
+    def __init__(self, autoencoder: AutoencoderKL) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return images (B, 3, H, W) of unscaled latents (B, C, h, w)."""
+        return self.autoencoder.decode(latents)
+
+
+def flat_texts(texts: Texts) -> list[Tensor]:
+    """Return the keys and values of all attentions in turn, as `UNetGraph` takes them."""
+    return [tensor for transformer in texts for block in transformer for pair in block for tensor in pair]
+
+
+def exported(network: UNet2DConditionModel | AutoencoderKL) -> Traced:
+    """Return a network with what it takes to trace it for any batch, size and length of text.
+
+    Its weights are shared, but for a copy where they are not in float32.
+    """
+    network = network if next(network.parameters()).dtype == torch.float32 else _in_float32(network)
+    if isinstance(network, AutoencoderKL):
+        latents = torch.randn(ROWS, network.config.latent_channels, HEIGHT, WIDTH)
+        return Traced(DecoderGraph(network).eval(), (latents,), ("latents",), (MAP,))
+    config = network.config
+    width = config.cross_attention_dim if isinstance(config.cross_attention_dim, int) else config.cross_attention_dim[0]
+    sample = torch.randn(ROWS, config.in_channels, HEIGHT, WIDTH)
+    with torch.no_grad():
+        texts = flat_texts(network._texts(torch.randn(ROWS, TOKENS, width)))
+    shifts = torch.randn(ROWS, sum(resnet.conv1.out_channels for resnet in network._resnets()))
+    names = [f"{kind}_{number}" for number in range(len(texts) // 2) for kind in ("keys", "values")]
+    axes = [MAP, {0: "batch"}, *({0: "batch", 2: "tokens"} for _ in texts)]
+    inputs = (sample, shifts, *(tensor.contiguous() for tensor in texts))
+    return Traced(UNetGraph(network).eval(), inputs, ("sample", "shifts", *names), tuple(axes))
+
+
+def _in_float32(network: NetworkT) -> NetworkT:
+    return copy.deepcopy(network).float()
