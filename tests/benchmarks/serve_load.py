@@ -38,6 +38,7 @@ from typing import Annotated, Any
 import psutil
 import requests
 import torch
+from requests.adapters import HTTPAdapter
 
 from latentdiff import Pipeline, load_pipeline, save_pipeline
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
@@ -139,11 +140,21 @@ def warm(server: Served, steps: int) -> float:
         return server.draw(session, 1, steps)
 
 
+@contextmanager
+def address(number: int) -> Iterator[requests.Session]:
+    """Give a client with an address of its own, as clients are told apart by it, and each may have so many jobs."""
+    adapter = HTTPAdapter()
+    adapter.init_poolmanager(1, 1, source_address=(f"127.1.{number // 200}.{number % 200 + 1}", 0))
+    with requests.Session() as session:
+        session.mount("http://", adapter)
+        yield session
+
+
 def closed(server: Served, clients: int, pictures: int, steps: int) -> dict[str, float]:
     """Return the figures of clients that draw some pictures each, one after the other."""
 
     def client(own: int) -> list[float]:
-        with requests.Session() as session:
+        with address(own) as session:
             return [server.draw(session, own * pictures + number, steps) for number in range(pictures)]
 
     with watched(server) as memory, ThreadPoolExecutor(clients) as pool:
@@ -160,7 +171,7 @@ def opened(server: Served, rate: float, seconds: float, steps: int) -> dict[str,
         moments.append(moments[-1] + rng.expovariate(rate))
 
     def ask(number: int) -> float:
-        with requests.Session() as session:
+        with address(number) as session:
             time.sleep(max(0.0, begun + moments[number] - time.monotonic()))
             return server.draw(session, number, steps)
 
