@@ -26,7 +26,9 @@ class Stats:
         steps: common steps that were taken.
         batch_fill: share of the places that were taken, on average over those steps.
         step_seconds: a common step took, in the median of the newest ones.
-        admission_seconds: median and 95th percentile of the time from the submission of a job to its first step.
+        admissions: jobs that came to their first step.
+        admission_sum: seconds that they waited for it from their submission, all together.
+        admission_seconds: median and 95th percentile of that, of the newest ones.
     """
 
     waiting: int
@@ -41,6 +43,8 @@ class Stats:
     steps: int
     batch_fill: float
     step_seconds: float
+    admissions: int
+    admission_sum: float
     admission_seconds: tuple[float, float]
 
 
@@ -53,7 +57,7 @@ class Recorder:
 
     def __init__(self, places: int) -> None:
         self._places, self._lock = places, threading.Lock()
-        self._counts, self._taken = Counter[str](), 0
+        self._counts, self._taken, self._waited = Counter[str](), 0, 0.0
         self._step_seconds, self._admissions = deque[float](maxlen=REMEMBERED), deque[float](maxlen=REMEMBERED)
 
     def count(self, what: str) -> None:
@@ -71,6 +75,8 @@ class Recorder:
     def admission(self, seconds: float) -> None:
         """Take down how long a job waited for its first step."""
         with self._lock:
+            self._counts["admission"] += 1
+            self._waited += seconds
             self._admissions.append(seconds)
 
     def stats(self, waiting: int, running: int, decoding: int) -> Stats:
@@ -90,6 +96,8 @@ class Recorder:
                 steps=steps,
                 batch_fill=self._taken / (steps * self._places) if steps else 0.0,
                 step_seconds=_share(self._step_seconds, 0.5),
+                admissions=counts["admission"],
+                admission_sum=self._waited,
                 admission_seconds=(_share(self._admissions, 0.5), _share(self._admissions, 0.95)),
             )
 

@@ -38,6 +38,7 @@ from typing import Annotated, Any
 import psutil
 import requests
 import torch
+from requests.adapters import HTTPAdapter
 
 from latentdiff import Pipeline, load_pipeline, save_pipeline
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
@@ -67,13 +68,14 @@ class Served:
         return time.monotonic() - begun
 
     def told(self) -> dict[str, float]:
-        """Return what our server says of itself: median and 95th percentile of its newest waits, and of its steps."""
+        """Return what our server says: how many jobs came to a first step, how long they waited, and of its steps."""
         text = requests.get(f"{self.url}/metrics", timeout=READY).text
-        found = {
-            "admission_p50": r'admission_seconds\{quantile="0.5"\}',
-            "admission_p95": r'admission_seconds\{quantile="0.95"\}',
+        patterns = {
+            "admissions": "admission_seconds_count",
+            "waited": "admission_seconds_sum",
+            "step_seconds": "latentdiff_step_seconds",
+            "batch_fill": "latentdiff_batch_fill",
         }
-        patterns = found | {"step_seconds": "latentdiff_step_seconds", "batch_fill": "latentdiff_batch_fill"}
         matches = {name: re.search(rf"^\w*{pattern} (\S+)", text, re.MULTILINE) for name, pattern in patterns.items()}
         return {name: float(match[1]) for name, match in matches.items() if match}
 
@@ -139,18 +141,29 @@ def warm(server: Served, steps: int) -> float:
         return server.draw(session, 1, steps)
 
 
+@contextmanager
+def address(number: int) -> Iterator[requests.Session]:
+    """Give a client with an address of its own, as clients are told apart by it, and each may have so many jobs."""
+    adapter = HTTPAdapter()
+    adapter.init_poolmanager(1, 1, source_address=(f"127.1.{number // 200}.{number % 200 + 1}", 0))
+    with requests.Session() as session:
+        session.mount("http://", adapter)
+        yield session
+
+
 def closed(server: Served, clients: int, pictures: int, steps: int) -> dict[str, float]:
     """Return the figures of clients that draw some pictures each, one after the other."""
 
     def client(own: int) -> list[float]:
-        with requests.Session() as session:
+        with address(own) as session:
             return [server.draw(session, own * pictures + number, steps) for number in range(pictures)]
 
+    before = server.told()
     with watched(server) as memory, ThreadPoolExecutor(clients) as pool:
         begun = time.monotonic()
         times = [seconds for one in pool.map(client, range(clients)) for seconds in one]
         spent = time.monotonic() - begun
-    return figures_of(server, times, spent, memory)
+    return figures_of(server, before, times, spent, memory)
 
 
 def opened(server: Served, rate: float, seconds: float, steps: int) -> dict[str, float]:
@@ -160,21 +173,28 @@ def opened(server: Served, rate: float, seconds: float, steps: int) -> dict[str,
         moments.append(moments[-1] + rng.expovariate(rate))
 
     def ask(number: int) -> float:
-        with requests.Session() as session:
+        with address(number) as session:
             time.sleep(max(0.0, begun + moments[number] - time.monotonic()))
             return server.draw(session, number, steps)
 
+    before = server.told()
     with watched(server) as memory, ThreadPoolExecutor(len(moments)) as pool:
         begun = time.monotonic()
         times = list(pool.map(ask, range(len(moments))))
         spent = time.monotonic() - begun
-    return figures_of(server, times, spent, memory)
+    return figures_of(server, before, times, spent, memory)
 
 
-def figures_of(server: Served, times: list[float], spent: float, memory: list[float]) -> dict[str, float]:
+def figures_of(
+    server: Served, before: dict[str, float], times: list[float], spent: float, memory: list[float]
+) -> dict[str, float]:
     figures = {"pictures_per_second": len(times) / spent}
     figures |= {f"p{share:.0f}": at(times, share / 100) for share in (50, 95, 99)}
-    return figures | {"megabytes": max(memory), "megabytes_grown": memory[-1] - memory[0]} | server.told()
+    told = server.told()
+    if told:
+        admitted, waited = (told.pop(name) - before[name] for name in ("admissions", "waited"))
+        told["admission"] = waited / admitted
+    return figures | {"megabytes": max(memory), "megabytes_grown": memory[-1] - memory[0]} | told
 
 
 def at(values: list[float], share: float) -> float:

@@ -40,10 +40,12 @@ class _Figures(Collector):
             yield GaugeMetricFamily(f"latentdiff_{name}", says, value=getattr(stats, name))
         for name, says in COUNTERS.items():
             yield CounterMetricFamily(f"latentdiff_{name}", says, value=getattr(stats, name))
-        median, late = stats.admission_seconds
-        waits = GaugeMetricFamily("latentdiff_admission_seconds", "from a job to its first step", labels=["quantile"])
-        waits.add_metric(["0.5"], median)
-        waits.add_metric(["0.95"], late)
+        name = "latentdiff_admission_seconds"
+        waits = Metric(name, "from a job to its first step; quantiles are of the newest ones", "summary")
+        for quantile, value in zip(("0.5", "0.95"), stats.admission_seconds):
+            waits.add_sample(name, {"quantile": quantile}, value)
+        waits.add_sample(f"{name}_count", {}, stats.admissions)
+        waits.add_sample(f"{name}_sum", {}, stats.admission_sum)
         yield waits
 
 

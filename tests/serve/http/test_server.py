@@ -94,6 +94,7 @@ def test_health_and_figures(pipe: Pipeline, serve: Serve) -> None:
         figures = client.get("/metrics").text
     assert "latentdiff_pictures_total 1.0" in figures and "latentdiff_done_total 1.0" in figures
     assert 'latentdiff_admission_seconds{quantile="0.5"}' in figures
+    assert "latentdiff_admission_seconds_count 1.0" in figures
 
 
 def test_a_server_whose_loop_has_ended_is_not_ready(pipe: Pipeline, serve: Serve) -> None:
