@@ -18,7 +18,7 @@ from latentdiff.commands.shared import (
     warnings_as_lines,
 )
 from latentdiff.errors import InputError, shown, suggest
-from latentdiff.files import require_path
+from latentdiff.files import is_file, parse_json, read_file, require_path
 
 if TYPE_CHECKING:
     from latentdiff.checkpoints import Components
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 HELP = "Write the networks of a model as graphs for OpenVINO or ONNX runtimes."
 DESCRIPTION = "graphs.json"  # names, types and axes of what the graphs take
+LONGEST = 2**20  # bytes of it
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -42,18 +43,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write the networks of a model as graphs."""
     target, loras = require_path(options.target, "OUT"), parse_loras(options.lora)
-    if target.exists() and not (target / DESCRIPTION).is_file():
-        raise InputError(f"OUT must be new or an earlier export, got {shown(options.target)}; name another folder")
     load_torch()
     import torch
 
     from latentdiff.checkpoints import load_pipeline
     from latentdiff.checkpoints.lora import apply_loras
-    from latentdiff.engine.conversions import store
+    from latentdiff.checkpoints.storage import replace_folder
     from latentdiff.engine.exporting import FORMATS, write_graph
 
     if options.format not in FORMATS:
         raise InputError(f"--format {shown(options.format)} is unknown{suggest(options.format, FORMATS)}")
+    _check_format(target, options.format)
     with warnings_as_lines():
         components = load_pipeline(options.source, torch.float32, "cpu", options.prediction_type, options.vae)
         components = apply_loras(components, loras)
@@ -69,9 +69,19 @@ def run(options: argparse.Namespace) -> None:
                 print(f"{target / name}: differs by {difference:.1e} of its largest value")
         (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
 
-    store(target, write)
+    replace_folder(target, DESCRIPTION, write)
     if options.json:
         print(json.dumps(described))
+
+
+def _check_format(target: Path, kind: str) -> None:
+    """Refuse a folder with graphs in another format, which would stay beside those that replace it."""
+    if not is_file(target / DESCRIPTION):
+        return
+    found = parse_json(read_file(target / DESCRIPTION, LONGEST), str(target / DESCRIPTION))
+    before = found.get("format") if isinstance(found, dict) else None
+    if before != kind:
+        raise InputError(f"OUT must be new or an export to {kind}, got one to {shown(before)}; name another folder")
 
 
 def _graphs(components: Components) -> dict[str, Graph]:

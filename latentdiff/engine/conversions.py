@@ -82,8 +82,7 @@ def store(place: Path, write: Callable[[Path], None]) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         half = Path(tempfile.mkdtemp(prefix=f".{place.name[:8]}-", dir=place.parent))
         write(half)
-        files = sorted(path for path in half.rglob("*") if path.is_file())
-        contents: Mapping[str, str] = {path.relative_to(half).as_posix(): _digest(path) for path in files}
+        contents: Mapping[str, str] = {file.name: _digest(file) for file in sorted(half.iterdir())}
         (half / CONTENTS).write_text(json.dumps(contents))
         if place.exists():
             shutil.rmtree(place)
