@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff.engine import conversions
 from latentdiff.engine.engines import Decode, Engine, Kept
@@ -23,7 +23,7 @@ from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.pixels import PixelSpace
 from latentdiff.models.unet import Predict, Texts, UNet2DConditionModel
 
-__all__ = ["OpenVINO", "computes_in", "convert", "installed", "load_openvino", "write"]
+__all__ = ["OpenVINO", "computes_in", "convert", "converted", "installed", "load_openvino", "write"]
 
 INSTALL = 'pip install "latentdiff[openvino]"'
 SHAPES = 8  # that a network is laid out for at a time, each with its weights
@@ -130,13 +130,25 @@ class OpenVINO(Engine):
 
 def convert(traced: Traced) -> Any:
     """Return a network as a graph of OpenVINO, for any batch, size and length of text."""
-    openvino = load_openvino()
     axes = traced.axes(lambda name: torch.export.Dim.AUTO)
+    return converted(traced.network, traced.inputs, traced.names, axes)
+
+
+def converted(network: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], axes: tuple[Any, ...]) -> Any:
+    """Return a network as a graph of OpenVINO.
+
+    Args:
+        network: in evaluation mode.
+        inputs: examples.
+        names: of them.
+        axes: see `torch.export.export`, which takes them as `dynamic_shapes`.
+    """
+    openvino = load_openvino()
     with warnings.catch_warnings(), torch.no_grad():  # in-place activations are not recorded with gradients
         warnings.simplefilter("ignore")  # of torch about itself
-        program = torch.export.export(traced.network, traced.inputs, dynamic_shapes=axes, strict=False)
+        program = torch.export.export(network, inputs, dynamic_shapes=axes, strict=False)
         graph = openvino.convert_model(program)
-    for port, name in zip(graph.inputs, traced.names):
+    for port, name in zip(graph.inputs, names):
         port.get_tensor().set_names({name})
     return graph
 

@@ -23,6 +23,7 @@ from tests.training.test_stages import pictures
 COMMANDS = {
     "generate": ["-o PLACE.png", "--model PLACE", "--lora PLACE", "--embedding PLACE", "--vae PLACE", "--image PLACE"],
     "convert": ["PLACE out", "MODEL PLACE", "MODEL PLACE.safetensors", "MODEL out --variant-of PLACE"],
+    "export": ["PLACE out", "MODEL PLACE"],
     "replay": ["PLACE.png"],
     "upscale": ["PLACE.png"],
     "inspect": ["PLACE", "PLACE.png", "PLACE.safetensors"],
