@@ -22,7 +22,7 @@ from latentdiff.commands.shared import (
     say,
 )
 from latentdiff.errors import InputError
-from latentdiff.generation.options import BOTH, check_integer
+from latentdiff.generation.options import BOTH, check_integer, check_number
 
 if TYPE_CHECKING:
     from latentdiff.scale.job import Job
@@ -40,6 +40,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("out", metavar="OUT", help="folder, or URL such as s3://bucket/folder")
     add_model(parser)
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="processes of this machine (default), or a Ray cluster (needs the extra ray)",
+    )
+    parser.add_argument("--address", help="of the Ray cluster, such as auto or ray://head:10001; one here by default")
+    parser.add_argument(
+        "--gpus-per-worker", type=float, metavar="X", help="share of a GPU of each worker of --engine ray (default 1)"
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes; one for each GPU or core by default")
     parser.add_argument(
         "--threads", type=int, metavar="N", help="of the CPU in each worker (1 by default), as bits depend on it"
@@ -84,14 +94,23 @@ def run(options: argparse.Namespace) -> None:
         check_integer("--workers", options.workers, 0, 1024, "try 2")
     if options.max_failures is not None:
         check_integer("--max-failures", options.max_failures, 0, 10**9, "try 100")
+    if options.engine != "ray" and (options.address is not None or options.gpus_per_worker is not None):
+        raise InputError("--address and --gpus-per-worker are for a Ray cluster, got --engine local; add --engine ray")
+    if options.gpus_per_worker is not None:
+        check_number("--gpus-per-worker", options.gpus_per_worker, 0, 64, "try 0.5")
     for name in ("batch", "threads", "shard_size"):
         if getattr(options, name) is not None:
             check_integer(f"--{name.replace('_', '-')}", getattr(options, name), 1, 100_000, "leave it out")
     load_torch()
     from latentdiff.scale.batch import How, run_batch
+    from latentdiff.scale.cluster import Cluster, require_ray
 
-    started = time.perf_counter()
+    started, engine = time.perf_counter(), None
+    if options.engine == "ray":
+        require_ray()
+        engine = Cluster(options.address, options.workers or None, options.gpus_per_worker)
     how = How(
+        engine=engine,
         workers=options.workers,
         max_failures=options.max_failures,
         retry_failed=options.retry_failed,

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -27,8 +28,8 @@ __all__ = ["Engine", "How", "Summary", "run_batch"]
 
 SHARE, LEAST = 0.01, 10  # of rows that may fail unless told otherwise: one in a hundred, or some
 
-Engine = Callable[[Iterator[Task], Crew, int], Iterator[Report | Began]]
-"""(tasks, crew, number of shards to draw) -> what happens."""
+Engine = Callable[[Callable[[], Iterator[Task]], Crew, int], Iterator[Report | Began]]
+"""(tasks from the first on, crew, how many tasks there are) -> what happens."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +121,13 @@ def _draw(
     table: Table, job: Job, layout: Layout, store: Store, plan: Plan, how: How, progress: Progress, limit: int
 ) -> None:
     crew = Crew(job.model, job.style, store, layout.format, ("id", *layout.columns.kept))
-    tasks, workers = tasks_of(table, layout, store, plan), _workers(how.workers, crew)
+    tasks, workers = partial(tasks_of, table, layout, store, plan), _workers(how.workers, crew)
     if how.engine is not None:
         events = how.engine(tasks, crew, len(plan.missing))
     elif workers:
-        events = draw_locally(tasks, crew, min(workers, len(plan.missing)))
+        events = draw_locally(tasks(), crew, min(workers, len(plan.missing)))
     else:
-        events = draw_here(tasks, crew)
+        events = draw_here(tasks(), crew)
     try:
         for event in events:
             if isinstance(event, Began):

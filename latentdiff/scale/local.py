@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,11 +17,10 @@ from latentdiff.devices import gpu_of_process
 from latentdiff.errors import StorageError
 from latentdiff.scale.commit import Report
 from latentdiff.scale.plan import Task
-from latentdiff.scale.worker import Crew, work
+from latentdiff.scale.worker import Crew, Deaths, Rows, work
 
 __all__ = ["Began", "draw_here", "draw_locally"]
 
-MOST_DEATHS = 5  # of processes at one batch, after which its rows are given up
 MOST_FALSE_STARTS = 3  # of processes in turn that die while they load the model
 GRACE = 5.0  # seconds in which a process that is told to end should
 
@@ -82,7 +80,7 @@ class _Member:
     connection: Connection
     task: Task | None = None
     ready: bool = False
-    rows: tuple[tuple[int, int], ...] = ()  # of the batch in hand
+    rows: Rows = ()  # of the batch in hand
     drawn: int = 0  # rows of the shard before that batch
 
 
@@ -93,7 +91,7 @@ class _Team:
         self.tasks, self.crew = tasks, crew
         self.members = dict[int, _Member]()
         self._returned = list[Task]()  # by processes that died
-        self._deaths = Counter[tuple[int, tuple[tuple[int, int], ...]]]()
+        self._deaths = Deaths()
         self._false_starts = 0
         self._context = multiprocessing.get_context("spawn")
 
@@ -125,7 +123,7 @@ class _Team:
             raise content
         if kind == "began":
             assert member.task is not None
-            member.drawn, member.rows = member.drawn + len(member.rows), tuple(content)
+            member.drawn, member.rows = member.drawn + len(member.rows), content
             yield Began(member.task.shard.number, member.drawn)
             return
         if kind == "ready":
@@ -157,11 +155,7 @@ class _Team:
                     "need less memory"
                 )
         if task is not None:
-            if member.rows:
-                self._deaths[task.shard.number, member.rows] += 1
-                if self._deaths[task.shard.number, member.rows] >= MOST_DEATHS:
-                    task = _without(task, member.rows, f"{MOST_DEATHS} processes died while they drew it ({how})")
-            self._returned.append(task)
+            self._returned.append(self._deaths.note(task, member.rows, how))
         self.start(member.place)
 
     def _forget(self, member: _Member) -> None:
@@ -180,9 +174,3 @@ class _Team:
                 member.process.join()
             member.connection.close()
         self.members.clear()
-
-
-def _without(task: Task, rows: tuple[tuple[int, int], ...], why: str) -> Task:
-    """Return a task in which some rows are given up."""
-    names = {name: why for row, name in zip(task.shard.rows, task.shard.names) if (row.number, row.copy) in set(rows)}
-    return replace(task, given_up={**task.given_up, **names})

@@ -22,7 +22,7 @@ SEPARATORS = (",", ";", "\t")  # of CSV; where the header has as many of two, it
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 MAX_LINE = 2**25  # characters
 ROWS_AT_ONCE = 8192  # of a parquet file
-SCAN = json.JSONDecoder().scan_once
+SCAN = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # as json.scanner has it
 
 Cells = dict[str, Any]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from typing import Any
@@ -21,7 +22,12 @@ from latentdiff.scale.plan import Task
 from latentdiff.scale.rows import Row
 from latentdiff.scale.store import Store
 
-__all__ = ["Crew", "work"]
+__all__ = ["Crew", "Deaths", "Rows", "numbers_of", "work"]
+
+MOST_DEATHS = 5  # of processes at one batch, after which its rows are given up
+
+Rows = tuple[tuple[int, int], ...]
+"""Number and copy of some rows."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,29 @@ class Crew:
         return write_shard(self.store, self.format, self.kept, task, artist.draw)
 
 
+class Deaths:
+    """Of processes, by the batch that they died of."""
+
+    def __init__(self) -> None:
+        self._count = Counter[tuple[int, Rows]]()
+
+    def note(self, task: Task, rows: Rows, how: str) -> Task:
+        """Return a task to be drawn again: as it is, or with rows given up that too many processes died of.
+
+        Args:
+            task: that a process had in hand when it died.
+            rows: of the batch that it had begun last; may be empty.
+            how: it died.
+        """
+        self._count[task.shard.number, rows] += 1
+        if not rows or self._count[task.shard.number, rows] < MOST_DEATHS:
+            return task
+        why, given_up = f"{MOST_DEATHS} processes died while they drew it ({how})", set(rows)
+        pairs = zip(task.shard.rows, task.shard.names)
+        names = {name: why for row, name in pairs if (row.number, row.copy) in given_up}
+        return replace(task, given_up={**task.given_up, **names})
+
+
 def work(connection: Connection, crew: Crew) -> None:
     """Draw what the driver sends, until it sends None.
 
@@ -66,7 +95,7 @@ def work(connection: Connection, crew: Crew) -> None:
     threading.Thread(target=_end_with_driver, name="latentdiff-driver", daemon=True).start()
 
     def began(rows: Sequence[Row]) -> None:
-        connection.send(("began", [(row.number, row.copy) for row in rows]))
+        connection.send(("began", numbers_of(rows)))
 
     try:
         artist = crew.artist(began)
@@ -78,6 +107,11 @@ def work(connection: Connection, crew: Crew) -> None:
         connection.send(("error", error))
     except (EOFError, BrokenPipeError):  # the driver is gone
         return
+
+
+def numbers_of(rows: Sequence[Row]) -> Rows:
+    """Return what tells rows of a table apart."""
+    return tuple((row.number, row.copy) for row in rows)
 
 
 def _end_with_driver() -> None:

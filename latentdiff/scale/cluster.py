@@ -1,0 +1,264 @@
+"""Draw on a Ray cluster: a dataset of shards, mapped by actors that hold the model and write each shard themselves.
+
+What goes through Ray are the numbers of shards and what became of them; the rows of a shard come from one actor beside
+the driver, which reads the table as they are asked for, and pictures go from the worker to the store. So memory is
+bounded, and a shard that Ray gives out twice is written twice with the same bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import latentdiff.errors
+from latentdiff.errors import InputError, LatentDiffError, MissingDependencyError, StorageError, printable, shown
+from latentdiff.scale.commit import Report
+from latentdiff.scale.plan import Task
+from latentdiff.scale.rows import Row
+from latentdiff.scale.worker import Crew, Deaths, Rows, numbers_of
+
+__all__ = ["Cluster", "require_ray"]
+
+OLDEST = (2, 40)  # version of Ray
+PATIENCE = 10.0  # seconds in which a cluster answers
+MOST_BLOCKS = 10_000  # of a dataset: what Ray gives out at once, and again where a worker was lost
+
+
+def require_ray() -> None:
+    """Raise MissingDependencyError unless Ray is installed, with what a job needs of it."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"--engine ray needs {error.name or 'ray'}, got none; install it with `pip install 'latentdiff[ray]'`"
+        ) from error
+    if tuple(int(part) for part in ray.__version__.split(".")[:2]) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise MissingDependencyError(
+            f"--engine ray needs ray {oldest} or newer, got {ray.__version__}; install it with "
+            "`pip install -U 'latentdiff[ray]'`"
+        )
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """An engine of `batch.How`.
+
+    Attributes:
+        address: of the cluster; None for the one that RAY_ADDRESS names, or else one that is started here.
+        workers: actors that draw; None for as many as the cluster has room for, growing with it.
+        gpus_per_worker: share of a GPU that each has; None for a whole one where the cluster has any.
+    """
+
+    address: str | None = None
+    workers: int | None = None
+    gpus_per_worker: float | None = None
+
+    def __call__(self, tasks: Callable[[], Iterator[Task]], crew: Crew, count: int) -> Iterator[Report]:
+        """Draw tasks and yield the report of each.
+
+        Args:
+            tasks: all of them, from the first on, each time it is called.
+            crew: what the workers share.
+            count: how many tasks there are.
+
+        Raises:
+            InputError: there is no such cluster, or the model cannot be loaded.
+            StorageError: the store or the cluster fails.
+        """
+        require_ray()
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        with _joined(self.address), _told():
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Source)
+            source = remote.options(scheduling_strategy=here).remote(tasks, os.getcwd())
+            for row in self._reports(source, crew, count):
+                if row["error"]:
+                    raise getattr(latentdiff.errors, row["error"])(row["message"])
+                yield Report(*(int(row[name]) for name in ("number", "drawn", "taken", "failed")))
+
+    def _reports(self, source: Any, crew: Crew, count: int) -> Iterator[dict[str, Any]]:
+        import ray.data
+
+        gpus = self.gpus_per_worker
+        if gpus is None:
+            gpus = 1.0 if ray.cluster_resources().get("GPU") and crew.model.device != "cpu" else 0.0
+        most = count if self.workers is None else min(self.workers, count)
+        pool = ray.data.ActorPoolStrategy(min_size=most if self.workers else 1, max_size=most)
+        numbers = [
+            {"id": number} for number in range(count)
+        ]  # which no task has to read, for which there may be no core
+        shards = ray.data.from_items(numbers, override_num_blocks=min(count, MOST_BLOCKS))
+        drawn = shards.map_batches(
+            Drawer,
+            fn_constructor_kwargs={"crew": crew, "source": source, "folder": os.getcwd()},
+            batch_size=1,
+            compute=pool,
+            num_cpus=1 if gpus else crew.style.threads,
+            num_gpus=gpus or None,
+        )
+        yield from drawn.iter_rows()
+
+
+class Source:
+    """Gives out the tasks of a job by their number; one actor, beside the driver.
+
+    Args:
+        tasks: see `Cluster`.
+        folder: of the driver, which paths are relative to.
+    """
+
+    def __init__(self, tasks: Callable[[], Iterator[Task]], folder: str) -> None:
+        os.chdir(folder)
+        self._make, self._deaths = tasks, Deaths()
+        self._reading, self._next, self._furthest = tasks(), 0, -1
+        self._held = dict[int, Task]()  # given out or passed by, and not done
+        self._began = dict[int, Rows]()
+
+    def get(self, number: int) -> Task | tuple[str, str]:
+        """Return a task; who asks for one again has lost the worker that had it. Or else return an error."""
+        try:
+            task = self._held[number] if number in self._held else self._read(number)
+        except LatentDiffError as error:
+            return type(error).__name__, str(error)
+        if number in self._began:
+            task = self._deaths.note(task, self._began.pop(number), "see Ray's log")
+        self._held[number] = task
+        return task
+
+    def began(self, number: int, rows: Rows) -> None:
+        """Note which batch of a task is being drawn."""
+        self._began[number] = rows
+
+    def done(self, number: int) -> None:
+        """Let go of a task."""
+        self._began.pop(number, None)
+        self._held.pop(number, None)
+
+    def _read(self, number: int) -> Task:
+        if number < self._next:
+            self._reading, self._next = self._make(), 0
+        while True:
+            task, at = next(self._reading), self._next
+            self._next += 1
+            if at == number:
+                self._furthest = max(self._furthest, number)
+                return task
+            if at > self._furthest:
+                self._held[at] = task
+
+
+class Drawer:
+    """Draws the shards of a dataset; an actor that holds the model.
+
+    Args:
+        crew: what all workers share.
+        source: the actor of a `Source`.
+        folder: of the driver, which paths are relative to, where this node has it.
+    """
+
+    def __init__(self, crew: Crew, source: Any, folder: str) -> None:
+        with suppress(OSError):
+            os.chdir(folder)
+        self._crew, self._source, self._number = crew, source, 0
+        self._error: LatentDiffError | None = None
+        try:
+            self._artist = crew.artist(self._begins)
+        except LatentDiffError as error:
+            self._error = error
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Draw one shard and return what became of it, or the error that ends the job."""
+        import ray
+
+        self._number = number = int(batch["id"][0])
+        try:
+            if self._error is not None:
+                raise self._error
+            task = ray.get(self._source.get.remote(number))
+            if isinstance(task, tuple):
+                return _row(error=task[0], message=task[1])
+            report = self._crew.write(task, self._artist)
+        except LatentDiffError as error:
+            return _row(error=type(error).__name__, message=str(error))
+        ray.get(self._source.done.remote(number))
+        return _row(number=report.number, drawn=report.drawn, taken=report.taken, failed=report.failed)
+
+    def _begins(self, rows: Sequence[Row]) -> None:
+        self._source.began.remote(self._number, numbers_of(rows))
+
+
+def _row(**given: Any) -> dict[str, list[Any]]:
+    values = {"number": 0, "drawn": 0, "taken": 0, "failed": 0, "error": "", "message": ""} | given
+    return {name: [value] for name, value in values.items()}
+
+
+@contextmanager
+def _joined(address: str | None) -> Iterator[None]:
+    """Be a driver of a cluster, unless this process is one already; one that is started here ends with it."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what its C++ says of no concern to users
+    address = address or os.environ.get("RAY_ADDRESS")
+    here = address is None
+    if address is not None:
+        _require_answer(address)
+    try:
+        ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            **({"include_dashboard": False} if here else {}),
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"no Ray cluster answers at {address or 'this machine'} ({reason}); start one with `ray start --head`, or "
+            "check --address"
+        ) from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raise InputError where nobody listens at an address, which Ray tries for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdecimal():  # a name, such as auto
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"no Ray cluster answers at {shown(address)} ({error}); start one with `ray start --head`, or check "
+            "--address"
+        ) from error
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Say in one line what a cluster fails of."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as error:
+        raise StorageError(
+            printable(
+                f"the Ray cluster failed ({str(error).strip().splitlines()[-1][:300]}); give the same command again"
+            )
+        ) from error
