@@ -164,6 +164,9 @@ def make_plan(
         wanted.add(shard.name)
         digests.append(np.array([int(name[:16], 16) for name in shard.names], dtype=np.uint64))
         there = shard.name in done and path(shard.name).rpartition("/")[2] in files
+        if shard.name in done and not there and shard.name in failures:
+            manifest = read_manifest(store, shard.name)  # perhaps none of its rows could be drawn, so it has no files
+            there = manifest is not None and not manifest.data
         if there and not (shard.name in damaged or (retry_failed and shard.name in failures)):
             failed += count_failures(store, shard.name) if shard.name in failures else 0
             continue
@@ -187,8 +190,9 @@ def origins(store: Store, plan: Plan) -> dict[str, Origin]:
         StorageError: the store fails.
     """
     found = dict[str, Origin]()
-    for place in (f"{EARLIER}/", ""):
-        files = store.list(f"{place}{SHARDS}")
+    prefixes = (f"{EARLIER}/", "")
+    homes = {file: prefix for prefix in prefixes for file in store.list(f"{prefix}{SHARDS}")}
+    for place in prefixes:
         for shard in sorted(shards_in(store, f"{place}{MANIFESTS}")):
             if not place and shard in plan.wanted and shard not in plan.again:
                 continue
@@ -196,11 +200,10 @@ def origins(store: Store, plan: Plan) -> dict[str, Origin]:
             if manifest is None or manifest.format not in FORMATS:
                 continue
             path = FORMATS[manifest.format].path(shard)
-            if path.rpartition("/")[2] not in files:
-                continue
-            for entry in manifest.entries:
+            home = homes.get(path.rpartition("/")[2])  # not beside its manifest where putting it aside was interrupted
+            for entry in manifest.entries if home is not None else ():
                 if "failed" not in entry:
-                    found[entry["name"]] = Origin(f"{place}{path}", manifest.format, entry["key"], entry["sha256"])
+                    found[entry["name"]] = Origin(f"{home}{path}", manifest.format, entry["key"], entry["sha256"])
     return found
 
 

@@ -181,9 +181,8 @@ def compare(whole: Path, broken: Path, rows: int, figures: Figures) -> None:
     for shard in sorted(shards_in(store)):
         manifest = read_manifest(store, shard)
         found += [] if manifest is None else [entry["row"] for entry in manifest.entries]
-    figures.rows_not_once += (
-        sum(found.count(row) != 1 for row in range(1, rows + 1)) if found != [*range(1, rows + 1)] else 0
-    )
+    if found != [*range(1, rows + 1)]:
+        figures.rows_not_once += max(1, sum(found.count(row) != 1 for row in range(1, rows + 1)))
 
 
 def children_of(process: int) -> list[int]:

@@ -12,6 +12,7 @@ from latentdiff.errors import InputError, StorageError
 from latentdiff.pipeline import Pipeline
 from latentdiff.scale import batch
 from latentdiff.scale.batch import How, run_batch
+from latentdiff.scale.formats import FORMATS
 from latentdiff.scale.job import Job
 from latentdiff.scale.model import Model
 from latentdiff.scale.store import RemoteStore, open_store
@@ -163,6 +164,15 @@ def test_failures_stop_a_run_over_the_limit_and_are_tried_again_when_asked(
     assert run_here(table, tmp_path / "out", retry_failed=True).failed == 4
     assert contents(tmp_path / "out") == undisturbed
     assert run_here(table, tmp_path / "out").failed == 4
+
+
+@pytest.mark.parametrize("form", list(FORMATS))
+def test_a_shard_of_which_all_rows_failed_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    drawn = use_scribe(monkeypatch)
+    table = write_table(tmp_path / "rows.jsonl", [*[{"prompt": "bad", "seed": n} for n in range(2)], *ROWS])
+    for _ in range(2):
+        assert run_here(table, tmp_path / "out", small_job(format=form)).failed == 2
+    assert len(drawn) == 8
 
 
 def test_failed_rows_that_can_be_drawn_now_join_those_of_their_shard(

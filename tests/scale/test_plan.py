@@ -83,6 +83,16 @@ def test_a_row_that_is_put_first_moves_pictures_and_draws_none_of_them(tmp_path:
     assert [name in origins(store, plan) for name in names] == [False] + [True] * 7
 
 
+def test_pictures_are_found_where_putting_them_aside_was_interrupted(tmp_path: Path, store: LocalStore) -> None:
+    table = open_table(write_table(tmp_path / "rows.jsonl", ROWS[:3]))
+    write_all(table, store)
+    (name,) = store.list("shards")
+    store.move(f"shards/{name}", f"earlier/shards/{name}")
+    write_table(tmp_path / "rows.jsonl", [{"prompt": "first"}, *ROWS[:2]])
+    found = origins(store, plan_of(table, store))
+    assert {origin.path for origin in found.values()} == {f"earlier/shards/{name}"} and len(found) == 3
+
+
 def test_what_is_kept_beside_pictures_counts_for_the_shard(tmp_path: Path, store: LocalStore) -> None:
     table = open_table(write_table(tmp_path / "rows.jsonl", [{"prompt": "a", "id": 1}]))
     write_all(table, store)
