@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from latentdiff import __version__
 from latentdiff.commands import (
+    bench,
     convert,
     data,
     distill,
@@ -58,6 +59,7 @@ COMMANDS: dict[str, ModuleType] = {
     "speedrun": speedrun,
     "data": data,
     "evaluate": evaluate,
+    "bench": bench,
     "serve": serve,
     "ui": ui,
 }

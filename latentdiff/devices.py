@@ -23,6 +23,7 @@ __all__ = [
     "memory_of",
     "number_of_gpu",
     "peak_memory",
+    "peak_of_process",
     "release_freed_memory",
     "resolve_device",
     "resolve_dtype",
@@ -131,10 +132,11 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here on
     yield found
-    found.append(_peak_of_process())
+    found.append(peak_of_process())
 
 
-def _peak_of_process() -> int:
+def peak_of_process() -> int:
+    """Return the most bytes that this process has held, 0 where the system does not say."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
