@@ -18,6 +18,7 @@ __all__ = [
     "Pace",
     "copies_unwaited",
     "device_name",
+    "fast_dtypes",
     "gpu_of_process",
     "machine_memory",
     "memory_of",
@@ -172,6 +173,12 @@ def supports_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def fast_dtypes(device: torch.device) -> tuple[str, ...]:
+    """Return the names of what a device computes in by itself, float32 first."""
+    half = ("float16",) if device.type == "cuda" else ()
+    return ("float32", *(("bfloat16",) if supports_bfloat16(device) else ()), *half)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentdiff.devices import device_name, resolve_device, supports_bfloat16
+from latentdiff.devices import device_name, fast_dtypes, resolve_device
 from latentdiff.engine.execution import Execution, settle
 from latentdiff.engine.openvino_engine import installed
 from latentdiff.errors import InputError
@@ -95,9 +95,7 @@ def candidates(
     place = resolve_device(device)
     if not engines:
         engines = ("eager", *(("openvino",) if place.type == "cpu" and installed() else ()))
-    if not dtypes:
-        half = ("float16",) if place.type == "cuda" else ()
-        dtypes = ("float32", *(("bfloat16",) if supports_bfloat16(place) else ()), *half)
+    dtypes = dtypes or fast_dtypes(place)
     yield settle(place, "float32", "eager")
     for engine in engines:
         for dtype in dtypes:

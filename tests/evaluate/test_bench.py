@@ -31,7 +31,7 @@ def test_the_first_is_eager_in_float32_and_others_are_refused_in_words(monkeypat
     assert [(one.engine.name, one.dtype) for one in found] == [("eager", torch.float32), ("eager", torch.bfloat16)]
     assert len(refused) == 1 and refused[0].startswith("none in bfloat16: engine 'none' is unknown")
     monkeypatch.setattr(bench, "installed", lambda: False)
-    monkeypatch.setattr(bench, "supports_bfloat16", lambda device: False)
+    monkeypatch.setattr("latentdiff.devices.supports_bfloat16", lambda device: False)
     assert [one.dtype for one in candidates("cpu", [], [], refused)] == [torch.float32]
 
 
