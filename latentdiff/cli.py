@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from latentdiff import __version__
 from latentdiff.commands import (
     batch,
+    bench,
     convert,
     data,
     distill,
@@ -60,6 +61,7 @@ COMMANDS: dict[str, ModuleType] = {
     "speedrun": speedrun,
     "data": data,
     "evaluate": evaluate,
+    "bench": bench,
     "serve": serve,
     "ui": ui,
 }

@@ -18,11 +18,13 @@ __all__ = [
     "Pace",
     "copies_unwaited",
     "device_name",
+    "fast_dtypes",
     "gpu_of_process",
     "machine_memory",
     "memory_of",
     "number_of_gpu",
     "peak_memory",
+    "peak_of_process",
     "release_freed_memory",
     "resolve_device",
     "resolve_dtype",
@@ -131,10 +133,11 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here on
     yield found
-    found.append(_peak_of_process())
+    found.append(peak_of_process())
 
 
-def _peak_of_process() -> int:
+def peak_of_process() -> int:
+    """Return the most bytes that this process has held, 0 where the system does not say."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
@@ -170,6 +173,12 @@ def supports_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def fast_dtypes(device: torch.device) -> tuple[str, ...]:
+    """Return the names of what a device computes in by itself, float32 first."""
+    half = ("float16",) if device.type == "cuda" else ()
+    return ("float32", *(("bfloat16",) if supports_bfloat16(device) else ()), *half)
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Execution of networks, applied from outside: offload, attention, tiled decoding, tiled denoising."""
+"""Execution of networks, applied from outside: engines, offload, attention, tiled decoding, tiled denoising."""

@@ -33,6 +33,7 @@ COMMANDS = {
     "speedrun": ["PLACE", "PLACE --out run", "none --out PLACE", "emoji --out PLACE"],
     "data": ["digits PLACE", "emoji PLACE"],
     "evaluate": ["PLACE --data none", "MODEL --data PLACE"],
+    "bench": ["--model PLACE"],
     "ui": ["--port 0 --model PLACE"],
     "serve": ["--model PLACE", "--token-file PLACE", "--model MODEL --token of-sixteen-and-more --host PLACE"],
 }

@@ -17,6 +17,7 @@ from latentdiff import Pipeline
 from latentdiff.checkpoints.lora import save_lora
 from latentdiff.engine import openvino_engine
 from latentdiff.engine.conversions import CACHE, CONTENTS, Damaged, cache_folder, load, network_key, store
+from latentdiff.engine.graphs import exported
 from latentdiff.engine.openvino_engine import GRAPH, OpenVINO
 from latentdiff.errors import StorageError
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
@@ -70,12 +71,16 @@ def test_noise_is_found_by_the_same_engine(pipe: Pipeline, fast: Pipeline) -> No
 
 
 @pytest.fixture
-def copied(converted: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def copied(pipe: Pipeline, converted: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A copy of the conversions, in use; what is converted anew is read from the first, since that takes long."""
     engine = OpenVINO(torch.float32)
-    core = engine.core
-    graphs = {len(core.read_model(place).inputs): place for place in (converted / "openvino").glob(f"*/{GRAPH}")}
-    monkeypatch.setattr(openvino_engine, "convert", lambda traced: core.read_model(graphs[len(traced.inputs)]))
+    networks = {1: pipe.components.autoencoder, len(exported(pipe.unet).inputs): pipe.unet}  # by their inputs
+    version = str(engine.openvino.__version__)
+    graphs = {
+        count: converted / "openvino" / network_key(network, "openvino", version) / GRAPH
+        for count, network in networks.items()
+    }
+    monkeypatch.setattr(openvino_engine, "convert", lambda traced: engine.core.read_model(graphs[len(traced.inputs)]))
     monkeypatch.setenv(CACHE, str(tmp_path / "own"))
     return tmp_path / "own"
 

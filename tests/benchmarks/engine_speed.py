@@ -1,0 +1,171 @@
+"""A call of the embedded U-Net by diffusers, by ours, by candidates for ours and by OpenVINO, in turns on one input.
+
+Each is timed by the clock and by the processor; with one thread the second is right on a busy machine too. The limit of
+the machine stands beside: GFLOP/s of a matrix product and of a 3x3 convolution.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/engine_speed.py
+    python tests/benchmarks/engine_speed.py --batch 8 --rounds 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from latentdiff import Pipeline
+from latentdiff.devices import device_name
+from latentdiff.engine.execution import find_engine
+from latentdiff.engine.openvino_engine import computes_in, installed
+from latentdiff.models.layers import Upsample2D
+from latentdiff.models.unet import UNet2DConditionModel
+
+CPU = torch.device("cpu")
+
+
+class SubPixelUpsample(nn.Module):
+    """`Upsample2D` as one 2x2 convolution of the small map with four times the channels, one for each phase.
+
+    Kernel taps that fall on the same pixel of the small map are summed once.
+    """
+
+    def __init__(self, plain: Upsample2D) -> None:
+        super().__init__()
+        weight, bias = plain.conv.weight, plain.conv.bias
+        assert bias is not None
+        pairs = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # (phase, tap of 2, tap of 3)
+        phases = torch.einsum("yak,xbl,oikl->yxoiab", pairs, pairs, weight)  # (2, 2, C, C, 2, 2)
+        self.weight = nn.Parameter(phases.flatten(0, 2).contiguous(memory_format=torch.channels_last), False)
+        self.bias = nn.Parameter(bias.repeat(4), False)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Return (B, C, 2H, 2W) for x (B, C, H, W); odd sides cut off the last row or column."""
+        height, width = x.shape[2:]
+        out = F.conv2d(x, self.weight, self.bias, padding=1)  # (B, 4C, H+1, W+1)
+        out = out.unflatten(1, (2, 2, -1))
+        rows = []
+        for y in range(2):
+            columns = [out[:, y, i, :, y : y + height, i : i + width] for i in range(2)]
+            rows.append(torch.stack(columns, dim=-1).flatten(-2))  # (B, C, H, 2W)
+        joined = torch.stack(rows, dim=-2).flatten(2, 3)  # (B, C, 2H, 2W)
+        return joined if size is None else joined[:, :, : size[0], : size[1]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=2, help="rows, two for each guided picture")
+    parser.add_argument("--size", type=int, default=16, help="side of the latents")
+    parser.add_argument("--rounds", type=int, default=25)
+    options = parser.parse_args()
+    runs = candidates(options.batch, options.size)
+    expected = runs["diffusers"]()
+    figures: dict[str, Any] = {"machine": device_name(CPU), "threads": torch.get_num_threads(), **vars(options)}
+    figures |= {"load": os.getloadavg()[0], "limits_gflops": limits()}
+    print(f"{figures['machine']}, {figures['threads']} threads, load {figures['load']:.1f}; {figures['limits_gflops']}")
+    clock, processor = ({name: list[float]() for name in runs} for _ in range(2))
+    for run in runs.values():
+        run()
+    for _ in range(options.rounds):
+        for name, run in runs.items():
+            started, used = time.perf_counter(), time.process_time()
+            run()
+            clock[name].append(time.perf_counter() - started)
+            processor[name].append(time.process_time() - used)
+    figures["rows"] = {}
+    for name, run in runs.items():
+        seconds, used = statistics.median(clock[name]), statistics.median(processor[name])
+        first = {"clock": statistics.median(clock["diffusers"]), "processor": statistics.median(processor["diffusers"])}
+        apart = ((run() - expected).abs().max() / expected.abs().max()).item()
+        row = {"ms": seconds * 1e3, "min_ms": min(clock[name]) * 1e3, "max_ms": max(clock[name]) * 1e3}
+        row |= {"cpu_ms": used * 1e3, "faster": first["clock"] / seconds, "faster_cpu": first["processor"] / used}
+        figures["rows"][name] = {**row, "difference": apart}
+        print(
+            f"{name:<26} {row['ms']:7.1f} ms ({row['min_ms']:.1f} to {row['max_ms']:.1f}) {row['faster']:5.2f}x   "
+            f"processor {row['cpu_ms']:7.1f} ms {row['faster_cpu']:5.2f}x   differs by {apart:.0e}"
+        )
+    print(json.dumps(figures))
+
+
+@torch.no_grad()
+def candidates(batch: int, size: int) -> dict[str, Callable[[], Tensor]]:
+    """Return what is timed: name -> a call of the U-Net, at the last of four timesteps."""
+    pipe = Pipeline.from_pretrained(device="cpu")
+    peer = pipe.to_diffusers().unet
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(batch, pipe.unet.config.in_channels, size, size, generator=generator)
+    context = torch.randn(batch, 32, 384, generator=generator)
+    steps, row = torch.tensor([999.0, 700.0, 400.0, 100.0]), torch.full((batch,), 3)
+
+    def prepared(unet: UNet2DConditionModel, engine: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
+        ready = unet.prepare(steps, context.to(dtype)).run_by(find_engine(engine, CPU, dtype).predict(unet))
+        return lambda: ready(sample.to(dtype), row).float()
+
+    last = copy.deepcopy(pipe.unet).to(memory_format=torch.channels_last)
+    ready = last.prepare(steps, context)
+    sub = with_sub_pixels(copy.deepcopy(pipe.unet))
+    half = copy.deepcopy(pipe.unet).bfloat16()
+
+    def diffusers() -> Tensor:
+        with torch.no_grad():
+            return peer(sample, steps[3], context).sample
+
+    runs = {
+        "diffusers": diffusers,
+        "eager": prepared(pipe.unet),
+        "eager, channels last": lambda: ready(sample.contiguous(memory_format=torch.channels_last), row),
+        "eager, sub-pixel": prepared(sub),
+        "eager, bfloat16": prepared(half, dtype=torch.bfloat16),
+    }
+    if installed():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it converts
+            runs["openvino"] = prepared(pipe.unet, "openvino")
+            if computes_in(torch.bfloat16):
+                runs["openvino, bfloat16"] = prepared(half, "openvino", torch.bfloat16)
+    return runs
+
+
+def with_sub_pixels(network: nn.Module) -> Any:
+    """Replace every upsampling of a network, in place."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Upsample2D):
+                setattr(module, name, SubPixelUpsample(child))
+    return network
+
+
+def limits() -> dict[str, float]:
+    """Return the GFLOP/s of this machine in a large matrix product and a large 3x3 convolution, the best of five."""
+    a, x, weight = torch.randn(1024, 1024), torch.randn(1, 256, 64, 64), torch.randn(256, 256, 3, 3)
+    x, weight = (one.contiguous(memory_format=torch.channels_last) for one in (x, weight))
+    work = {
+        "matrix product": (lambda: a @ a, 2 * 1024**3),
+        "convolution": (lambda: F.conv2d(x, weight, padding=1), 2 * 9 * 256 * 256 * 64 * 64),
+    }
+    found = {}
+    for name, (run, operations) in work.items():
+        times = []
+        for _ in range(6):
+            used = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - used)
+        found[name] = round(operations / min(times) / 1e9, 1)
+    return found
+
+
+if __name__ == "__main__":
+    main()
