@@ -67,6 +67,11 @@ def curl() -> str:
     return shutil.which("curl") or leave_out("needs curl")
 
 
+def apart(picture: str, pixels: bytes) -> int:
+    """Return by how many of 255 levels a picture in base 64 differs from pixels at most."""
+    return int(np.abs(np.asarray(opened(picture), int).ravel() - np.frombuffer(pixels, np.uint8)).max())
+
+
 def test_openais_client_for_javascript(server: Running, node: str, sent: Path, expected: bytes, changed: bytes) -> None:
     script = Path(__file__).with_name("openai_client.cjs")
     command = [node, str(script), f"{server.url}/v1", str(sent)]
@@ -74,7 +79,7 @@ def test_openais_client_for_javascript(server: Running, node: str, sent: Path, e
     assert ran.returncode == 0, ran.stderr
     got = json.loads(ran.stdout)
     assert got["names"] == ["tiny"]
-    assert opened(got["generated"]["data"][0]["b64_json"]).tobytes() == expected
+    assert apart(got["generated"]["data"][0]["b64_json"], expected) <= 1  # in calls that it shares with the second
     assert [one["seed"] for one in got["generated"]["data"]] == [5, 6]
     assert opened(got["edited"]["data"][0]["b64_json"]).tobytes() == changed
     *partial, last = got["events"]
@@ -94,9 +99,7 @@ def test_litellm(server: Running, litellm: str, sent: Path, expected: bytes, cha
     got = json.loads(ran.stdout.splitlines()[-1])
     assert [opened(one).tobytes() for one in got["generated"] + got["edited"]] == [expected, changed]
     for together in (got["two"], got["both"]):  # in calls that they may share
-        first, second = (np.asarray(opened(one), int) for one in together)
-        assert np.abs(first.ravel() - np.frombuffer(expected, np.uint8)).max() <= 1
-        assert np.abs(first - second).max() > 1
+        assert apart(together[0], expected) <= 1 < apart(together[1], expected)
     status, message = got["refused"]
     assert status == 400 and "a multiple of 8" in message
 
