@@ -17,6 +17,7 @@ __all__ = [
     "OutOfDeviceMemoryError",
     "Pace",
     "copies_unwaited",
+    "count_gpus",
     "device_name",
     "fast_dtypes",
     "gpu_of_process",
@@ -114,6 +115,11 @@ def number_of_gpu(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     return torch.cuda.current_device() if device.index is None else device.index
+
+
+def count_gpus() -> int:
+    """Return how many GPUs of CUDA are visible."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def gpu_of_process(number: int) -> str | None:

@@ -8,8 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
+from latentdiff.devices import count_gpus
 from latentdiff.errors import InputError, shown
 from latentdiff.generation.request import Settings
 from latentdiff.scale.commit import Report
@@ -189,7 +188,7 @@ def _check_failures(failed: int, limit: int, out: str) -> None:
 def _workers(asked: int | None, crew: Crew) -> int:
     if asked is not None:
         return asked
-    if crew.model.device in (None, "auto", "cuda") and torch.cuda.is_available():
-        return torch.cuda.device_count()
+    if crew.model.device in (None, "auto", "cuda") and (gpus := count_gpus()):
+        return gpus
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // crew.style.threads) if crew.model.device in (None, "auto", "cpu") else 1
