@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentdiff.commands.shared import (
     add_machine,
+    add_marking,
     add_model,
     add_settings,
     add_size,
@@ -74,15 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_size(parser)
     add_settings(parser, *BOTH)
     parser.add_argument("--attention", default="sdpa", help="sdpa (torch's own, default) or xformers (CUDA only)")
-    parser.add_argument(
-        "--no-metadata", dest="metadata", action="store_false", help="write no prompt and no settings into pictures"
-    )
-    parser.add_argument(
-        "--no-mark",
-        dest="mark",
-        action="store_false",
-        help="leave out that a model made the pictures, which law may ask for",
-    )
+    add_marking(parser)
     add_machine(parser)
 
 

@@ -174,8 +174,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_writing(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what pictures carry besides pixels."""
+def add_marking(parser: argparse.ArgumentParser) -> None:
+    """Add the options that leave out what pictures carry besides pixels."""
     parser.add_argument(
         "--no-metadata", dest="metadata", action="store_false", help="write no prompt and no settings into pictures"
     )
@@ -185,6 +185,11 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="leave out that a model made the pictures, which law may ask for",
     )
+
+
+def add_writing(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what pictures carry besides pixels."""
+    add_marking(parser)
     parser.add_argument(
         "--sign",
         nargs=2,
