@@ -54,8 +54,7 @@ async def _mount(app: FastAPI, models: Models, desk: Desk, links: Links) -> None
         title="latentdiff", analytics_enabled=False, fill_width=True, delete_cache=(LOOKED_SECONDS, KEPT_SECONDS)
     )
     with page:
-        parts, studio = lay_out(models, desk.limits), Studio(models, desk, links)
-        connect(page, parts, studio)
+        connect(page, lay_out(models, desk.limits), Studio(models, desk, links))
     page.queue(api_open=False)
     gr.mount_gradio_app(
         app,
