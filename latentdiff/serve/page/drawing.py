@@ -15,7 +15,7 @@ from latentdiff.serve.http.desk import Claim, Desk
 from latentdiff.serve.http.errors import api_error
 from latentdiff.serve.http.links import Links
 from latentdiff.serve.http.models import Models
-from latentdiff.serve.jobs import ServedJob
+from latentdiff.serve.jobs import Event, ServedJob
 from latentdiff.serve.page.asked import page_order
 from latentdiff.serve.page.stage import THUMB, Drawn, Tile, small_picture
 
@@ -94,7 +94,13 @@ class Studio:
         tiles, pictures = [Tile() for _ in range(job.count)], dict[int, tuple[GeneratedImage, str]]()
         started = told = time.monotonic()
         yield News(self._place(job), tiles)
-        async for event in job.stream():
+        untold = False
+        async for event in _with_pauses(job.stream()):
+            if event is None:
+                if untold:  # nothing has come since to tell it with
+                    untold, told = False, time.monotonic()
+                    yield News(self._progress(tiles), tiles)
+                continue
             if event.error is not None:
                 raise event.error
             if event.index is None:
@@ -107,8 +113,9 @@ class Studio:
                 data = await asyncio.to_thread(event.picture.encoded)
                 tile.source, tile.done = self.links.add(data, "png"), True
                 pictures[event.index] = event.picture, tile.source
+            untold = True
             if time.monotonic() - told > PAUSE or event.kind in ("admitted", "picture"):
-                told = time.monotonic()
+                untold, told = False, time.monotonic()
                 yield News(self._progress(tiles), tiles)
         kept = [pictures[index] for index in sorted(pictures)]
         drawn = _drawn(values, [one for one, _ in kept], [link for _, link in kept])
@@ -126,6 +133,26 @@ class Studio:
         if len(tiles) == 1:
             return f"Step {step} of {steps}." if step < steps else "Decoding…"
         return f"{done} of {len(tiles)} pictures are done, {step} of {steps} steps." if steps else "Preparing…"
+
+
+async def _with_pauses(events: AsyncIterator[Event]) -> AsyncIterator[Event | None]:
+    """Yield events, and None whenever none has come for `PAUSE`."""
+    coming: asyncio.Future[Event] | None = None
+    try:
+        while True:
+            coming = coming or asyncio.ensure_future(anext(events))
+            if not (await asyncio.wait({coming}, timeout=PAUSE))[0]:
+                yield None
+                continue
+            try:
+                event = coming.result()
+            except StopAsyncIteration:
+                return
+            coming = None
+            yield event
+    finally:
+        if coming is not None:
+            coming.cancel()
 
 
 def _drawn(values: Mapping[str, Any], pictures: list[GeneratedImage], links: list[str]) -> Drawn:
