@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from starlette.requests import Request
 
@@ -58,6 +59,17 @@ class Studio:
         """Cancel what is being drawn for a page, by its name."""
         if page in self._leaving:
             self._leaving[page].set()
+
+    def picture(self, link: str) -> bytes:
+        """Return the bytes of a picture that was drawn.
+
+        Raises:
+            ApiError: it is kept no longer.
+        """
+        address = urlsplit(link)
+        query = parse_qs(address.query)
+        kept = self.links.find(address.path.rpartition("/")[2], query["expires"][0], query["signature"][0])
+        return kept.data
 
     async def draw(self, values: Mapping[str, Any], page: str, client: str) -> AsyncIterator[News]:
         """Yield what happens to a request, at last its pictures or why there are none.

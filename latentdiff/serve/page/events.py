@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import gradio as gr
 
@@ -150,7 +149,7 @@ class Events:
         if name is None:
             return told
         try:
-            data = self._picture(drawn.links[desktop.chosen])
+            data = self.studio.picture(drawn.links[desktop.chosen])
             if what == "inpaint":
                 data, desktop.times = enlarged(data, self.studio.desk.limits)
         except (ApiError, LatentDiffError) as error:
@@ -176,12 +175,6 @@ class Events:
             return {self.desktop: desktop, self.parts.status: said(str(api_error(error)), True)}
         told: Updates = {self.desktop: desktop}
         return told | {editor: _unpainted(store(data, editor))} if desktop.times > 1 else told
-
-    def _picture(self, link: str) -> bytes:
-        address = urlsplit(link)
-        query = parse_qs(address.query)
-        kept = self.studio.links.find(address.path.rpartition("/")[2], query["expires"][0], query["signature"][0])
-        return kept.data
 
     def read(self, file: Any) -> Updates:
         """Put the settings of a dropped picture into the controls."""

@@ -24,6 +24,7 @@ from latentdiff.serve.page.drawing import Studio
 from latentdiff.serve.page.events import connect
 from latentdiff.serve.page.files import Page
 from latentdiff.serve.page.layout import lay_out
+from latentdiff.serve.page.program import offer
 
 __all__ = ["mount_page"]
 
@@ -54,7 +55,9 @@ async def _mount(app: FastAPI, models: Models, desk: Desk, links: Links) -> None
         title="latentdiff", analytics_enabled=False, fill_width=True, delete_cache=(LOOKED_SECONDS, KEPT_SECONDS)
     )
     with page:
-        connect(page, lay_out(models, desk.limits), Studio(models, desk, links))
+        parts, studio = lay_out(models, desk.limits), Studio(models, desk, links)
+        offer(studio, parts.dropped)  # first, since it has the name that it asks for then
+        connect(page, parts, studio)
     page.queue(api_open=False)
     gr.mount_gradio_app(
         app,
