@@ -10,21 +10,20 @@ from threading import RLock
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from latentdiff.engine.engines import Decode, Engine, Kept
-from latentdiff.engine.graphs import DecoderGraph, UNetGraph, flat_texts
+from latentdiff.engine.engines import GraphEngine
+from latentdiff.engine.graphs import DecoderGraph, UNetGraph
 from latentdiff.errors import MissingDependencyError
 from latentdiff.models.autoencoder import AutoencoderKL
-from latentdiff.models.pixels import PixelSpace
-from latentdiff.models.unet import Predict, Texts, UNet2DConditionModel
+from latentdiff.models.unet import UNet2DConditionModel
 
 __all__ = ["Compiled"]
 
 SHAPES = 64  # that a network is translated for; torch's own limit is lower, and beyond it nothing is translated
 
 
-class Compiled(Engine):
+class Compiled(GraphEngine):
     """torch.compile, with a translation of its own for each shape.
 
     One for all shapes would be made when a second one comes, and a picture would depend on those that were drawn
@@ -37,6 +36,7 @@ class Compiled(Engine):
     name = "compile"
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         compiler = os.environ.get("CXX", "")
         if device.type == "cpu" and not any(shutil.which(name) for name in (compiler, "g++", "clang++", "cl") if name):
             raise MissingDependencyError(
@@ -44,29 +44,11 @@ class Compiled(Engine):
             )
         # Weights that are part of the translation can be laid out for it.
         self._options: dict[str, Any] = {"freezing": True} if device.type == "cpu" else {}
-        self._kept = Kept[Any]()
         self._lock = RLock()
 
-    def predict(self, unet: UNet2DConditionModel) -> Predict:
-        def make() -> Predict:
-            run = self._compiled(UNetGraph(unet).eval())
-
-            def predict(sample: Tensor, shifts: Tensor, texts: Texts, mask: Tensor | None = None) -> Tensor:
-                if mask is not None:  # which no pipeline passes
-                    return unet.predict(sample, shifts, texts, mask)
-                return run(sample, shifts, *(tensor.contiguous() for tensor in flat_texts(texts)))
-
-            return predict
-
-        return self._kept.get(unet, make)
-
-    def decode(self, autoencoder: AutoencoderKL | PixelSpace) -> Decode:
-        if isinstance(autoencoder, PixelSpace):
-            return autoencoder.decode
-        return self._kept.get(autoencoder, lambda: self._compiled(DecoderGraph(autoencoder).eval()))
-
-    def _compiled(self, network: nn.Module) -> Callable[..., Tensor]:
-        translated = torch.compile(network, dynamic=False, options=self._options)
+    def _runner(self, network: UNet2DConditionModel | AutoencoderKL) -> Callable[..., Tensor]:
+        graph = DecoderGraph(network) if isinstance(network, AutoencoderKL) else UNetGraph(network)
+        translated = torch.compile(graph.eval(), dynamic=False, options=self._options)
         shapes = set[tuple[Any, ...]]()
 
         @torch.no_grad()

@@ -14,11 +14,12 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from latentdiff.engine.graphs import flat_texts
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.pixels import PixelSpace
-from latentdiff.models.unet import Predict, UNet2DConditionModel
+from latentdiff.models.unet import Predict, Texts, UNet2DConditionModel
 
-__all__ = ["Decode", "Eager", "Engine", "Kept"]
+__all__ = ["Decode", "Eager", "Engine", "GraphEngine", "Kept"]
 
 # unscaled latents (B, C, h, w) -> images (B, 3, H, W), about [-1, 1] but not clipped
 Decode = Callable[[Tensor], Tensor]
@@ -31,11 +32,9 @@ class Engine(ABC):
 
     Attributes:
         name: key of `latentdiff.engine.execution.ENGINES`.
-        quantization: "int8", or None for weights and activations as they are.
     """
 
     name: str
-    quantization: str | None = None
 
     def record(self) -> dict[str, Any]:
         """Return what a picture records of the engine, JSON-ready."""
@@ -79,3 +78,32 @@ class Kept(Generic[T]):
                     self._made.popitem(last=False)
             self._made.move_to_end(id(network))
             return found[1]
+
+
+class GraphEngine(Engine):
+    """Runs what it makes of a network's graph, once for each network."""
+
+    def __init__(self) -> None:
+        self._kept = Kept[Any]()
+
+    @abstractmethod
+    def _runner(self, network: UNet2DConditionModel | AutoencoderKL) -> Callable[..., Tensor]:
+        """Return what takes the inputs of `UNetGraph` or `DecoderGraph` and computes the same."""
+
+    def predict(self, unet: UNet2DConditionModel) -> Predict:
+        def make() -> Predict:
+            run = self._runner(unet)
+
+            def predict(sample: Tensor, shifts: Tensor, texts: Texts, mask: Tensor | None = None) -> Tensor:
+                if mask is not None:  # which no pipeline passes
+                    return unet.predict(sample, shifts, texts, mask)
+                return run(sample, shifts, *flat_texts(texts))
+
+            return predict
+
+        return self._kept.get(unet, make)
+
+    def decode(self, autoencoder: AutoencoderKL | PixelSpace) -> Decode:
+        if isinstance(autoencoder, PixelSpace):
+            return autoencoder.decode
+        return self._kept.get(autoencoder, lambda: self._runner(autoencoder))

@@ -6,7 +6,6 @@ any batch and size. Each is run after it is written, and compared with the netwo
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.engine import openvino_engine
-from latentdiff.engine.graphs import HEIGHT, MAP, ROWS, WIDTH, DecoderGraph
+from latentdiff.engine.graphs import HEIGHT, MAP, ROWS, WIDTH, DecoderGraph, in_float32
 from latentdiff.errors import MissingDependencyError
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.encoding import TokenEncoder
@@ -79,13 +78,13 @@ def unet_graph(unet: UNet2DConditionModel) -> Graph:
     if config.time_cond_proj_dim is not None:
         inputs["timestep_cond"] = torch.randn(ROWS, config.time_cond_proj_dim)
     dynamic |= {name: rows for name in inputs if name not in dynamic}
-    return Graph(_WholeUNet(_in_float32(unet), tuple(inputs)[3:]).eval(), inputs, dynamic, ("out_sample",))
+    return Graph(_WholeUNet(in_float32(unet), tuple(inputs)[3:]).eval(), inputs, dynamic, ("out_sample",))
 
 
 def decoder_graph(autoencoder: AutoencoderKL) -> Graph:
     """Return an autoencoder's decoder as a graph of unscaled latents."""
     latents = torch.randn(ROWS, autoencoder.config.latent_channels, HEIGHT, WIDTH)
-    return Graph(DecoderGraph(_in_float32(autoencoder)).eval(), {"latent_sample": latents}, {"latent_sample": MAP})
+    return Graph(DecoderGraph(in_float32(autoencoder)).eval(), {"latent_sample": latents}, {"latent_sample": MAP})
 
 
 def text_graph(encoder: TokenEncoder, window: int, end_token_id: int | None, *, penultimate: bool) -> Graph:
@@ -101,7 +100,7 @@ def text_graph(encoder: TokenEncoder, window: int, end_token_id: int | None, *, 
     inputs = {"input_ids": ids}
     if encoder.config.use_attention_mask:
         inputs["attention_mask"] = (torch.arange(window)[None] < torch.tensor([[window], [2]])).long()
-    network = _Text(_in_float32(encoder), end_token_id, penultimate).eval()
+    network = _Text(in_float32(encoder), end_token_id, penultimate).eval()
     with torch.no_grad():
         outputs = ("last_hidden_state", "pooled")[: len(network(*inputs.values()))]
     return Graph(network, inputs, {name: {0: "batch"} for name in inputs}, outputs)
@@ -195,7 +194,3 @@ class _Text(nn.Module):
         encoded = self.encoder(input_ids, attention_mask, **self.options)
         states = encoded.hidden_states[-2] if self.penultimate else encoded.last_hidden_state
         return (states, encoded.pooled) if self.penultimate and encoded.pooled is not None else (states,)
-
-
-def _in_float32(network: Any) -> Any:
-    return network if next(network.parameters()).dtype == torch.float32 else copy.deepcopy(network).float()

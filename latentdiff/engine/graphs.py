@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.unet import Texts, UNet2DConditionModel
 
-__all__ = ["DecoderGraph", "Traced", "UNetGraph", "exported", "flat_texts"]
+__all__ = ["DecoderGraph", "Traced", "UNetGraph", "exported", "flat_texts", "in_float32"]
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
@@ -85,7 +85,7 @@ def exported(network: UNet2DConditionModel | AutoencoderKL) -> Traced:
 
     Its weights are shared, but for a copy where they are not in float32.
     """
-    network = network if next(network.parameters()).dtype == torch.float32 else _in_float32(network)
+    network = in_float32(network)
     if isinstance(network, AutoencoderKL):
         latents = torch.randn(ROWS, network.config.latent_channels, HEIGHT, WIDTH)
         return Traced(DecoderGraph(network).eval(), (latents,), ("latents",), (MAP,))
@@ -101,5 +101,6 @@ def exported(network: UNet2DConditionModel | AutoencoderKL) -> Traced:
     return Traced(UNetGraph(network).eval(), inputs, ("sample", "shifts", *names), tuple(axes))
 
 
-def _in_float32(network: NetworkT) -> NetworkT:
-    return copy.deepcopy(network).float()
+def in_float32(network: NetworkT) -> NetworkT:
+    """Return a network in float32, itself where it is."""
+    return network if next(network.parameters()).dtype == torch.float32 else copy.deepcopy(network).float()

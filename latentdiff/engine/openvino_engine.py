@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.engine import conversions
-from latentdiff.engine.engines import Decode, Engine, Kept
-from latentdiff.engine.graphs import Traced, exported, flat_texts
+from latentdiff.engine.engines import GraphEngine
+from latentdiff.engine.graphs import Traced, exported
 from latentdiff.errors import InputError, MissingDependencyError, StorageError
 from latentdiff.models.autoencoder import AutoencoderKL
-from latentdiff.models.pixels import PixelSpace
-from latentdiff.models.unet import Predict, Texts, UNet2DConditionModel
+from latentdiff.models.unet import UNet2DConditionModel
 
 __all__ = ["OpenVINO", "computes_in", "convert", "converted", "installed", "load_openvino", "write"]
 
@@ -61,7 +60,7 @@ def computes_in(dtype: torch.dtype) -> bool:
     return "BF16" in load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-class OpenVINO(Engine):
+class OpenVINO(GraphEngine):
     """OpenVINO on the CPU.
 
     Args:
@@ -75,6 +74,7 @@ class OpenVINO(Engine):
     name = "openvino"
 
     def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
         self.openvino = load_openvino()
         self.version = str(self.openvino.__version__).partition("-")[0]
         self.core = self.openvino.Core()
@@ -84,33 +84,14 @@ class OpenVINO(Engine):
         if not computes_in(dtype):
             raise InputError("this processor has no instructions for bfloat16; use float32 with engine 'openvino'")
         self.precision = PRECISIONS[dtype]
-        self._kept = Kept[Any]()
 
     def record(self) -> dict[str, Any]:
         return {"engine": self.name, "openvino": self.version}
 
-    def predict(self, unet: UNet2DConditionModel) -> Predict:
-        def make() -> Predict:
-            run = self._runner(unet, "the U-Net")
+    def _runner(self, network: UNet2DConditionModel | AutoencoderKL) -> _Runner:
+        return _Runner(self._converted(network), self.core, self.precision)
 
-            def predict(sample: Tensor, shifts: Tensor, texts: Texts, mask: Tensor | None = None) -> Tensor:
-                if mask is not None:  # which no pipeline passes
-                    return unet.predict(sample, shifts, texts, mask)
-                return run(sample, shifts, *flat_texts(texts))
-
-            return predict
-
-        return self._kept.get(unet, make)
-
-    def decode(self, autoencoder: AutoencoderKL | PixelSpace) -> Decode:
-        if isinstance(autoencoder, PixelSpace):
-            return autoencoder.decode
-        return self._kept.get(autoencoder, lambda: self._runner(autoencoder, "the decoder"))
-
-    def _runner(self, network: UNet2DConditionModel | AutoencoderKL, what: str) -> _Runner:
-        return _Runner(self._converted(network, what), self.core, self.precision)
-
-    def _converted(self, network: UNet2DConditionModel | AutoencoderKL, what: str) -> Any:
+    def _converted(self, network: UNet2DConditionModel | AutoencoderKL) -> Any:
         """Return the graph of a network, from disk where it is there."""
         key = conversions.network_key(network, "openvino", str(self.openvino.__version__))
         place = conversions.cache_folder() / "openvino" / key
@@ -119,6 +100,7 @@ class OpenVINO(Engine):
                 return self.core.read_model(found / GRAPH)
         except (conversions.Damaged, RuntimeError) as error:
             warnings.warn(f"the conversion in {place} is damaged ({error}); it is made anew", stacklevel=2)
+        what = "the decoder" if isinstance(network, AutoencoderKL) else "the U-Net"
         warnings.warn(f"converting {what} for OpenVINO, once; this takes a while", stacklevel=2)
         graph = convert(exported(network))
         try:
