@@ -5,6 +5,7 @@ A pipe or device is refused before it is opened, as some hang and some never end
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO
 
 from latentdiff.errors import InputError, shown
 
-__all__ = ["is_file", "is_folder", "open_file", "parse_json", "read_file", "require_path", "stamp"]
+__all__ = ["fingerprint", "is_file", "is_folder", "open_file", "parse_json", "read_file", "require_path", "stamp"]
 
 KINDS = {
     stat.S_ISDIR: "a folder",
@@ -84,6 +85,15 @@ def require_path(path: object, what: str) -> Path:
     if b"\0" in given:
         raise InputError(f"{what} must be given by a path without NUL, got {shown(path)}; check it")
     return Path(path)
+
+
+def fingerprint(file: BinaryIO) -> tuple[int, str]:
+    """Return size and SHA-256 of what is left of an open file."""
+    digest, size = hashlib.sha256(), 0
+    while block := file.read(2**20):
+        digest.update(block)
+        size += len(block)
+    return size, digest.hexdigest()
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:

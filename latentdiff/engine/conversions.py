@@ -16,6 +16,7 @@ from torch import nn
 
 from latentdiff import __version__
 from latentdiff.errors import StorageError
+from latentdiff.files import fingerprint
 
 __all__ = ["CACHE", "Damaged", "cache_folder", "load", "network_key", "store"]
 
@@ -98,8 +99,5 @@ def store(place: Path, write: Callable[[Path], None]) -> None:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        return fingerprint(file)[1]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol, cast
 
 from latentdiff.errors import StorageError
+from latentdiff.files import fingerprint
 from latentdiff.scale.store import Store
 
 __all__ = ["FORMATS", "SHARDS", "Format", "Picture", "Sample"]
@@ -250,17 +251,14 @@ def damage(store: Store, path: str, expected: Mapping[str, Any]) -> bool:
     Raises:
         StorageError: the place fails.
     """
-    digest, size = hashlib.sha256(), 0
     try:
         with store.open(path) as file:
-            while block := file.read(2**20):
-                digest.update(block)
-                size += len(block)
+            found = fingerprint(file)
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return True
         raise
-    return (size, digest.hexdigest()) != (expected["bytes"], expected["sha256"])
+    return found != (expected["bytes"], expected["sha256"])
 
 
 def _plain(columns: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from latentdiff.checkpoints.find import find_model
 from latentdiff.checkpoints.generation_config import read_defaults
 from latentdiff.devices import resolve_dtype
 from latentdiff.errors import InputError, shown
-from latentdiff.files import is_file, open_file
+from latentdiff.files import fingerprint, is_file, open_file
 from latentdiff.generation.result import recorded_name
 from latentdiff.pipeline import Pipeline
 
@@ -82,4 +81,4 @@ class Model:
 
 def _hash(file: str) -> str:
     with open_file(file, "embedding") as opened:
-        return hashlib.sha256(opened.read()).hexdigest()
+        return fingerprint(opened)[1]

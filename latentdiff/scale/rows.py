@@ -16,7 +16,7 @@ from json.encoder import encode_basestring_ascii as _quoted
 from typing import Any, NamedTuple
 
 from latentdiff.errors import InputError, shown, suggest
-from latentdiff.files import open_file
+from latentdiff.files import fingerprint, open_file
 from latentdiff.generation.options import options_of
 from latentdiff.generation.request import MAX_IMAGES, MAX_SEED, Settings
 from latentdiff.scale.table import Cells, Table, place_in
@@ -271,7 +271,6 @@ def _file_and_weights(text: str) -> tuple[str, tuple[float, ...]]:
 
 def file_hash(place: str) -> str | None:
     """Return the SHA-256 of a file that a row names; None where it cannot be read, which fails when it is drawn."""
-    digest = hashlib.sha256()
     try:
         if "://" in place:
             import fsspec
@@ -280,11 +279,9 @@ def file_hash(place: str) -> str | None:
         else:
             file = open_file(place)
         with file:
-            while block := file.read(2**20):
-                digest.update(block)
+            return fingerprint(file)[1]
     except Exception:  # each kind of file system fails in ways of its own
         return None
-    return digest.hexdigest()
 
 
 def _rendered(tree: Mapping[str, Any]) -> str:

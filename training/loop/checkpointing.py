@@ -27,7 +27,7 @@ import latentdiff
 from latentdiff.checkpoints.folder import is_plain
 from latentdiff.checkpoints.saver import flush_to_disk
 from latentdiff.errors import InputError, StorageError, shown
-from latentdiff.files import open_file, parse_json, read_file
+from latentdiff.files import fingerprint, open_file, parse_json, read_file
 
 MAX_MANIFEST_BYTES = 2**20
 _NAME = re.compile(r"step-(\d{8})$")
@@ -235,11 +235,9 @@ def _fingerprints(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any
 
 def _fingerprint(file: Path) -> dict[str, Any]:
     """Return size and digest of a file."""
-    digest = hashlib.sha256()
     with open_file(file) as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+        size, digest = fingerprint(stream)
+    return {"bytes": size, "sha256": digest}
 
 
 def _sha256(content: bytes) -> str:
