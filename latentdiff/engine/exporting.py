@@ -135,7 +135,7 @@ def _to_openvino(graph: Graph, folder: Path) -> Sequence[np.ndarray]:
         port.get_tensor().set_names({name})
     path = folder / "openvino_model.xml"
     openvino_engine.write(converted, path)
-    core = openvino_engine.load_openvino().Core()
+    core = openvino_engine.core()
     ready = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     results = ready([tensor.numpy() for tensor in graph.inputs.values()])
     return [results[number] for number in range(len(graph.outputs))]

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from threading import RLock
@@ -22,7 +23,7 @@ from latentdiff.errors import InputError, MissingDependencyError, StorageError
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.unet import UNet2DConditionModel
 
-__all__ = ["OpenVINO", "computes_in", "convert", "converted", "installed", "load_openvino", "write"]
+__all__ = ["OpenVINO", "computes_in", "convert", "converted", "core", "installed", "load_openvino", "write"]
 
 INSTALL = 'pip install "latentdiff[openvino]"'
 SHAPES = 8  # that a network is laid out for at a time, each with its weights
@@ -53,11 +54,24 @@ def load_openvino() -> Any:
     return openvino
 
 
+@cache
+def core() -> Any:
+    """Return what loads and compiles graphs, one for the process and as long as it lives.
+
+    Each `openvino.Core` gives the thread that uses it first a stack of its own for signals. Of two, the one that goes
+    first takes its stack along and the other leaves the thread with that, so that the next signal ends the process.
+
+    Raises:
+        MissingDependencyError: see `load_openvino`.
+    """
+    return load_openvino().Core()
+
+
 def computes_in(dtype: torch.dtype) -> bool:
     """Say whether OpenVINO, which must be installed, computes in a dtype on this processor."""
     if dtype != torch.bfloat16:
         return dtype in PRECISIONS
-    return "BF16" in load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 class OpenVINO(GraphEngine):
@@ -77,7 +91,6 @@ class OpenVINO(GraphEngine):
         super().__init__()
         self.openvino = load_openvino()
         self.version = str(self.openvino.__version__).partition("-")[0]
-        self.core = self.openvino.Core()
         if dtype not in PRECISIONS:
             kind = str(dtype).removeprefix("torch.")
             raise InputError(f"engine 'openvino' computes in float32 or bfloat16, got {kind}; choose one of these")
@@ -89,7 +102,7 @@ class OpenVINO(GraphEngine):
         return {"engine": self.name, "openvino": self.version}
 
     def _runner(self, network: UNet2DConditionModel | AutoencoderKL) -> _Runner:
-        return _Runner(self._converted(network), self.core, self.precision)
+        return _Runner(self._converted(network), self.precision)
 
     def _converted(self, network: UNet2DConditionModel | AutoencoderKL) -> Any:
         """Return the graph of a network, from disk where it is there."""
@@ -97,7 +110,7 @@ class OpenVINO(GraphEngine):
         place = conversions.cache_folder() / "openvino" / key
         try:
             if (found := conversions.load(place)) is not None:
-                return self.core.read_model(found / GRAPH)
+                return core().read_model(found / GRAPH)
         except (conversions.Damaged, RuntimeError) as error:
             warnings.warn(f"the conversion in {place} is damaged ({error}); it is made anew", stacklevel=2)
         what = "the decoder" if isinstance(network, AutoencoderKL) else "the U-Net"
@@ -143,8 +156,8 @@ def write(graph: Any, path: Path) -> None:
 class _Runner:
     """A converted network, called as the network is."""
 
-    def __init__(self, graph: Any, core: Any, precision: str) -> None:
-        self._graph, self._core, self._precision = graph, core, precision
+    def __init__(self, graph: Any, precision: str) -> None:
+        self._graph, self._precision = graph, precision
         self._requests = OrderedDict[Any, Any]()  # by shapes and threads
         self._lock = RLock()
 
@@ -180,7 +193,7 @@ class _Runner:
                 "INFERENCE_NUM_THREADS": threads,
                 "ENABLE_CPU_PINNING": False,  # other processes may be busy on the cores it would choose
             }
-            self._requests[key] = self._core.compile_model(graph, "CPU", options).create_infer_request()
+            self._requests[key] = core().compile_model(graph, "CPU", options).create_infer_request()
             if len(self._requests) > SHAPES:
                 self._requests.popitem(last=False)
         self._requests.move_to_end(key)

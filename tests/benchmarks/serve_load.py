@@ -194,6 +194,7 @@ def figures_of(
     if told:
         admitted, waited = (told.pop(name) - before[name] for name in ("admissions", "waited"))
         told["admission"] = waited / admitted
+        told["admission_steps"] = told["admission"] / told["step_seconds"]
     return figures | {"megabytes": max(memory), "megabytes_grown": memory[-1] - memory[0]} | told
 
 

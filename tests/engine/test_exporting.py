@@ -12,7 +12,7 @@ import torch
 from latentdiff import Pipeline
 from latentdiff.cli import main
 from latentdiff.engine.exporting import FORMATS, Graph, decoder_graph, text_graph, unet_graph, write_graph
-from latentdiff.engine.openvino_engine import load_openvino
+from latentdiff.engine.openvino_engine import core
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.models.tiny import CLIP, UNETS, randomize, relative_error, unet_inputs
@@ -87,9 +87,8 @@ def test_a_model_is_exported_by_the_command(
         session = onnxruntime.InferenceSession(str(out / "unet/model.onnx"), providers=["CPUExecutionProvider"])
         (drawn,) = session.run(["out_sample"], {name: value.numpy() for name, value in inputs.items()})
     else:
-        openvino = load_openvino()
         exact = {"INFERENCE_PRECISION_HINT": "f32"}  # where a processor has bfloat16, that is the default
-        ready = openvino.Core().compile_model(out / "unet/openvino_model.xml", "CPU", exact)
+        ready = core().compile_model(out / "unet/openvino_model.xml", "CPU", exact)
         drawn = ready({name: value.numpy() for name, value in inputs.items()})["out_sample"]
     assert relative_error(torch.from_numpy(np.array(drawn)), expected) < 1e-4
 

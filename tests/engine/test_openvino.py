@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from latentdiff.checkpoints.lora import save_lora
 from latentdiff.engine import openvino_engine
 from latentdiff.engine.conversions import CACHE, CONTENTS, Damaged, cache_folder, load, network_key, store
 from latentdiff.engine.graphs import exported
-from latentdiff.engine.openvino_engine import GRAPH, OpenVINO
+from latentdiff.engine.openvino_engine import GRAPH, OpenVINO, core
 from latentdiff.errors import StorageError
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.checkpoints.test_lora import lora_of
@@ -80,7 +81,7 @@ def copied(pipe: Pipeline, converted: Path, monkeypatch: pytest.MonkeyPatch, tmp
         count: converted / "openvino" / network_key(network, "openvino", version) / GRAPH
         for count, network in networks.items()
     }
-    monkeypatch.setattr(openvino_engine, "convert", lambda traced: engine.core.read_model(graphs[len(traced.inputs)]))
+    monkeypatch.setattr(openvino_engine, "convert", lambda traced: core().read_model(graphs[len(traced.inputs)]))
     monkeypatch.setenv(CACHE, str(tmp_path / "own"))
     return tmp_path / "own"
 
@@ -191,6 +192,23 @@ def test_nothing_is_reported_to_its_makers() -> None:
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="there are no signals")
+def test_signals_are_heard_when_engines_have_gone() -> None:
+    """Each core of OpenVINO brings a stack for signals, which the next signal may find gone."""
+    pytest.importorskip("openvino")
+    code = (
+        "import os, signal\n"
+        "from latentdiff.engine.openvino_engine import core\n"
+        "signal.signal(signal.SIGUSR1, lambda number, frame: print('heard'))\n"
+        "cores = [core(), core()]\n"
+        "names = [one.get_property('CPU', 'FULL_DEVICE_NAME') for one in cores]\n"
+        "while cores: cores.pop(0)\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "heard\n"), run.stderr
+
+
 @pytest.mark.long
 def test_loras_are_in_the_conversion(pipe: Pipeline, fast: Pipeline, tmp_path: Path) -> None:
     file = tmp_path / "style.safetensors"
@@ -203,7 +221,7 @@ def test_loras_are_in_the_conversion(pipe: Pipeline, fast: Pipeline, tmp_path: P
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["sd2", "xl", "inpainting", "x4-upscaler"])
+@pytest.mark.parametrize("name", ["xl", "x4-upscaler"])  # which have inputs of their own
 @torch.no_grad()
 def test_every_kind_of_network_is_converted(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
