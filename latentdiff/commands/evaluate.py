@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.commands.shared import (
+    add_engine,
     add_lora,
     add_machine,
     add_settings,
@@ -31,11 +32,10 @@ from latentdiff.generation.request import Settings
 from latentdiff.generation.rules import check_inputs
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from latentdiff.evaluate import Figure, Reference, Request
-    from latentdiff.evaluate.processes import Processes
+    from latentdiff.evaluate.processes import Processes, Way
     from latentdiff.pipeline import Pipeline
     from latentdiff.training.data.dataset import CaptionedImages
 
@@ -62,6 +62,7 @@ METRICS = (
 )
 FEATURES = ("image-text", "latents", "efficientnet-lite0", "inception", "dinov2", "clip")
 
+LOADED = ("dtype", "engine")  # what is said where the model is loaded, and not in each call
 
 # Settings that pictures of captions alone have no use for, or that say what the command says by itself.
 LEFT_OUT = (
@@ -102,14 +103,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=V,V,...",
-        help="measure with each of several values of a setting, as in steps=4,8,25, or of dtype; all combinations of "
-        "several",
+        help="measure with each of several values of a setting, as in steps=4,8,25, or of dtype or engine; all "
+        "combinations of several",
     )
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two reports, in place of a model")
     parser.add_argument("--across", metavar="NAMES", help="settings that may differ between the reports of --compare")
     add_size(parser)
     add_settings(parser, *BOTH, leave_out=LEFT_OUT)
     add_lora(parser)
+    add_engine(parser)
     add_machine(parser)
 
 
@@ -118,7 +120,6 @@ def run(options: argparse.Namespace) -> None:
     if options.compare is not None:
         compare_reports(options)
         return
-    from latentdiff.devices import resolve_dtype
     from latentdiff.evaluate.features import check_features
     from latentdiff.evaluate.run import check_metrics
 
@@ -140,32 +141,50 @@ def run(options: argparse.Namespace) -> None:
         return
     from latentdiff.evaluate.processes import joined, own_device
 
-    model, dtype = _Model(options.model, own_device(options.device), loras), resolve_dtype(options.dtype)
+    model = _Model(options.model, own_device(options.device), loras)
+    ways = [_way(options, one) for one in combinations]
     with joined() as processes, warnings_as_lines():
         if processes is not None and processes.number:
             processes.serve(model.load)
             return
         with processes.led() if processes is not None else nullcontext():
             if options.sweep:
-                _sweep(options, request, combinations, model, processes, names)
+                _sweep(options, request, list(zip(combinations, ways)), model, processes, names)
             else:
-                _print(options, *_measured(options, request, model.load(dtype), processes, names))
+                _print(options, *_measured(options, request, model.load(*ways), processes, names))
 
 
 class _Model:
-    """The model in one dtype after another, of which one is held at a time."""
+    """The model, run in one way after another, of which one is held at a time."""
 
     def __init__(self, name: str, device: str | None, loras: Mapping[str, Any]) -> None:
         self.name, self.device, self.loras = name, device, loras
         self.held: Pipeline | None = None
+        self.way: Way | None = None
 
-    def load(self, dtype: torch.dtype) -> Pipeline:
-        """Return the model in a dtype."""
-        if self.held is None or self.held.dtype != dtype:
+    def load(self, way: Way) -> Pipeline:
+        """Return the model, run in a way."""
+        if self.held is None or self.way != way:
             self.held = None  # before the next takes its memory
-            pipe = load(self.name, self.device, dtype)
-            self.held = pipe.with_loras(self.loras) if self.loras else pipe
+            pipe = load(self.name, self.device, way.dtype, engine=way.engine)
+            self.held, self.way = pipe.with_loras(self.loras) if self.loras else pipe, way
         return self.held
+
+
+def _way(options: argparse.Namespace, combination: Mapping[str, Any]) -> Way:
+    """Return how the model is run in a combination of a sweep.
+
+    Raises:
+        InputError, MissingDependencyError: it cannot be, here.
+    """
+    from latentdiff.devices import resolve_dtype
+    from latentdiff.engine.execution import settle
+    from latentdiff.evaluate.processes import Way
+
+    chosen = {name: combination.get(name, getattr(options, name)) for name in LOADED}
+    way = Way(resolve_dtype(chosen["dtype"]), chosen["engine"] or "eager")
+    settle(options.device, way.dtype, way.engine)
+    return way
 
 
 def compare_reports(options: argparse.Namespace) -> None:
@@ -266,19 +285,19 @@ def _print(options: argparse.Namespace, subject: Mapping[str, Any], figures: Seq
 def _combinations(sweeps: Sequence[str]) -> list[dict[str, Any]]:
     """Return all combinations of "steps=4,8" and others.
 
-    Each has generation options by name, and dtype; that of no sweep is empty.
+    Each has generation options by name, and what of `LOADED` is swept; that of no sweep is empty.
     """
     axes: list[list[tuple[str, Any]]] = []
     for text in sweeps:
         flag, equals, values = text.partition("=")
         if not equals or not values:
             raise InputError(f"--sweep must be a setting with values, got {shown(text)}; try steps=4,8,25")
-        others = {"dtype": _dtype}
+        others: Mapping[str, Callable[[str], Any]] = {"dtype": _dtype, "engine": str}
         axis = [read_setting(flag, one, *BOTH, leave_out=LEFT_OUT, others=others) for one in values.split(",")]
         if any(axis[0][0] == other[0][0] for other in axes) or any(axis.count(one) > 1 for one in axis):
             raise InputError(f"--sweep names something twice, got {shown(text)}; leave that out")
         axes.append(axis)
-    axes.sort(key=lambda axis: axis[0][0] != "dtype")  # first, so that the model is loaded once for each
+    axes.sort(key=lambda axis: axis[0][0] not in LOADED)  # first, so that the model is loaded once for each
     return [dict(one) for one in itertools.product(*axes)]
 
 
@@ -290,7 +309,7 @@ def _dtype(text: str) -> str:
 
 def _drawn_with(combination: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a combination is said in each call, and not where the model is loaded."""
-    return {name: value for name, value in combination.items() if name != "dtype"}
+    return {name: value for name, value in combination.items() if name not in LOADED}
 
 
 def _check_tuned(pipe: Pipeline, settings: Mapping[str, Any]) -> None:
@@ -305,25 +324,23 @@ def _check_tuned(pipe: Pipeline, settings: Mapping[str, Any]) -> None:
 def _sweep(
     options: argparse.Namespace,
     request: Request,
-    combinations: Sequence[Mapping[str, Any]],
+    combinations: Sequence[tuple[Mapping[str, Any], Way]],
     model: _Model,
     processes: Processes | None,
     names: Sequence[str],
 ) -> None:
-    from latentdiff.devices import resolve_dtype
     from latentdiff.evaluate.report import report_tree
     from latentdiff.evaluate.sweep import Setting, folder_name, sweep_lines, write_sweep
 
     called, trees, found = flags(), [], []
-    first = model.load(resolve_dtype(combinations[0].get("dtype", options.dtype)))
-    for one in combinations:  # before any of them is drawn
+    first = model.load(combinations[0][1])
+    for one, _ in combinations:  # before any of them is drawn
         _check_tuned(first, {**request.settings, **_drawn_with(one)})
-    for one in combinations:
+    for one, way in combinations:
         chosen = {called.get(name, name).lstrip("-"): value for name, value in one.items()}
         settings = {**request.settings, **_drawn_with(one)}
         own = replace(request, settings=settings, out=request.out / folder_name(chosen))
-        dtype = resolve_dtype(one.get("dtype", options.dtype))
-        subject, figures = _measured(options, own, model.load(dtype), processes, names)
+        subject, figures = _measured(options, own, model.load(way), processes, names)
         found.append(Setting(chosen, figures))
         trees.append({"sweep": chosen, **report_tree(figures, subject)})
     write_sweep(found, request.out)

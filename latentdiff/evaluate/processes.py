@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,21 @@ from latentdiff.errors import InputError, LatentDiffError
 from latentdiff.evaluate.pictures import Drawing, generate
 from latentdiff.pipeline import Pipeline
 
-__all__ = ["Processes", "joined", "own_device"]
+__all__ = ["Processes", "Way", "joined", "own_device"]
 
 PATIENCE = timedelta(days=7)  # for which a process waits while the main one measures
+
+
+class Way(NamedTuple):
+    """How a model is run.
+
+    Attributes:
+        dtype: of the weights.
+        engine: what runs the networks, as `Pipeline.from_pretrained` takes it.
+    """
+
+    dtype: torch.dtype
+    engine: str
 
 
 @dataclass(frozen=True)
@@ -46,24 +59,24 @@ class Processes:
         Raises:
             InputError, StorageError: one of them could not.
         """
-        dist.broadcast_object_list([(drawing, pipe.dtype)])
+        dist.broadcast_object_list([(drawing, Way(pipe.dtype, pipe.engine.name))])
         self._draw_share(lambda: pipe, drawing, progress)
         return drawing.paths
 
-    def serve(self, load: Callable[[torch.dtype], Pipeline]) -> None:
+    def serve(self, load: Callable[[Way], Pipeline]) -> None:
         """Draw this process's share of whatever the main one asks for, until it asks no more.
 
         Args:
-            load: the model in some dtype; it may keep the one that it loaded last.
+            load: the model, run in some way; it may keep the one that it loaded last.
         """
         while True:
-            asked: list[tuple[Drawing, torch.dtype] | None] = [None]
+            asked: list[tuple[Drawing, Way] | None] = [None]
             dist.broadcast_object_list(asked)
             if asked[0] is None:
                 return
-            drawing, dtype = asked[0]
+            drawing, way = asked[0]
             try:
-                self._draw_share(partial(load, dtype), drawing, progress=False)
+                self._draw_share(partial(load, way), drawing, progress=False)
             except LatentDiffError:  # which the main process reports
                 continue
 

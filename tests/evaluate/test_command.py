@@ -272,6 +272,34 @@ def test_a_sweep_over_dtypes_loads_the_model_for_each(
     assert not loaded
 
 
+def test_a_sweep_over_engines_says_what_each_costs(
+    call: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from latentdiff.engine import execution
+    from latentdiff.engine.engines import Eager
+
+    class Half(Eager):
+        name = "compile"
+
+        def decode(self, autoencoder: Any) -> Any:
+            real = super().decode(autoencoder)
+            return lambda latents: real(latents) / 2
+
+    monkeypatch.setattr(execution, "Compiled", lambda device: Half())
+    sweep = [*call, "--n", "2", "--sweep", "engine=eager,compile"]
+    assert main([*sweep, "--out", str(tmp_path)]) == 0
+    found = {name: read_report(tmp_path / f"engine={name}") for name in ("eager", "compile")}
+    assert all(subject["engine"] == name for name, (subject, _) in found.items())
+    eager, other = (figure.estimate.value for _, (figure,) in found.values())
+    assert eager != other
+    capsys.readouterr()
+    assert main(["evaluate", "--compare", *(str(tmp_path / f"engine={name}") for name in found)]) == 0
+    assert "paired" in capsys.readouterr().out
+    assert main([*call, "--n", "2", "--engine", "compile", "--out", str(tmp_path / "alone")]) == 0
+    assert read_report(tmp_path / "alone")[1][0].estimate.value == other
+    assert "engine 'eagre' is unknown; did you mean 'eager'?" in error_of([*call, "--sweep", "engine=eagre"], capsys)
+
+
 def test_pictures_have_the_size_asked_for(call: list[str], tmp_path: Path) -> None:
     assert main([*call, "--n", "2", "--metrics", "psnr", "--size", "16x16", "--out", str(tmp_path / "small")]) == 0
     assert main([*call, "--n", "2", "--size", "16x16", "--out", str(tmp_path / "drawn")]) == 0
