@@ -239,8 +239,8 @@ def _serve(model: Path, record: Path, short: bool) -> tuple[int, str]:
         code = 1
         try:
             os.close(reading)
-            os.dup2(writing, 1)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            sys.stdout = os.fdopen(writing, "w")
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
             _note(record)
             if short:
                 latentdiff.serve.http.limits.Limits = functools.partial(Limits, drain_seconds=DRAIN)  # type: ignore[misc,assignment]
