@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LINT = (("ruff", "check", "."), ("ruff", "format", "--check", "."))
 TYPES = ("mypy", "--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache"), "latentdiff")
-TESTS = ("pytest", "-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+# A process of pytest-xdist that dies is not replaced, as pytest would wait for ever for what it had in hand.
+TESTS = ("pytest", "-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--max-worker-restart", "0")
 WITHOUT_LONG = ("-m", "not long")
 QUICK = ("tests/diffusion", "tests/models", "tests/generation", "tests/test_imports.py", "tests/test_cli.py")
 # Two processes of tests share what are often two cores; those that wait leave them to the others.
