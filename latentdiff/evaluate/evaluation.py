@@ -223,8 +223,8 @@ class Evaluation:
             subject: dict[str, Any] = {"pictures": name, "pictures_hash": digest_of_pictures(self.given or ())}
         else:
             dtype = str(self.pipe.dtype).removeprefix("torch.")
-            machine = {"device": self.pipe.device.type, "dtype": dtype, **self.pipe.engine.record()}
-            machine["batch_size"] = self.batch_size
+            machine = {"device": self.pipe.device.type, "dtype": dtype, "batch_size": self.batch_size}
+            machine |= self.pipe.engine.record()
             subject = {"model": recorded_name(self.pipe.components.name), **self.maker, **machine}
         return {**subject, **self.chosen_by, **self.data, "n": request.n, "seed": request.seed}
 

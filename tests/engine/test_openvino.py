@@ -221,7 +221,7 @@ def test_loras_are_in_the_conversion(pipe: Pipeline, fast: Pipeline, tmp_path: P
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["xl", "x4-upscaler"])  # which have inputs of their own
+@pytest.mark.parametrize("name", ["sd2", "xl", "inpainting", "x4-upscaler"])
 @torch.no_grad()
 def test_every_kind_of_network_is_converted(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("openvino")

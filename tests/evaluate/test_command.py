@@ -20,6 +20,8 @@ import torch
 from latentdiff.cli import main
 from latentdiff.commands import evaluate as command
 from latentdiff.commands.shared import load
+from latentdiff.engine import execution
+from latentdiff.engine.engines import Eager
 from latentdiff.evaluate.features import FEATURES, LATENTS
 from latentdiff.evaluate.report import read_report
 from latentdiff.evaluate.run import METRICS
@@ -275,9 +277,6 @@ def test_a_sweep_over_dtypes_loads_the_model_for_each(
 def test_a_sweep_over_engines_says_what_each_costs(
     call: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from latentdiff.engine import execution
-    from latentdiff.engine.engines import Eager
-
     class Half(Eager):
         name = "compile"
 
