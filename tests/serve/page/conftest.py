@@ -116,9 +116,9 @@ def gate(pipe: Pipeline) -> Iterator[Gate]:
     gate.open()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium."""
+    """Chromium, for one module: while Playwright goes on, asyncio takes this thread to be inside an event loop."""
     from playwright.sync_api import sync_playwright
 
     found = next((path for path in map(shutil.which, BROWSERS) if path is not None), None)
