@@ -39,6 +39,7 @@ from .loop.sharding import shard, shards_weights
 from .loop.state import RunState
 from .losses.consistency import few_calls
 from .networks.encoders import JointNetwork, add_words, new_words, train_encoder
+from .networks.grown_unet import grown_unet
 from .networks.lora import Adapted
 from .networks.parts import part_folder
 
@@ -58,6 +59,9 @@ def load_components(config: DiffusionTraining) -> Encoders:
     started = load_pipeline(config.start_from, vae=other)
     if isinstance(config.train, TextualInversionConfig):
         started = add_words(started, config.train)
+    if config.model:
+        torch.manual_seed(config.run.seed)
+        started = started.with_unet(grown_unet(started.unet, config.model))
     return with_task(config, started)
 
 

@@ -214,8 +214,15 @@ def test_training_goes_on_from_the_weights_of_another_model(tmp_path: Path) -> N
     assert trained is not None
     assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in unet.state_dict().items())
     assert all(parameter.requires_grad for parameter in unet.parameters())
-    with pytest.raises(InputError, match="start_from brings its own text_encoder; leave that out"):
+    with pytest.raises(InputError, match=r"start_from brings its own model\.\w+; leave that out, or start anew"):
         parse_config({**tree, "start_from": "embedded"})
+    with pytest.raises(InputError, match="start_from brings its own text_encoder; leave that out"):
+        parse_config({**tree, "model": {}, "start_from": "embedded"})
+    attended = {f"{way}_block_types": [f"CrossAttn{way.capitalize()}Block2D"] * 2 for way in ("down", "up")}
+    config = parse_config({**first, "start_from": str(tmp_path / "diffusion/model"), "model": attended})
+    grown: Any = diffusion_components(config)
+    assert grown.unet.config.down_block_types == ("CrossAttnDownBlock2D",) * 2
+    assert grown.unet.state_dict().keys() > trained.state_dict().keys()
     other = load_autoencoder(tmp_path / "autoencoder/vae")
     randomize(other)
     save_model(other, tmp_path / "other/vae")

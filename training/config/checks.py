@@ -29,6 +29,7 @@ LARGEST = {
     "latent_channels": 256,
     "num_class_embeds": 10_000,
 }
+GROWING = ("down_block_types", "up_block_types", "transformer_layers_per_block")  # of a U-Net that is trained further
 LARGEST_BLOCKS = 4096  # layers times transformer layers, of all levels
 
 
@@ -79,6 +80,14 @@ def check_unet(model: Mapping[str, Any]) -> None:
         if key in model:
             raise ValueError(f"model.{key} follows from the latents and the objective; leave it out")
     _check_network(UNetConfig, model)
+
+
+def check_growth(changes: Mapping[str, Any]) -> None:
+    """Raise ValueError where a section is more than what a U-Net can be given that it has not."""
+    for key, value in changes.items():
+        if key not in GROWING:
+            raise ValueError(f"start_from brings its own model.{key:.80}; leave that out, or start anew without it")
+        _check_number(key, value)
 
 
 def check_autoencoder(model: Mapping[str, Any], size: int) -> None:

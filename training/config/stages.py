@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from .checks import check_autoencoder, check_image_text, check_schedule, check_texts, check_unet
+from .checks import check_autoencoder, check_growth, check_image_text, check_schedule, check_texts, check_unet
 from .evaluation import OF_AUTOENCODERS, OF_TASKS, EvaluateConfig, check_evaluate
 from .sections import (
     AutoencoderLoss,
@@ -84,11 +84,12 @@ class DiffusionTraining(Section):
     # Folder with text_encoder/ and tokenizer/, or of OpenCLIP's layout; "embedded" takes those of the model that ships
     # with the package, "labels" makes each different caption a class, "none" trains without any condition.
     text_encoder: TextPath = "embedded"
-    # Keys of `latentdiff.models.unet.UNetConfig`, without those that follow from latents and objective.
+    # Keys of `latentdiff.models.unet.UNetConfig`, without those that follow from latents and objective; with
+    # `start_from` those that give its U-Net more attention (`checks.GROWING`).
     model: dict[str, Any] = Field(default_factory=dict)
     # Keys of `latentdiff.diffusion.schedule.NoiseSchedule`.
     schedule: dict[str, Any] = Field(default_factory=dict)
-    # A model that is trained further, instead of the three keys above: a folder, a single file or "embedded".
+    # A model that is trained further, with its own text encoder and schedule: a folder, a single file or "embedded".
     start_from: TextPath | None = None
     # kind: unet; lora, thin layers beside those of `start_from`; word, a new one; or unet_and_text.
     train: TrainConfig = UNetTraining()
@@ -113,6 +114,8 @@ class DiffusionTraining(Section):
         if self.start_from is None:
             check_unet(self.model)
             check_schedule(self.schedule, "schedule")
+        else:
+            check_growth(self.model)
         check_evaluate(self.evaluate, {} if self.data.buckets else OF_TASKS[self.task.kind], "held_out/loss")
         return self
 
@@ -152,6 +155,8 @@ class DiffusionTraining(Section):
             wanted = "data.buckets false" if self.data.buckets else f"an even run.batch_size, got {self.run.batch_size}"
             raise ValueError(f"prior needs {wanted}, for half of each batch is of it")
         further = isinstance(self.train, LoraConfig | TextualInversionConfig)
+        if self.start_from is not None and further and self.model:
+            raise ValueError(f"train.kind {kind} leaves the U-Net of start_from as it is; leave model out")
         if self.start_from is None and (further or self.prior is not None):
             what = f"train.kind {kind}" if further else "prior"
             raise ValueError(f"{what} is for a model that is there; name it as start_from")
@@ -180,14 +185,14 @@ class DiffusionTraining(Section):
 
     @model_validator(mode="after")
     def _one_source_of_the_components(self) -> Self:
-        components: dict[str, Any] = {"text_encoder": "embedded", "model": {}, "schedule": {}}
+        components: dict[str, Any] = {"text_encoder": "embedded", "schedule": {}}
         given = [name for name, default in components.items() if getattr(self, name) != default]
         if getattr(self.task, "low_res_schedule", {}):
             given.append("task.low_res_schedule")
         if self.start_from is None:
-            missing = [name for name in ("model", "schedule") if name not in given]
-            if missing:
-                raise ValueError(f"{missing[0]} is missing; describe it, or name a model to start_from")
+            missing = next((name for name in ("model", "schedule") if not getattr(self, name)), None)
+            if missing is not None:
+                raise ValueError(f"{missing} is missing; describe it, or name a model to start_from")
         elif given:
             raise ValueError(f"start_from brings its own {given[0]}; leave that out")
         return self

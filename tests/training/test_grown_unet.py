@@ -1,0 +1,64 @@
+"""A U-Net that training gives more attention than the one it starts from has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from latentdiff.training.networks.grown_unet import grown_unet
+
+from latentdiff.errors import InputError, ModelConfigError
+from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
+from tests.models.tiny import randomize
+
+ATTENDED = {
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+
+
+@pytest.fixture
+def started() -> UNet2DConditionModel:
+    """A U-Net with attention at the coarser of two resolutions."""
+    config: dict[str, Any] = {
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": [8, 16],
+        "layers_per_block": 1,
+        "cross_attention_dim": 12,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    unet = UNet2DConditionModel(UNetConfig.from_dict(config)).eval()
+    randomize(unet)
+    return unet
+
+
+@pytest.mark.parametrize("changes", [ATTENDED, {"transformer_layers_per_block": 2}], ids=["where", "depth"])
+def test_what_is_grown_begins_by_changing_nothing_and_learns(
+    started: UNet2DConditionModel, changes: dict[str, Any]
+) -> None:
+    grown = grown_unet(started, changes).eval()
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), torch.randn(2, 5, 12)
+    torch.testing.assert_close(grown(*inputs), started(*inputs))
+    new = {name: tensor for name, tensor in grown.named_parameters() if name not in dict(started.named_parameters())}
+    assert new and UNetConfig.from_dict(grown.config.to_dict()) == grown.config
+    grown(*inputs).square().mean().backward()
+    last = [name for name, tensor in new.items() if not tensor.any() and name.endswith(".weight")]
+    assert last and all(new[name].grad is not None and new[name].grad.any() for name in last)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"down_block_types": ["DownBlock2D"] * 2}, InputError, "takes layers from the U-Net of start_from, down_blo"),
+        ({"down_block_types": ["CrossAttnDownBlock2D"]}, ModelConfigError, "down_block_types"),
+        ({"transformer_layers_per_block": "two"}, ModelConfigError, "transformer_layers_per_block"),
+    ],
+)
+def test_what_cannot_grow(
+    started: UNet2DConditionModel, changes: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        grown_unet(started, changes)
