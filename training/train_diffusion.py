@@ -33,7 +33,6 @@ from .loop.resources import require_room
 from .loop.run import (
     Stop,
     compile_checked,
-    fast_attention,
     go_on,
     open_run,
     save_run,
@@ -139,7 +138,7 @@ def run_steps(
     log, statistics, grids = Log(run, first, "diffusion", accelerator, speed), LatentStatistics(), SampleGrids()
     batches, stopping = statistics.watching(latent_batches(data, config, first, own_shares(accelerator, run))), False
     average = partial(averaged_network, network, components, trained, state.ema, accelerator)
-    with stop_on_signal() as stopped, fast_attention(accelerator.device), tuned_for_cpu(network):
+    with stop_on_signal() as stopped, tuned_for_cpu(network):
         for step in range(first, run.steps if not evaluations.over else first):
             start_step(config, step, optimizer)
             seen, weights, timesteps, norms = accumulate_gradients(

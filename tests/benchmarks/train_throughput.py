@@ -29,6 +29,7 @@ from diffusers import UNet2DConditionModel as TheirUNet
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertModel
 
@@ -38,7 +39,6 @@ from latentdiff.training.config import ObjectiveConfig
 from latentdiff.training.data.batches import Batch
 from latentdiff.training.loop.cpu import tuned_for_cpu
 from latentdiff.training.loop.ema import Ema
-from latentdiff.training.loop.run import fast_attention
 from latentdiff.training.losses.diffusion import diffusion_losses
 
 from latentdiff.checkpoints import embedded_model, load_autoencoder, load_text_encoder
@@ -197,7 +197,7 @@ def ours(options: argparse.Namespace) -> Iterator[None]:
     components: Any = SimpleNamespace(schedule=schedule)
     objective = ObjectiveConfig(min_snr_gamma=0.0)
     dropped = torch.zeros(options.batch_size, dtype=torch.bool)
-    with fast_attention(torch.device(device())), tuned_for_cpu(unet):
+    with tuned_for_cpu(unet):
         while True:
             optimizer.zero_grad()
             with autocast(options):
@@ -247,7 +247,7 @@ STEPS_OF: dict[str, Callable[[argparse.Namespace], Iterator[None]]] = {"ours": o
 def count_flops(options: argparse.Namespace) -> float:
     """Return the floating-point operations of a step: those of the U-Net's forward pass three times."""
     unet, (latents, context) = our_unet(options), our_encoders(options)(*batch_of(options))
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), fast_attention(torch.device("cpu")):
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         unet(latents[:1], torch.zeros(1, device=latents.device), context[:1])
     return 3.0 * counter.get_total_flops() * options.batch_size
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from latentdiff.training.loop.cpu import tuned_for_cpu
+from latentdiff.training.loop.cpu import SHORT, attend, tuned_for_cpu
 from torch.nn import functional as F
 
+from latentdiff.models.attention import Attention
 from latentdiff.models.layers import Upsample2D
 
 
@@ -84,3 +85,26 @@ def test_freed_memory_is_not_asked_for_again() -> None:
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     before, within, after = map(int, ended.stdout.split())
     assert within < before / 100 and after > before / 10
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("keys", [5, SHORT + 1])
+def test_attention_in_bfloat16_has_the_same_outputs_and_gradients(keys: int, masked: bool) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(2, 3, length, 8).requires_grad_() for length in (7, keys, keys)]
+    mask = torch.rand(2, 1, 1, keys) < 0.7 if masked else None
+    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in given]
+    outputs = attend(*halves, attn_mask=mask), F.scaled_dot_product_attention(*given, attn_mask=mask)
+    assert outputs[0].dtype == torch.bfloat16
+    of_halves, expected = (
+        torch.autograd.grad(out.float().sin().sum(), of) for out, of in zip(outputs, (halves, given))
+    )
+    for ours, theirs in zip((outputs[0], *of_halves), (outputs[1], *expected)):
+        assert (ours.float() - theirs).abs().max() < 0.03 * theirs.abs().max()
+
+
+def test_attention_is_torchs_again_after_training() -> None:
+    layer = Attention(8, 2)
+    with tuned_for_cpu(layer):
+        assert layer.attend is attend
+    assert layer.attend is F.scaled_dot_product_attention

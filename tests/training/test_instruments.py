@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from latentdiff.training.config import LoraConfig
 from latentdiff.training.data.batches import Batch
-from latentdiff.training.loop.run import checkpoint_gradients, fast_attention
+from latentdiff.training.loop.run import checkpoint_gradients
 from latentdiff.training.monitor import export
 from latentdiff.training.monitor.instruments import (
     LatentStatistics,
@@ -22,6 +22,7 @@ from latentdiff.training.monitor.instruments import (
 )
 from latentdiff.training.networks.lora import Adapted
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff.commands.train import train as cli_train
@@ -50,7 +51,7 @@ def inputs(count: int = 1) -> tuple[Tensor, Tensor, Tensor]:
 def counted(model: nn.Module, count: int = 1) -> tuple[int, int]:
     """Return the FLOPs of a forward pass and of one there and back."""
     both = FlopCounterMode(display=False)
-    with both, fast_attention(torch.device("cpu")):
+    with both, sdpa_kernel(SDPBackend.MATH):
         output = model(*inputs(count))
         forward = both.get_total_flops()
         output.square().mean().backward()

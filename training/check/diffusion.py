@@ -30,8 +30,9 @@ from ..config import (
 from ..data.batches import Batch, draw_batch, latent_batches
 from ..data.latents import LatentSet, warn_of_cut
 from ..data.timesteps import stratified_timesteps
+from ..loop.cpu import tuned_for_cpu
 from ..loop.distributed import own_shares, sample_noise
-from ..loop.run import fast_attention, seeded, short, start_step
+from ..loop.run import seeded, short, start_step
 from ..loop.state import RunState
 from ..losses.consistency import Teacher, make_teacher, weights_besides
 from ..losses.diffusion import diffusion_losses, require_trainable
@@ -135,7 +136,7 @@ def examine_diffusion(config: DiffusionTraining) -> Iterator[Row]:
         yield examine_disk(config, state)
         network.to(accelerator.device)
         yield from examine_errors(network, config, components, data, state, accelerator)
-        with fast_attention(accelerator.device):
+        with tuned_for_cpu(network):
             take_step = stepper(network, teacher, config, components, data, state, accelerator)
             flops = yield from examine_steps(config, take_step, state, accelerator)
             used = network if small_enough(flops, config, accelerator) else None

@@ -186,18 +186,6 @@ def mixed_precision(run: RunConfig, device: torch.device) -> str:
     return "bf16" if supports_bfloat16(device) else "no"
 
 
-def fast_attention(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context in which attention on a CPU is two matrix products, 1.4x a whole step; no change elsewhere.
-
-    PyTorch's fused kernel saves memory but is slow backwards for the short sequences of small latents.
-    """
-    if device.type != "cpu":
-        return nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel(SDPBackend.MATH)
-
-
 def compile_checked(
     module: nn.Module, *inputs: Tensor, autocast: AbstractContextManager[Any], **options: Unpack[Conditioning]
 ) -> None:

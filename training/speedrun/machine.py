@@ -20,7 +20,6 @@ from ..config import OptimizerConfig
 from ..loop.cpu import tuned_for_cpu
 from ..loop.ema import Ema
 from ..loop.optimizers import make_optimizer
-from ..loop.run import fast_attention
 from ..monitor.instruments import forward_flops
 from .plan import Costs
 
@@ -108,7 +107,7 @@ def seconds_of_step(network: nn.Module, inputs: tuple[Tensor, ...], accelerator:
         average.update(network)
         float(norm)  # which waits for the device
 
-    with fast_attention(accelerator.device), tuned_for_cpu(network):
+    with tuned_for_cpu(network):
         return _timed(step)
 
 
