@@ -17,6 +17,8 @@ ATTENDED = {
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
 }
 
+DEEPER = {"transformer_layers_per_block": 2}
+
 
 @pytest.fixture
 def started() -> UNet2DConditionModel:
@@ -35,7 +37,7 @@ def started() -> UNet2DConditionModel:
     return unet
 
 
-@pytest.mark.parametrize("changes", [ATTENDED, {"transformer_layers_per_block": 2}], ids=["where", "depth"])
+@pytest.mark.parametrize("changes", [ATTENDED, {**ATTENDED, "only_cross_attention": [True, False]}, DEEPER])
 def test_what_is_grown_begins_by_changing_nothing_and_learns(
     started: UNet2DConditionModel, changes: dict[str, Any]
 ) -> None:
@@ -52,7 +54,8 @@ def test_what_is_grown_begins_by_changing_nothing_and_learns(
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"down_block_types": ["DownBlock2D"] * 2}, InputError, "takes layers from the U-Net of start_from, down_blo"),
+        ({"down_block_types": ["DownBlock2D"] * 2}, InputError, "changes layers of the U-Net of start_from, down_blo"),
+        ({"only_cross_attention": True}, InputError, r"changes layers .* attn1.to_k"),
         ({"down_block_types": ["CrossAttnDownBlock2D"]}, ModelConfigError, "down_block_types"),
         ({"transformer_layers_per_block": "two"}, ModelConfigError, "transformer_layers_per_block"),
     ],

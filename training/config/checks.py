@@ -29,7 +29,8 @@ LARGEST = {
     "latent_channels": 256,
     "num_class_embeds": 10_000,
 }
-GROWING = ("down_block_types", "up_block_types", "transformer_layers_per_block")  # of a U-Net that is trained further
+# Of a U-Net that is trained further.
+GROWING = ("down_block_types", "up_block_types", "transformer_layers_per_block", "only_cross_attention")
 LARGEST_BLOCKS = 4096  # layers times transformer layers, of all levels
 
 

@@ -24,14 +24,14 @@ def grown_unet(started: UNet2DConditionModel, changes: Mapping[str, Any]) -> UNe
         changes: keys of `UNetConfig` with other values, those of `config.checks.GROWING`.
 
     Raises:
-        InputError: it would have less somewhere.
+        InputError: it would have less somewhere, or layers of other shapes.
         ModelConfigError: the values do not fit the other keys.
     """
     grown = UNet2DConditionModel(UNetConfig.from_dict({**started.config.to_dict(), **changes}))
     own, weights = grown.state_dict(), started.state_dict()
-    lost = next((name for name in weights if name not in own), None)
+    lost = next((name for name, tensor in weights.items() if name not in own or own[name].shape != tensor.shape), None)
     if lost is not None:
-        raise InputError(f"model takes layers from the U-Net of start_from, {lost} first; its keys can only add some")
+        raise InputError(f"model changes layers of the U-Net of start_from, {lost} first; its keys can only add some")
     for name in own.keys() - weights.keys():
         transformer, _, _ = name.partition(".transformer_blocks.")
         ends = BLOCK_ENDS if f"{transformer}.proj_out.weight" in weights else TRANSFORMER_ENDS
