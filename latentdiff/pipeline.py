@@ -278,6 +278,8 @@ class Pipeline:
         settings.check_task(components.task, factor)
         if settings.sampler == TUNED:
             components.tuned_table(settings.num_inference_steps)  # refuses steps it does not take
+        if settings.deep_every > 1:
+            self.execution.engine.require_levels()
         check_inputs(_given(options), image=image is not None, mask=mask is not None)
         if components.upscales:
             inputs = prepare_small_image(settings, image, mask, factor)

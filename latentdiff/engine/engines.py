@@ -12,14 +12,16 @@ from collections.abc import Callable
 from threading import RLock
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from latentdiff.engine.graphs import flat_texts
+from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.pixels import PixelSpace
 from latentdiff.models.unet import Predict, Texts, UNet2DConditionModel
 
-__all__ = ["Decode", "Eager", "Engine", "GraphEngine", "Kept"]
+__all__ = ["Decode", "Eager", "Engine", "GraphEngine", "Kept", "Reusing"]
 
 # unscaled latents (B, C, h, w) -> images (B, 3, H, W), about [-1, 1] but not clipped
 Decode = Callable[[Tensor], Tensor]
@@ -44,6 +46,13 @@ class Engine(ABC):
     def predict(self, unet: UNet2DConditionModel) -> Predict:
         """Return what computes `unet.predict`; the same object for the same network."""
 
+    def require_levels(self) -> None:
+        """Raise InputError where the engine runs whole U-Nets only, and not one level of them."""
+        raise InputError(
+            f"deep_every is for engine 'eager', which alone can run part of a U-Net, got {self.name!r}; use that, or "
+            "leave deep_every out"
+        )
+
     @abstractmethod
     def decode(self, autoencoder: AutoencoderKL | PixelSpace) -> Decode:
         """Return what computes `autoencoder.decode`."""
@@ -57,8 +66,37 @@ class Eager(Engine):
     def predict(self, unet: UNet2DConditionModel) -> Predict:
         return unet.predict
 
+    def require_levels(self) -> None:
+        pass
+
     def decode(self, autoencoder: AutoencoderKL | PixelSpace) -> Decode:
         return autoencoder.decode
+
+
+class Reusing:
+    """A U-Net whose coarser levels are called at every n-th call; between, the finest takes what they last gave.
+
+    One for each batch of images, as it keeps a map of theirs.
+
+    Args:
+        unet: called.
+        every: n; 1 calls all levels always.
+
+    Source: Ma et al. 2023, arXiv 2312.00858, section 3.3, the levels below the finest as the deep ones.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, every: int) -> None:
+        self.unet, self.every = unet, every
+        self._calls, self._deep = 0, torch.empty(0)
+
+    def __call__(self, sample: Tensor, shifts: Tensor, texts: Texts, mask: Tensor | None = None) -> Tensor:
+        """Return the prediction (B, C_out, H, W)."""
+        whole = self._calls % self.every == 0
+        self._calls += 1
+        if not whole:
+            return self.unet.predict_finest(sample, shifts, texts, self._deep, mask)
+        prediction, self._deep = self.unet.predict_keeping(sample, shifts, texts, mask)
+        return prediction
 
 
 class Kept(Generic[T]):

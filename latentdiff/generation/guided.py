@@ -22,11 +22,12 @@ from latentdiff.diffusion import (
     preconditioning,
     rescaled,
 )
+from latentdiff.engine.engines import Reusing
 from latentdiff.engine.execution import Execution
 from latentdiff.engine.tiled_denoising import Windows, tiled
 from latentdiff.generation.request import Settings
 from latentdiff.generation.text import BatchConditioning
-from latentdiff.models.unet import PreparedUNet
+from latentdiff.models.unet import Predict, PreparedUNet, UNet2DConditionModel
 
 __all__ = ["Guided", "UNetCall", "guided_network"]
 
@@ -82,8 +83,10 @@ def guided_network(
         scales = [1.0] * len(scales)  # there is nothing to steer away from
     timesteps = plan.timesteps.to(context.device, torch.float32)
     prepared = unet.prepare(timesteps, context, added=cond.added, class_labels=cond.class_labels)
-    prepared = prepared.run_by(execution.engine.predict(unet))
     conditional_alone, looks = prepared.rows(slice(count, 2 * count)), tiled(windows)
+    prepared, conditional_alone = (
+        one.run_by(_predict(unet, execution, settings)) for one in (prepared, conditional_alone)
+    )
 
     def predict(network: PreparedUNet, inputs: Tensor, rows: Tensor) -> Generator[UNetCall, Tensor, Tensor]:
         looking = looks(inputs)
@@ -106,6 +109,13 @@ def guided_network(
         return _guide(components, settings, conditional, unconditional, scale, model_input, call)
 
     return network
+
+
+def _predict(unet: UNet2DConditionModel, execution: Execution, settings: Settings) -> Predict:
+    """Return what runs a U-Net for one batch of images."""
+    if settings.deep_every > 1:
+        return Reusing(unet, settings.deep_every)
+    return execution.engine.predict(unet)
 
 
 def _same_halves(cond: BatchConditioning) -> bool:

@@ -125,6 +125,14 @@ class Settings:
         flag="--guidance-limit",
         metavar="X",
     )
+    deep_every: int = option(
+        1,
+        integer(1, 100, "try 2"),
+        "call all levels of the U-Net at every Nth step and the finest alone between (DeepCache); 1 for always",
+        flag="--deep-every",
+        metavar="N",
+        tasks=GENERATE,
+    )
     sampler: str = option(
         "euler_a",
         sampler_name,

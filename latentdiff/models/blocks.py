@@ -105,14 +105,17 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor, conditions: BlockInputs) -> list[Tensor]:
         """Return every map made on the way, the last one at half the size, for x (B, C_in, H, W)."""
+        maps = self.maps(x, conditions)
+        return maps + [downsampler(maps[-1]) for downsampler in self.downsamplers]  # (B, C, H/2, W/2)
+
+    def maps(self, x: Tensor, conditions: BlockInputs) -> list[Tensor]:
+        """Return the maps (B, C, H, W) of x (B, C_in, H, W) after each layer."""
         maps = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, next(conditions.shifts))  # (B, C, H, W)
             if self.attentions:
                 x = self.attentions[i](x, next(conditions.texts), conditions.mask)
             maps.append(x)
-        for downsampler in self.downsamplers:
-            maps.append(downsampler(x))  # (B, C, H/2, W/2)
         return maps
 
 

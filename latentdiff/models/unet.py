@@ -276,7 +276,7 @@ class UNet2DConditionModel(nn.Module):
         """
         time = F.silu(self._embed(timesteps, class_labels, added or {}))  # (B, 4 * C_0)
         shifts = [resnet.time_emb_proj(time) for resnet in self._resnets()]
-        return self._predict(sample, shifts, self._texts(context), _attention_mask(context_mask))
+        return self._predict(sample, shifts, self._texts(context), _attention_mask(context_mask))[0]
 
     @torch.no_grad()
     def prepare(
@@ -339,8 +339,37 @@ class UNet2DConditionModel(nn.Module):
             texts: keys and values of each transformer.
             mask: (B, 1, 1, L) bool or None.
         """
-        widths = [resnet.conv1.out_channels for resnet in self._resnets()]
-        return self._predict(sample, shifts.split(widths, dim=-1), texts, mask)
+        return self.predict_keeping(sample, shifts, texts, mask)[0]
+
+    def predict_keeping(
+        self, sample: Tensor, shifts: Tensor, texts: Texts, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `predict` does, and the map that the finest level gets from those below, (B, C, H, W)."""
+        return self._predict(sample, self._split(shifts), texts, mask)
+
+    def predict_finest(
+        self, sample: Tensor, shifts: Tensor, texts: Texts, deep: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the prediction (B, C_out, H, W) by the finest level alone.
+
+        Args:
+            sample, shifts, texts, mask: as of `predict`, all of them.
+            deep: map from the levels below, which `predict_keeping` returned of another call.
+
+        Source: Ma et al. 2023, arXiv 2312.00858, section 3.3.
+        """
+        first: Any = self.down_blocks[0]
+        last: Any = self.up_blocks[-1]
+        later = len(last.resnets), len(last.attentions)
+        own = self._split(shifts)
+        conditions = BlockInputs(
+            iter([*own[: len(first.resnets)], *own[len(own) - later[0] :]]),
+            iter([*texts[: len(first.attentions)], *texts[len(texts) - later[1] :]]),
+            mask,
+        )
+        hidden = self.conv_in(sample)  # (B, C_0, H, W)
+        skips = [hidden, *first.maps(hidden, conditions)]
+        return self._output(last(deep, skips, conditions))
 
     def attentions_to_text(self) -> list[list[int]]:
         """Return how many attentions look at the text, of each block of each transformer, in the order of `Texts`."""
@@ -350,7 +379,12 @@ class UNet2DConditionModel(nn.Module):
             for transformer in block.attentions
         ]
 
-    def _predict(self, sample: Tensor, shifts: Sequence[Tensor], texts: Texts, mask: Tensor | None) -> Tensor:
+    def _split(self, shifts: Tensor) -> Sequence[Tensor]:
+        return shifts.split([resnet.conv1.out_channels for resnet in self._resnets()], dim=-1)
+
+    def _predict(
+        self, sample: Tensor, shifts: Sequence[Tensor], texts: Texts, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         conditions = BlockInputs(iter(shifts), iter(texts), mask)
         hidden = self.conv_in(sample)  # (B, C_0, H, W)
         skips = [hidden]
@@ -359,8 +393,12 @@ class UNet2DConditionModel(nn.Module):
         hidden = skips[-1]  # (B, C_last, H / 2^n, W / 2^n)
         if self.mid_block is not None:
             hidden = self.mid_block(hidden, conditions)
-        for block in self.up_blocks:
+        for block in self.up_blocks[:-1]:
             hidden = block(hidden, skips, conditions)
+        deep = hidden
+        return self._output(self.up_blocks[-1](deep, skips, conditions)), deep
+
+    def _output(self, hidden: Tensor) -> Tensor:
         return self.conv_out(activate(self.conv_norm_out(hidden)))  # (B, C_out, H, W)
 
     def _texts(self, context: Tensor) -> Texts:

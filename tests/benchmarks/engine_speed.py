@@ -1,10 +1,13 @@
-"""A call of the embedded U-Net by diffusers, by ours, by candidates for ours and by OpenVINO, in turns on one input.
+"""A call of a U-Net by diffusers, by ours, by candidates for ours and by OpenVINO, in turns on one input.
+
+The network is the embedded one, or one of Stable Diffusion 1.5's shape.
 
 Each is timed by the clock and by the processor; with one thread the second is right on a busy machine too. The limit of
 the machine stands beside: GFLOP/s of a matrix product and of a 3x3 convolution.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/engine_speed.py
     python tests/benchmarks/engine_speed.py --batch 8 --rounds 50
+    python tests/benchmarks/engine_speed.py --model sd-1.5 --batch 1 --size 64 --rounds 3
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,10 +33,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from latentdiff import Pipeline
 from latentdiff.devices import device_name
+from latentdiff.engine.engines import Reusing
 from latentdiff.engine.execution import find_engine
 from latentdiff.engine.openvino_engine import computes_in, installed
 from latentdiff.models.layers import Upsample2D
-from latentdiff.models.unet import UNet2DConditionModel
+from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 
 CPU = torch.device("cpu")
 
@@ -67,11 +72,14 @@ class SubPixelUpsample(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", choices=["embedded", "sd-1.5"], default="embedded", help="the second: random weights"
+    )
     parser.add_argument("--batch", type=int, default=2, help="rows, two for each guided picture")
     parser.add_argument("--size", type=int, default=16, help="side of the latents")
     parser.add_argument("--rounds", type=int, default=25)
     options = parser.parse_args()
-    runs = candidates(options.batch, options.size)
+    runs = candidates(options.model, options.batch, options.size)
     expected = runs["diffusers"]()
     figures: dict[str, Any] = {"machine": device_name(CPU), "threads": torch.get_num_threads(), **vars(options)}
     figures |= {"load": os.getloadavg()[0], "limits_gflops": limits()}
@@ -101,42 +109,56 @@ def main() -> None:
 
 
 @torch.no_grad()
-def candidates(batch: int, size: int) -> dict[str, Callable[[], Tensor]]:
+def candidates(model: str, batch: int, size: int) -> dict[str, Callable[[], Tensor]]:
     """Return what is timed: name -> a call of the U-Net, at the last of four timesteps."""
-    pipe = Pipeline.from_pretrained(device="cpu")
-    peer = pipe.to_diffusers().unet
+    unet = Pipeline.from_pretrained(device="cpu").unet if model == "embedded" else random_unet()
+    peer: Any = diffusers.UNet2DConditionModel.from_config(unet.config.to_dict())
+    peer.load_state_dict(unet.state_dict())
     generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(batch, pipe.unet.config.in_channels, size, size, generator=generator)
-    context = torch.randn(batch, 32, 384, generator=generator)
+    sample = torch.randn(batch, unet.config.in_channels, size, size, generator=generator)
+    context = torch.randn(batch, *((32, 384) if model == "embedded" else (77, 768)), generator=generator)
     steps, row = torch.tensor([999.0, 700.0, 400.0, 100.0]), torch.full((batch,), 3)
 
     def prepared(unet: UNet2DConditionModel, engine: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
         ready = unet.prepare(steps, context.to(dtype)).run_by(find_engine(engine, CPU, dtype).predict(unet))
         return lambda: ready(sample.to(dtype), row).float()
 
-    last = copy.deepcopy(pipe.unet).to(memory_format=torch.channels_last)
+    last = copy.deepcopy(unet).to(memory_format=torch.channels_last)
     ready = last.prepare(steps, context)
-    sub = with_sub_pixels(copy.deepcopy(pipe.unet))
-    half = copy.deepcopy(pipe.unet).bfloat16()
+    sub = with_sub_pixels(copy.deepcopy(unet))
+    half = copy.deepcopy(unet).bfloat16()
+    reusing = unet.prepare(steps, context).run_by(Reusing(unet, 10**9))
+    reusing(sample, row)
 
-    def diffusers() -> Tensor:
+    def theirs() -> Tensor:
         with torch.no_grad():
             return peer(sample, steps[3], context).sample
 
     runs = {
-        "diffusers": diffusers,
-        "eager": prepared(pipe.unet),
+        "diffusers": theirs,
+        "eager": prepared(unet),
         "eager, channels last": lambda: ready(sample.contiguous(memory_format=torch.channels_last), row),
         "eager, sub-pixel": prepared(sub),
+        "eager, finest level alone": lambda: reusing(sample, row),
         "eager, bfloat16": prepared(half, dtype=torch.bfloat16),
     }
     if installed():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it converts
-            runs["openvino"] = prepared(pipe.unet, "openvino")
+            runs["openvino"] = prepared(unet, "openvino")
             if computes_in(torch.bfloat16):
                 runs["openvino, bfloat16"] = prepared(half, "openvino", torch.bfloat16)
     return runs
+
+
+def random_unet() -> UNet2DConditionModel:
+    """Return a U-Net of Stable Diffusion 1.5's shape with random weights, none of its layers without effect."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(UNetConfig(cross_attention_dim=768)).eval()
+    for parameter in unet.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return unet
 
 
 def with_sub_pixels(network: nn.Module) -> Any:

@@ -58,6 +58,7 @@ def requests() -> list[dict[str, Any]]:
         {"prompt": "red fox", "seed": 17, "variation_strength": 0.4, "variation_seed": 3, "num_images": 2},
         {"prompt": "red fox", "seed": 18, "blend_prompt": "cat", "blend": 0.5, "guidance_parallel": 0.0},
         {"prompt": "red fox", "seed": 19, "guidance_limit": 5.0, "sampler": "deis"},
+        {"prompt": "red fox", "seed": 25, "deep_every": 2, "num_images": 2},
         {"prompt": "", "seed": 20, "sampler": "lcm", "num_inference_steps": 4},
         {"prompt": "cat", "seed": 21, "sigmas": (20.0, 3.0, 0.4), "sampler": "euler"},
         {"prompt": "cat", "seed": 22, "sampler": "plms", "num_inference_steps": 1},
@@ -171,7 +172,7 @@ def test_a_served_picture_can_be_replayed(pipe: Pipeline, built_model: Path, tmp
     with Scheduler(pipe, batch=4) as scheduler:
         results = [scheduler.submit(**request) for request in several]
         paths = [path for n, job in enumerate(results) for path in job.result(60).save(tmp_path / f"{n}.png")]
-    assert len(paths) == 20
+    assert len(paths) == 21
     for path in paths:
         assert read_record(path)["model_hash"] == pipe.components.model_hash
         again = tmp_path / "again" / path.name
