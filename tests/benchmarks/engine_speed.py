@@ -1,7 +1,6 @@
 """A call of a U-Net by diffusers, by ours, by candidates for ours and by OpenVINO, in turns on one input.
 
-The network is the embedded one, or one of Stable Diffusion 1.5's shape.
-
+The network is the embedded one, or one of Stable Diffusion 1.5's shape with random weights.
 Each is timed by the clock and by the processor; with one thread the second is right on a busy machine too. The limit of
 the machine stands beside: GFLOP/s of a matrix product and of a 3x3 convolution.
 
