@@ -1,6 +1,6 @@
-"""How many scenes still show what they did once an autoencoder has encoded and decoded them, by the checker of `compose`.
+"""How many scenes still show what they did once an autoencoder has decoded them, by the checker of `compose`.
 
-The share that is accepted as they are stands first: no U-Net in the latent space of the autoencoder comes above the other.
+The share that is accepted as they are stands first; no U-Net in that latent space comes above the other.
 
     python tests/benchmarks/scenes_decoded.py assets/emoji128-autoencoder --data data/emoji128
 """
