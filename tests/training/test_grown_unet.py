@@ -18,6 +18,8 @@ ATTENDED = {
 }
 
 DEEPER = {"transformer_layers_per_block": 2}
+FINER = {"layers_per_block": [3, 1]}
+ALL = {**ATTENDED, **DEEPER, "layers_per_block": [2, 3]}
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def started() -> UNet2DConditionModel:
     return unet
 
 
-@pytest.mark.parametrize("changes", [ATTENDED, {**ATTENDED, "only_cross_attention": [True, False]}, DEEPER])
+@pytest.mark.parametrize("changes", [ATTENDED, {**ATTENDED, "only_cross_attention": [True, False]}, DEEPER, FINER, ALL])
 def test_what_is_grown_begins_by_changing_nothing_and_learns(
     started: UNet2DConditionModel, changes: dict[str, Any]
 ) -> None:
@@ -55,6 +57,7 @@ def test_what_is_grown_begins_by_changing_nothing_and_learns(
     ("changes", "error", "says"),
     [
         ({"down_block_types": ["DownBlock2D"] * 2}, InputError, "changes layers of the U-Net of start_from, down_blo"),
+        ({"layers_per_block": 3, "block_out_channels": [8, 24]}, InputError, "changes layers"),
         ({"only_cross_attention": True}, InputError, r"changes layers .*attn1.to_k"),
         ({"down_block_types": ["CrossAttnDownBlock2D"]}, ModelConfigError, "down_block_types"),
         ({"transformer_layers_per_block": "two"}, ModelConfigError, "transformer_layers_per_block"),

@@ -30,7 +30,10 @@ LARGEST = {
     "num_class_embeds": 10_000,
 }
 # Of a U-Net that is trained further.
-GROWING = ("down_block_types", "up_block_types", "transformer_layers_per_block", "only_cross_attention")
+GROWING = (
+    *("down_block_types", "up_block_types", "transformer_layers_per_block", "only_cross_attention"),
+    "layers_per_block",
+)
 LARGEST_BLOCKS = 4096  # layers times transformer layers, of all levels
 
 
