@@ -21,8 +21,8 @@ RESNET_ENDS, TRANSFORMER_ENDS, BLOCK_ENDS = (".conv2.",), (".proj_out.",), (".to
 def grown_unet(started: UNet2DConditionModel, changes: Mapping[str, Any]) -> UNet2DConditionModel:
     """Return a U-Net with more layers than another, that draws what the other draws.
 
-    What is new begins by adding 0 (Chen et al. 2016, Net2Net, arXiv 1511.05641). Residual blocks are added at the end of
-    a level on the way down, and after the first one of the level on the way up.
+    What is new begins by adding 0 (Chen et al. 2016, Net2Net, arXiv 1511.05641). Residual blocks are added at the end
+    of a level on the way down, and after the first one of the level on the way up.
 
     Args:
         changes: keys of `UNetConfig` with other values, those of `config.checks.GROWING`.
