@@ -1,4 +1,4 @@
-"""A U-Net that training gives more attention than the one it starts from has."""
+"""A U-Net that training gives more layers than the one it starts from has."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class DiffusionTraining(Section):
     # with the package, "labels" makes each different caption a class, "none" trains without any condition.
     text_encoder: TextPath = "embedded"
     # Keys of `latentdiff.models.unet.UNetConfig`, without those that follow from latents and objective; with
-    # `start_from` those that give its U-Net more attention (`checks.GROWING`).
+    # `start_from` those that give its U-Net more layers (`checks.GROWING`).
     model: dict[str, Any] = Field(default_factory=dict)
     # Keys of `latentdiff.diffusion.schedule.NoiseSchedule`.
     schedule: dict[str, Any] = Field(default_factory=dict)
