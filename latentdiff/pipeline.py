@@ -194,7 +194,9 @@ class Pipeline:
     def make_ready(self) -> Pipeline:
         """Let the engine convert the networks now that it would convert for the first picture, and return this."""
         self.engine.predict(self.unet)
+        self.engine.texts(self.unet)
         self.engine.decode(self.autoencoder)
+        self.engine.encode(self.components.prompt_encoder)
         return self
 
     @property

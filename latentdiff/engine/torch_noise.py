@@ -1,8 +1,8 @@
 """Draw the normal numbers that torch's CPU generator draws, to the bit, without torch.
 
-torch fills 16 numbers and more by the Mersenne Twister and Box and Muller's transform, in blocks of 16. On x86 with AVX2
-its logarithm, sine and cosine are Cephes' polynomials in float32, with a rounding less wherever a product is added to
-something. Other processors have other polynomials; `agrees_with_torch` says whether these are the ones.
+torch fills 16 numbers and more by the Mersenne Twister and Box and Muller's transform, in blocks of 16. On x86 with
+AVX2 its logarithm, sine and cosine are Cephes' polynomials in float32, with a rounding less wherever a product is added
+to something. Other processors have other polynomials; `agrees_with_torch` says whether these are the ones.
 
 Source: Matsumoto and Nishimura 1998, "Mersenne Twister"; Box and Muller 1958; Moshier 1992, Cephes, logf.c and sinf.c.
 """
@@ -40,7 +40,7 @@ class TorchNoise:
     """
 
     def __init__(self, seed: int) -> None:
-        self._twister = np.random.RandomState(seed & 0xFFFFFFFF)  # noqa: NPY002  # it is seeded as torch's is
+        self._twister = np.random.RandomState(seed & 0xFFFFFFFF)  # it is seeded as torch's is
 
     def draw(self, shape: Sequence[int]) -> np.ndarray:
         """Return standard normal numbers (...) float32 as `torch.randn` draws them; at least `FEWEST`."""

@@ -81,8 +81,10 @@ def guided_network(
     if unet.config.time_cond_proj_dim is not None or _same_halves(cond):  # the network itself knows the scale, or
         scales = [1.0] * len(scales)  # there is nothing to steer away from
     timesteps = plan.timesteps.to(context.device, torch.float32)
-    prepared = unet.prepare(timesteps, context, added=cond.added, class_labels=cond.class_labels)
-    prepared = prepared.run_by(execution.engine.predict(unet))
+    engine = execution.engine
+    prepared = unet.prepare(
+        timesteps, context, added=cond.added, class_labels=cond.class_labels, texts=engine.texts(unet)
+    ).run_by(engine.predict(unet))
     conditional_alone, looks = prepared.rows(slice(count, 2 * count)), tiled(windows)
 
     def predict(network: PreparedUNet, inputs: Tensor, rows: Tensor) -> Generator[UNetCall, Tensor, Tensor]:

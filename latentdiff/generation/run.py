@@ -41,7 +41,7 @@ from latentdiff.generation.decode import OUTPUT_TYPES, decode_latents, with_opac
 from latentdiff.generation.guided import Guided, UNetCall, guided_network
 from latentdiff.generation.inputs import PreparedImage
 from latentdiff.generation.options import check_integer
-from latentdiff.generation.result import GeneratedImage, call_record
+from latentdiff.generation.result import GeneratedImage, call_record, image_record
 from latentdiff.generation.stages import Job, Stage, prepare
 from latentdiff.generation.text import Conditioning
 from latentdiff.generation.upscale import plan_upscale
@@ -88,7 +88,7 @@ class Drawing:
 
     job: Job
     stages: list[Stage]
-    record: Callable[[int, int, int], dict[str, Any]]
+    record: dict[str, Any]
     notes: list[str]
 
     @property
@@ -105,7 +105,8 @@ class Drawing:
         """
         image = _finish(self.job, self.stages[-1], latents, output_type, self.notes)
         tokens, windows = self.stages[0].conditioning.counts(index)
-        finished = GeneratedImage(image, self.record(index, *place), tokens, windows, tuple(self.notes))
+        record = image_record(self.stages[0].settings, self.record, index, place)
+        finished = GeneratedImage(image, record, tokens, windows, tuple(self.notes))
         self.notes.clear()
         return finished
 
