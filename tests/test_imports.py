@@ -40,6 +40,7 @@ LEAVES = (
     "decoding",
     "marks",
     "lora_tags",
+    "embedded",
     "files",
     "prompts",
     "interrupts",
