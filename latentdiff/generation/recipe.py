@@ -31,7 +31,8 @@ FREE = ("negative_prompt", "seed", "num_images")  # options that may differ betw
 FORMAT = 1  # of the files
 NUMBERS, TABLES = "recipe.json", "tables.safetensors"
 MOST_FILES = 200  # of a model's folder
-THREADING = ("OMP_", "MKL_", "KMP_")  # how the variables begin that say how many threads torch computes with
+# Environment variables that say how many threads torch computes with.
+THREADING = ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OMP_DYNAMIC", "MKL_NUM_THREADS", "MKL_DYNAMIC")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def recipe_place(model: str | None, how: Mapping[str, Any], given: Mapping[str, 
     depends = {
         "format": (FORMAT, __version__, [stamp(str(found and found.origin)) for found in packages]),
         "machine": (processor(), os.cpu_count(), len(affinity(0)) if affinity else None),
-        "threading": sorted(item for item in os.environ.items() if item[0].startswith(THREADING)),
+        "threading": [os.environ.get(name) for name in THREADING],
         "model": (model, str(folder.resolve())),
         "files": sorted((str(file.relative_to(folder)), stamp(file)) for file in files if not is_folder(file)),
         "how": dict(how),

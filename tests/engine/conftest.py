@@ -25,7 +25,8 @@ def conversions(built_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         Pipeline.from_pretrained(built_model, device="cpu", engine="openvino").make_ready()
     texts = [str(one.message) for one in said]
     assert [text for text in texts if "converting" in text] == [
-        f"converting {what} for OpenVINO, once; this takes a while" for what in ("the U-Net", "the decoder")
+        f"converting {what} for OpenVINO, once; this takes a while"
+        for what in ("the U-Net", "the decoder", "the text encoder")
     ]
     return folder
 
