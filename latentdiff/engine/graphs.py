@@ -87,16 +87,16 @@ class TextsGraph(nn.Module):
 
 
 class EncoderGraph(nn.Module):
-    """A text encoder up to the states of its last layer."""
+    """A text encoder from the vectors of tokens, which a table has, to the states of its last layer."""
 
     def __init__(self, encoder: BertModel) -> None:
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the states (B, L, D) of tokens (B, L), given which of them are no padding (B, L)."""
+    def forward(self, words: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the states (B, L, D) of tokens (B, L, D), given which of them are no padding (B, L)."""
         masked = self.encoder.config.use_attention_mask
-        return self.encoder(input_ids, attention_mask if masked else None).last_hidden_state
+        return self.encoder.encode(words, attention_mask if masked else None).last_hidden_state
 
 
 class DecoderGraph(nn.Module):
@@ -132,9 +132,9 @@ def exported(network: UNet2DConditionModel | AutoencoderKL | BertModel) -> Trace
         latents = torch.randn(ROWS, network.config.latent_channels, HEIGHT, WIDTH)
         return Traced(DecoderGraph(network).eval(), (latents,), ("latents",), (MAP,))
     if isinstance(network, BertModel):
-        ids = torch.randint(0, network.config.vocab_size, (ROWS, TOKENS))
+        words = torch.randn(ROWS, TOKENS, network.config.hidden_size)
         mask = (torch.arange(TOKENS)[None] < torch.tensor([[TOKENS], [2]])).long()
-        return Traced(EncoderGraph(network).eval(), (ids, mask), ("input_ids", "attention_mask"), (WORDS, WORDS))
+        return Traced(EncoderGraph(network).eval(), (words, mask), ("words", "attention_mask"), (WORDS, WORDS))
     config, width = network.config, _context_width(network)
     sample = torch.randn(ROWS, config.in_channels, HEIGHT, WIDTH)
     with torch.no_grad():

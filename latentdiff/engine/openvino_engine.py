@@ -76,11 +76,11 @@ class OpenVINO(GraphEngine):
     def encode(self, encoder: PromptEncoder) -> PromptEncoder:
         if not isinstance(encoder, TokenStates) or not isinstance(encoder.encoder, BertModel):
             return encoder
-        run = _caller(self.graphs(encoder.encoder)[GRAPH])
+        run, words = _caller(self.graphs(encoder.encoder)[GRAPH]), encoder.encoder.embeddings.word_embeddings
 
         def states(input_ids: Tensor, attention_mask: Tensor | None = None) -> TextStates:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            (last,) = run(input_ids, mask)
+            (last,) = run(words(input_ids), mask)
             return TextStates(last, None, (last,))
 
         return TokenStates(encoder.encoder, encoder.tokenizer, states)
@@ -95,7 +95,7 @@ class OpenVINO(GraphEngine):
 
     def _converted(self, network: Convertible) -> dict[str, LaidOut]:
         """Return the graphs of a network, from disk where they are there."""
-        key = conversions.network_key(network, "openvino, several graphs", str(self.openvino.__version__))
+        key = conversions.network_key(network, "openvino, graphs without tables", str(self.openvino.__version__))
         place = conversions.cache_folder() / "openvino" / key
         names = (GRAPH, TEXTS) if isinstance(network, UNet2DConditionModel) else (GRAPH,)
         files = {name: place / f"{name}.xml" for name in names}

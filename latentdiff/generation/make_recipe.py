@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 
-from latentdiff.checkpoints.folder import read_layout
+from latentdiff.checkpoints.components import TextEncoder
+from latentdiff.checkpoints.folder import read_layout, weight_files
 from latentdiff.diffusion import Plan
 from latentdiff.diffusion.folding import folded
 from latentdiff.diffusion.guidance import guidance_scales
@@ -15,7 +18,7 @@ from latentdiff.engine.layouts import LaidOut
 from latentdiff.engine.openvino_engine import GRAPH, TEXTS, OpenVINO
 from latentdiff.engine.tiled_decoding import needs_tiles
 from latentdiff.engine.torch_noise import FEWEST, agrees_with_torch
-from latentdiff.generation.recipe import FREE, Recipe, write_recipe
+from latentdiff.generation.recipe import FREE, Recipe, words_of, write_recipe
 from latentdiff.generation.run import Drawing, prepare_drawing
 from latentdiff.generation.stages import Job
 from latentdiff.models.autoencoder import AutoencoderKL
@@ -54,7 +57,8 @@ def _recipe(job: Job, drawing: Drawing, graphs: dict[str, LaidOut]) -> Recipe | 
     components, (stage,) = job.components, drawing.stages
     settings, plan, source = stage.settings, stage.plan, components.source
     files = {name: graph.file for name, graph in graphs.items()}
-    if source is None or not isinstance(plan, Plan) or None in files.values():
+    words = None if source is None else _words(source.path, components.text_encoder)
+    if source is None or words is None or not isinstance(plan, Plan) or None in files.values():
         return None
     unet, encoder = components.unet, components.text_encoder
     scales = guidance_scales(
@@ -69,6 +73,7 @@ def _recipe(job: Job, drawing: Drawing, graphs: dict[str, LaidOut]) -> Recipe | 
         record=drawing.record,
         graphs={name: str(file) for name, file in files.items()},
         tokenizer=str((source.path / "tokenizer").resolve()),
+        words=str(words),
         window=encoder.config.max_position_embeddings,  # type: ignore[union-attr]  # of BERT
         masked=encoder.config.use_attention_mask,  # type: ignore[union-attr]
         heads=[(keys.shape[1], keys.shape[3]) for keys, _ in pairs],
@@ -79,6 +84,17 @@ def _recipe(job: Job, drawing: Drawing, graphs: dict[str, LaidOut]) -> Recipe | 
         scaling_factor=components.autoencoder.config.scaling_factor,
         tables={**folded(components.denoiser(lambda x, call: x), plan), "shifts": prepared.shifts[0].numpy()},
     )
+
+
+def _words(folder: Path, encoder: TextEncoder) -> Path | None:
+    """Return the file that has the table of a text encoder's tokens; None where numpy reads something else from it."""
+    assert isinstance(encoder, BertModel)
+    (first, *_), ids = weight_files(folder, "text_encoder"), np.arange(min(encoder.config.vocab_size, 8))
+    try:
+        same = np.array_equal(words_of(first, ids), encoder.embeddings.word_embeddings.weight[: len(ids)].numpy())
+    except (SafetensorError, TypeError):  # in another shard, or of a kind that numpy lacks
+        return None
+    return first.resolve() if same else None
 
 
 def _graphs(job: Job) -> dict[str, LaidOut]:

@@ -25,10 +25,11 @@ from latentdiff.engine.layouts import processor
 from latentdiff.errors import ModelPathError
 from latentdiff.files import is_file, is_folder, stamp
 
-__all__ = ["FREE", "Recipe", "read_recipe", "recipe_place", "write_recipe"]
+__all__ = ["FREE", "Recipe", "read_recipe", "recipe_place", "words_of", "write_recipe"]
 
 FREE = ("negative_prompt", "seed", "num_images")  # options that may differ between pictures of one recipe
 FORMAT = 1  # of the files
+TABLE = "embeddings.word_embeddings.weight"
 NUMBERS, TABLES = "recipe.json", "tables.safetensors"
 MOST_FILES = 200  # of a model's folder
 # Environment variables that say how many threads torch computes with.
@@ -44,6 +45,7 @@ class Recipe:
         record: see `result.call_record`.
         graphs: files of conversions, by what they are: "encoder", "texts", "unet", "decoder".
         tokenizer: folder of the tokenizer.
+        words: file of the text encoder's weights that has the table of its tokens.
         window: tokens that the text encoder takes at most.
         masked: whether padding is hidden from the text encoder.
         heads: number and width of the heads of each attention to the text.
@@ -59,6 +61,7 @@ class Recipe:
     record: dict[str, Any]
     graphs: dict[str, str]
     tokenizer: str
+    words: str
     window: int
     masked: bool
     heads: list[tuple[int, int]]
@@ -128,6 +131,16 @@ def write_recipe(recipe: Recipe, place: Path) -> None:
         save_file({name: np.ascontiguousarray(table) for name, table in recipe.tables.items()}, folder / TABLES)
 
     conversions.store(place, write)
+
+
+def words_of(file: str | Path, ids: np.ndarray) -> np.ndarray:
+    """Return the vectors (..., D) float32 of tokens (...) from a file of BERT's weights, of which no more is read."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="np") as weights:
+        table = weights.get_slice(TABLE)
+        rows = {number: table[number : number + 1][0] for number in np.unique(ids).tolist()}
+    return np.stack([rows[number] for number in ids.ravel().tolist()]).reshape(*ids.shape, -1).astype(np.float32)
 
 
 def _tuples(value: Any) -> Any:

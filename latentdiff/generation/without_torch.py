@@ -20,7 +20,7 @@ from latentdiff.engine import conversions
 from latentdiff.engine.layouts import LaidOut
 from latentdiff.engine.torch_noise import TorchNoise, fused
 from latentdiff.errors import InputError, LatentDiffError
-from latentdiff.generation.recipe import FREE, Recipe, read_recipe
+from latentdiff.generation.recipe import FREE, Recipe, read_recipe, words_of
 from latentdiff.generation.request import Settings
 from latentdiff.generation.result import GeneratedImage, image_record
 from latentdiff.models.tokenizer import Tokenizer
@@ -116,7 +116,8 @@ class Drawer:
         """Return what a text is encoded as; see `models.encoding.TokenStates`."""
         ids = np.array(lists.input_ids, np.int64).reshape(lists.n_chunks, -1)  # (n, L)
         mask = np.array(lists.attention_mask, np.int64).reshape(ids.shape) if self.recipe.masked else np.ones_like(ids)
-        (states,) = self._graphs["encoder"]([ids, mask], self._threads)  # (n, L, D)
+        words = words_of(self.recipe.words, ids)  # (n, L, D)
+        (states,) = self._graphs["encoder"]([words, mask], self._threads)  # (n, L, D)
         weights = np.array(lists.weights, np.float32).reshape(ids.shape)[..., None]
         return _Text(states if (weights == 1).all() else states * weights, lists.counts[0])
 

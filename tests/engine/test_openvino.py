@@ -18,8 +18,7 @@ from latentdiff import Pipeline
 from latentdiff.checkpoints.lora import save_lora
 from latentdiff.engine import openvino_engine
 from latentdiff.engine.conversions import CACHE, CONTENTS, Damaged, cache_folder, load, network_key, store
-from latentdiff.engine.graphs import DecoderGraph, EncoderGraph, TextsGraph, UNetGraph
-from latentdiff.engine.openvino_engine import GRAPH, TEXTS, OpenVINO, core
+from latentdiff.engine.openvino_engine import GRAPH, TEXTS, OpenVINO
 from latentdiff.errors import StorageError
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.checkpoints.test_lora import lora_of
@@ -72,16 +71,8 @@ def test_noise_is_found_by_the_same_engine(pipe: Pipeline, fast: Pipeline) -> No
 
 
 @pytest.fixture
-def copied(pipe: Pipeline, converted: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A copy of the conversions, in use; what is converted anew is read from the first, since that takes long."""
-    engine, components = OpenVINO(torch.float32), pipe.components
-    graphs = {
-        DecoderGraph: engine.graphs(components.autoencoder)[GRAPH].file,
-        EncoderGraph: engine.graphs(components.text_encoder)[GRAPH].file,  # type: ignore[arg-type]
-        UNetGraph: engine.graphs(pipe.unet)[GRAPH].file,
-        TextsGraph: engine.graphs(pipe.unet)[TEXTS].file,
-    }
-    monkeypatch.setattr(openvino_engine, "convert", lambda traced: core().read_model(graphs[type(traced.network)]))
+def copied(read_at_once: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder for conversions of its own, in use."""
     monkeypatch.setenv(CACHE, str(tmp_path / "own"))
     return tmp_path / "own"
 

@@ -16,6 +16,7 @@ from latentdiff.cli import main
 from latentdiff.commands import generate
 from latentdiff.engine import conversions, layouts
 from latentdiff.engine.conversions import CACHE
+from latentdiff.engine.openvino_engine import OpenVINO
 from latentdiff.engine.torch_noise import agrees_with_torch
 from latentdiff.generation import make_recipe
 from latentdiff.generation.options import options_of
@@ -184,23 +185,32 @@ def test_the_place_is_of_all_that_a_picture_depends_on(
         assert recipe_place(nothing, HOW, {}) is None
 
 
-@pytest.mark.parametrize("what", ["recipes", "layouts", "openvino"])
+@pytest.mark.parametrize("what", ["recipes", "layouts"])
 def test_what_is_damaged_is_made_anew(what: str, draw: Draw, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = draw()
+    damage(cache, what)
+    assert draw(light=what == "layouts") == expected
+    assert draw(light=True) == expected and capsys.readouterr().err == ""
+
+
+def test_a_damaged_conversion_is_made_anew(
+    read_at_once: None, draw: Draw, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = draw()
+    damage(cache, "openvino")
+    shutil.rmtree(cache / "layouts")
+    capsys.readouterr()
+    assert draw() == expected  # by torch
+    said = capsys.readouterr().err
+    assert "is damaged" in said and "converting the U-Net" in said
+    assert draw(light=True) == expected and capsys.readouterr().err == ""
+
+
+def damage(cache: Path, what: str) -> None:
     for file in (path for path in cache.glob(f"{what}/*/*") if path.name != conversions.CONTENTS):
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
-    if what == "openvino":
-        shutil.rmtree(cache / "layouts")
-        capsys.readouterr()
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(make_recipe, "keep_recipe", lambda job, place: None)
-            assert len(draw()) == len(expected)  # by torch, which converts anew
-        assert "is damaged" in capsys.readouterr().err
-        return
-    assert draw(light=what == "layouts") == expected
-    assert draw(light=True) == expected and capsys.readouterr().err == ""
 
 
 def test_layouts_that_are_gone_are_made_from_the_conversion(draw: Draw, cache: Path) -> None:
@@ -232,7 +242,9 @@ def test_noise_that_is_not_that_of_torch_has_no_recipe(
     assert not (cache / "recipes").exists()
 
 
-def test_half_precision_has_no_recipe(pipe: Pipeline, cache: Path, tmp_path: Path) -> None:
-    job = pipe.make_job("")
-    make_recipe.keep_recipe(job, tmp_path / "recipe")  # by another engine
-    assert not (tmp_path / "recipe").exists() and pipe.dtype == torch.float32
+def test_other_engines_and_precisions_have_no_recipe(pipe: Pipeline, cache: Path, tmp_path: Path) -> None:
+    half = pipe.to(dtype="bfloat16")
+    half = Pipeline(half.components, engine=OpenVINO(torch.float32))
+    for other in (pipe, half):
+        make_recipe.keep_recipe(other.make_job(""), tmp_path / "recipe")
+    assert not (tmp_path / "recipe").exists()
