@@ -42,6 +42,7 @@ LEAVES = (
     "lora_tags",
     "embedded",
     "files",
+    "memory",
     "prompts",
     "interrupts",
     "errors",

@@ -37,12 +37,12 @@ from latentdiff.generation.options import GENERATE, check_integer, options_of
 from latentdiff.generation.recipe import FREE, recipe_place
 from latentdiff.generation.request import Settings
 from latentdiff.generation.rules import check_inputs
-from latentdiff.generation.without_torch import Drawer, find_drawer
 from latentdiff.interrupts import ending_at_once
 from latentdiff.lora_tags import Weight, take_loras
 
 if TYPE_CHECKING:
     from latentdiff.generation.result import GeneratedImage
+    from latentdiff.generation.without_torch import Drawer
     from latentdiff.pipeline import Pipeline
 
 HELP = "Generate pictures of one or more prompts."
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("--judge says what chooses among pictures, got no --best-of; add it")
     prompts, named = _taken_loras(prompts, options.lora_dir)
     recipe = _recipe_place(options, chosen)
-    drawer = None if recipe is None else find_drawer(recipe, prompts, chosen)
+    drawer = None if recipe is None else _find_drawer(recipe, prompts, chosen)
     if drawer is not None:
         _draw_without_torch(drawer, options)
         return
@@ -151,10 +151,17 @@ def _recipe_place(options: argparse.Namespace, chosen: Mapping[str, Any]) -> Pat
     return recipe_place(options.model, how, chosen)
 
 
+def _find_drawer(recipe: Path, prompts: Sequence[str], chosen: Mapping[str, Any]) -> Drawer | None:
+    with ending_at_once():  # it loads OpenVINO
+        from latentdiff.generation.without_torch import find_drawer
+
+        return find_drawer(recipe, prompts, chosen)
+
+
 def _draw_without_torch(drawer: Drawer, options: argparse.Namespace) -> None:
     output = _output(drawer.settings, options)
     started = time.perf_counter()
-    report = write_all(drawer.images(), output, drawer.settings.count, options)
+    report = write_all(drawer.images(on_terminal()), output, drawer.settings.count, options)
     print_report(report, options, seconds=round(time.perf_counter() - started, 3))
     with saying_what_is_not_kept():
         drawer.keep()

@@ -7,7 +7,8 @@ before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from threading import Thread
@@ -17,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from latentdiff.engine import conversions
-from latentdiff.engine.layouts import LaidOut
+from latentdiff.engine.layouts import LaidOut, core
 from latentdiff.engine.torch_noise import TorchNoise, fused
 from latentdiff.errors import InputError, LatentDiffError
 from latentdiff.generation.recipe import FREE, Recipe, read_recipe, words_of
@@ -66,21 +67,25 @@ class Drawer:
         for graph in self._graphs.values():
             graph.keep()
 
-    def images(self) -> Iterator[GeneratedImage]:
+    def images(self, progress: bool = False) -> Iterator[GeneratedImage]:
         """Yield the images in order, each as soon as it is decoded.
+
+        Args:
+            progress: show a bar on stderr.
 
         Raises:
             InputError: an output of a network is not finite.
         """
-        notes = self._notes()
-        for batch in self._batches():
-            latents = self._sample(batch)
-            for row, index in enumerate(batch):
-                picture = self._decode(latents[row : row + 1])
-                record = image_record(self.settings, self.recipe.record, index, (len(batch), row))
-                text = self._texts[self.settings.prompt(index)]
-                yield GeneratedImage(picture, record, text.tokens, len(text.states), notes)
-                notes = ()
+        notes, batches = self._notes(), self._batches()
+        with _counted(len(self.recipe.scales) * len(batches), progress) as on_row:
+            for batch in batches:
+                latents = self._sample(batch, on_row)
+                for row, index in enumerate(batch):
+                    picture = self._decode(latents[row : row + 1])
+                    record = image_record(self.settings, self.recipe.record, index, (len(batch), row))
+                    text = self._texts[self.settings.prompt(index)]
+                    yield GeneratedImage(picture, record, text.tokens, len(text.states), notes)
+                    notes = ()
 
     def _make_ready(self) -> None:
         """Read or make the layouts of the first batch, the largest beside the others, and encode the texts."""
@@ -99,6 +104,7 @@ class Drawer:
             except BaseException as error:  # for the thread that waits
                 failed.append(error)
 
+        core()  # belongs to the thread that takes it first
         beside = Thread(target=lay_out)
         beside.start()
         try:
@@ -150,7 +156,7 @@ class Drawer:
         positive = [filled(settings.prompt(index)) for index in images]
         return np.stack([filled(settings.negative_prompt)] * len(images) + positive)
 
-    def _sample(self, images: Sequence[int]) -> np.ndarray:
+    def _sample(self, images: Sequence[int], on_row: Callable[[], object]) -> np.ndarray:
         """Return the scaled latents (b, C, h, w) of some images; see `diffusion.loop.sampling`."""
         recipe, tables = self.recipe, self.recipe.tables
         noises = [TorchNoise(self.settings.seeds(index)[0]) for index in images]
@@ -170,6 +176,7 @@ class Drawer:
             if recipe.noisy[row]:
                 advanced = fused(_column(tables["noise"][row]), _drawn(noises, recipe.shape), advanced)
             slots = advanced
+            on_row()
         x = slots[0] / tables["c_next"][-1]
         if not np.isfinite(x).all():
             raise InputError("the network's output became NaN or infinite; use a lower guidance_scale")
@@ -218,6 +225,18 @@ def find_drawer(place: Path, prompts: Sequence[str], given: Mapping[str, Any]) -
         return Drawer(recipe, settings)
     except (conversions.Damaged, LatentDiffError, OSError, RuntimeError, ValueError):
         return None
+
+
+@contextmanager
+def _counted(total: int, progress: bool) -> Iterator[Callable[[], object]]:
+    """Yield what is called after each row; it moves the bar, if there is one."""
+    if not progress:
+        yield lambda: None
+        return
+    from tqdm import tqdm  # which takes long to load
+
+    with tqdm(total=total, unit="step", leave=False) as bar:
+        yield bar.update
 
 
 def _drawn(noises: Sequence[TorchNoise], shape: Sequence[int]) -> np.ndarray:
