@@ -108,10 +108,10 @@ def run(options: argparse.Namespace) -> None:
     if options.judge is not None and among == 1:
         raise InputError("--judge says what chooses among pictures, got no --best-of; add it")
     prompts, named = _taken_loras(prompts, options.lora_dir)
-    recipe = _recipe_place(options, chosen)
+    started, recipe = time.perf_counter(), _recipe_place(options, chosen)
     drawer = None if recipe is None else _find_drawer(recipe, prompts, chosen)
     if drawer is not None:
-        _draw_without_torch(drawer, options)
+        _draw_without_torch(drawer, options, started)
         return
     with ending_at_once():  # some checks load torch
         settings = Settings(prompts=tuple(prompts), **chosen)
@@ -158,24 +158,23 @@ def _find_drawer(recipe: Path, prompts: Sequence[str], chosen: Mapping[str, Any]
         return find_drawer(recipe, prompts, chosen)
 
 
-def _draw_without_torch(drawer: Drawer, options: argparse.Namespace) -> None:
+def _draw_without_torch(drawer: Drawer, options: argparse.Namespace, started: float) -> None:
     output = _output(drawer.settings, options)
-    started = time.perf_counter()
     report = write_all(drawer.images(on_terminal()), output, drawer.settings.count, options)
     print_report(report, options, seconds=round(time.perf_counter() - started, 3))
-    with saying_what_is_not_kept():
+    with _saying_what_is_not_kept():
         drawer.keep()
 
 
 def _keep_recipe(pipe: Pipeline, place: Path, chosen: Mapping[str, Any]) -> None:
     from latentdiff.generation.make_recipe import keep_recipe
 
-    with saying_what_is_not_kept():
+    with _saying_what_is_not_kept():
         keep_recipe(pipe.make_job("", **{name: value for name, value in chosen.items() if name not in FREE}), place)
 
 
 @contextmanager
-def saying_what_is_not_kept() -> Iterator[None]:
+def _saying_what_is_not_kept() -> Iterator[None]:
     """Print a line where something that only saves time later cannot be written."""
     try:
         yield

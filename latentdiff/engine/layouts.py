@@ -15,7 +15,7 @@ from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,6 +77,20 @@ def processor() -> str:
     return "\n".join(line for line in first.splitlines() if line.startswith(KINDS))
 
 
+class _Layout(NamedTuple):
+    """A graph laid out for one shape.
+
+    Attributes:
+        data: memory that the weights are in and that must outlive the request; None where OpenVINO has its own.
+        request: runs it.
+        place: where it is to be written; None where it is there, or too large.
+    """
+
+    data: np.ndarray | None
+    request: Any
+    place: Path | None
+
+
 class LaidOut:
     """A graph of OpenVINO, laid out for each shape that it is called with; threads may share one.
 
@@ -89,8 +103,7 @@ class LaidOut:
     def __init__(self, read: Callable[[], Any], precision: str, file: Path | None) -> None:
         self._read, self._precision, self.file = read, precision, file
         self._graph: Any = None
-        self._requests = OrderedDict[Any, Any]()  # by shapes and threads
-        self._new = dict[Path, Any]()  # compiled, not on disk
+        self._layouts = OrderedDict[Any, _Layout]()  # by shapes and threads
         self._lock = RLock()
 
     @classmethod
@@ -137,13 +150,12 @@ class LaidOut:
         """
         with self._lock:
             key = shapes, threads
-            if key not in self._requests:
-                held, compiled = self._laid_out(shapes, threads)
-                self._requests[key] = held, compiled.create_infer_request()
-                if len(self._requests) > SHAPES:
-                    self._requests.popitem(last=False)
-            self._requests.move_to_end(key)
-            return self._requests[key][1]
+            if key not in self._layouts:
+                self._layouts[key] = self._laid_out(shapes, threads)
+                if len(self._layouts) > SHAPES:
+                    self._layouts.popitem(last=False)
+            self._layouts.move_to_end(key)
+            return self._layouts[key].request
 
     def keep(self) -> None:
         """Write the layouts that are not on disk yet, unless each would take much space.
@@ -152,12 +164,12 @@ class LaidOut:
             StorageError: one cannot be written.
         """
         with self._lock:
-            while self._new:
-                place, compiled = self._new.popitem()
-                conversions.store(place, partial(_write, compiled))
+            for key, layout in self._layouts.items():
+                if layout.place is not None:
+                    conversions.store(layout.place, partial(_write, layout.request.get_compiled_model()))
+                    self._layouts[key] = layout._replace(place=None)
 
-    def _laid_out(self, shapes: tuple[tuple[int, ...], ...], threads: int) -> tuple[Any, Any]:
-        """Return a layout, and before it what must outlive it."""
+    def _laid_out(self, shapes: tuple[tuple[int, ...], ...], threads: int) -> _Layout:
         options = {
             "INFERENCE_PRECISION_HINT": self._precision,
             "PERFORMANCE_HINT": "LATENCY",
@@ -173,9 +185,8 @@ class LaidOut:
         graph = self._graph.clone()
         graph.reshape({port: list(shape) for port, shape in zip(graph.inputs, shapes)})
         compiled = core().compile_model(graph, "CPU", options)
-        if place is not None and self.file is not None and self.file.with_suffix(".bin").stat().st_size <= LARGEST:
-            self._new[place] = compiled
-        return None, compiled
+        large = self.file is None or self.file.with_suffix(".bin").stat().st_size > LARGEST
+        return _Layout(None, compiled.create_infer_request(), None if large else place)
 
     def _place(self, shapes: tuple[tuple[int, ...], ...], threads: int) -> Path | None:
         if self.file is None:
@@ -185,11 +196,8 @@ class LaidOut:
         return conversions.cache_folder() / "layouts" / digest
 
 
-def _read(place: Path, options: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Return the layout in a folder, and before it the memory that its weights are in and that must outlive it.
-
-    None where there is no layout, or none that is what was written and can be used.
-    """
+def _read(place: Path, options: dict[str, Any]) -> _Layout | None:
+    """Return the layout in a folder; None where there is none that is what was written and can be used."""
     try:
         found = conversions.load(place)
         if found is None:
@@ -199,7 +207,7 @@ def _read(place: Path, options: dict[str, Any]) -> tuple[Any, Any] | None:
         compiled = core().import_model(load_openvino().Tensor(data, shared_memory=True), "CPU", options)
     except (conversions.Damaged, OSError, RuntimeError, ValueError):
         return None
-    return data, compiled
+    return _Layout(data, compiled.create_infer_request(), None)
 
 
 def _write(compiled: Any, folder: Path) -> None:
