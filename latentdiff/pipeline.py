@@ -30,6 +30,7 @@ from latentdiff.engine.engines import Eager, Engine
 from latentdiff.engine.execution import Execution, find_engine, settle
 from latentdiff.engine.offload import Offload
 from latentdiff.errors import InputError, shown
+from latentdiff.generation.batches import BATCH_SIZE
 from latentdiff.generation.decode import OUTPUT_TYPES
 from latentdiff.generation.documentation import document
 from latentdiff.generation.inputs import prepare_image, prepare_small_image
@@ -51,7 +52,7 @@ __all__ = ["OUTPUT_TYPES", "Callback", "Pipeline"]
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 
-DEFAULT_STRENGTH, BATCH_SIZE = 0.8, 4
+DEFAULT_STRENGTH = 0.8
 
 
 class Pipeline:

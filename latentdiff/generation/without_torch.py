@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -21,15 +20,15 @@ from latentdiff.engine import conversions
 from latentdiff.engine.layouts import LaidOut, core
 from latentdiff.engine.torch_noise import TorchNoise, fused
 from latentdiff.errors import InputError, LatentDiffError
+from latentdiff.generation.batches import BATCH_SIZE, make_batches, text_notes
 from latentdiff.generation.recipe import FREE, Recipe, read_recipe, words_of
 from latentdiff.generation.request import Settings
 from latentdiff.generation.result import GeneratedImage, image_record
-from latentdiff.models.tokenizer import Tokenizer
-from latentdiff.prompts import parse_weights, prompt_notes
+from latentdiff.images import from_array
+from latentdiff.models.tokenizer import Tokenizer, TokenLists
+from latentdiff.prompts import parse_weights
 
 __all__ = ["Drawer", "find_drawer"]
-
-BATCH_SIZE = 4  # that of `Pipeline.stream`
 
 
 class _Text(NamedTuple):
@@ -76,7 +75,7 @@ class Drawer:
         Raises:
             InputError: an output of a network is not finite.
         """
-        notes, batches = self._notes(), self._batches()
+        notes, batches = tuple(text_notes(self.settings)), make_batches(self.settings.count, self._window_count)
         with _counted(len(self.recipe.scales) * len(batches), progress) as on_row:
             for batch in batches:
                 latents = self._sample(batch, on_row)
@@ -118,7 +117,7 @@ class Drawer:
     def _pieces(self, text: str) -> Any:
         return parse_weights(text) if self.settings.prompt_weights else text
 
-    def _encoded(self, lists: Any) -> _Text:
+    def _encoded(self, lists: TokenLists) -> _Text:
         """Return what a text is encoded as; see `models.encoding.TokenStates`."""
         ids = np.array(lists.input_ids, np.int64).reshape(lists.n_chunks, -1)  # (n, L)
         mask = np.array(lists.attention_mask, np.int64).reshape(ids.shape) if self.recipe.masked else np.ones_like(ids)
@@ -127,21 +126,10 @@ class Drawer:
         weights = np.array(lists.weights, np.float32).reshape(ids.shape)[..., None]
         return _Text(states if (weights == 1).all() else states * weights, lists.counts[0])
 
-    def _notes(self) -> tuple[str, ...]:
-        if not self.settings.prompt_weights:
-            return ()
-        texts = dict.fromkeys([*self.settings.prompts, self.settings.negative_prompt])
-        return tuple(dict.fromkeys(note for text in texts for note in prompt_notes(text)))
-
     def _window_count(self, index: int) -> int:
         return max(
             len(self._texts[text].states) for text in (self.settings.prompt(index), self.settings.negative_prompt)
         )
-
-    def _batches(self) -> list[list[int]]:
-        """Return the numbers of the images that are sampled together; see `run.make_batches`."""
-        runs = [list(same) for _, same in groupby(range(self.settings.count), key=self._window_count)]
-        return [same[first : first + BATCH_SIZE] for same in runs for first in range(0, len(same), BATCH_SIZE)]
 
     def _context(self, images: Sequence[int]) -> np.ndarray:
         """Return the text states (2b, n * L, D) of some images, the negative halves first."""
@@ -149,9 +137,8 @@ class Drawer:
 
         def filled(text: str) -> np.ndarray:
             states = self._texts[text].states
-            return np.concatenate([states, *[self._texts[""].states] * (wanted - len(states))]).reshape(
-                -1, states.shape[-1]
-            )
+            windows = [states, *[self._texts[""].states] * (wanted - len(states))]
+            return np.concatenate(windows).reshape(-1, states.shape[-1])
 
         positive = [filled(settings.prompt(index)) for index in images]
         return np.stack([filled(settings.negative_prompt)] * len(images) + positive)
@@ -196,13 +183,12 @@ class Drawer:
         return self._graphs["unet"]([inputs, rows, *texts], self._threads)[0]
 
     def _decode(self, latents: np.ndarray) -> Image.Image:
-        """Return the picture of latents (1, C, h, w); see `decode.decode_latents` and `images.from_tensor`."""
+        """Return the picture of latents (1, C, h, w); see `decode.decode_latents`."""
         (images,) = self._graphs["decoder"]([latents / np.float32(self.recipe.scaling_factor)], self._threads)
         if not np.isfinite(images).all():
             raise InputError("the autoencoder overflowed even in float32; use a lower guidance_scale or another model")
         unit = np.clip(images[0] / np.float32(2) + np.float32(0.5), 0, 1)
-        pixels = np.round(unit * np.float32(255)).astype(np.uint8)
-        return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+        return from_array(unit.transpose(1, 2, 0))
 
 
 def find_drawer(place: Path, prompts: Sequence[str], given: Mapping[str, Any]) -> Drawer | None:
