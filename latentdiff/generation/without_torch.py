@@ -53,7 +53,7 @@ class Drawer:
         self.recipe, self.settings = recipe, settings
         self._threads: int = recipe.record["threads"]
         self._graphs = {name: LaidOut.of(Path(file), "f32") for name, file in recipe.graphs.items()}
-        self._tokenizer = Tokenizer.from_folder(recipe.tokenizer)
+        self._tokenizer = Tokenizer.from_folder(recipe.tokenizer, recipe.window)
         self._texts = dict[str, _Text]()
         self._make_ready()
 

@@ -122,8 +122,8 @@ class Tokenizer:
             self._backend.encode(PROBE, add_special_tokens=False)
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """Read a tokenizer folder of diffusers or transformers.
+    def from_folder(cls, folder: str | Path, longest: int | None = None) -> Tokenizer:
+        """Read a tokenizer folder of diffusers or transformers; `longest` is as of the class itself.
 
         Raises:
             ModelLoadError: as of the class itself.
@@ -133,7 +133,7 @@ class Tokenizer:
             files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         except OSError as error:
             raise ModelPathError(f"could not read the tokenizer in {folder}: {error}; check the folder") from error
-        return cls(files, str(folder))
+        return cls(files, str(folder), longest)
 
     @contextmanager
     def _library(self, what: str) -> Iterator[None]:
@@ -236,14 +236,8 @@ class Tokenizer:
         marks = len(self._begin) + len(self._end)
         contents = [_windows(self._words(prompt), self.model_max_length - marks) for prompt in prompts]
         n_chunks = max([1, *map(len, contents)])
-        found = TokenLists(
-            [],
-            [],
-            [],
-            n_chunks,
-            [sum(map(len, content)) + marks for content in contents],
-            [len(content) for content in contents],
-        )
+        counts, windows = [sum(map(len, content)) + marks for content in contents], [*map(len, contents)]
+        found = TokenLists([], [], [], n_chunks, counts, windows)
         for content in contents:
             ids, mask, weights = list[int](), list[int](), list[float]()
             for part in content + [[]] * (n_chunks - len(content)):
