@@ -71,7 +71,7 @@ def processor() -> str:
     """Return what tells kinds of processors apart: another kind may need another layout, or round otherwise."""
     try:
         with CPUINFO.open() as file:
-            first = file.read(4096).partition("\n\n")[0]  # of all cores, which are alike
+            first = file.read(8192).partition("\n\n")[0]  # of all cores, which are alike
     except (OSError, ValueError):
         return f"{platform.machine()} {platform.processor()}"
     return "\n".join(line for line in first.splitlines() if line.startswith(KINDS))
@@ -164,7 +164,7 @@ class LaidOut:
             StorageError: one cannot be written.
         """
         with self._lock:
-            for key, layout in self._layouts.items():
+            for key, layout in [*self._layouts.items()]:
                 if layout.place is not None:
                     conversions.store(layout.place, partial(_write, layout.request.get_compiled_model()))
                     self._layouts[key] = layout._replace(place=None)
