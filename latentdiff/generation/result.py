@@ -281,7 +281,7 @@ def image_record(settings: Settings, shared: Mapping[str, Any], index: int, plac
         index: of the image.
         place: size of the batch it was drawn in, and its row there.
     """
-    values = settings.record(index) | shared | {"batch_size": place[0], "batch_index": place[1]}
+    values = {**settings.record(index), **shared, "batch_size": place[0], "batch_index": place[1]}
     return {key: values[key] for key in OWN} | values  # those first, as `Result.record` has them
 
 
