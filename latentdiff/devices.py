@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from latentdiff.errors import InputError, shown, suggest
+from latentdiff.memory import machine_memory, peak_of_process
 
 __all__ = [
     "DTYPES",
@@ -84,14 +84,6 @@ def copies_unwaited(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def machine_memory() -> int:
-    """Return the bytes of physical memory, without a bound where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return 2**62
-
-
 def memory_of(device: torch.device) -> int:
     """Return the bytes of memory that what runs on a device can use: its own, or those of the machine."""
     if device.type == "cuda":
@@ -140,18 +132,6 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here on
     yield found
     found.append(peak_of_process())
-
-
-def peak_of_process() -> int:
-    """Return the most bytes that this process has held, 0 where the system does not say."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    with suppress(ImportError):  # not on Windows
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    return 0
 
 
 class Pace:

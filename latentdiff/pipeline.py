@@ -30,6 +30,7 @@ from latentdiff.engine.engines import Eager, Engine
 from latentdiff.engine.execution import Execution, find_engine, settle
 from latentdiff.engine.offload import Offload
 from latentdiff.errors import InputError, shown
+from latentdiff.generation.batches import BATCH_SIZE
 from latentdiff.generation.decode import OUTPUT_TYPES
 from latentdiff.generation.documentation import document
 from latentdiff.generation.inputs import prepare_image, prepare_small_image
@@ -51,7 +52,7 @@ __all__ = ["OUTPUT_TYPES", "Callback", "Pipeline"]
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 
-DEFAULT_STRENGTH, BATCH_SIZE = 0.8, 4
+DEFAULT_STRENGTH = 0.8
 
 
 class Pipeline:
@@ -194,7 +195,9 @@ class Pipeline:
     def make_ready(self) -> Pipeline:
         """Let the engine convert the networks now that it would convert for the first picture, and return this."""
         self.engine.predict(self.unet)
+        self.engine.texts(self.unet)
         self.engine.decode(self.autoencoder)
+        self.engine.encode(self.components.prompt_encoder)
         return self
 
     @property

@@ -8,45 +8,22 @@ from __future__ import annotations
 
 import os
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from latentdiff.checkpoints.folder import FAST_LORA, NETWORKS, TINY_DECODER, VARIANTS, read_layout, weight_files
 from latentdiff.checkpoints.generation_config import FILE as DEFAULTS
 from latentdiff.checkpoints.tuned_sampler import FILE as TUNED
+from latentdiff.embedded import ASSETS, EMBEDDED, embedded_model
 from latentdiff.errors import InputError, ModelPathError, suggest
 from latentdiff.files import require_path
 from latentdiff.models.tokenizer import FILES
 
 __all__ = ["EMBEDDED", "embedded_model", "find_fast_lora", "find_model"]
 
-EMBEDDED = "embedded"  # what the model that comes with the package is called in settings
-# All that come with it, and the folders that they are in.
-ASSETS = {EMBEDDED: "emoji", "embedded-inpaint": "emoji-inpaint", "embedded-upscale": "emoji-upscale"}
-
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 OWN = (DEFAULTS, TUNED, FAST_LORA, f"{TINY_DECODER}/*.safetensors")  # what a model may have beside its components
 SMALL = ("model_index.json", "*/config.json", "*/scheduler_config.json", *(f"tokenizer*/{name}" for name in FILES))
-
-
-@cache
-def embedded_model(name: str = EMBEDDED) -> Path:
-    """Return the folder of a model that comes with the package: in a checkout, or inside an installed package.
-
-    Args:
-        name: one of `ASSETS`.
-
-    Raises:
-        ModelPathError: this copy of the package came without it.
-    """
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package.parent / "assets" / ASSETS[name], package / "_assets" / ASSETS[name]):
-        if folder.is_dir():
-            return folder
-    raise ModelPathError(
-        f"the model {name!r} is missing from this copy of latentdiff; pass another as --model, or install it again"
-    )
 
 
 def find_model(model: str | os.PathLike[str] | None, *, local: bool = False) -> tuple[Path, str]:

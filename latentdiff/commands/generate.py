@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from latentdiff.commands.shared import (
     Output,
@@ -24,13 +26,15 @@ from latentdiff.commands.shared import (
     parse_loras,
     print_report,
     read_size,
+    say,
     write_all,
     writing,
 )
 from latentdiff.commands.upscale import UPSCALER, load_upscaler, upscaled
-from latentdiff.errors import InputError, shown
+from latentdiff.errors import InputError, StorageError, shown
 from latentdiff.files import is_file, require_path
-from latentdiff.generation.options import GENERATE, check_integer
+from latentdiff.generation.options import GENERATE, check_integer, options_of
+from latentdiff.generation.recipe import FREE, recipe_place
 from latentdiff.generation.request import Settings
 from latentdiff.generation.rules import check_inputs
 from latentdiff.interrupts import ending_at_once
@@ -38,9 +42,13 @@ from latentdiff.lora_tags import Weight, take_loras
 
 if TYPE_CHECKING:
     from latentdiff.generation.result import GeneratedImage
+    from latentdiff.generation.without_torch import Drawer
     from latentdiff.pipeline import Pipeline
 
 HELP = "Generate pictures of one or more prompts."
+AUTO = "auto"
+# Besides those of `Settings`, what is heeded without torch too.
+HEEDED = ("prompts", "out", "model", "size", "device", "dtype", "engine", "json", "metadata", "mark", "sign")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -100,27 +108,82 @@ def run(options: argparse.Namespace) -> None:
     if options.judge is not None and among == 1:
         raise InputError("--judge says what chooses among pictures, got no --best-of; add it")
     prompts, named = _taken_loras(prompts, options.lora_dir)
+    started, recipe = time.perf_counter(), _recipe_place(options, chosen)
+    drawer = None if recipe is None else _find_drawer(recipe, prompts, chosen)
+    if drawer is not None:
+        _draw_without_torch(drawer, options, started)
+        return
     with ending_at_once():  # some checks load torch
         settings = Settings(prompts=tuple(prompts), **chosen)
     fast = _fast_lora(options.model) if options.fast else {}
     embeddings, loras = _embeddings(options.embedding), {**fast, **parse_loras(options.lora), **named}
     if len(loras) < len(fast) + len(options.lora) + len(named):
         raise InputError("a LoRA must be given once, by --lora or in the prompt, got one twice; leave one of them out")
-    output = Output(options.out, [settings.prompt(index) for index in range(settings.count)], writing(options))
+    output = _output(settings, options)
     started = time.perf_counter()
     pipe = _load(options, embeddings, loras)
     if not options.prompts and options.image is None and pipe.components.reads_text:
         raise InputError('this model needs a PROMPT, got none; say what to draw, as in "a red fox"')
     upscaler = load_upscaler(options.upscale_model, options) if options.upscale else None
-    if among > 1:
-        chosen["num_images"] = settings.num_images * among
-    images = pipe.stream(prompts, image=options.image, mask=_mask(options.mask), progress=on_terminal(), **chosen)
+    asked = chosen | ({"num_images": settings.num_images * among} if among > 1 else {})
+    images = pipe.stream(prompts, image=options.image, mask=_mask(options.mask), progress=on_terminal(), **asked)
     if among > 1:
         images = _best(images, among, options, pipe)
     if upscaler is not None:
         images = _each_upscaled(upscaler, images)
     report = write_all(images, output, settings.count, options)
     print_report(report, options, seconds=round(time.perf_counter() - started, 3))
+    if recipe is not None:
+        _keep_recipe(pipe, recipe, chosen)
+
+
+def _recipe_place(options: argparse.Namespace, chosen: Mapping[str, Any]) -> Path | None:
+    """Return where the recipe is by which a request is drawn without torch; None for one that takes torch."""
+    if options.engine not in ("openvino", AUTO) or not options.prompts:
+        return None
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    heeded = {*HEEDED, *options_of(Settings)}  # the others must be left at their defaults
+    usual = {name: value for name, value in vars(parser.parse_args([])).items() if name not in heeded}
+    if any(getattr(options, name) != value for name, value in usual.items()):
+        return None
+    how = {"device": options.device, "dtype": options.dtype, "engine": options.engine}
+    return recipe_place(options.model, how, chosen)
+
+
+def _find_drawer(recipe: Path, prompts: Sequence[str], chosen: Mapping[str, Any]) -> Drawer | None:
+    with ending_at_once():  # it loads OpenVINO
+        from latentdiff.generation.without_torch import find_drawer
+
+        return find_drawer(recipe, prompts, chosen)
+
+
+def _draw_without_torch(drawer: Drawer, options: argparse.Namespace, started: float) -> None:
+    output = _output(drawer.settings, options)
+    report = write_all(drawer.images(on_terminal()), output, drawer.settings.count, options)
+    print_report(report, options, seconds=round(time.perf_counter() - started, 3))
+    with _saying_what_is_not_kept():
+        drawer.keep()
+
+
+def _keep_recipe(pipe: Pipeline, place: Path, chosen: Mapping[str, Any]) -> None:
+    from latentdiff.generation.make_recipe import keep_recipe
+
+    with _saying_what_is_not_kept():
+        keep_recipe(pipe.make_job("", **{name: value for name, value in chosen.items() if name not in FREE}), place)
+
+
+@contextmanager
+def _saying_what_is_not_kept() -> Iterator[None]:
+    """Print a line where something that only saves time later cannot be written."""
+    try:
+        yield
+    except StorageError as error:
+        say(error)
+
+
+def _output(settings: Settings, options: argparse.Namespace) -> Output:
+    return Output(options.out, [settings.prompt(index) for index in range(settings.count)], writing(options))
 
 
 def _load(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.devices import copies_unwaited, widest_float
+from latentdiff.diffusion.folding import Batch, fold
 from latentdiff.diffusion.plan import Plan
 from latentdiff.diffusion.prediction import Call, Denoise, Denoiser, Network, halves
 from latentdiff.errors import InputError
@@ -231,7 +232,7 @@ def _run(
     generators: Sequence[torch.Generator],
     known: KnownRegion | None,
 ) -> Questions:
-    batch, draws = _folded(denoiser, plans, x), [plan.noise.any(dim=1).tolist() for plan in plans]
+    batch, draws = fold(denoiser, plans, x), [plan.noise.any(dim=1).tolist() for plan in plans]
     total, size, channels = max(len(plan) for plan in plans), batch.noise.shape[1], x.shape[1]
     denoised = torch.zeros_like(x)
     slots = torch.stack([x * batch.c_in[0], *[denoised] * (size - 1)])  # (S, B, C, H, W)
@@ -288,11 +289,11 @@ def _landed(x: Tensor, latents: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
     return torch.where((mask == 0) & ends.reshape(-1, *[1] * (x.ndim - 1)), latents, x)
 
 
-def _next_x(x: Tensor, images: Tensor, part: _Batch, row: int, slots: Tensor) -> Tensor:
+def _next_x(x: Tensor, images: Tensor, part: Batch, row: int, slots: Tensor) -> Tensor:
     return _replaced(x, images, slots[0] / part.c_next[row])
 
 
-def _next_denoised(denoised: Tensor, images: Tensor, part: _Batch, row: int, inputs: Tensor, output: Tensor) -> Tensor:
+def _next_denoised(denoised: Tensor, images: Tensor, part: Batch, row: int, inputs: Tensor, output: Tensor) -> Tensor:
     return _replaced(denoised, images, part.estimate(row, inputs, output))
 
 
@@ -321,70 +322,6 @@ def _fresh_noise(generators: Sequence[torch.Generator | None], x: Tensor) -> Ten
         if generator is not None:
             one.normal_(generator=generator)
     return noise.to(x.device, x.dtype, non_blocking=unwaited)
-
-
-class _Batch(NamedTuple):
-    """Tables of a batch, in terms of the network's own inputs and outputs: slot 0 is its next input.
-
-    sigmas, timesteps: (R, B).
-    c_in, c_next, of_input, of_output, noise_range: (R, B, 1, 1, 1); c_next is the c_in of the next row, and denoised =
-        of_input * input + of_output * output.
-    noise: (R, S, B, 1, 1, 1).
-    matrices: (R, S, S + 1, B, 1, 1, 1).
-    """
-
-    sigmas: Tensor
-    timesteps: Tensor
-    c_in: Tensor
-    c_next: Tensor
-    of_input: Tensor
-    of_output: Tensor
-    noise_range: Tensor
-    noise: Tensor
-    matrices: Tensor
-
-    def part(self, begin: int, end: int, images: Tensor) -> _Batch:
-        """Return some rows of some images."""
-        if begin == 0 and end == len(self.sigmas) and len(images) == self.sigmas.shape[1]:
-            return self
-        *tables, noise, matrices = (table[begin:end] for table in self)
-        picked = [table.index_select(1, images) for table in tables]
-        return _Batch._make([*picked, noise.index_select(2, images), matrices.index_select(3, images)])
-
-    def columns(self) -> tuple[Tensor, ...]:
-        """Return each column of the matrices, (R, S, B, 1, 1, 1)."""
-        return self.matrices.unbind(2)
-
-    def estimate(self, row: int, inputs: Tensor, output: Tensor) -> Tensor:
-        """Return the x0 estimates (B, C, H, W) of a row."""
-        return self.of_input[row] * inputs + self.of_output[row] * output
-
-    def output(self, row: int, inputs: Tensor, estimate: Tensor) -> Tensor:
-        """Return the outputs (B, C, H, W) of a row that would give these x0 estimates."""
-        return (estimate - self.of_input[row] * inputs) / self.of_output[row]
-
-
-def _folded(denoiser: Denoiser, plans: Sequence[Plan], x: Tensor) -> _Batch:
-    """Join the plans of a batch, zeros where one has fewer rows or slots than the largest, and fold the denoiser in.
-
-    With D = c_skip x + c_out F and the network's input u = c_in x, a row on (x, ..., D) becomes one on (u, ..., F).
-    """
-    rows, size = max(len(plan) for plan in plans), max(plan.noise.shape[1] for plan in plans)
-    each = [plan.padded(rows, size) for plan in plans]
-    sigmas, timesteps, noise_range, noise, matrices = (  # in NumPy, whose small operations are quicker
-        np.stack([getattr(plan, name).numpy() for plan in each], axis=-1)
-        for name in ("sigmas", "timesteps", "noise_range", "noise", "matrices")
-    )
-    c_skip, c_out, c_in = (factor.numpy() for factor in denoiser.factors(torch.from_numpy(sigmas)))  # (R, B)
-    c_next = np.append(c_in[1:], np.ones_like(c_in[:1]), axis=0)
-    c_next[[len(plan) - 1 for plan in plans], range(len(plans))] = 1  # the last row lands in VP coordinates
-    matrices[:, :, 0] = (matrices[:, :, 0] + matrices[:, :, -1] * c_skip[:, None]) / c_in[:, None]
-    matrices[:, :, -1] *= c_out[:, None]
-    matrices[:, 0] *= c_next[:, None]
-    noise[:, 0] *= c_next
-    tables = (c_in, c_next, c_skip / c_in, c_out, noise_range, noise, matrices)
-    shaped = [table.reshape(*table.shape, *[1] * (x.ndim - 1)) for table in tables]
-    return _Batch(*(torch.from_numpy(table).to(x.dtype).to(x.device) for table in (sigmas, timesteps, *shaped)))
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

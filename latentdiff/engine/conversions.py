@@ -10,13 +10,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from latentdiff import __version__
 from latentdiff.errors import StorageError
 from latentdiff.files import fingerprint
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["CACHE", "Damaged", "cache_folder", "load", "network_key", "store"]
 
@@ -43,6 +44,8 @@ def cache_folder() -> Path:
 
 def network_key(network: nn.Module, *versions: str) -> str:
     """Return a hash of all that a conversion depends on: config, weights, LoRAs in them included, and versions."""
+    import torch
+
     digest = hashlib.sha256(repr((type(network).__name__, network.config, __version__, *versions)).encode())
     for name, weight in network.state_dict().items():
         digest.update(f"{name}\0{weight.dtype}\0{tuple(weight.shape)}\0".encode())

@@ -1,7 +1,7 @@
 """What runs the U-Net and the decoder: PyTorch as it is, PyTorch compiled, or OpenVINO.
 
-The networks stay plain PyTorch; an engine is applied from outside, to what of them is called again and again. Text
-encoders, the encoder of pictures and tiled decoding are always run by PyTorch as it is.
+The networks stay plain PyTorch; an engine is applied from outside, to what of them is called again and again. The
+encoder of pictures and tiled decoding are always run by PyTorch as it is, and text encoders by all engines but one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from latentdiff.engine.graphs import flat_texts
 from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.encoding import PromptEncoder
 from latentdiff.models.pixels import PixelSpace
 from latentdiff.models.unet import Predict, Texts, UNet2DConditionModel
 
@@ -56,6 +57,14 @@ class Engine(ABC):
     @abstractmethod
     def decode(self, autoencoder: AutoencoderKL | PixelSpace) -> Decode:
         """Return what computes `autoencoder.decode`."""
+
+    def texts(self, unet: UNet2DConditionModel) -> Callable[[Tensor], Texts]:
+        """Return what computes `unet.texts`."""
+        return unet.texts
+
+    def encode(self, encoder: PromptEncoder) -> PromptEncoder:
+        """Return what encodes prompts as `encoder` does."""
+        return encoder
 
 
 class Eager(Engine):

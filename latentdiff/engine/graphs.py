@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from latentdiff.models.autoencoder import AutoencoderKL
+from latentdiff.models.bert import BertModel
 from latentdiff.models.unet import Texts, UNet2DConditionModel
 
-__all__ = ["DecoderGraph", "Traced", "UNetGraph", "exported", "flat_texts", "in_float32"]
+__all__ = [
+    "DecoderGraph",
+    "EncoderGraph",
+    "TextsGraph",
+    "Traced",
+    "UNetGraph",
+    "exported",
+    "exported_texts",
+    "flat_texts",
+    "in_float32",
+    "nested_texts",
+]
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 # Of the inputs that a graph is traced with. Axes of one length would be taken for one and the same axis.
 ROWS, HEIGHT, WIDTH, TOKENS = 2, 16, 24, 7
 MAP = {0: "batch", 2: "height", 3: "width"}  # axes of a map that may have other lengths
+WORDS = {0: "batch", 1: "tokens"}  # and of tokens
 
 
 class Traced(NamedTuple):
@@ -58,9 +71,32 @@ class UNetGraph(nn.Module):
             shifts: (B, sum C).
             texts: keys and values (B, heads, L, d) of all attentions to the text in turn.
         """
-        pairs = iter(zip(texts[::2], texts[1::2]))
-        nested = [[[next(pairs) for _ in range(count)] for count in transformer] for transformer in self.layout]
-        return self.unet.predict(sample, shifts, nested)
+        return self.unet.predict(sample, shifts, nested_texts(texts, self.layout))
+
+
+class TextsGraph(nn.Module):
+    """What a U-Net makes of the text, once for all steps, in a row of tensors as `UNetGraph` takes them."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, context: Tensor) -> tuple[Tensor, ...]:
+        """Return keys and values (B, heads, L, d) of all attentions to the text states (B, L, D) in turn."""
+        return tuple(tensor.contiguous() for tensor in flat_texts(self.unet.texts(context)))
+
+
+class EncoderGraph(nn.Module):
+    """A text encoder from the vectors of tokens, which a table has, to the states of its last layer."""
+
+    def __init__(self, encoder: BertModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, words: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the states (B, L, D) of tokens (B, L, D), given which of them are no padding (B, L)."""
+        masked = self.encoder.config.use_attention_mask
+        return self.encoder.encode(words, attention_mask if masked else None).last_hidden_state
 
 
 class DecoderGraph(nn.Module):
@@ -80,7 +116,13 @@ def flat_texts(texts: Texts) -> list[Tensor]:
     return [tensor for transformer in texts for block in transformer for pair in block for tensor in pair]
 
 
-def exported(network: UNet2DConditionModel | AutoencoderKL) -> Traced:
+def nested_texts(texts: Sequence[Tensor], layout: list[list[int]]) -> Texts:
+    """Return the keys and values of all attentions by transformer, block and attention; see `attentions_to_text`."""
+    pairs = iter(zip(texts[::2], texts[1::2]))
+    return [[[next(pairs) for _ in range(count)] for count in transformer] for transformer in layout]
+
+
+def exported(network: UNet2DConditionModel | AutoencoderKL | BertModel) -> Traced:
     """Return a network with what it takes to trace it for any batch, size and length of text.
 
     Its weights are shared, but for a copy where they are not in float32.
@@ -89,16 +131,30 @@ def exported(network: UNet2DConditionModel | AutoencoderKL) -> Traced:
     if isinstance(network, AutoencoderKL):
         latents = torch.randn(ROWS, network.config.latent_channels, HEIGHT, WIDTH)
         return Traced(DecoderGraph(network).eval(), (latents,), ("latents",), (MAP,))
-    config = network.config
-    width = config.cross_attention_dim if isinstance(config.cross_attention_dim, int) else config.cross_attention_dim[0]
+    if isinstance(network, BertModel):
+        words = torch.randn(ROWS, TOKENS, network.config.hidden_size)
+        mask = (torch.arange(TOKENS)[None] < torch.tensor([[TOKENS], [2]])).long()
+        return Traced(EncoderGraph(network).eval(), (words, mask), ("words", "attention_mask"), (WORDS, WORDS))
+    config, width = network.config, _context_width(network)
     sample = torch.randn(ROWS, config.in_channels, HEIGHT, WIDTH)
     with torch.no_grad():
-        texts = flat_texts(network._texts(torch.randn(ROWS, TOKENS, width)))
+        texts = flat_texts(network.texts(torch.randn(ROWS, TOKENS, width)))
     shifts = torch.randn(ROWS, sum(resnet.conv1.out_channels for resnet in network._resnets()))
     names = [f"{kind}_{number}" for number in range(len(texts) // 2) for kind in ("keys", "values")]
     axes = [MAP, {0: "batch"}, *({0: "batch", 2: "tokens"} for _ in texts)]
     inputs = (sample, shifts, *(tensor.contiguous() for tensor in texts))
     return Traced(UNetGraph(network).eval(), inputs, ("sample", "shifts", *names), tuple(axes))
+
+
+def exported_texts(unet: UNet2DConditionModel) -> Traced:
+    """Return what a U-Net makes of the text with what it takes to trace it; see `exported`."""
+    unet = in_float32(unet)
+    return Traced(TextsGraph(unet).eval(), (torch.randn(ROWS, TOKENS, _context_width(unet)),), ("context",), (WORDS,))
+
+
+def _context_width(unet: UNet2DConditionModel) -> int:
+    width = unet.config.cross_attention_dim
+    return width if isinstance(width, int) else width[0]
 
 
 def in_float32(network: NetworkT) -> NetworkT:

@@ -2,69 +2,32 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections import OrderedDict
-from collections.abc import Sequence
-from functools import cache
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from threading import RLock
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from latentdiff.engine import conversions
-from latentdiff.engine.engines import GraphEngine
-from latentdiff.engine.graphs import Traced, exported
+from latentdiff.engine.engines import GraphEngine, Kept
+from latentdiff.engine.graphs import Traced, exported, exported_texts, nested_texts
+from latentdiff.engine.layouts import LaidOut, core, installed, load_openvino
 from latentdiff.errors import InputError, MissingDependencyError, StorageError
 from latentdiff.models.autoencoder import AutoencoderKL
-from latentdiff.models.unet import UNet2DConditionModel
+from latentdiff.models.bert import BertModel
+from latentdiff.models.encoding import PromptEncoder, TokenStates
+from latentdiff.models.text import TextStates
+from latentdiff.models.unet import Texts, UNet2DConditionModel
 
 __all__ = ["OpenVINO", "computes_in", "convert", "converted", "core", "installed", "load_openvino", "write"]
 
-INSTALL = 'pip install "latentdiff[openvino]"'
-SHAPES = 8  # that a network is laid out for at a time, each with its weights
-GRAPH = "graph.xml"  # beside graph.bin, its weights
+GRAPH, TEXTS = "graph", "texts"  # names of files, .xml, and .bin with the weights
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
-
-
-def installed() -> bool:
-    """Say whether OpenVINO is there, without loading it."""
-    return find_spec("openvino") is not None
-
-
-def load_openvino() -> Any:
-    """Return the module openvino, kept from reporting to its makers that it was imported, which it does unasked.
-
-    Raises:
-        MissingDependencyError: it is not installed, or torch is too old to export a network for any size.
-    """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as if it were not installed
-    try:
-        import openvino
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"engine 'openvino' needs the package openvino, got none; install it with `{INSTALL}`"
-        ) from error
-    if not hasattr(torch.export.Dim, "AUTO"):
-        raise MissingDependencyError(f"engine 'openvino' needs torch 2.6, got {torch.__version__}; install a newer one")
-    return openvino
-
-
-@cache
-def core() -> Any:
-    """Return what loads and compiles graphs, one for the process and as long as it lives.
-
-    Each `openvino.Core` gives the thread that uses it first a stack of its own for signals. Of two, the one that goes
-    first takes its stack along and the other leaves the thread with that, so that the next signal ends the process.
-
-    Raises:
-        MissingDependencyError: see `load_openvino`.
-    """
-    return load_openvino().Core()
+Convertible = UNet2DConditionModel | AutoencoderKL | BertModel
+NAMES = {UNet2DConditionModel: "the U-Net", AutoencoderKL: "the decoder", BertModel: "the text encoder"}
 
 
 def computes_in(dtype: torch.dtype) -> bool:
@@ -82,7 +45,7 @@ class OpenVINO(GraphEngine):
 
     Raises:
         InputError: a dtype that the processor does not compute in.
-        MissingDependencyError: see `load_openvino`.
+        MissingDependencyError: it is not installed, or torch is too old to export a network for any size.
     """
 
     name = "openvino"
@@ -90,6 +53,11 @@ class OpenVINO(GraphEngine):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.openvino = load_openvino()
+        if not hasattr(torch.export.Dim, "AUTO"):
+            raise MissingDependencyError(
+                f"engine 'openvino' needs torch 2.6, got {torch.__version__}; install a newer one"
+            )
+        self._graphs = Kept[dict[str, LaidOut]]()
         self.version = str(self.openvino.__version__).partition("-")[0]
         if dtype not in PRECISIONS:
             kind = str(dtype).removeprefix("torch.")
@@ -101,26 +69,73 @@ class OpenVINO(GraphEngine):
     def record(self) -> dict[str, Any]:
         return {"engine": self.name, "openvino": self.version}
 
-    def _runner(self, network: UNet2DConditionModel | AutoencoderKL) -> _Runner:
-        return _Runner(self._converted(network), self.precision)
+    def texts(self, unet: UNet2DConditionModel) -> Callable[[Tensor], Texts]:
+        run, layout = _caller(self.graphs(unet)[TEXTS]), unet.attentions_to_text()
+        return lambda context: nested_texts(run(context), layout)
 
-    def _converted(self, network: UNet2DConditionModel | AutoencoderKL) -> Any:
-        """Return the graph of a network, from disk where it is there."""
-        key = conversions.network_key(network, "openvino", str(self.openvino.__version__))
+    def encode(self, encoder: PromptEncoder) -> PromptEncoder:
+        if not isinstance(encoder, TokenStates) or not isinstance(encoder.encoder, BertModel):
+            return encoder
+        run, words = _caller(self.graphs(encoder.encoder)[GRAPH]), encoder.encoder.embeddings.word_embeddings
+
+        def states(input_ids: Tensor, attention_mask: Tensor | None = None) -> TextStates:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            (last,) = run(words(input_ids), mask)
+            return TextStates(last, None, (last,))
+
+        return TokenStates(encoder.encoder, encoder.tokenizer, states)
+
+    def graphs(self, network: Convertible) -> dict[str, LaidOut]:
+        """Return the graphs of a network: "graph", and of a U-Net "texts" too; converted now unless they are there."""
+        return self._graphs.get(network, lambda: self._converted(network))
+
+    def _runner(self, network: UNet2DConditionModel | AutoencoderKL) -> Callable[..., Tensor]:
+        run = _caller(self.graphs(network)[GRAPH])
+        return lambda *inputs: run(*inputs)[0]
+
+    def _converted(self, network: Convertible) -> dict[str, LaidOut]:
+        """Return the graphs of a network, from disk where they are there."""
+        key = conversions.network_key(network, "openvino, graphs without tables", str(self.openvino.__version__))
         place = conversions.cache_folder() / "openvino" / key
+        names = (GRAPH, TEXTS) if isinstance(network, UNet2DConditionModel) else (GRAPH,)
+        files = {name: place / f"{name}.xml" for name in names}
         try:
-            if (found := conversions.load(place)) is not None:
-                return core().read_model(found / GRAPH)
-        except (conversions.Damaged, RuntimeError) as error:
+            if conversions.load(place) is not None:
+                read = core().read_model
+                return {name: LaidOut(partial(read, file), self.precision, file) for name, file in files.items()}
+        except conversions.Damaged as error:
             warnings.warn(f"the conversion in {place} is damaged ({error}); it is made anew", stacklevel=2)
-        what = "the decoder" if isinstance(network, AutoencoderKL) else "the U-Net"
-        warnings.warn(f"converting {what} for OpenVINO, once; this takes a while", stacklevel=2)
-        graph = convert(exported(network))
+        warnings.warn(f"converting {NAMES[type(network)]} for OpenVINO, once; this takes a while", stacklevel=2)
+        made = {GRAPH: convert(exported(network))}
+        if isinstance(network, UNet2DConditionModel):
+            made[TEXTS] = convert(exported_texts(network))
+        kept: dict[str, Path | None] = {**files}
         try:
-            conversions.store(place, lambda folder: write(graph, folder / GRAPH))
+            conversions.store(place, partial(_write_all, made))
         except StorageError as error:
             warnings.warn(f"{error}; it is converted anew each time until then", stacklevel=2)
-        return graph
+            kept = dict.fromkeys(names)
+        return {name: LaidOut(partial(_itself, made[name]), self.precision, kept[name]) for name in names}
+
+
+def _itself(graph: Any) -> Any:
+    return graph
+
+
+def _write_all(graphs: dict[str, Any], folder: Path) -> None:
+    for name, graph in graphs.items():
+        write(graph, folder / f"{name}.xml")
+
+
+def _caller(graph: LaidOut) -> Callable[..., list[Tensor]]:
+    """Return what runs a graph on tensors of any precision."""
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        held = (tensor.detach() for tensor in inputs)
+        arrays = [(one.float() if one.is_floating_point() else one).contiguous().numpy() for one in held]
+        return [torch.from_numpy(output) for output in graph(arrays, torch.get_num_threads())]
+
+    return run
 
 
 def convert(traced: Traced) -> Any:
@@ -151,50 +166,3 @@ def converted(network: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[st
 def write(graph: Any, path: Path) -> None:
     """Write a graph of OpenVINO, its weights as they are."""
     load_openvino().save_model(graph, str(path), compress_to_fp16=False)
-
-
-class _Runner:
-    """A converted network, called as the network is."""
-
-    def __init__(self, graph: Any, precision: str) -> None:
-        self._graph, self._precision = graph, precision
-        self._requests = OrderedDict[Any, Any]()  # by shapes and threads
-        self._lock = RLock()
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """Return the output, float32, for inputs (B, ...) in any precision.
-
-        A batch is split into such of 1, 2, 4, ... rows, as each size that is called is laid out for first.
-        """
-        arrays = [tensor.detach().float().contiguous().numpy() for tensor in inputs]
-        outputs, done, rows = [], 0, len(arrays[0])
-        while done < rows:
-            count = 1 << ((rows - done).bit_length() - 1)
-            outputs.append(self._run([array[done : done + count] for array in arrays]))
-            done += count
-        return torch.from_numpy(outputs[0] if len(outputs) == 1 else np.concatenate(outputs))
-
-    def _run(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        with self._lock:
-            request = self._request(tuple(array.shape for array in arrays))
-            return request.infer(list(arrays), share_inputs=True, share_outputs=True)[0].copy()
-
-    def _request(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
-        """Return what runs the graph for inputs of these shapes: laid out for them alone it is faster by a third."""
-        threads = torch.get_num_threads()
-        key = shapes, threads
-        if key not in self._requests:
-            graph = self._graph.clone()
-            graph.reshape({port: list(shape) for port, shape in zip(graph.inputs, shapes)})
-            options = {
-                "INFERENCE_PRECISION_HINT": self._precision,
-                "PERFORMANCE_HINT": "LATENCY",
-                "NUM_STREAMS": 1,
-                "INFERENCE_NUM_THREADS": threads,
-                "ENABLE_CPU_PINNING": False,  # other processes may be busy on the cores it would choose
-            }
-            self._requests[key] = core().compile_model(graph, "CPU", options).create_infer_request()
-            if len(self._requests) > SHAPES:
-                self._requests.popitem(last=False)
-        self._requests.move_to_end(key)
-        return self._requests[key]

@@ -32,7 +32,7 @@ GENERATE = """
 import sys
 from latentdiff.__main__ import main
 code = main()
-from latentdiff.devices import peak_of_process
+from latentdiff.memory import peak_of_process  # which loads no torch
 print(peak_of_process())
 sys.exit(code)
 """

@@ -82,7 +82,9 @@ def guided_network(
     if unet.config.time_cond_proj_dim is not None or _same_halves(cond):  # the network itself knows the scale, or
         scales = [1.0] * len(scales)  # there is nothing to steer away from
     timesteps = plan.timesteps.to(context.device, torch.float32)
-    prepared = unet.prepare(timesteps, context, added=cond.added, class_labels=cond.class_labels)
+    prepared = unet.prepare(
+        timesteps, context, added=cond.added, class_labels=cond.class_labels, texts=execution.engine.texts(unet)
+    )
     conditional_alone, looks = prepared.rows(slice(count, 2 * count)), tiled(windows)
     prepared, conditional_alone = (
         one.run_by(_predict(unet, execution, settings)) for one in (prepared, conditional_alone)

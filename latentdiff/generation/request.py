@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, fields
 from typing import Any
 
 from latentdiff.errors import InputError, shown
@@ -44,6 +44,9 @@ MAX_IMAGES = 1000
 @dataclass(frozen=True)
 class Settings:
     """A request, checked.
+
+    Args:
+        tried: whether the same sampling was done before, so that the checks of it, which load torch, are left out.
 
     Raises:
         InputError: a value that cannot be used, or values that do not go together.
@@ -277,13 +280,16 @@ class Settings:
     )
     height: int | None = option(None, optional(side), "pixels, a multiple of 8; the model's own by default", since=1)
     width: int | None = option(None, optional(side), "pixels, a multiple of 8; the model's own by default", since=1)
+    tried: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, tried: bool) -> None:
         object.__setattr__(self, "prompts", tuple(check_prompts(self.prompts, allow_empty=True)))
         for name, declared in options_of(self).items():  # those whose check loads torch last
             if declared.check not in LOADING_TORCH:
                 object.__setattr__(self, name, declared.check(name, getattr(self, name)))
         self._check_together()
+        if tried:
+            return
         guidance_schedule_name("guidance_schedule", self.guidance_schedule)
         sampler_name("sampler", self.sampler)
         self._check_plan()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -32,6 +32,7 @@ __all__ = [
     "Result",
     "SaveOptions",
     "call_record",
+    "image_record",
     "read_record",
     "record_of",
     "recorded_name",
@@ -241,8 +242,8 @@ def _stacked(images: list[Any]) -> Any:
 
 def call_record(
     components: Components, execution: Execution, settings: Settings, inputs: Mapping[str, Any]
-) -> Callable[[int, int, int], dict[str, Any]]:
-    """Return a function from the number of an image, the size of its batch and its row there to its record.
+) -> dict[str, Any]:
+    """Return what the records of all images of a request have besides its settings.
 
     Args:
         inputs: records of image, mask and latents.
@@ -268,12 +269,20 @@ def call_record(
     }
     if settings.sampler == TUNED:
         shared["tuned_sampler"] = components.tuned_table(settings.num_inference_steps).digest
+    return shared
 
-    def record(index: int, batch_size: int, batch_index: int) -> dict[str, Any]:
-        values = settings.record(index) | shared | {"batch_size": batch_size, "batch_index": batch_index}
-        return {key: values[key] for key in OWN} | values  # those first, as `Result.record` has them
 
-    return record
+def image_record(settings: Settings, shared: Mapping[str, Any], index: int, place: tuple[int, int]) -> dict[str, Any]:
+    """Return the record of image `index`.
+
+    Args:
+        settings: of the request.
+        shared: see `call_record`.
+        index: of the image.
+        place: size of the batch it was drawn in, and its row there.
+    """
+    values = {**settings.record(index), **shared, "batch_size": place[0], "batch_index": place[1]}
+    return {key: values[key] for key in OWN} | values  # those first, as `Result.record` has them
 
 
 def recorded_name(path: str | os.PathLike[str]) -> str:

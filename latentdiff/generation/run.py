@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -37,15 +36,14 @@ from latentdiff.diffusion.plan import overshoot_note
 from latentdiff.diffusion.tuned import TUNED
 from latentdiff.engine.tiled_denoising import Windows
 from latentdiff.errors import InputError
+from latentdiff.generation.batches import make_batches, text_notes
 from latentdiff.generation.decode import OUTPUT_TYPES, decode_latents, with_opacity
 from latentdiff.generation.guided import Guided, UNetCall, guided_network
 from latentdiff.generation.inputs import PreparedImage
 from latentdiff.generation.options import check_integer
-from latentdiff.generation.result import GeneratedImage, call_record
+from latentdiff.generation.result import GeneratedImage, call_record, image_record
 from latentdiff.generation.stages import Job, Stage, prepare
-from latentdiff.generation.text import Conditioning
 from latentdiff.generation.upscale import plan_upscale
-from latentdiff.prompts import prompt_notes
 
 __all__ = ["Callback", "Drawing", "ImageSteps", "image_steps", "invert", "prepare_drawing", "run"]
 
@@ -65,7 +63,7 @@ def run(
         InputError: the request does not fit the model, or an output of a network is not finite.
     """
     drawing = prepare_drawing(job, batch_size)
-    batches = make_batches(job.settings.count, drawing.stages[0].conditioning, batch_size)
+    batches = make_batches(job.settings.count, drawing.stages[0].conditioning.window_count, batch_size)
     with _counted_steps(drawing.steps * len(batches), callback, progress) as on_step:
         for batch in batches:
             with job.execution.onload(job.components.unet):
@@ -88,7 +86,7 @@ class Drawing:
 
     job: Job
     stages: list[Stage]
-    record: Callable[[int, int, int], dict[str, Any]]
+    record: dict[str, Any]
     notes: list[str]
 
     @property
@@ -105,7 +103,8 @@ class Drawing:
         """
         image = _finish(self.job, self.stages[-1], latents, output_type, self.notes)
         tokens, windows = self.stages[0].conditioning.counts(index)
-        finished = GeneratedImage(image, self.record(index, *place), tokens, windows, tuple(self.notes))
+        record = image_record(self.stages[0].settings, self.record, index, place)
+        finished = GeneratedImage(image, record, tokens, windows, tuple(self.notes))
         self.notes.clear()
         return finished
 
@@ -120,12 +119,12 @@ def prepare_drawing(job: Job, batch_size: int) -> Drawing:
     Raises:
         InputError: the request does not fit the model.
     """
-    notes = [*job.image.notes, *_remarks(job), *_tuned_otherwise(job)]
+    notes = [*job.image.notes, *text_notes(job.settings), *_tuned_otherwise(job)]
     stages = prepare(job, notes)
     unstable = (overshoot_note(stage.plan, job.settings.sampler) for stage in stages if isinstance(stage.plan, Plan))
     notes += dict.fromkeys(note for note in unstable if note is not None)
     if job.components.upscales:
-        largest = max(map(len, make_batches(job.settings.count, stages[0].conditioning, batch_size)))
+        largest = max(map(len, make_batches(job.settings.count, stages[0].conditioning.window_count, batch_size)))
         stages = [replace(stages[0], windows=_windows(job, largest))]
     record = call_record(job.components, job.execution, stages[0].settings, _given(job, stages[-1].image))
     return Drawing(job, stages, record, notes)
@@ -226,14 +225,6 @@ def invert(job: Job, iterations: int) -> Tensor:
         return _run_calls(_asked(questions, guided))
 
 
-def _remarks(job: Job) -> list[str]:
-    """Return notes on the texts, unless brackets are plain text in them."""
-    settings = job.settings
-    texts = dict.fromkeys([*settings.prompts, settings.negative_prompt, settings.blend_prompt])
-    found = (note for text in texts for note in prompt_notes(text))
-    return list(dict.fromkeys(found)) if settings.prompt_weights else []
-
-
 def _tuned_otherwise(job: Job) -> list[str]:
     """Return a note where a tuned sampler is used with another guidance than it was tuned for."""
     settings = job.settings
@@ -251,12 +242,6 @@ def _given(job: Job, image: PreparedImage) -> dict[str, Any]:
     """Return what a record keeps of the inputs."""
     size = {} if image.size is None else {"size": list(image.size)}
     return {**image.given, **size, "latents_given": job.noise is not None}
-
-
-def make_batches(count: int, conditioning: Conditioning, batch_size: int) -> list[list[int]]:
-    """Return the numbers of the images to sample together: at most `batch_size`, with equally many text windows."""
-    runs = [list(same) for _, same in groupby(range(count), key=conditioning.window_count)]
-    return [same[first : first + batch_size] for same in runs for first in range(0, len(same), batch_size)]
 
 
 def _windows(job: Job, images: int) -> Windows:

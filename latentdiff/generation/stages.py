@@ -82,7 +82,7 @@ def prepare(job: Job, notes: list[str]) -> list[Stage]:
     """Return the sampling passes of a request; nothing is encoded or opened after that."""
     components, settings, image = job.components, job.settings, job.image
     with job.execution.onload(components.text_encoder, components.text_encoder_2):
-        texts = encode_texts(components, settings, job.texts)
+        texts = encode_texts(components, settings, job.texts, job.execution.engine)
     stages = [prepare_stage(job, texts, image, settings.strength, notes)]
     _check_noise(job.noise, (settings.count, *stages[0].shape))
     if settings.hires > 1 and image.pixels is None and not components.upscales:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.checkpoints import Components
+from latentdiff.engine.engines import Engine
 from latentdiff.generation.request import Settings
 from latentdiff.models.encoding import Encoded
 from latentdiff.models.layers import sinusoidal_embedding
@@ -41,20 +42,20 @@ class TextCache:
 
     def __init__(self, most: int = 64) -> None:
         self._most, self._lock = most, threading.Lock()
-        self._texts = OrderedDict[tuple[int, str, int, bool], tuple[weakref.ref[Components], Encoded]]()
+        self._texts = OrderedDict[tuple[int, str, int, bool, str], tuple[weakref.ref[Components], Encoded]]()
 
     def __len__(self) -> int:
         return len(self._texts)
 
-    def get(self, components: Components, text: str, clip_skip: int, weighted: bool) -> Encoded:
-        """Return what a text is encoded as; it is encoded if it is new."""
-        key = (id(components), text, clip_skip, weighted)
+    def get(self, components: Components, text: str, clip_skip: int, weighted: bool, engine: Engine) -> Encoded:
+        """Return what a text is encoded as; it is encoded, by the engine, if it is new."""
+        key = (id(components), text, clip_skip, weighted, engine.name)
         with self._lock:
             model, known = self._texts.get(key, (None, None))
             if model is not None and known is not None and model() is components:  # no other that has its place now
                 self._texts.move_to_end(key)
                 return known
-        encoded = components.prompt_encoder([text], clip_skip=clip_skip, weighted=weighted)[0]
+        encoded = engine.encode(components.prompt_encoder)([text], clip_skip=clip_skip, weighted=weighted)[0]
         with self._lock:
             self._texts[key] = weakref.ref(components), encoded
             self._texts.move_to_end(key)
@@ -63,11 +64,12 @@ class TextCache:
         return encoded
 
 
-def encode_texts(components: Components, settings: Settings, cache: TextCache) -> dict[str, Encoded]:
+def encode_texts(components: Components, settings: Settings, cache: TextCache, engine: Engine) -> dict[str, Encoded]:
     """Encode every text of a request once: prompts, negative prompt, blend prompt and the empty text."""
     texts = dict.fromkeys(["", settings.negative_prompt, settings.blend_prompt, *settings.prompts])
     # One by one, so that no text has a say in the rounding of another.
-    return {text: cache.get(components, text, settings.clip_skip, settings.prompt_weights) for text in texts}
+    how = settings.clip_skip, settings.prompt_weights
+    return {text: cache.get(components, text, *how, engine) for text in texts}
 
 
 class Conditioning:

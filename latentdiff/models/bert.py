@@ -95,8 +95,12 @@ class BertModel(nn.Module):
         length, longest = input_ids.shape[1], self.config.max_position_embeddings
         if length > longest:
             raise InputError(f"the text encoder takes windows of {longest} tokens, got {length}; split the prompt")
+        return self.encode(self.embeddings.word_embeddings(input_ids), attention_mask)
+
+    def encode(self, words: Tensor, attention_mask: Tensor | None = None) -> TextStates:
+        """Return what `forward` does, given the vectors of the tokens alone, (B, L, D)."""
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, L)
-        states = [self.embeddings(input_ids)]  # each (B, L, D)
+        states = [self.embeddings(words)]  # each (B, L, D)
         for layer in self.encoder["layer"]:  # type: ignore[attr-defined]
             states.append(layer(states[-1], mask))
         pooled = torch.tanh(self.pooler["dense"](states[-1][:, 0]))  # (B, D)
@@ -114,11 +118,11 @@ class BertEmbeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
         self.LayerNorm = nn.LayerNorm(width, config.layer_norm_eps)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Return (B, L, D) for input_ids (B, L)."""
-        positions = self.position_embeddings.weight[: input_ids.shape[1]]  # (L, D)
+    def forward(self, words: Tensor) -> Tensor:
+        """Return (B, L, D) for the vectors of tokens (B, L, D)."""
+        positions = self.position_embeddings.weight[: words.shape[1]]  # (L, D)
         segment = self.token_type_embeddings.weight[0]  # (D,)
-        return self.LayerNorm(self.word_embeddings(input_ids) + segment + positions)
+        return self.LayerNorm(words + segment + positions)
 
 
 class BertLayer(nn.Module):

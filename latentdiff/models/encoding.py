@@ -6,7 +6,7 @@ CLIP (Stable Diffusion 1.x, 2.x), BERT and T5 are encoded by `TokenStates`, the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from latentdiff.errors import InputError
 from latentdiff.models.bert import BertModel
 from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.t5 import T5EncoderModel
+from latentdiff.models.text import TextStates
 from latentdiff.models.tokenizer import TokenBatch, Tokenizer
 from latentdiff.prompts import parse_weights
 
@@ -60,10 +61,17 @@ class TokenStates:
     """The states after the last layer of one encoder: CLIP, BERT or T5.
 
     Padding is hidden from the encoder only where its config says `use_attention_mask`, as diffusers does.
+
+    Args:
+        encoder: of the model.
+        tokenizer: its own.
+        run: computes what the encoder does; None for the encoder itself.
     """
 
-    def __init__(self, encoder: TokenEncoder, tokenizer: Tokenizer) -> None:
-        self.encoder, self.tokenizer = encoder, tokenizer
+    def __init__(
+        self, encoder: TokenEncoder, tokenizer: Tokenizer, run: Callable[..., TextStates] | None = None
+    ) -> None:
+        self.encoder, self.tokenizer, self.run = encoder, tokenizer, encoder if run is None else run
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], *, clip_skip: int = 0, weighted: bool = False) -> list[Encoded]:
@@ -74,7 +82,7 @@ class TokenStates:
         tokens = _tokens(self.tokenizer, texts, weighted)
         rows, mask = _rows(tokens, tokens.input_ids, encoder), _rows(tokens, tokens.attention_mask, encoder)
         options = {"clip_skip": clip_skip, "end_token_id": self.tokenizer.end_token_id} if clip else {}
-        encoded = encoder(rows, mask if encoder.config.use_attention_mask else None, **options)
+        encoded = self.run(rows, mask if encoder.config.use_attention_mask else None, **options)
         states = _weigh(encoded.last_hidden_state, tokens, keep_mean=clip)
         return _split(states, mask, encoded.pooled, tokens)
 

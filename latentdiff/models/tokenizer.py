@@ -11,12 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tokenizers
-import torch
 from tokenizers import AddedToken
-from torch import Tensor
 
 from latentdiff.errors import (
     InputError,
@@ -34,6 +32,9 @@ from latentdiff.models.tokenizer_rules import (
     clip_backend,
     content_of,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILES = (
     "tokenizer.json",
@@ -59,6 +60,17 @@ Pieces = Sequence[tuple[str, float]]
 
 Token = tuple[int, float]
 """A token with its weight."""
+
+
+class TokenLists(NamedTuple):
+    """The same as `TokenBatch`, as lists: of each prompt its n_chunks * L tokens, and so on."""
+
+    input_ids: list[list[int]]
+    attention_mask: list[list[int]]
+    weights: list[list[float]]
+    n_chunks: int
+    counts: list[int]
+    windows: list[int]
 
 
 @dataclass(frozen=True)
@@ -110,8 +122,8 @@ class Tokenizer:
             self._backend.encode(PROBE, add_special_tokens=False)
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """Read a tokenizer folder of diffusers or transformers.
+    def from_folder(cls, folder: str | Path, longest: int | None = None) -> Tokenizer:
+        """Read a tokenizer folder of diffusers or transformers; `longest` is as of the class itself.
 
         Raises:
             ModelLoadError: as of the class itself.
@@ -121,7 +133,7 @@ class Tokenizer:
             files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         except OSError as error:
             raise ModelPathError(f"could not read the tokenizer in {folder}: {error}; check the folder") from error
-        return cls(files, str(folder))
+        return cls(files, str(folder), longest)
 
     @contextmanager
     def _library(self, what: str) -> Iterator[None]:
@@ -206,29 +218,39 @@ class Tokenizer:
         Raises:
             InputError: `prompts` is one string instead of a list.
         """
+        import torch
+
+        lists = self.lists(prompts)
+        shape = (len(lists.counts), lists.n_chunks * self.model_max_length)
+        return TokenBatch(
+            torch.tensor(lists.input_ids, dtype=torch.int64).reshape(shape),
+            torch.tensor(lists.attention_mask, dtype=torch.int64).reshape(shape),
+            torch.tensor(lists.weights, dtype=torch.float32).reshape(shape),
+            *lists[3:],
+        )
+
+    def lists(self, prompts: Sequence[str | Pieces]) -> TokenLists:
+        """Return the same as a call, without loading torch."""
         if isinstance(prompts, str):
             raise InputError("prompts must be a list of strings, got one string; write [prompt]")
         marks = len(self._begin) + len(self._end)
         contents = [_windows(self._words(prompt), self.model_max_length - marks) for prompt in prompts]
         n_chunks = max([1, *map(len, contents)])
-        ids, mask, weights = [], [], []
+        counts, windows = [sum(map(len, content)) + marks for content in contents], [*map(len, contents)]
+        found = TokenLists([], [], [], n_chunks, counts, windows)
         for content in contents:
+            ids, mask, weights = list[int](), list[int](), list[float]()
             for part in content + [[]] * (n_chunks - len(content)):
                 window = [*self._begin, *(number for number, _ in part), *self._end]
                 padding = self.model_max_length - len(window)
-                ids.append(window + [self.pad_token_id] * padding)
-                mask.append([1] * len(window) + [0] * padding)
+                ids += window + [self.pad_token_id] * padding
+                mask += [1] * len(window) + [0] * padding
                 own = [1.0] * len(self._begin) + [weight for _, weight in part]
-                weights.append(own + [1.0] * (self.model_max_length - len(own)))
-        shape = (len(contents), n_chunks * self.model_max_length)
-        return TokenBatch(
-            torch.tensor(ids, dtype=torch.int64).reshape(shape),
-            torch.tensor(mask, dtype=torch.int64).reshape(shape),
-            torch.tensor(weights, dtype=torch.float32).reshape(shape),
-            n_chunks,
-            [sum(map(len, content)) + marks for content in contents],
-            [len(content) for content in contents],
-        )
+                weights += own + [1.0] * (self.model_max_length - len(own))
+            found.input_ids.append(ids)
+            found.attention_mask.append(mask)
+            found.weights.append(weights)
+        return found
 
     def _words(self, prompt: str | Pieces) -> list[list[Token]]:
         """Return the tokens of a prompt with their weights, word by word; a learned word has all of its tokens."""

@@ -276,7 +276,7 @@ class UNet2DConditionModel(nn.Module):
         """
         time = F.silu(self._embed(timesteps, class_labels, added or {}))  # (B, 4 * C_0)
         shifts = [resnet.time_emb_proj(time) for resnet in self._resnets()]
-        return self._predict(sample, shifts, self._texts(context), _attention_mask(context_mask))[0]
+        return self._predict(sample, shifts, self.texts(context), _attention_mask(context_mask))[0]
 
     @torch.no_grad()
     def prepare(
@@ -287,6 +287,7 @@ class UNet2DConditionModel(nn.Module):
         class_labels: Tensor | None = None,
         added: Mapping[str, Tensor] | None = None,
         context_mask: Tensor | None = None,
+        texts: Callable[[Tensor], Texts] | None = None,
     ) -> PreparedUNet:
         """Compute once what does not change while sampling: all that the network makes of time and of text.
 
@@ -296,6 +297,7 @@ class UNet2DConditionModel(nn.Module):
             class_labels: as in `forward`.
             added: as in `forward`.
             context_mask: as in `forward`.
+            texts: computes what `self.texts` does; None for that.
 
         Returns:
             A function of the sample and of the index of each image's timestep. It holds its own results, so threads may
@@ -305,7 +307,8 @@ class UNet2DConditionModel(nn.Module):
         extra = {name: value[:, None] for name, value in (added or {}).items()}
         time = F.silu(self._embed(timesteps[None], labels, extra))  # (B or 1, N, 4 * C_0)
         shifts = [resnet.time_emb_proj(time) for resnet in self._resnets()]  # each (B or 1, N, C)
-        return PreparedUNet(self, torch.cat(shifts, dim=-1), self._texts(context), _attention_mask(context_mask))
+        seen = self.texts(context) if texts is None else texts(context)
+        return PreparedUNet(self, torch.cat(shifts, dim=-1), seen, _attention_mask(context_mask))
 
     def _embed(self, timesteps: Tensor, class_labels: Tensor | None, added: Mapping[str, Tensor]) -> Tensor:
         """Return the time embedding (..., D) of timesteps (...), with all that is added to it; shapes broadcast."""
@@ -401,7 +404,8 @@ class UNet2DConditionModel(nn.Module):
     def _output(self, hidden: Tensor) -> Tensor:
         return self.conv_out(activate(self.conv_norm_out(hidden)))  # (B, C_out, H, W)
 
-    def _texts(self, context: Tensor) -> Texts:
+    def texts(self, context: Tensor) -> Texts:
+        """Return keys and values of each transformer to the text states (B, L, D)."""
         return [transformer.keys_values(context) for block in self._blocks() for transformer in block.attentions]
 
     def _resnets(self) -> list[ResnetBlock2D]:

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/cold_start.py
     python tests/benchmarks/cold_start.py --runs 9 --model runs/emoji-diffusion/model
+    python tests/benchmarks/cold_start.py --engines    # PyTorch as it is, OpenVINO with torch, and without
 
-Whole processes, A B A B after one warm-up of each; prints median, range, peak memory, the median ratio of the pairs and
-a JSON line.
+Whole processes, A B A B after a warm-up, two where OpenVINO converts first; prints median, range, peak memory,
+the median ratio to the first, and a JSON line.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
-from latentdiff.checkpoints import embedded_model
+from latentdiff.embedded import embedded_model  # and no torch: the peak of a process that is started begins with ours
 
 PEER = """
 import sys, torch
@@ -35,35 +35,69 @@ picture = pipe("a red fox", num_inference_steps=steps, guidance_scale=guidance, 
 picture.save(out)
 """
 PEER_SCHEDULER = "DPMSolverMultistepScheduler"
+PEER_SETTINGS = ("num_inference_steps", "guidance_scale")
+
+
+# `latentdiff` as if there were no recipes.
+WITH_TORCH = """
+import sys
+from latentdiff import __main__
+from latentdiff.commands import generate
+generate._recipe_place = lambda options, chosen: None
+sys.exit(__main__.main())
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--model", default=str(embedded_model()))
+    parser.add_argument("--engines", action="store_true", help="compare engines, diffusers left out")
     arguments = parser.parse_args()
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        ours_png, peer_png = f"{folder}/ours.png", f"{folder}/peer.png"
-        ours = [sys.executable, "-m", "latentdiff", "generate", "a red fox", "--model", arguments.model, "-o", ours_png]
-        settings = _settings(ours)
-        script = Path(folder) / "peer.py"
-        script.write_text(PEER.format(scheduler=PEER_SCHEDULER))
-        peer = [sys.executable, str(script), arguments.model, peer_png]
-        peer += [str(settings["num_inference_steps"]), str(settings["guidance_scale"])]
-        _run(ours), _run(peer)
-        pairs = [(_run(ours), _run(peer)) for _ in range(arguments.runs)]
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {settings}"
-    )
-    results = {}
-    for index, name in enumerate(("latentdiff", "diffusers")):
-        seconds, peaks = zip(*(pair[index] for pair in pairs))
-        median = statistics.median(seconds)
-        print(f"{name:10} median {median:.2f} s ({min(seconds):.2f}-{max(seconds):.2f}), peak {max(peaks):.0f} MB")
-        results[name] = {"median_s": round(median, 3), "peak_mb": round(max(peaks))}
-    ratio = statistics.median(theirs[0] / own[0] for own, theirs in pairs)
-    print(f"diffusers takes {ratio:.2f} times as long (median of {len(pairs)} pairs)")
-    print(json.dumps(results | {"ratio": round(ratio, 3)}))
+        os.environ["LATENTDIFF_CACHE"] = f"{folder}/cache"
+        ways = _engines(arguments.model, Path(folder)) if arguments.engines else _peers(arguments.model, Path(folder))
+        settings = _settings(next(iter(ways.values())))
+        for command in [*ways.values()] * (2 if arguments.engines else 1):
+            _run(command)
+        rounds = [{name: _run(command) for name, command in ways.items()} for _ in range(arguments.runs)]
+        if arguments.engines:
+            with_torch, without = (Path(folder, f"{name}.png").read_bytes() for name in ("openvino", "without torch"))
+            print(f"OpenVINO with torch and without write the same file: {with_torch == without}")
+    cores = f"{os.cpu_count()} cores with a load of {load:.1f}"
+    print(f"{platform.processor() or platform.machine()}, {cores}, torch {version('torch')}, {settings}")
+    results, first = {}, next(iter(ways))
+    for name in ways:
+        seconds, peaks = zip(*(one[name] for one in rounds))
+        median, peak = statistics.median(seconds), max(peaks)
+        ratio = statistics.median(one[name][0] / one[first][0] for one in rounds)
+        spread = f"({min(seconds):.2f}-{max(seconds):.2f})"
+        print(f"{name:13} median {median:.2f} s {spread}, {ratio:.2f} of {first}, peak {peak:.0f} MB")
+        results[name] = {"median_s": round(median, 3), "ratio": round(ratio, 3), "peak_mb": round(peak)}
+    print(json.dumps(results))
+
+
+def _ours(model: str, out: Path, *more: str) -> list[str]:
+    return ["generate", "a red fox", "--model", model, "-o", str(out), *more]
+
+
+def _peers(model: str, folder: Path) -> dict[str, list[str]]:
+    """Return the commands that draw with latentdiff and with diffusers."""
+    ours = [sys.executable, "-m", "latentdiff", *_ours(model, folder / "latentdiff.png")]
+    settings = _settings(ours)
+    script = folder / "peer.py"
+    script.write_text(PEER.format(scheduler=PEER_SCHEDULER))
+    peer = [sys.executable, str(script), model, str(folder / "diffusers.png")]
+    return {"latentdiff": ours, "diffusers": [*peer, *(str(settings[key]) for key in PEER_SETTINGS)]}
+
+
+def _engines(model: str, folder: Path) -> dict[str, list[str]]:
+    """Return the commands that draw with PyTorch as it is, and by OpenVINO with torch and without."""
+    plain, with_torch = [sys.executable, "-m", "latentdiff"], [sys.executable, "-c", WITH_TORCH]
+    starts = {"eager": plain, "openvino": with_torch, "without torch": plain}
+    engines = {name: () if name == "eager" else ("--engine", "openvino") for name in starts}
+    return {name: [*start, *_ours(model, folder / f"{name}.png", *engines[name])] for name, start in starts.items()}
 
 
 def _settings(command: list[str]) -> dict[str, object]:

@@ -165,11 +165,11 @@ def test_unknown_models_name_the_nearest(model_folder: Path, monkeypatch: pytest
 
 
 def test_embedded_model_is_found_in_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import latentdiff.checkpoints.find as module
+    import latentdiff.embedded as module
 
     package = tmp_path / "latentdiff"
-    (package / "checkpoints").mkdir(parents=True)
-    monkeypatch.setattr(module, "__file__", str(package / "checkpoints" / "find.py"))
+    package.mkdir()
+    monkeypatch.setattr(module, "__file__", str(package / "embedded.py"))
     embedded_model.cache_clear()
     try:
         for name, folder in ASSETS.items():

@@ -18,8 +18,7 @@ from latentdiff import Pipeline
 from latentdiff.checkpoints.lora import save_lora
 from latentdiff.engine import openvino_engine
 from latentdiff.engine.conversions import CACHE, CONTENTS, Damaged, cache_folder, load, network_key, store
-from latentdiff.engine.graphs import exported
-from latentdiff.engine.openvino_engine import GRAPH, OpenVINO, core
+from latentdiff.engine.openvino_engine import GRAPH, TEXTS, OpenVINO
 from latentdiff.errors import StorageError
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.checkpoints.test_lora import lora_of
@@ -72,16 +71,8 @@ def test_noise_is_found_by_the_same_engine(pipe: Pipeline, fast: Pipeline) -> No
 
 
 @pytest.fixture
-def copied(pipe: Pipeline, converted: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A copy of the conversions, in use; what is converted anew is read from the first, since that takes long."""
-    engine = OpenVINO(torch.float32)
-    networks = {1: pipe.components.autoencoder, len(exported(pipe.unet).inputs): pipe.unet}  # by their inputs
-    version = str(engine.openvino.__version__)
-    graphs = {
-        count: converted / "openvino" / network_key(network, "openvino", version) / GRAPH
-        for count, network in networks.items()
-    }
-    monkeypatch.setattr(openvino_engine, "convert", lambda traced: core().read_model(graphs[len(traced.inputs)]))
+def copied(read_at_once: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder for conversions of its own, in use."""
     monkeypatch.setenv(CACHE, str(tmp_path / "own"))
     return tmp_path / "own"
 
@@ -90,8 +81,9 @@ def test_conversions_are_written_once(pipe: Pipeline, copied: Path) -> None:
     with pytest.warns(UserWarning, match="converting"):
         drawn = Pipeline(pipe.components, engine=OpenVINO(torch.float32))("fox", **STEPS).images
     places = sorted(copied.glob("openvino/*"))
-    assert len(places) == 2 and not [place for place in places if place.name.startswith(".")]
-    assert {file.name for place in places for file in place.iterdir()} == {GRAPH, "graph.bin", CONTENTS}
+    assert len(places) == 3 and not [place for place in places if place.name.startswith(".")]
+    names = {f"{name}.{kind}" for name in (GRAPH, TEXTS) for kind in ("xml", "bin")}
+    assert {file.name for place in places for file in place.iterdir()} == names | {CONTENTS}
     again = Pipeline(pipe.components, engine=OpenVINO(torch.float32))("fox", **STEPS).images  # and warns of nothing
     assert torch.equal(drawn, again)
 
@@ -153,7 +145,7 @@ def test_without_a_place_to_write_it_draws_all_the_same(
 
 def test_a_full_disk_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def write(folder: Path) -> None:
-        (folder / GRAPH).write_text("half")
+        (folder / "graph.xml").write_text("half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(StorageError, match="No space left"):
@@ -213,8 +205,9 @@ def test_signals_are_heard_when_engines_have_gone() -> None:
 def test_loras_are_in_the_conversion(pipe: Pipeline, fast: Pipeline, tmp_path: Path) -> None:
     file = tmp_path / "style.safetensors"
     save_lora(lora_of(pipe.components), file, pipe.components)
-    with pytest.warns(UserWarning, match="converting the U-Net"):
+    with pytest.warns(UserWarning) as said:
         drawn = fast.with_loras({file: 0.5})("fox", **STEPS).images
+    assert said_in(said, "converting the U-Net") and said_in(said, "converting the text encoder")
     expected = pipe.with_loras({file: 0.5})("fox", **STEPS).images
     assert near(drawn, expected) and not near(drawn, pipe("fox", **STEPS).images)
     assert torch.equal(fast.with_loras({file: 0.5}).with_loras({})("fox", **STEPS).images, fast("fox", **STEPS).images)
@@ -230,9 +223,10 @@ def test_every_kind_of_network_is_converted(name: str, monkeypatch: pytest.Monke
     randomize(network)
     inputs = unet_inputs(network.config)
     sample, timesteps = inputs.pop("sample"), inputs.pop("timesteps")
-    prepared = network.prepare(timesteps, **inputs)
+    prepared, engine = network.prepare(timesteps, **inputs), OpenVINO(torch.float32)
     with pytest.warns(UserWarning, match="converting"):
-        drawn = prepared.run_by(OpenVINO(torch.float32).predict(network))(sample, torch.arange(2))
+        seen = network.prepare(timesteps, **inputs, texts=engine.texts(network))
+    drawn = seen.run_by(engine.predict(network))(sample, torch.arange(2))
     expected = prepared(sample, torch.arange(2))
     assert (drawn - expected).abs().max() < 1e-5 * expected.abs().max()
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import Components
+from latentdiff.engine.engines import Eager
 from latentdiff.engine.memory_estimate import sampling_bytes
 from latentdiff.errors import (
     ClosedError,
@@ -400,7 +401,7 @@ def test_no_text_is_encoded_twice(pipe: Pipeline, monkeypatch: pytest.MonkeyPatc
 def test_a_cache_of_texts_is_bounded_and_keeps_no_model(pipe: Pipeline) -> None:
     cache, other = TextCache(3), pipe.to("cpu").components
     for text in ("a", "b", "a", "c", "d"):
-        cache.get(other, text, 0, True)
+        cache.get(other, text, 0, True, Eager())
     assert len(cache) == 3
     kept = weakref.ref(other)
     del other
