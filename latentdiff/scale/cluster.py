@@ -33,7 +33,7 @@ __all__ = ["Cluster", "require_ray"]
 OLDEST = (2, 40)  # version of Ray
 PATIENCE = 10.0  # seconds in which a cluster answers
 PAUSE = 1.0  # seconds after which a worker that has nothing to do asks again
-MOST_SPARE = 16  # of workers that take what is left
+SPARE, SPARE_SHARE = 16, 0.05  # places of a job for what is left at its end: some, and a share of its shards
 MOST_BLOCKS = 10_000  # of a dataset: what Ray gives out at once, and again where a worker was lost
 FIGURES = {
     "rows": "Rows of the table.",
@@ -142,10 +142,11 @@ class Cluster:
             gpus = 1.0 if ray.cluster_resources().get("GPU") and crew.model.device != "cpu" else 0.0
         most = count if self.workers is None else min(self.workers, count)
         pool = ray.data.ActorPoolStrategy(min_size=most if self.workers else 1, max_size=most)
-        spare = MOST_SPARE if most > 1 else 0  # that take what is left at the end
+        places = places_of(count) if most > 1 else count
         # Items, as a task that reads them might find no core.
-        places = [{"id": place} for place in range(count + spare)]
-        shards = ray.data.from_items(places, override_num_blocks=min(len(places), MOST_BLOCKS))
+        shards = ray.data.from_items(
+            [{"id": place} for place in range(places)], override_num_blocks=min(places, MOST_BLOCKS)
+        )
         drawn = shards.map_batches(
             Drawer,
             fn_constructor_kwargs={"crew": crew, "source": source, "folder": os.getcwd()},
@@ -198,6 +199,11 @@ class Drawer:
 
     def _begins(self, rows: Sequence[Row]) -> None:
         self._source.began.remote(self._place, numbers_of(rows))
+
+
+def places_of(count: int) -> int:
+    """Return how many places a job of so many shards has: one for each, and those for what is left at its end."""
+    return count + SPARE + int(count * SPARE_SHARE)
 
 
 def _row(**given: Any) -> dict[str, list[Any]]:

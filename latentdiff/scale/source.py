@@ -91,7 +91,8 @@ class Source:
             return
         self._in_hand.end(number, self._clock())
         self._done[number] = report
-        for owner in [owner for owner, own in self._mine.items() if own == number]:
+        owners = [one for one, own in self._mine.items() if own == number] if number in self._doubled else [place]
+        for owner in owners:
             del self._mine[owner]
             self._began.pop(owner, None)
         del self._held[number]

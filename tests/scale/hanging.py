@@ -2,7 +2,7 @@
 
     python -m tests.scale.hanging FOLDER
 
-draws a table into FOLDER/out; the first worker to draw the prompt `slow` makes FOLDER/mark and hangs. Metrics come last.
+draws a table into FOLDER/out; the first worker to draw `slow` makes FOLDER/mark and hangs. Prints metrics.
 In a process of its own, as Ray keeps threads.
 """
 
