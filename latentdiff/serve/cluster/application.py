@@ -20,9 +20,9 @@ from latentdiff.serve.cluster.replica import Replica
 from latentdiff.serve.cluster.router import Router, replicas_wanted
 from latentdiff.serve.http.limits import Limits
 
-__all__ = ["build"]
+__all__ = ["ENDING_SECONDS", "build"]
 
-ENDING = 10  # seconds beyond those for jobs, in which a replica ends
+ENDING_SECONDS = Limits().drain_seconds + 10  # of a replica, most of them for jobs
 HEALTH_SECONDS = 5  # between two looks at a replica
 
 
@@ -52,7 +52,7 @@ def build(args: Mapping[str, Any]) -> Application:
         name="latentdiff-replica",
         ray_actor_options={"num_gpus": options.gpus, "num_cpus": options.cores},
         max_ongoing_requests=limits.requests,
-        graceful_shutdown_timeout_s=limits.drain_seconds + ENDING,
+        graceful_shutdown_timeout_s=ENDING_SECONDS,
         health_check_period_s=HEALTH_SECONDS,
         request_router_config=RequestRouterConfig(request_router_class=Router, request_routing_stats_period_s=1.0),
         **number,
@@ -62,7 +62,7 @@ def build(args: Mapping[str, Any]) -> Application:
         num_replicas=options.doors,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=limits.requests,
-        graceful_shutdown_timeout_s=limits.drain_seconds + ENDING,
+        graceful_shutdown_timeout_s=ENDING_SECONDS,
         health_check_period_s=HEALTH_SECONDS,
     )
     return door.bind(replicas.bind(options), options)

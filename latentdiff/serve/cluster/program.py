@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -15,13 +16,14 @@ from ray import serve
 from ray.exceptions import RayError
 
 from latentdiff.errors import InputError, MissingDependencyError, StorageError, printable, shown
-from latentdiff.serve.cluster.application import build
+from latentdiff.serve.cluster.application import ENDING_SECONDS, build
 from latentdiff.serve.cluster.options import Options
 
 __all__ = ["serve_replicas"]
 
 OLDEST = (2, 60)  # version of Ray whose routers and figures for scaling are used
 NAME = "latentdiff"
+LOOKS = 0.5  # seconds between two looks whether it has ended
 # Seconds in which Serve expects its proxy to begin, unless told otherwise; five are too few for a busy machine.
 PROXY_SECONDS = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 
@@ -58,7 +60,16 @@ def serve_replicas(given: Mapping[str, Any], port: int, address: str | None, rea
         host = f"[{options.host}]" if ":" in options.host else options.host
         ready(f"http://{host}:{port}")
         told.wait()
+        _end()
+
+
+def _end() -> None:
+    """Have the application end, and wait until its replicas have finished their jobs."""
+    until = time.monotonic() + 2 * ENDING_SECONDS  # the door first, then replicas
+    with suppress(TimeoutError):  # Serve's own patience is shorter
         serve.delete(NAME)
+    while NAME in serve.status().applications and time.monotonic() < until:
+        time.sleep(LOOKS)
 
 
 @contextmanager
