@@ -1,11 +1,11 @@
 """Train on a Ray cluster: `latentdiff train` in processes that Ray Train starts, and starts again when one is lost.
 
-    python examples/training_nodes/ray_train.py configs/emoji-diffusion-gpu.yaml --workers 16 --address auto --out /disk/run
+    python examples/training_nodes/ray_train.py recipe.yaml --workers 16 --address auto --out /disk/run
     python examples/training_nodes/ray_train.py configs/emoji-diffusion.yaml --workers 2 --cpu --out runs/emoji
 
 The loop is that of the command: every worker reads the pictures itself and takes its share of each batch, and the first
 one writes the run folder, which all machines must see under one path. When a worker or a machine is lost, Ray ends the
-others and begins again with as many, from the newest checkpoint. The weights at the end are those of a run without loss.
+others and begins again with as many, from the newest checkpoint. Its weights are those of a run without loss.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from tests.training.test_stages import pictures, recipe, weights_of
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples/training_nodes"
-PATIENCE = 400.0  # seconds; machines are shared
+PATIENCE = 900.0  # seconds; machines are shared
 LONGER = ["run.steps=12", "run.save_every=2"]
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
