@@ -93,6 +93,7 @@ class Server(uvicorn.Server):
                 guard,
                 log_config=None,
                 access_log=False,
+                http="h11",  # whatever else is installed, as another parser refuses other requests by itself
                 server_header=False,
                 proxy_headers=bool(proxies),  # a client's address is not what it says itself
                 forwarded_allow_ips=list(proxies),
