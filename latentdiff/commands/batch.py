@@ -98,12 +98,12 @@ def run(options: argparse.Namespace) -> None:
     from latentdiff.scale.batch import How, run_batch
     from latentdiff.scale.cluster import Cluster, require_ray
 
-    started, engine = time.perf_counter(), None
+    started, cluster = time.perf_counter(), None
     if options.engine == "ray":
         require_ray()
-        engine = Cluster(options.address, options.workers or None, options.gpus_per_worker)
+        cluster = Cluster(options.address, options.workers or None, options.gpus_per_worker)
     how = How(
-        engine=engine,
+        engine=cluster,
         workers=options.workers,
         max_failures=options.max_failures,
         retry_failed=options.retry_failed,
@@ -111,6 +111,7 @@ def run(options: argparse.Namespace) -> None:
         new=options.new,
         progress=options.progress,
         terminal=on_terminal(),
+        tell=cluster.tell if cluster is not None else lambda state: None,
         say=say,
     )
     summary = run_batch(options.prompts, options.out, _job(options, job_settings, loras), how)

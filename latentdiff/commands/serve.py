@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 HELP = "Serve models over HTTP, by OpenAI's images API, and on a page."
 EXTRA, PAGE_EXTRA = 'pip install "latentdiff[serve]"', 'pip install "latentdiff[ui]"'
+RAY_EXTRA = 'pip install "latentdiff[ray]"'
 FILTER_EXTRA = 'pip install "latentdiff[filter]"'
 TOKEN = "LATENTDIFF_TOKEN"
 LONGEST_TOKEN_FILE = 2**10  # bytes
@@ -34,6 +35,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="add a page to draw on, at /ui (needs the extra ui)",
     )
+    parser.add_argument(
+        "--name",
+        help="letters and digits that names of jobs and links begin with, where a proxy stands before several servers",
+    )
+    replicas = parser.add_argument_group("several replicas on a Ray cluster (needs the extra ray)")
+    replicas.add_argument("--replicas", type=int, metavar="N", help="servers that share the requests out, by Ray Serve")
+    replicas.add_argument("--max-replicas", type=int, metavar="N", help="the most, where jobs that wait bring more")
+    replicas.add_argument("--gpus-per-replica", type=float, metavar="X", help="share of a GPU of each (default 0)")
+    replicas.add_argument("--address", help="of the Ray cluster, such as auto; one here by default")
 
 
 def add_serving(parser: argparse.ArgumentParser, usual: str) -> None:
@@ -84,11 +94,48 @@ def add_serving(parser: argparse.ArgumentParser, usual: str) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C."""
-    serve(options, options.model or [None], with_page=options.ui, ready=_say_address)
+    if options.replicas is not None:
+        serve_on_cluster(options)
+        return
+    for name in ("max_replicas", "gpus_per_replica", "address"):
+        if getattr(options, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} is for several replicas, got one server; add --replicas 2")
+    serve(options, options.model or [None], with_page=options.ui, ready=_say_address, name=options.name)
+
+
+def serve_on_cluster(options: argparse.Namespace) -> None:
+    """Serve replicas until SIGTERM or Ctrl-C."""
+    if options.ui:
+        raise InputError("--ui is for one server, as the page keeps what was said; leave it or --replicas out")
+    if options.name is not None:
+        raise InputError("--name is for one server, as replicas have names of their own; leave it out")
+    check_integer("--port", options.port, 1, 65535, "try 8000")
+    with _extra("a server", EXTRA):
+        import uvicorn  # noqa: F401
+    with _extra("--replicas", RAY_EXTRA):
+        from latentdiff.serve.cluster.program import serve_replicas
+    given = {
+        "models": options.model,
+        "replicas": options.replicas,
+        "max_replicas": options.max_replicas,
+        "gpus": options.gpus_per_replica,
+        "token": _token(options),
+        "host": options.host,
+        "proxies": options.proxy,
+        "lora_dir": options.lora_dir,
+        **{name: getattr(options, name) for name in ("batch", "queue", "filter", "device", "dtype", "engine")},
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    serve_replicas(given, options.port, options.address, lambda address: _say_address(address, False))
 
 
 def serve(
-    options: argparse.Namespace, given: list[str | None], *, with_page: bool, ready: Callable[[str, bool], None]
+    options: argparse.Namespace,
+    given: list[str | None],
+    *,
+    with_page: bool,
+    ready: Callable[[str, bool], None],
+    name: str | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
@@ -97,6 +144,7 @@ def serve(
         given: models; None for the embedded one.
         with_page: whether there is a page.
         ready: called with the address and whether there is a page, when requests are taken.
+        name: see `Server`.
     """
     check_integer("--port", options.port, 0, 65535, "try 8000")
     check_integer("--batch", options.batch, 1, 1024, "try 8")
@@ -134,6 +182,7 @@ def serve(
             limits=limits,
             lora_dir=lora_dir,
             content_filter=content_filter,
+            name=name,
             page=page,
         )
         opened.listen()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -11,14 +11,13 @@ from functools import partial
 from latentdiff.devices import count_gpus
 from latentdiff.errors import InputError, shown
 from latentdiff.generation.request import Settings
-from latentdiff.scale.commit import Report
-from latentdiff.scale.formats import damage
+from latentdiff.scale.commit import Report, find_damage
 from latentdiff.scale.job import Job, settle
 from latentdiff.scale.local import Began, draw_here, draw_locally
 from latentdiff.scale.lock import locked
-from latentdiff.scale.manifest import read_manifest, shards_in
+from latentdiff.scale.manifest import shards_in
 from latentdiff.scale.plan import Layout, Plan, Task, make_plan, origins, read_shards, retire
-from latentdiff.scale.progress import Progress
+from latentdiff.scale.progress import Progress, State
 from latentdiff.scale.store import Store, open_store
 from latentdiff.scale.table import Table, open_table
 from latentdiff.scale.worker import Crew
@@ -44,6 +43,7 @@ class How:
         new: take over an output of another job.
         progress: file of JSON lines; None for none.
         terminal: whether somebody watches.
+        tell: called with how far the job is, as in these lines.
         say: what the user is told, line by line.
     """
 
@@ -55,6 +55,7 @@ class How:
     new: bool = False
     progress: str | None = None
     terminal: bool = False
+    tell: Callable[[State], None] = lambda state: None
     say: Callable[[str], None] = print
 
 
@@ -98,7 +99,7 @@ def run_batch(prompts: str, out: str, job: Job, how: How) -> Summary:
         raise InputError("memory:// is of one process alone, got others that draw; add --workers 0")
     with locked(store, how.say):
         job, layout = settle(store, job, new=how.new)
-        damaged = find_damage(store, how.say) if how.verify else frozenset()
+        damaged = find_all_damage(store, how.say) if how.verify else frozenset()
         plan = make_plan(table, layout, store, retry_failed=how.retry_failed, damaged=damaged)
         if plan.equal:
             how.say(
@@ -109,7 +110,7 @@ def run_batch(prompts: str, out: str, job: Job, how: How) -> Summary:
         drawn = taken = 0
         failed = plan.failed
         if plan.missing:
-            with Progress(plan.rows, plan.missing_rows, plan.failed, how.progress, how.terminal) as progress:
+            with Progress(plan.rows, plan.missing_rows, plan.failed, how.progress, how.terminal, how.tell) as progress:
                 _draw(table, job, layout, store, plan, how, progress, limit)
                 drawn, taken, failed = progress.drawn, progress.taken, progress.failed
         retired = retire(store, plan)
@@ -160,7 +161,7 @@ def tasks_of(table: Table, layout: Layout, store: Store, plan: Plan) -> Iterator
             yield Task(shard, shard.name in plan.again, taken)
 
 
-def find_damage(store: Store, say: Callable[[str], None]) -> frozenset[str]:
+def find_all_damage(store: Store, say: Callable[[str], None]) -> frozenset[str]:
     """Read every shard that is there and return the names of those that are not as they were written.
 
     Raises:
@@ -168,11 +169,8 @@ def find_damage(store: Store, say: Callable[[str], None]) -> frozenset[str]:
     """
     found = set[str]()
     for shard in sorted(shards_in(store)):
-        manifest = read_manifest(store, shard)
-        files: Mapping[str, Mapping[str, object]] = {} if manifest is None else manifest.data
-        bad = [path for path in files if damage(store, path, files[path])]
-        if manifest is None or bad:
-            say(f"shard {shard} is damaged ({bad[0] if bad else 'its manifest'}) and is written again")
+        if (bad := find_damage(store, shard)) is not None:
+            say(f"shard {shard} is damaged ({bad}) and is written again")
             found.add(shard)
     return frozenset(found)
 

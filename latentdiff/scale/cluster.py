@@ -10,23 +10,40 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import latentdiff.errors
 from latentdiff.errors import InputError, LatentDiffError, MissingDependencyError, StorageError, printable, shown
-from latentdiff.scale.commit import Report
+from latentdiff.scale.commit import Report, find_damage
+from latentdiff.scale.manifest import file_of, shards_in
 from latentdiff.scale.plan import Task
+from latentdiff.scale.progress import State
 from latentdiff.scale.rows import Row
-from latentdiff.scale.worker import Crew, Deaths, Rows, numbers_of
+from latentdiff.scale.source import END, WAIT, Failed, Source
+from latentdiff.scale.store import Store
+from latentdiff.scale.worker import Crew, numbers_of
 
 __all__ = ["Cluster", "require_ray"]
 
 OLDEST = (2, 40)  # version of Ray
 PATIENCE = 10.0  # seconds in which a cluster answers
+PAUSE = 1.0  # seconds after which a worker that has nothing to do asks again
+SPARE, SPARE_SHARE = 16, 0.05  # places of a job for what is left at its end: some, and a share of its shards
 MOST_BLOCKS = 10_000  # of a dataset: what Ray gives out at once, and again where a worker was lost
+FIGURES = {
+    "rows": "Rows of the table.",
+    "done": "Rows that are done.",
+    "drawn": "Rows that were drawn in this run.",
+    "taken": "Rows of this run whose picture was there in another shard.",
+    "failed": "Rows that could not be drawn.",
+    "pictures_per_second": "Pictures drawn in a second, from the start of the run on.",
+    "seconds_left": "Seconds until all rows are done, if it goes on like this.",
+}
 
 
 def require_ray() -> None:
@@ -59,6 +76,7 @@ class Cluster:
     address: str | None = None
     workers: int | None = None
     gpus_per_worker: float | None = None
+    _gauges: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, tasks: Callable[[], Iterator[Task]], crew: Crew, count: int) -> Iterator[Report]:
         """Draw tasks and yield the report of each.
@@ -79,13 +97,44 @@ class Cluster:
         with _joined(self.address), _told():
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Source)
-            source = remote.options(scheduling_strategy=here).remote(tasks, os.getcwd())
-            for row in self._reports(source, crew, count):
+            written = partial(shards_in, crew.store)
+            source = remote.options(scheduling_strategy=here).remote(tasks, os.getcwd(), count, written)
+            told = set[int]()
+            for report in self._reports(source, crew, count):
+                if report.number not in told:
+                    told.add(report.number)
+                    yield report
+            _check_doubled(crew.store, ray.get(source.doubled.remote()))
+
+    def tell(self, state: State) -> None:
+        """Publish how far the job is as metrics of Ray, which its dashboard and Prometheus read.
+
+        Args:
+            state: of `Progress`.
+        """
+        from ray.util.metrics import Gauge
+
+        for name, value in state.items():
+            if name in FIGURES and value is not None:
+                if name not in self._gauges:
+                    self._gauges[name] = Gauge(f"latentdiff_batch_{name}", FIGURES[name])
+                self._gauges[name].set(value)
+
+    def _reports(self, source: Any, crew: Crew, count: int) -> Iterator[Report]:
+        """Yield reports, some of them perhaps twice."""
+        import ray
+
+        with closing(self._rows(source, crew, count)) as rows:
+            for row in rows:
                 if row["error"]:
                     raise getattr(latentdiff.errors, row["error"])(row["message"])
-                yield Report(*(int(row[name]) for name in ("number", "drawn", "taken", "failed")))
+                if row["number"] >= 0:
+                    yield Report(*(int(row[name]) for name in ("number", "drawn", "taken", "failed")))
+                if row["end"]:  # all shards are written, though a worker may still hang at one
+                    break
+        yield from ray.get(source.reports.remote())
 
-    def _reports(self, source: Any, crew: Crew, count: int) -> Iterator[dict[str, Any]]:
+    def _rows(self, source: Any, crew: Crew, count: int) -> Generator[dict[str, Any], None, None]:
         import ray.data
 
         gpus = self.gpus_per_worker
@@ -93,10 +142,11 @@ class Cluster:
             gpus = 1.0 if ray.cluster_resources().get("GPU") and crew.model.device != "cpu" else 0.0
         most = count if self.workers is None else min(self.workers, count)
         pool = ray.data.ActorPoolStrategy(min_size=most if self.workers else 1, max_size=most)
-        numbers = [
-            {"id": number} for number in range(count)
-        ]  # which no task has to read, for which there may be no core
-        shards = ray.data.from_items(numbers, override_num_blocks=min(count, MOST_BLOCKS))
+        places = places_of(count) if most > 1 else count
+        # Items, as a task that reads them might find no core.
+        shards = ray.data.from_items(
+            [{"id": place} for place in range(places)], override_num_blocks=min(places, MOST_BLOCKS)
+        )
         drawn = shards.map_batches(
             Drawer,
             fn_constructor_kwargs={"crew": crew, "source": source, "folder": os.getcwd()},
@@ -106,54 +156,6 @@ class Cluster:
             num_gpus=gpus or None,
         )
         yield from drawn.iter_rows()
-
-
-class Source:
-    """Gives out the tasks of a job by their number; one actor, beside the driver.
-
-    Args:
-        tasks: see `Cluster`.
-        folder: of the driver, which paths are relative to.
-    """
-
-    def __init__(self, tasks: Callable[[], Iterator[Task]], folder: str) -> None:
-        os.chdir(folder)
-        self._make, self._deaths = tasks, Deaths()
-        self._reading, self._next, self._furthest = tasks(), 0, -1
-        self._held = dict[int, Task]()  # given out or passed by, and not done
-        self._began = dict[int, Rows]()
-
-    def get(self, number: int) -> Task | tuple[str, str]:
-        """Return a task; who asks for one again has lost the worker that had it. Or else return an error."""
-        try:
-            task = self._held[number] if number in self._held else self._read(number)
-        except LatentDiffError as error:
-            return type(error).__name__, str(error)
-        if number in self._began:
-            task = self._deaths.note(task, self._began.pop(number), "see Ray's log")
-        self._held[number] = task
-        return task
-
-    def began(self, number: int, rows: Rows) -> None:
-        """Note which batch of a task is being drawn."""
-        self._began[number] = rows
-
-    def done(self, number: int) -> None:
-        """Let go of a task."""
-        self._began.pop(number, None)
-        self._held.pop(number, None)
-
-    def _read(self, number: int) -> Task:
-        if number < self._next:
-            self._reading, self._next = self._make(), 0
-        while True:
-            task, at = next(self._reading), self._next
-            self._next += 1
-            if at == number:
-                self._furthest = max(self._furthest, number)
-                return task
-            if at > self._furthest:
-                self._held[at] = task
 
 
 class Drawer:
@@ -168,7 +170,7 @@ class Drawer:
     def __init__(self, crew: Crew, source: Any, folder: str) -> None:
         with suppress(OSError):
             os.chdir(folder)
-        self._crew, self._source, self._number = crew, source, 0
+        self._crew, self._source, self._place = crew, source, 0
         self._error: LatentDiffError | None = None
         try:
             self._artist = crew.artist(self._begins)
@@ -179,26 +181,48 @@ class Drawer:
         """Draw one shard and return what became of it, or the error that ends the job."""
         import ray
 
-        self._number = number = int(batch["id"][0])
+        self._place = place = int(batch["id"][0])
         try:
             if self._error is not None:
                 raise self._error
-            task = ray.get(self._source.get.remote(number))
-            if isinstance(task, tuple):
-                return _row(error=task[0], message=task[1])
-            report = self._crew.write(task, self._artist)
+            while (answer := ray.get(self._source.get.remote(place))) == WAIT:
+                time.sleep(PAUSE)
+            if isinstance(answer, Failed):
+                return _row(error=answer.error, message=answer.message)
+            if not isinstance(answer, Task):
+                return _row(end=answer == END)
+            report = self._crew.write(answer, self._artist)
         except LatentDiffError as error:
             return _row(error=type(error).__name__, message=str(error))
-        ray.get(self._source.done.remote(number))
+        ray.get(self._source.done.remote(place, report))
         return _row(number=report.number, drawn=report.drawn, taken=report.taken, failed=report.failed)
 
     def _begins(self, rows: Sequence[Row]) -> None:
-        self._source.began.remote(self._number, numbers_of(rows))
+        self._source.began.remote(self._place, numbers_of(rows))
+
+
+def places_of(count: int) -> int:
+    """Return how many places a job of so many shards has: one for each, and those for what is left at its end."""
+    return count + SPARE + int(count * SPARE_SHARE)
 
 
 def _row(**given: Any) -> dict[str, list[Any]]:
-    values = {"number": 0, "drawn": 0, "taken": 0, "failed": 0, "error": "", "message": ""} | given
+    values = {"number": -1, "drawn": 0, "taken": 0, "failed": 0, "end": False, "error": "", "message": ""} | given
     return {name: [value] for name, value in values.items()}
+
+
+def _check_doubled(store: Store, shards: Sequence[str]) -> None:
+    """Raise StorageError where two machines that round differently have written one shard over each other.
+
+    Its manifest goes, so that the next run draws it again.
+    """
+    if bad := [shard for shard in shards if find_damage(store, shard) is not None]:
+        for shard in bad:
+            store.remove(file_of(shard))
+        raise StorageError(
+            f"{len(bad)} shards were drawn by two machines at once that give other bits; give the same command again, "
+            "which draws them alone"
+        )
 
 
 @contextmanager

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentdiff.errors import StorageError
-from latentdiff.scale.formats import FORMATS, Picture, Sample
-from latentdiff.scale.manifest import FAILURES, MANIFESTS, Manifest, file_of, render_failures
+from latentdiff.scale.formats import FORMATS, Picture, Sample, damage
+from latentdiff.scale.manifest import FAILURES, MANIFESTS, Manifest, file_of, read_manifest, render_failures
 from latentdiff.scale.plan import Origin, Task
 from latentdiff.scale.rows import Row
 from latentdiff.scale.store import Store, write_bytes
 
-__all__ = ["Draw", "Report", "write_shard"]
+__all__ = ["Draw", "Report", "find_damage", "write_shard"]
 
 Draw = Callable[[Sequence[Row]], Iterator[Picture | str]]
 """Rows -> for each, in order, its picture, or why it could not be drawn."""
@@ -80,6 +80,18 @@ def write_shard(store: Store, form: str, kept: tuple[str, ...], task: Task, draw
         store.remove(file_of(shard.name, FAILURES))
     write_bytes(store, file_of(shard.name, MANIFESTS), manifest.render())
     return Report(shard.number, counts["drawn"], counts["taken"], counts["failed"])
+
+
+def find_damage(store: Store, shard: str) -> str | None:
+    """Read a shard and return which of its files is not as it was written; None where all are.
+
+    Raises:
+        StorageError: the store fails.
+    """
+    manifest = read_manifest(store, shard)
+    if manifest is None:
+        return "its manifest"
+    return next((path for path in manifest.data if damage(store, path, manifest.data[path])), None)
 
 
 def _pictures(task: Task, taken: Mapping[str, Picture], draw: Draw) -> Iterator[tuple[Row, str, Picture | str]]:

@@ -1,12 +1,15 @@
 """Processes on this machine: each has the model, takes a shard, writes it, and takes the next one.
 
-A process that dies costs the shard that it had in hand; another is started in its place and draws that again.
+A process that dies costs the shard that it had in hand; another is started in its place and draws that again. One that
+has nothing left to do waits for what others have in hand, and draws a shard that is late beside its first worker, which
+is ended when it is the last of the two (see `stragglers`).
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,13 +18,15 @@ from multiprocessing.process import BaseProcess
 
 from latentdiff.devices import gpu_of_process
 from latentdiff.errors import StorageError
-from latentdiff.scale.commit import Report
+from latentdiff.scale.commit import Report, find_damage
 from latentdiff.scale.plan import Task
+from latentdiff.scale.stragglers import InHand
 from latentdiff.scale.worker import Crew, Deaths, Rows, work
 
 __all__ = ["Began", "draw_here", "draw_locally"]
 
 MOST_FALSE_STARTS = 3  # of processes in turn that die while they load the model
+PAUSE = 1.0  # seconds between two looks at what is late
 GRACE = 5.0  # seconds in which a process that is told to end should
 
 
@@ -65,8 +70,11 @@ def draw_locally(tasks: Iterator[Task], crew: Crew, workers: int) -> Events:
         for place in range(workers):
             team.start(place)
         while team.members:
-            for connection in wait([member.connection for member in team.members.values()]):
-                yield from team.heard(next(one for one in team.members.values() if one.connection is connection))
+            for connection in wait([member.connection for member in team.members.values()], team.patience):
+                member = next((one for one in team.members.values() if one.connection is connection), None)
+                if member is not None:  # and not ended by what was heard of another
+                    yield from team.heard(member)
+            team.give_to_idle()
     finally:
         team.end()
 
@@ -78,7 +86,7 @@ class _Member:
     place: int
     process: BaseProcess
     connection: Connection
-    task: Task | None = None
+    task: Task | None = None  # None where it waits for one
     ready: bool = False
     rows: Rows = ()  # of the batch in hand
     drawn: int = 0  # rows of the shard before that batch
@@ -91,9 +99,26 @@ class _Team:
         self.tasks, self.crew = tasks, crew
         self.members = dict[int, _Member]()
         self._returned = list[Task]()  # by processes that died
+        self._in_hand = InHand()
         self._deaths = Deaths()
         self._false_starts = 0
         self._context = multiprocessing.get_context("spawn")
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds until somebody looks whether a shard is late; None where nobody could take it."""
+        return None if all(member.task is not None for member in self.members.values()) else PAUSE
+
+    def give_to_idle(self) -> None:
+        """Give what is left to processes that wait, and end them when there can be nothing more for them."""
+        for member in [one for one in self.members.values() if one.task is None]:
+            member.task = self._next() or self._late()
+            if member.task is not None:
+                self._send(member)
+            elif not self._in_hand:
+                self._send(member)
+                member.process.join()
+                self._forget(member)
 
     def start(self, place: int) -> None:
         """Start a process, unless there is nothing to do."""
@@ -128,19 +153,52 @@ class _Team:
             return
         if kind == "ready":
             member.ready, self._false_starts = True, 0
-        else:
-            member.task = self._next()
+            self._send(member)
+            return
+        assert member.task is not None
+        if self._is_whole(member, member.task):
+            yield content
+        member.task = self._next()
+        if member.task is not None:
+            self._send(member)
+
+    def _send(self, member: _Member) -> None:
         member.drawn, member.rows = 0, ()
         with suppress(OSError):  # of one that has died; the next message says so
             member.connection.send(member.task)
-        if kind == "done":
-            yield content
-        if member.task is None:
-            member.process.join()
-            self._forget(member)
 
     def _next(self) -> Task | None:
-        return self._returned.pop() if self._returned else next(self.tasks, None)
+        task = self._returned.pop() if self._returned else next(self.tasks, None)
+        if task is not None:
+            self._in_hand.begin(task.shard.number, task.lacking, time.monotonic())
+        return task
+
+    def _late(self) -> Task | None:
+        """Return a shard that another process should have written by now."""
+        number = self._in_hand.late(time.monotonic())
+        if number is None:
+            return None
+        self._in_hand.begin(number, 0, time.monotonic())
+        return next(one.task for one in self.members.values() if one.task and one.task.shard.number == number)
+
+    def _is_whole(self, member: _Member, task: Task) -> bool:
+        """Note that a shard is written, and end the other process that has it in hand, as it may hang.
+
+        Returns:
+            Whether it is as it was written; the other may have replaced it, with other bits where its batch is smaller.
+        """
+        number = task.shard.number
+        self._in_hand.end(number, time.monotonic())
+        others = [one for one in self.members.values() if one.task is not None and one.task.shard.number == number]
+        for other in others:
+            if other is not member:
+                other.process.kill()
+                other.process.join()
+                self._forget(other)
+        whole = len(others) == 1 or find_damage(self.crew.store, task.shard.name) is None
+        if not whole:
+            self._returned.append(replace(task, again=True))
+        return whole
 
     def _died(self, member: _Member) -> None:
         member.process.join()
@@ -155,7 +213,9 @@ class _Team:
                     "need less memory"
                 )
         if task is not None:
-            self._returned.append(self._deaths.note(task, member.rows, how))
+            task = self._deaths.note(task, member.rows, how)
+            if self._in_hand.lose(task.shard.number):
+                self._returned.append(task)
         self.start(member.place)
 
     def _forget(self, member: _Member) -> None:

@@ -63,6 +63,7 @@ def _locked_folder(store: LocalStore) -> Iterator[None]:
         raise StorageError(f"cannot lock {shown(store.place)}: {error.strerror}; choose another place") from error
     try:
         yield
+        store.clear_temporary()  # of workers that were killed
     finally:
         lock.release()
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -22,10 +22,23 @@ from latentdiff.scale.rows import Columns, Maker, Row, read_rows
 from latentdiff.scale.store import Store
 from latentdiff.scale.table import Table
 
-__all__ = ["EARLIER", "Layout", "Origin", "Plan", "Shard", "Task", "make_plan", "origins", "read_shards"]
+__all__ = [
+    "EARLIER",
+    "Head",
+    "Layout",
+    "Origin",
+    "Plan",
+    "Shard",
+    "Task",
+    "compare",
+    "make_plan",
+    "origins",
+    "read_shards",
+]
 
 EARLIER = "earlier"  # folder of shards that the table no longer asks for
 DIGITS = 16
+MOST_NAMES = 2**22  # that are remembered to count equal rows
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,15 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Head:
+    """A shard by its number, its name and how many rows it has."""
+
+    number: int
+    name: str
+    rows: int
+
+
+@dataclass(frozen=True)
 class Origin:
     """Where a picture is that was drawn before.
 
@@ -92,6 +114,11 @@ class Task:
     taken: Mapping[str, Origin] = field(default_factory=dict)
     given_up: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def lacking(self) -> int:
+        """How many rows are to be drawn, about."""
+        return max(0, len(self.shard.rows) - len(self.taken))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -102,7 +129,7 @@ class Plan:
         wanted: names of all its shards.
         missing: numbers of those that are to be written, with the number of their rows.
         again: names of those among them that are there, but are replaced.
-        equal: rows that are the same as another.
+        equal: rows that are the same as another, about; see `Repeats`.
         failed: rows of shards that are done which could not be drawn.
     """
 
@@ -155,28 +182,84 @@ def make_plan(
         InputError: the table has no row, or see `read_rows`.
         StorageError: the store fails.
     """
-    done, failures, files = shards_in(store), shards_in(store, FAILURES), store.list(SHARDS)
-    path = FORMATS[layout.format].path
-    wanted, missing, again, failed, digests = set[str](), dict[int, int](), set[str](), 0, list[np.ndarray]()
-    rows = number = 0
-    for shard in read_shards(table, layout):
-        rows, number = rows + len(shard.rows), shard.number + 1
-        wanted.add(shard.name)
-        digests.append(np.array([int(name[:16], 16) for name in shard.names], dtype=np.uint64))
-        there = shard.name in done and path(shard.name).rpartition("/")[2] in files
-        if shard.name in done and not there and shard.name in failures:
-            manifest = read_manifest(store, shard.name)  # perhaps none of its rows could be drawn, so it has no files
-            there = manifest is not None and not manifest.data
-        if there and not (shard.name in damaged or (retry_failed and shard.name in failures)):
-            failed += count_failures(store, shard.name) if shard.name in failures else 0
-            continue
-        missing[shard.number] = len(shard.rows)
-        if shard.name in done:
-            again.add(shard.name)
-    if not rows:
+    repeats = Repeats()
+
+    def heads() -> Iterator[Head]:
+        for shard in read_shards(table, layout):
+            repeats.add(shard.names)
+            yield Head(shard.number, shard.name, len(shard.rows))
+
+    plan = compare(heads(), layout.format, store, retry_failed=retry_failed, damaged=damaged)
+    if not plan.rows:
         raise InputError(f"PROMPTS must have a row at least, got none in {table.place}; say what to draw")
-    equal = rows - len(np.unique(np.concatenate(digests)))
-    return Plan(rows, number, frozenset(wanted), missing, frozenset(again), equal, failed)
+    return replace(plan, equal=repeats.count)
+
+
+def compare(
+    heads: Iterable[Head],
+    form: str,
+    store: Store,
+    *,
+    retry_failed: bool = False,
+    damaged: frozenset[str] = frozenset(),
+) -> Plan:
+    """Compare the shards of a table with those that are there; see `make_plan`.
+
+    Args:
+        heads: of all shards, in order.
+        form: a key of `FORMATS`.
+    """
+    done, failures, files = shards_in(store), shards_in(store, FAILURES), store.list(SHARDS)
+    path = FORMATS[form].path
+    wanted, missing, again, failed = set[str](), dict[int, int](), set[str](), 0
+    rows = number = 0
+    for head in heads:
+        rows, number = rows + head.rows, head.number + 1
+        wanted.add(head.name)
+        there = head.name in done and path(head.name).rpartition("/")[2] in files
+        if head.name in done and not there and head.name in failures:
+            manifest = read_manifest(store, head.name)  # perhaps none of its rows could be drawn, so it has no files
+            there = manifest is not None and not manifest.data
+        if there and not (head.name in damaged or (retry_failed and head.name in failures)):
+            failed += count_failures(store, head.name) if head.name in failures else 0
+            continue
+        missing[head.number] = head.rows
+        if head.name in done:
+            again.add(head.name)
+    return Plan(rows, number, frozenset(wanted), missing, frozenset(again), 0, failed)
+
+
+class Repeats:
+    """Counts the names that have come before, in memory that does not grow with them.
+
+    Exactly for some millions of names; of more, by those of a share of all names, which is halved each time there are
+    too many.
+    """
+
+    def __init__(self) -> None:
+        self._kept, self._fresh, self._many, self._below = np.array([], np.uint64), list[int](), 0, 2**64
+
+    def add(self, names: Iterable[str]) -> None:
+        """Note some names."""
+        self._fresh += [key for name in names if (key := int(name[:16], 16)) < self._below]
+        if len(self._fresh) > MOST_NAMES // 4:
+            self._settle()
+
+    @property
+    def count(self) -> int:
+        """How many names have come before."""
+        self._settle()
+        return round((self._many - len(self._kept)) * (2**64 / self._below))
+
+    def _settle(self) -> None:
+        self._many += len(self._fresh)
+        self._kept = np.unique(np.concatenate([self._kept, np.array(self._fresh, np.uint64)]))
+        self._fresh = []
+        while len(self._kept) > MOST_NAMES:
+            before = len(self._kept)
+            self._below //= 2
+            self._kept = self._kept[self._kept < self._below]
+            self._many = round(self._many * len(self._kept) / before)
 
 
 def origins(store: Store, plan: Plan) -> dict[str, Origin]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from tqdm import tqdm
@@ -11,7 +12,10 @@ from tqdm import tqdm
 from latentdiff.errors import StorageError, shown
 from latentdiff.scale.commit import Report
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "State"]
+
+State = dict[str, float | int | None]
+"""What a JSON line says."""
 
 INTERVAL = 1.0  # seconds between two lines, but after a shard
 
@@ -25,13 +29,22 @@ class Progress:
         failed: those that could not be drawn, of earlier runs.
         file: where JSON lines are appended; None for none.
         terminal: whether somebody watches.
+        tell: called with what each of these lines says.
 
     Raises:
         StorageError: the file cannot be written.
     """
 
-    def __init__(self, rows: int, missing: int, failed: int, file: str | None, terminal: bool) -> None:
-        self.rows, self.missing, self.failed = rows, missing, failed
+    def __init__(
+        self,
+        rows: int,
+        missing: int,
+        failed: int,
+        file: str | None,
+        terminal: bool,
+        tell: Callable[[State], None] = lambda state: None,
+    ) -> None:
+        self.rows, self.missing, self.failed, self._tell_others = rows, missing, failed, tell
         self.drawn = self.taken = 0
         self._in_hand = dict[int, int]()  # rows that are drawn of shards that are not done, by shard
         self._begun = self._written = time.monotonic()
@@ -63,7 +76,7 @@ class Progress:
         self.failed, self._failed_now = self.failed + report.failed, self._failed_now + report.failed
         self._tell(True)
 
-    def state(self) -> dict[str, float | int | None]:
+    def state(self) -> State:
         """Return figures: rows of the table and done, pictures per second, seconds left, failures."""
         seconds = time.monotonic() - self._begun
         passed = self.done + sum(self._in_hand.values())
@@ -84,9 +97,12 @@ class Progress:
         passed = self.rows - self.missing + self.done + sum(self._in_hand.values())
         self._bar.set_postfix(failed=self.failed, refresh=False)
         self._bar.update(passed - self._bar.n)
-        if write and self._file is not None:
-            self._written = time.monotonic()
-            self._file.write(json.dumps(self.state()) + "\n")
+        if not write:
+            return
+        self._written, state = time.monotonic(), self.state()
+        self._tell_others(state)
+        if self._file is not None:
+            self._file.write(json.dumps(state) + "\n")
             self._file.flush()
 
     def __enter__(self) -> Progress:

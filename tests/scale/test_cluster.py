@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,60 +17,10 @@ import pytest
 
 from latentdiff.errors import InputError, MissingDependencyError
 from latentdiff.scale import cluster
-from latentdiff.scale.cluster import Source, require_ray
-from latentdiff.scale.plan import Layout, Task, read_shards
-from latentdiff.scale.rows import Columns, Maker
-from latentdiff.scale.table import open_table
+from latentdiff.scale.cluster import require_ray
 from tests.scale.small import contents, write_table
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
-
-
-@pytest.fixture
-def tasks(tmp_path: Path) -> Any:
-    """A function that gives five tasks of two rows."""
-    table = open_table(write_table(tmp_path / "rows.jsonl", [{"prompt": f"{number}"} for number in range(10)]))
-    layout = Layout(Maker({"model_hash": "0"}), Columns(), "files", 2)
-    made = list[int]()
-
-    def make() -> Iterator[Task]:
-        made.append(1)
-        yield from map(Task, read_shards(table, layout))
-
-    make.made = made  # type: ignore[attr-defined]
-    return make
-
-
-def test_tasks_are_given_out_by_number_and_read_once(tasks: Any) -> None:
-    source = Source(tasks, os.getcwd())
-    order = [1, 0, 3, 2, 4]
-    found = [source.get(number) for number in order]
-    assert [task.shard.number for task in found if isinstance(task, Task)] == order
-    assert source.get(3) == found[2] and len(tasks.made) == 1
-    for number in order:
-        source.done(number)
-    assert not source._held
-    again = source.get(1)  # of a worker that was lost after all
-    assert isinstance(again, Task) and again.shard.number == 1 and len(tasks.made) == 2
-    assert set(source._held) == {1}
-
-
-def test_rows_that_every_worker_dies_of_are_given_up(tasks: Any) -> None:
-    source = Source(tasks, os.getcwd())
-    for _ in range(5):
-        task = source.get(0)
-        assert isinstance(task, Task) and not task.given_up
-        source.began(0, ((2, 0),))
-    task = source.get(0)
-    assert isinstance(task, Task) and list(task.given_up) == [task.shard.names[1]]
-
-
-def test_an_error_of_the_table_goes_to_the_driver(tasks: Any) -> None:
-    def refused() -> Iterator[Task]:
-        raise InputError("it has changed")
-        yield
-
-    assert Source(refused, os.getcwd()).get(0) == ("InputError", "it has changed")
 
 
 def test_a_missing_ray_is_told_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,3 +91,15 @@ def _workers_below(driver: int) -> list[int]:
         return False
 
     return [process for process in found if below(process)]
+
+
+@needs_ray
+@pytest.mark.long
+def test_a_cluster_draws_past_a_worker_that_hangs_and_publishes_how_far_it_is(tmp_path: Path) -> None:
+    root = str(Path(cluster.__file__).parents[2])
+    command = [sys.executable, "-m", "tests.scale.hanging", str(tmp_path)]
+    how: dict[str, Any] = {"cwd": root, "env": {**os.environ, "PYTHONPATH": root}, "text": True, "capture_output": True}
+    ended = subprocess.run(command, check=False, timeout=300, **how)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "mark").exists()
+    assert ended.stdout.splitlines()[-1].endswith(" 24.0")

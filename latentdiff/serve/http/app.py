@@ -27,7 +27,7 @@ __all__ = ["make_app"]
 REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
 
 
-def make_app(models: Models, desk: Desk, shelf: Shelf, links: Links) -> FastAPI:
+def make_app(models: Models, desk: Desk, shelf: Shelf, links: Links, place: str = "") -> FastAPI:
     """Return the application; `guard.Guard` stands before it.
 
     Args:
@@ -35,8 +35,10 @@ def make_app(models: Models, desk: Desk, shelf: Shelf, links: Links) -> FastAPI:
         desk: takes what is asked for.
         shelf: keeps jobs.
         links: keep pictures that are answered as such.
+        place: begins the names of jobs, as it does those of links.
     """
     app = FastAPI(title="latentdiff", version=__version__, docs_url=None, redoc_url=None, responses=REFUSALS)
+    app.state.place = place
     _add_errors(app, desk)
     openai.add_routes(app, models, desk, links)
     webui.add_routes(app, models, desk)

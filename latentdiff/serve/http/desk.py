@@ -47,7 +47,8 @@ class Claim:
         """Return that of a request."""
         count, key = request.headers.get("x-stainless-retry-count", ""), request.headers.get("idempotency-key")
         counted = int(count) if count.isascii() and count.isdecimal() and len(count) < 4 else None
-        return cls(client_of(request), digest, key or None, counted)
+        place = getattr(request.app.state, "place", "")
+        return cls(client_of(request), digest, key or None, counted, f"job_{place}{secrets.token_urlsafe(16)}")
 
     @property
     def repeatable(self) -> bool:

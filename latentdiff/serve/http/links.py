@@ -30,16 +30,17 @@ class Links:
 
     Args:
         limits: how long a link holds, and how many bytes are kept.
+        place: begins their names, so that whoever stands before several of these knows which one has a picture.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits, self._key, self._lock = limits, secrets.token_bytes(32), threading.Lock()
+    def __init__(self, limits: Limits, place: str = "") -> None:
+        self._limits, self._key, self._lock, self._place = limits, secrets.token_bytes(32), threading.Lock(), place
         self._kept, self._bytes = OrderedDict[str, Kept](), 0
 
     def add(self, data: bytes, output_format: str) -> str:
         """Keep a picture and return the path of its link."""
         until = int(time.time()) + self._limits.link_seconds
-        name = f"{secrets.token_urlsafe(16)}.{output_format}"
+        name = f"{self._place}{secrets.token_urlsafe(16)}.{output_format}"
         with self._lock:
             self._kept[name] = Kept(data, f"image/{output_format}", until)
             self._bytes += len(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,21 +14,19 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from latentdiff.errors import StorageError, shown
+from latentdiff.errors import InputError, StorageError, shown
 from latentdiff.pipeline import Pipeline
 from latentdiff.serve.filter import Filter
-from latentdiff.serve.http.app import make_app
 from latentdiff.serve.http.desk import Desk
 from latentdiff.serve.http.guard import Guard, check_proxies, check_token, is_loopback
-from latentdiff.serve.http.jobs.shelf import Shelf
 from latentdiff.serve.http.limits import Limits
 from latentdiff.serve.http.links import Links
-from latentdiff.serve.http.loras import Loras
 from latentdiff.serve.http.models import Models
-from latentdiff.serve.scheduler import Scheduler
+from latentdiff.serve.http.service import Service
 
 __all__ = ["Server", "listen"]
 
+NAME = re.compile(r"[A-Za-z0-9]{1,32}")
 LAST_ANSWERS = 5  # seconds that answers may take to leave, after the last job
 
 MountPage = Callable[[FastAPI, Models, Desk, Links, str | None], ASGIApp]
@@ -48,6 +47,7 @@ class Server(uvicorn.Server):
         limits: of requests and jobs.
         lora_dir: folder of the LoRAs that prompts may name; see `lora_tags`.
         content_filter: see `Scheduler`.
+        name: tells it from others behind one address, as its jobs and links begin with it.
         page: adds a page to the application and returns both, as `page.mount.mount_page` does; None for none.
 
     Raises:
@@ -65,19 +65,25 @@ class Server(uvicorn.Server):
         limits: Limits | None = None,
         lora_dir: Path | None = None,
         content_filter: Filter | None = None,
+        name: str | None = None,
         page: MountPage | None = None,
     ) -> None:
         check_proxies(proxies)
         check_token(token, host, proxies)
         self.limits = limits or Limits()
-        models = Models(pipes, Loras(lora_dir, self.limits))
-        self.scheduler = Scheduler(
-            models.pipes[models.first], batch=batch, queue=self.limits.queue, content_filter=content_filter
+        self.service = Service.open(
+            pipes,
+            batch=batch,
+            limits=self.limits,
+            lora_dir=lora_dir,
+            content_filter=content_filter,
+            place="" if name is None else f"{_checked_name(name)}.",
         )
-        self.desk = Desk(self.scheduler, self.limits)
-        self.shelf, links = Shelf(self.desk), Links(self.limits)
-        self.api: FastAPI = make_app(models, self.desk, self.shelf, links)
-        app = self.api if page is None else page(self.api, models, self.desk, links, token)
+        self.api, self.desk, self.shelf = self.service.api, self.service.desk, self.service.shelf
+        self.scheduler = self.desk.scheduler
+        app: ASGIApp = self.api
+        if page is not None:
+            app = page(self.api, self.service.models, self.desk, self.service.links, token)
         self.hurried = False
         self._signals, self._drained_by = 0, 0.0
         local = is_loopback(host) and not proxies  # by which it has other names
@@ -87,6 +93,7 @@ class Server(uvicorn.Server):
                 guard,
                 log_config=None,
                 access_log=False,
+                http="h11",  # whatever else is installed, as another parser refuses other requests by itself
                 server_header=False,
                 proxy_headers=bool(proxies),  # a client's address is not what it says itself
                 forwarded_allow_ips=list(proxies),
@@ -106,8 +113,7 @@ class Server(uvicorn.Server):
         if self._signals and not self._drained_by:
             self.desk.draining = True
             self._drained_by = time.monotonic() + self.limits.drain_seconds
-        going_on = self.desk.busy or self.shelf.untold
-        if self._drained_by and (self.hurried or not going_on or time.monotonic() > self._drained_by):
+        if self._drained_by and (self.hurried or not self.service.busy or time.monotonic() > self._drained_by):
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -116,6 +122,12 @@ class Server(uvicorn.Server):
         await self.desk.stop()
         await asyncio.sleep(0)
         await super().shutdown(sockets)
+
+
+def _checked_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise InputError(f"the name of a server must be 1 to 32 letters and digits, got {shown(name)}; try a")
+    return name
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pytest
 import yaml
 from hatchling.builders.wheel import WheelBuilder
 
+from latentdiff import Pipeline
 from latentdiff.cli import _parser
 from latentdiff.serve.http.guard import OPEN
 from latentdiff.serve.http.limits import Limits
@@ -147,22 +148,27 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
 
 
 class Front:
-    """`nginx` with our configuration before a server.
+    """`nginx` with our configuration before a server, or more.
+
+    Args:
+        servers: by the addresses that the configuration has.
+        place: a folder of its own.
+        file: the configuration.
 
     Attributes:
         url: where it answers.
     """
 
-    def __init__(self, server: Running, place: Path) -> None:
+    def __init__(self, servers: Mapping[str, Running], place: Path, file: str = "nginx.conf") -> None:
         program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
         if program is None:
             leave_out("needs nginx, which Debian's package nginx installs")
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        config = text("nginx.conf")
+        config = text(file)
         changes = {
             "listen 8080;": f"listen 127.0.0.1:{port};",
-            "server latentdiff:8000;": f"server {server.url.removeprefix('http://')};",
+            **{address: server.url.removeprefix("http://") for address, server in servers.items()},
             "/tmp/nginx": f"{place}/nginx",
             "/dev/stdout": f"{place}/access.log",
         }
@@ -207,7 +213,7 @@ class Front:
 def front(gate: Gate, serve: Serve, tmp_path: Path) -> Iterator[tuple[Front, Running]]:
     """nginx, and the server behind it, whose model waits at a gate."""
     server = serve(gate.pipe, token=TOKEN, proxies=["127.0.0.1"], limits=Limits(client_jobs=1))
-    opened = Front(server, tmp_path)
+    opened = Front({"latentdiff:8000": server}, tmp_path)
     yield opened, server
     gate.open()
     opened.close()
@@ -255,3 +261,50 @@ def test_a_client_that_leaves_nginx_leaves_the_server(gate: Gate, front: tuple[F
         client.post(GENERATIONS, json=STEPS, timeout=0.5)
     gate.arrive()
     eventually(lambda: server.server.scheduler.stats().cancelled == 1)
+
+
+def test_two_configurations_of_nginx_differ_where_the_second_server_comes_in() -> None:
+    one, two = (text(name).splitlines() for name in ("nginx.conf", "nginx-two.conf"))
+    gone = [line.strip() for line in one if line not in two and not line.startswith("#")]
+    assert gone == [
+        "upstream latentdiff {",
+        "server latentdiff:8000;",
+        "proxy_pass http://latentdiff;",
+        "proxy_next_upstream off; # no picture is drawn twice",
+    ]
+    for said in re.findall(r"`latentdiff (serve .*?)`", text("nginx-two.conf")):
+        asked(said.split())
+
+
+@pytest.fixture
+def pair(pipe: Pipeline, serve: Serve, tmp_path: Path) -> Iterator[tuple[Front, dict[str, Running]]]:
+    """nginx, and two servers behind it."""
+    servers = {name: serve(pipe, token=TOKEN, proxies=["127.0.0.1"], name=name) for name in ("a", "b")}
+    opened = Front({f"latentdiff-{name}:8000": one for name, one in servers.items()}, tmp_path, "nginx-two.conf")
+    yield opened, servers
+    opened.close()
+
+
+def test_two_servers_behind_nginx_share_requests_and_keep_what_is_theirs(
+    pair: tuple[Front, dict[str, Running]],
+) -> None:
+    nginx, servers = pair
+    with nginx.http() as client:
+        jobs = [client.post("/v1/jobs", json=STEPS).json()["id"] for _ in range(4)]
+        assert {name[4] for name in jobs} == {"a", "b"}
+        for name in jobs:
+            assert client.get(f"/v1/jobs/{name}").json()["id"] == name
+        links = [client.post(GENERATIONS, json=STEPS | {"response_format": "url"}).json() for _ in range(3)]
+        for link in links:
+            assert client.get(link["data"][0]["url"]).status_code == 200
+        keyed = [client.post("/v1/jobs", json=STEPS, headers={"idempotency-key": "k"}).json()["id"] for _ in range(3)]
+        assert len(set(keyed)) == 1
+        servers["a"].server.desk.draining = True  # which answers 503, and nginx asks the other
+        assert [client.post(GENERATIONS, json=STEPS).status_code for _ in range(4)] == [200] * 4
+
+
+def test_a_server_that_is_gone_loses_no_request(pair: tuple[Front, dict[str, Running]]) -> None:
+    nginx, servers = pair
+    servers["b"].server.should_exit = True
+    with nginx.http() as client:
+        assert [client.post(GENERATIONS, json=STEPS).status_code for _ in range(6)] == [200] * 6

@@ -44,6 +44,7 @@ def test_origins_that_are_none(server: Running, origin: str) -> None:
 
 @pytest.mark.parametrize("path", ["[", "]/v1", "*", "/[", "//[", "/v1/models/[", "/%5B"])
 def test_paths_that_are_none(server: Running, path: str) -> None:
+    assert path.startswith("/") or server.server  # as the proxy of a cluster answers others by itself
     assert status(server, "GET", path, {}) == 404
 
 

@@ -101,7 +101,7 @@ def test_a_job_that_nobody_asks_for_again_is_cancelled(
 
 
 def test_a_key_joins_and_belongs_to_one_content(server: Running) -> None:
-    key = {"idempotency-key": "one"}
+    key = {"idempotency-key": "first"}
     first, again, other = ask(server, key), ask(server, key), ask(server, {"idempotency-key": "two"})
     assert pictures(first) == pictures(again) != pictures(other)
     wrong = ask(server, key, prompt="another")
