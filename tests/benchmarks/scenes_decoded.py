@@ -2,7 +2,7 @@
 
 The share that is accepted as they are stands first; no U-Net in that latent space comes above the other.
 
-    python tests/benchmarks/scenes_decoded.py assets/emoji128-autoencoder --data data/emoji128
+    python tests/benchmarks/scenes_decoded.py assets/emoji128/vae --data data/emoji128
 """
 
 from __future__ import annotations
