@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
 
@@ -219,7 +220,7 @@ def test_a_full_queue_and_a_model_that_fails_are_one_line(gate: Gate, open_page:
 def test_every_option_has_a_control(server: Opened, hands: At) -> None:
     page = hands(server)
     page.unfold("More settings")
-    names = set(Settings.__dataclass_fields__) - {
+    names = {item.name for item in fields(Settings)} - {
         "prompts",
         "negative_prompt",
         "strength",
