@@ -10,16 +10,35 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from latentdiff.pipeline import Pipeline
+from latentdiff.scale import local
 from latentdiff.scale.batch import How, Summary, run_batch
-from latentdiff.scale.drawing import Artist
+from latentdiff.scale.drawing import Artist, Style
 from latentdiff.scale.formats import Picture
 from latentdiff.scale.job import Job
 from latentdiff.scale.model import Model
-from latentdiff.scale.rows import Row
+from latentdiff.scale.plan import Layout, Task, read_shards
+from latentdiff.scale.rows import Columns, Maker, Row
+from latentdiff.scale.store import LocalStore
+from latentdiff.scale.table import open_table
 from latentdiff.scale.worker import Crew
 
 OWN = ("lock", "job.json", ".tmp")  # of an output, besides pictures
+
+
+def tasks(tmp_path: Path, prompts: list[str]) -> Iterator[Task]:
+    """Yield shards of two rows, to be drawn."""
+    table = open_table(write_table(tmp_path / "rows.jsonl", [{"prompt": prompt} for prompt in prompts]))
+    yield from map(Task, read_shards(table, Layout(Maker({"model_hash": "0"}), Columns(), "files", 2)))
+
+
+def forked_crew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Crew:
+    """Return a crew whose workers are forked, with what a test has put in place of their artist."""
+    real = local.multiprocessing.get_context
+    monkeypatch.setattr(local.multiprocessing, "get_context", lambda kind: real("fork"))
+    return Crew(Model(device="cpu"), Style(), LocalStore(tmp_path / "out"), "files", ("id",))
 
 
 class Scribe(Artist):

@@ -14,15 +14,9 @@ from latentdiff.errors import InputError, ModelLoadError, StorageError
 from latentdiff.scale import local
 from latentdiff.scale.batch import How, run_batch
 from latentdiff.scale.commit import Report
-from latentdiff.scale.drawing import Style
 from latentdiff.scale.local import Began, draw_locally
-from latentdiff.scale.model import Model
-from latentdiff.scale.plan import Layout, Task, read_shards
-from latentdiff.scale.rows import Columns, Maker
-from latentdiff.scale.store import LocalStore
-from latentdiff.scale.table import open_table
 from latentdiff.scale.worker import Crew
-from tests.scale.small import Scribe, contents, small_job, write_table
+from tests.scale.small import Scribe, contents, forked_crew, small_job, tasks, write_table
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked here, which takes no time")
 
@@ -47,14 +41,7 @@ class Dying(Scribe):
 def crew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Crew:
     """A crew of `Dying` workers, which are forked."""
     monkeypatch.setattr(Crew, "artist", lambda crew, begins=None: Dying(tmp_path / "mark", begins))
-    real = local.multiprocessing.get_context
-    monkeypatch.setattr(local.multiprocessing, "get_context", lambda kind: real("fork"))
-    return Crew(Model(device="cpu"), Style(), LocalStore(tmp_path / "out"), "files", ("id",))
-
-
-def tasks(tmp_path: Path, prompts: list[str]) -> Iterator[Task]:
-    table = open_table(write_table(tmp_path / "rows.jsonl", [{"prompt": prompt} for prompt in prompts]))
-    yield from map(Task, read_shards(table, Layout(Maker({"model_hash": "0"}), Columns(), "files", 2)))
+    return forked_crew(tmp_path, monkeypatch)
 
 
 def test_a_worker_that_dies_costs_the_shard_in_hand(tmp_path: Path, crew: Crew) -> None:

@@ -12,17 +12,11 @@ import pytest
 
 from latentdiff.scale import local, stragglers
 from latentdiff.scale.commit import Report, find_damage
-from latentdiff.scale.drawing import Style
 from latentdiff.scale.local import draw_locally
 from latentdiff.scale.manifest import shards_in
-from latentdiff.scale.model import Model
-from latentdiff.scale.plan import Layout, Task, read_shards
-from latentdiff.scale.rows import Columns, Maker
-from latentdiff.scale.store import LocalStore
 from latentdiff.scale.stragglers import InHand
-from latentdiff.scale.table import open_table
 from latentdiff.scale.worker import Crew
-from tests.scale.small import Scribe, write_table
+from tests.scale.small import Scribe, forked_crew, tasks
 
 
 def test_a_shard_is_late_by_what_the_others_took() -> None:
@@ -73,14 +67,7 @@ def crew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Crew:
     monkeypatch.setattr(Crew, "artist", lambda crew, begins=None: Hanging(tmp_path / "mark", begins))
     monkeypatch.setattr(stragglers, "LEAST_SECONDS", 0.5)
     monkeypatch.setattr(local, "PAUSE", 0.05)
-    real = local.multiprocessing.get_context
-    monkeypatch.setattr(local.multiprocessing, "get_context", lambda kind: real("fork"))
-    return Crew(Model(device="cpu"), Style(), LocalStore(tmp_path / "out"), "files", ("id",))
-
-
-def tasks(tmp_path: Path, prompts: list[str]) -> Iterator[Task]:
-    table = open_table(write_table(tmp_path / "rows.jsonl", [{"prompt": prompt} for prompt in prompts]))
-    yield from map(Task, read_shards(table, Layout(Maker({"model_hash": "0"}), Columns(), "files", 2)))
+    return forked_crew(tmp_path, monkeypatch)
 
 
 def test_a_shard_that_a_worker_hangs_at_is_drawn_by_another(tmp_path: Path, crew: Crew) -> None:
