@@ -17,7 +17,7 @@ from latentdiff.checkpoints import (
     load_pipeline,
     load_text_encoder,
 )
-from latentdiff.checkpoints.components import Autoencoder
+from latentdiff.checkpoints.components import Autoencoder, check_fit
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError
 from latentdiff.models.clip import CLIPTextModel
@@ -56,12 +56,16 @@ def load_components(config: DiffusionTraining) -> Encoders:
     if config.start_from is None:
         return with_task(config, _load_halves(config))
     other = None if config.autoencoder is None else part_folder("autoencoder", config.autoencoder)
-    started = load_pipeline(config.start_from, vae=other)
+    more_latents = "in_channels" in config.model
+    started = load_pipeline(config.start_from, vae=None if more_latents else other)
     if isinstance(config.train, TextualInversionConfig):
         started = add_words(started, config.train)
     if config.model:
         torch.manual_seed(config.run.seed)
         started = started.with_unet(grown_unet(started.unet, config.model))
+    if more_latents and other is not None:
+        started = replace(started, autoencoder=load_autoencoder(other), source=None, tiny_decoder=None)
+        check_fit(other, started)
     return with_task(config, started)
 
 

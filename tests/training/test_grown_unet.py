@@ -53,11 +53,24 @@ def test_what_is_grown_begins_by_changing_nothing_and_learns(
     assert last and all(new[name].grad is not None and new[name].grad.any() for name in last)
 
 
+def test_new_channels_of_latents_are_not_seen_at_first_and_learn(started: UNet2DConditionModel) -> None:
+    grown = grown_unet(started, {"in_channels": 6, "out_channels": 6}).eval()
+    times, states, noisy = torch.tensor([3, 500]), torch.randn(2, 5, 12), torch.randn(2, 6, 8, 8)
+    found = grown(noisy, times, states)
+    torch.testing.assert_close(found[:, :4], started(noisy[:, :4], times, states))
+    assert not found[:, 4:].any()
+    (found - noisy).square().mean().backward()
+    gradients = grown.conv_in.weight.grad, grown.conv_out.weight.grad
+    assert gradients[0] is not None and gradients[0][:, 4:].any()
+    assert gradients[1] is not None and gradients[1][4:].any()
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
         ({"down_block_types": ["DownBlock2D"] * 2}, InputError, "changes layers of the U-Net of start_from, down_blo"),
         ({"layers_per_block": 3, "block_out_channels": [8, 24]}, InputError, "changes layers"),
+        ({"in_channels": 3}, InputError, "changes layers .* conv_in.weight"),
         ({"only_cross_attention": True}, InputError, r"changes layers .*attn1.to_k"),
         ({"down_block_types": ["CrossAttnDownBlock2D"]}, ModelConfigError, "down_block_types"),
         ({"transformer_layers_per_block": "two"}, ModelConfigError, "transformer_layers_per_block"),

@@ -74,6 +74,20 @@ def test_one_of_the_same_shape_is_taken_over_whole() -> None:
     assert latent_distance(model.encode(images), images, started) == 0
 
 
+def test_more_latent_channels_begin_by_changing_nothing() -> None:
+    model, started, images = autoencoder(8, 8, 16, latents=7), autoencoder(8, 8, 16), torch.rand(2, 3, 16, 16)
+    take_over(model, started)
+    ours, theirs = model.encode(images), started.encode(images)
+    torch.testing.assert_close(ours.mean[:, :4], theirs.mean)
+    torch.testing.assert_close(ours.logvar[:, :4], theirs.logvar)
+    assert ours.mean[:, 4:].std() > 0
+    assert latent_distance(ours, images, started) < 1e-9
+    torch.testing.assert_close(model.decode(ours.mode()), started.decode(theirs.mode()))
+    model.decode(ours.mode()).square().mean().backward()
+    gradient = model.decoder.conv_in.weight.grad
+    assert gradient is not None and gradient[:, 4:].any()
+
+
 def test_latents_are_compared_with_those_of_smaller_pictures() -> None:
     model, started, images = autoencoder(8, 8, 16), autoencoder(8, 16), torch.rand(2, 3, 16, 16)
     expected = (model.encode(images).mode() - started.encode(F.avg_pool2d(images, 2)).mode()).square().mean()
@@ -134,6 +148,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     for change in ("loss.latents=1", "decoder_only=true"):
         with pytest.raises(InputError, match="name an autoencoder there"):
             load_config(file, [change])
-    save_model(autoencoder(8, 16, latents=3), tmp_path / "three")
-    with pytest.raises(InputError, match=r"start_from must have 4 latent channels, .* got 3 channels"):
-        cli_train(file, [f"start_from={tmp_path / 'three'}"], False, str(tmp_path / "run"))
+    save_model(autoencoder(8, 16, latents=5), tmp_path / "five")
+    with pytest.raises(InputError, match=r"start_from must have 4 latent channels or fewer, .* got 5 channels"):
+        cli_train(file, [f"start_from={tmp_path / 'five'}"], False, str(tmp_path / "run"))

@@ -37,7 +37,7 @@ class AutoencoderTraining(Section):
     data: DataConfig
     run: RunConfig
     # Run or model folder of an autoencoder whose layers are taken over where they fit, or "embedded"; this one may have
-    # more levels, on the side of the pictures.
+    # more levels, on the side of the pictures, and more latent channels.
     start_from: TextPath | None = None
     # Train the decoder alone and leave the latents as `start_from` has them, for a U-Net that was trained on those.
     decoder_only: bool = False
@@ -85,7 +85,7 @@ class DiffusionTraining(Section):
     # with the package, "labels" makes each different caption a class, "none" trains without any condition.
     text_encoder: TextPath = "embedded"
     # Keys of `latentdiff.models.unet.UNetConfig`, without those that follow from latents and objective; with
-    # `start_from` those that give its U-Net more layers (`checks.GROWING`).
+    # `start_from` those that give its U-Net more layers or channels (`checks.GROWING`).
     model: dict[str, Any] = Field(default_factory=dict)
     # Keys of `latentdiff.diffusion.schedule.NoiseSchedule`.
     schedule: dict[str, Any] = Field(default_factory=dict)

@@ -75,13 +75,13 @@ def latent_distance(posterior: DiagonalGaussian, images: Tensor, other: Autoenco
     """Return the mean squared distance of latents to those that another autoencoder has of the pictures.
 
     Args:
-        posterior: of the images, (B, C, h, w).
+        posterior: of the images, (B, C, h, w); of its channels as many as the other one has are compared.
         images: (B, 3, H, W), made smaller for the other one where it makes them less small.
     """
     size = [side * other.config.downsample_factor for side in posterior.mean.shape[-2:]]
     with torch.no_grad():
         wanted = other.encode(F.interpolate(images, size, mode="area")).mode()
-    return F.mse_loss(posterior.mode(), wanted)
+    return F.mse_loss(posterior.mode()[:, : wanted.shape[1]], wanted)
 
 
 def adversarial_term(

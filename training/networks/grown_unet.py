@@ -1,4 +1,4 @@
-"""More layers in the U-Net that training starts from: residual blocks, attention, transformer blocks."""
+"""More of the U-Net that training starts from: residual blocks, attention, transformer blocks, channels of latents."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from latentdiff.errors import InputError
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
@@ -19,10 +20,10 @@ RESNET_ENDS, TRANSFORMER_ENDS, BLOCK_ENDS = (".conv2.",), (".proj_out.",), (".to
 
 @torch.no_grad()
 def grown_unet(started: UNet2DConditionModel, changes: Mapping[str, Any]) -> UNet2DConditionModel:
-    """Return a U-Net with more layers than another, that draws what the other draws.
+    """Return a U-Net with more layers or channels of latents than another, that draws what the other draws.
 
     What is new begins by adding 0 (Chen et al. 2016, Net2Net, arXiv 1511.05641). Residual blocks are added at the end
-    of a level on the way down, and after the first one of the level on the way up.
+    of a level on the way down, and after the first one of the level on the way up; channels after those that are there.
 
     Args:
         changes: keys of `UNetConfig` with other values, those of `config.checks.GROWING`.
@@ -33,6 +34,10 @@ def grown_unet(started: UNet2DConditionModel, changes: Mapping[str, Any]) -> UNe
     """
     grown = UNet2DConditionModel(UNetConfig.from_dict({**started.config.to_dict(), **changes}))
     own, weights = grown.state_dict(), _places(started, grown)
+    for name in ("conv_in.weight", "conv_out.weight", "conv_out.bias"):
+        more = [new - old for new, old in zip(own[name].shape, weights[name].shape)]
+        if min(more) >= 0:
+            weights[name] = F.pad(weights[name], [side for size in reversed(more) for side in (0, size)])
     lost = next((name for name, tensor in weights.items() if name not in own or own[name].shape != tensor.shape), None)
     if lost is not None:
         raise InputError(f"model changes layers of the U-Net of start_from, {lost} first; its keys can only add some")

@@ -20,16 +20,16 @@ def load_started(config: AutoencoderTraining, device: torch.device | str = "cpu"
     """Return the autoencoder that training starts from.
 
     Raises:
-        InputError: there is none, its latents have other channels, or are of pictures made smaller by more.
+        InputError: there is none, its latents have more channels, or are of pictures made smaller by more.
         ModelLoadError: it is refused.
     """
     place = part_folder("start_from", str(config.start_from))
     started, shape = load_autoencoder(place, device=device), AutoencoderConfig.from_dict(config.model)
     found, own = ((one.latent_channels, one.downsample_factor) for one in (started.config, shape))
-    if found[0] != own[0] or found[1] > own[1]:
+    if found[0] > own[0] or found[1] > own[1]:
         raise InputError(
-            f"start_from must have {own[0]} latent channels, {own[1]} times smaller than pictures or less, got "
-            f"{found[0]} channels, {found[1]} times; change model or start from another autoencoder"
+            f"start_from must have {own[0]} latent channels or fewer, {own[1]} times smaller than pictures or less, "
+            f"got {found[0]} channels, {found[1]} times; change model or start from another autoencoder"
         )
     return started
 
@@ -40,7 +40,8 @@ def take_over(model: AutoencoderKL, started: AutoencoderKL) -> None:
     Levels that only the model has, on the side of the pictures, begin by changing nothing: their residual blocks add 0,
     the step down takes the mean of four pixels, the step up repeats each. So pictures of twice the size become about
     the latents that the halved ones had, and latents about the same pictures, twice the size (Chen et al. 2016,
-    Net2Net, arXiv 1511.05641). Layers of other shapes stay as they are.
+    Net2Net, arXiv 1511.05641). Where the model has more latent channels, the first are those of the other, and the
+    decoder begins without the rest. Layers of other shapes stay as they are.
 
     Raises:
         InputError: the other one has more levels, none of its weights fits, or a new level has other channels than the
@@ -60,6 +61,7 @@ def take_over(model: AutoencoderKL, started: AutoencoderKL) -> None:
         re.sub(r"(?<=^encoder\.down_blocks\.)\d+", lambda found: str(int(found[0]) + added), name): tensor
         for name, tensor in started.state_dict().items()
     }
+    given |= _with_more_latents(given, own, started.config.latent_channels, model.config.latent_channels)
     other = {_layer(name) for name, tensor in given.items() if name not in own or own[name].shape != tensor.shape}
     fitting = {name: tensor for name, tensor in given.items() if _layer(name) not in other}
     if not fitting:
@@ -84,6 +86,29 @@ def freeze_encoder(model: AutoencoderKL, started: AutoencoderKL) -> None:
     for half in (model.encoder, model.quant_conv):
         if half is not None:
             half.requires_grad_(False)
+
+
+def _with_more_latents(given: dict[str, Tensor], own: dict[str, Tensor], old: int, new: int) -> dict[str, Tensor]:
+    """Return the layers at the latents for `new` channels, of which the first `old` are those of the given ones.
+
+    The rest begin as random functions of the picture, with the noise of the first ones, and are not decoded.
+    """
+    if old == new:
+        return {}
+    means, moments = [*range(old)], [*range(old), *range(new, new + old)]  # of all new ones; then the log variances
+    found = {name: own[name].clone() for name in ("encoder.conv_out.weight", "encoder.conv_out.bias")}
+    if found["encoder.conv_out.weight"].shape[1] != given["encoder.conv_out.weight"].shape[1]:
+        return {}
+    for name, tensor in found.items():
+        tensor[moments] = given[name]
+        tensor[new + old :] = given[name][old + torch.arange(new - old) % old]
+    found["decoder.conv_in.weight"] = torch.zeros_like(own["decoder.conv_in.weight"])
+    found["decoder.conv_in.weight"][:, :old] = given["decoder.conv_in.weight"]
+    for layer, kept in (("quant_conv", moments), ("post_quant_conv", means)):
+        weight, bias = torch.eye(len(own[f"{layer}.bias"]))[:, :, None, None], torch.zeros_like(own[f"{layer}.bias"])
+        weight[torch.tensor(kept)[:, None], kept], bias[kept] = given[f"{layer}.weight"], given[f"{layer}.bias"]
+        found |= {f"{layer}.weight": weight, f"{layer}.bias": bias}
+    return found
 
 
 def _changing_nothing(own: dict[str, Tensor], levels: int, added: int) -> dict[str, Tensor]:
