@@ -45,6 +45,7 @@ LEAVES = (
     "memory",
     "prompts",
     "interrupts",
+    "ray_driver",
     "errors",
 )
 TRAINING_ROOMS = (

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from latentdiff.errors import InputError
 from latentdiff.evaluate.evaluation import Evaluation
@@ -62,6 +63,7 @@ def retrieval(evaluation: Evaluation) -> list[Figure]:
 
     The texts are the different labels of the test pictures (their `thing`, or first caption); prompts are drawn from
     them with the seed. A model that inpaints or enlarges has captions of test pictures as prompts, with their remains.
+    Floor: of a real picture of each text instead, so what is missing there to 1 the judge gets wrong.
     """
     judge, labels = evaluation.judge, _labels(evaluation)
     if len(labels) < 2:
@@ -69,11 +71,18 @@ def retrieval(evaluation: Evaluation) -> list[Figure]:
     found = _labelled(evaluation, labels)
     labels = sorted({*labels, *(one.label for one in found)})
     drawn = [one.drawn for one in found]
-    images = judge.images(load_pictures([path for path, _ in drawn]))
-    numbers = torch.tensor([labels.index(one.label) for one in found])
-    similarities = images @ judge.texts(labels).T  # (N, M)
-    own = similarities.gather(1, numbers[:, None].to(similarities.device))
-    ranks = (similarities > own).sum(dim=1).cpu().numpy()
+    texts = judge.texts(labels)
+
+    def ranks_of(images: Tensor, shown: list[str]) -> NDArray[np.int64]:
+        """Return how many texts fit each image better than its own, (N,)."""
+        similarities = judge.images(images) @ texts.T  # (N, M)
+        numbers = torch.tensor([labels.index(label) for label in shown], device=similarities.device)
+        own = similarities.gather(1, numbers[:, None])
+        return (similarities > own).sum(dim=1).cpu().numpy()
+
+    ranks = ranks_of(load_pictures([path for path, _ in drawn]), [one.label for one in found])
+    real = _real_ones(evaluation, [one.label for one in found])
+    of_real = None if real is None else ranks_of(*real)
     protocol = {"judge": judge.digest, "texts": len(labels)}
     return [
         evaluation.figure(
@@ -81,10 +90,24 @@ def retrieval(evaluation: Evaluation) -> list[Figure]:
             share(ranks < best),
             "higher",
             protocol,
+            floor=None if of_real is None else float((of_real < best).mean()),
             **evaluation.by_item(drawn, (ranks < best).tolist()),
         )
         for best in BEST
     ]
+
+
+def _real_ones(evaluation: Evaluation, labels: list[str]) -> tuple[Tensor, list[str]] | None:
+    """Return a real picture of each label that there are any of, drawn with the seed, and these labels."""
+    reference, random = evaluation.references.get("test"), np.random.default_rng(evaluation.request.seed)
+    if reference is None:
+        return None
+    names = np.array(["" if row.get("variant") else label_of(row) for row in reference.rows])
+    there = [(label, places) for label in labels if len(places := np.flatnonzero(names == label))]
+    if not there:
+        return None
+    images = reference.load([int(random.choice(places)) for _, places in there])
+    return images, [label for label, _ in there]
 
 
 def neighbours(evaluation: Evaluation) -> list[Figure]:

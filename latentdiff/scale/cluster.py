@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -18,7 +17,8 @@ from functools import partial
 from typing import Any
 
 import latentdiff.errors
-from latentdiff.errors import InputError, LatentDiffError, MissingDependencyError, StorageError, printable, shown
+from latentdiff import ray_driver
+from latentdiff.errors import LatentDiffError, StorageError, printable
 from latentdiff.scale.commit import Report, find_damage
 from latentdiff.scale.manifest import file_of, shards_in
 from latentdiff.scale.plan import Task
@@ -31,7 +31,6 @@ from latentdiff.scale.worker import Crew, numbers_of
 __all__ = ["Cluster", "require_ray"]
 
 OLDEST = (2, 40)  # version of Ray
-PATIENCE = 10.0  # seconds in which a cluster answers
 PAUSE = 1.0  # seconds after which a worker that has nothing to do asks again
 SPARE, SPARE_SHARE = 16, 0.05  # places of a job for what is left at its end: some, and a share of its shards
 MOST_BLOCKS = 10_000  # of a dataset: what Ray gives out at once, and again where a worker was lost
@@ -48,19 +47,7 @@ FIGURES = {
 
 def require_ray() -> None:
     """Raise MissingDependencyError unless Ray is installed, with what a job needs of it."""
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"--engine ray needs {error.name or 'ray'}, got none; install it with `pip install 'latentdiff[ray]'`"
-        ) from error
-    if tuple(int(part) for part in ray.__version__.split(".")[:2]) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        raise MissingDependencyError(
-            f"--engine ray needs ray {oldest} or newer, got {ray.__version__}; install it with "
-            "`pip install -U 'latentdiff[ray]'`"
-        )
+    ray_driver.require_ray("--engine ray", "ray.data", OLDEST)
 
 
 @dataclass(frozen=True)
@@ -227,50 +214,13 @@ def _check_doubled(store: Store, shards: Sequence[str]) -> None:
 
 @contextmanager
 def _joined(address: str | None) -> Iterator[None]:
-    """Be a driver of a cluster, unless this process is one already; one that is started here ends with it."""
-    import ray
+    """Be a driver of a cluster; see `ray_driver.joined`. Its data sets say nothing."""
+    import ray.data
 
-    if ray.is_initialized():
+    with ray_driver.joined(address):
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        ray.data.DataContext.get_current().enable_progress_bars = False
         yield
-        return
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what its C++ says of no concern to users
-    address = address or os.environ.get("RAY_ADDRESS")
-    here = address is None
-    if address is not None:
-        _require_answer(address)
-    try:
-        ray.init(
-            address=address,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            **({"include_dashboard": False} if here else {}),
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"no Ray cluster answers at {address or 'this machine'} ({reason}); start one with `ray start --head`, or "
-            "check --address"
-        ) from error
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _require_answer(address: str) -> None:
-    """Raise InputError where nobody listens at an address, which Ray tries for minutes."""
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if not colon or not port.isdecimal():  # a name, such as auto
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
-    except (OSError, OverflowError) as error:
-        raise InputError(
-            f"no Ray cluster answers at {shown(address)} ({error}); start one with `ray start --head`, or check "
-            "--address"
-        ) from error
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,21 @@ def test_neighbours_are_those_of_scikit_learn(pipe: Pipeline, tmp_path: Path) ->
     besides = found.kneighbors(real[places], NEAREST + 1, return_distance=False)[:, 1:]
     floor = np.mean([LABELS[place] in {LABELS[one] for one in row} for place, row in zip(places, besides)])
     assert figure.floor == pytest.approx(floor)
+
+
+def test_the_floor_of_retrieval_is_that_of_real_pictures(pipe: Pipeline, judge: Path, tmp_path: Path) -> None:
+    network, reference = load_judge(judge), things()
+    best = network.images(images(24)) @ network.texts(sorted({*LABELS})).T
+    fits = {label: best[LABELS.index(label)] for label in sorted({*LABELS})}  # of its first picture alone
+    alone = [LABELS.index(label) for label in fits]
+    only = replace(
+        reference,
+        rows=[{**row, "variant": "" if place in alone else "hue"} for place, row in enumerate(reference.rows)],
+    )
+    asked = Evaluation(Request(tmp_path, judge=judge, settings={"num_inference_steps": 2}), pipe, {"test": only})
+    top1, top5 = measure(asked, ["retrieval"])
+    ranks = np.array([int((row > row[place]).sum()) for place, row in enumerate(fits.values())])
+    assert top1.floor == pytest.approx((ranks < 1).mean()) and top5.floor == pytest.approx((ranks < 5).mean())
 
 
 def test_the_best_of_several_is_what_fits_best(pipe: Pipeline, judge: Path, tmp_path: Path) -> None:

@@ -198,9 +198,9 @@ def test_equivariance_asks_for_the_smaller_and_turned_picture() -> None:
     images[..., :32, :32] = 1
     latents = images[..., ::4, ::4]
 
-    def error(decode: Callable[[Tensor], Tensor], seed: int) -> float:
+    def error(decode: Callable[[Tensor], Tensor], seed: int, given: Tensor = latents) -> float:
         model: Any = SimpleNamespace(config=SimpleNamespace(downsample_factor=4), decode=decode)
-        return equivariance(model, latents, images, torch.Generator().manual_seed(seed)).item()
+        return equivariance(model, given, images, torch.Generator().manual_seed(seed)).item()
 
     def repeated(latents: Tensor) -> Tensor:
         return nn.functional.interpolate(latents, scale_factor=4)
@@ -209,6 +209,7 @@ def test_equivariance_asks_for_the_smaller_and_turned_picture() -> None:
     mirrored = [error(lambda latents: repeated(latents).flip(-1), seed) for seed in range(8)]
     assert max(plain) < 0.15 < 0.4 < min(mirrored)
     assert plain == [error(repeated, seed) for seed in range(8)]
+    assert error(repeated, 0, latents.bfloat16()) == plain[0]
 
 
 def test_equivariance_is_trained_by_and_does_not_depend_on_interruptions(tmp_path: Path) -> None:

@@ -26,6 +26,6 @@ def equivariance(model: AutoencoderKL, latents: Tensor, images: Tensor, generato
     share = SMALLEST + (LARGEST - SMALLEST) * float(torch.rand((), generator=generator))
     height, width = (max(1, round(share * side)) for side in latents.shape[-2:])
     turns = int(torch.randint(4, (), generator=generator))
-    latents = F.interpolate(latents, (height, width), mode="bilinear", antialias=True).rot90(turns, (-2, -1))
+    smaller = F.interpolate(latents.float(), (height, width), mode="bilinear", antialias=True)  # not in bfloat16 there
     wanted = F.interpolate(images, (height * factor, width * factor), mode="bilinear", antialias=True)
-    return F.l1_loss(model.decode(latents).float(), wanted.rot90(turns, (-2, -1)))
+    return F.l1_loss(model.decode(smaller.rot90(turns, (-2, -1))).float(), wanted.rot90(turns, (-2, -1)))

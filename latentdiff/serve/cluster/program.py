@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import ray
 from ray import serve
 from ray.exceptions import RayError
 
-from latentdiff.errors import InputError, MissingDependencyError, StorageError, printable, shown
+from latentdiff.errors import StorageError, printable
+from latentdiff.ray_driver import joined, require_ray
 from latentdiff.serve.cluster.application import ENDING_SECONDS, build
 from latentdiff.serve.cluster.options import Options
 
@@ -44,12 +44,7 @@ def serve_replicas(given: Mapping[str, Any], port: int, address: str | None, rea
         KeyboardInterrupt: it was ended at once.
     """
     options = Options.read(dict(given))
-    if tuple(int(part) for part in ray.__version__.split(".")[:2]) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        raise MissingDependencyError(
-            f"--replicas needs ray {oldest} or newer, got {ray.__version__}; install it with "
-            "`pip install -U 'latentdiff[ray]'`"
-        )
+    require_ray("--replicas", "ray.serve", OLDEST)
     with _joined(address), _ending() as told:
         try:
             serve.start(http_options={"host": options.host, "port": port})
@@ -74,32 +69,17 @@ def _end() -> None:
 
 @contextmanager
 def _joined(address: str | None) -> Iterator[None]:
-    """Be a driver of a cluster; one that is started here ends with it, and so does Serve on it."""
-    address = address or os.environ.get("RAY_ADDRESS")
+    """Be a driver of a cluster; see `ray_driver.joined`. Serve on one that is started here ends with it."""
     for name, value in PROXY_SECONDS.items():
         os.environ.setdefault(name, value)
-    here = address is None
-    try:
-        ray.init(
-            address=address,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            **({"include_dashboard": False} if here else {}),
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = printable(" ".join(str(error).split()))[:200]
-        where = "this machine" if address is None else shown(address)
-        raise InputError(
-            f"no Ray cluster answers at {where} ({reason}); start one with `ray start --head`, or check --address"
-        ) from error
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        if here:
-            with suppress(RayError):
-                serve.shutdown()
-        ray.shutdown()
+    with joined(address) as here:
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            if here:
+                with suppress(RayError):
+                    serve.shutdown()
 
 
 @contextmanager
