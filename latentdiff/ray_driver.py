@@ -27,8 +27,9 @@ def require_ray(option: str, library: str, oldest: tuple[int, int]) -> None:
     try:
         importlib.import_module(library)
     except ImportError as error:
+        missing = (error.name or "ray").partition(".")[0]
         raise MissingDependencyError(
-            f"{option} needs {error.name or 'ray'}, got none; install it with `pip install 'latentdiff[ray]'`"
+            f"{option} needs {missing}, got none; install it with `pip install 'latentdiff[ray]'`"
         ) from error
     import ray
 

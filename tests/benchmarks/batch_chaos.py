@@ -2,12 +2,14 @@
 
     python tests/benchmarks/batch_chaos.py
     python tests/benchmarks/batch_chaos.py --rows 400 --kills 60 --steps 1 --format files
+    python tests/benchmarks/batch_chaos.py --nodes 2          # on a Ray cluster of so many, all on this machine
 
 A table is drawn by the embedded model once undisturbed, in one process, and once by a driver with workers that are
 killed (SIGKILL), it or one of them, at random moments, and started again until it ends. Then a small one is drawn by a
 process that is killed before each of its operations on files. Each time the outputs must be the same to the byte, every
 row in the manifests once, and no shard that was there gone. Drivers and workers are forks of this process, which takes
-no time to start. Prints the figures and a JSON line; the exit code is 1 if one of them is not as promised.
+no time to start; with --nodes they are processes of their own, and whole nodes are killed too. Prints the figures and a
+JSON line; the exit code is 1 if one of them is not as promised.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,7 +42,7 @@ from latentdiff.scale.job import Job
 from latentdiff.scale.manifest import read_manifest, shards_in
 from latentdiff.scale.model import Model
 from latentdiff.scale.store import LocalStore
-from tests.scale.small import contents, die_at, in_a_fork, write_table
+from tests.scale.small import contents, die_at, in_a_fork, ray_workers, write_table
 
 BAD_EVERY = 97  # rows, of which one cannot be drawn
 
@@ -51,6 +54,7 @@ class Figures:
     rows: int = 0
     worker_kills: int = 0
     driver_kills: int = 0
+    node_kills: int = 0
     boundary_kills: int = 0
     other_files: int = 0
     rows_not_once: int = 0
@@ -68,6 +72,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="at random moments")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--nodes", type=int, default=0, help="of a Ray cluster; 0 for processes without Ray")
     parser.add_argument("--shard-size", type=int, default=16)
     parser.add_argument("--format", choices=list(FORMATS), default="webdataset")
     parser.add_argument("--seed", type=int, default=0)
@@ -80,12 +85,14 @@ def main() -> int:
     local.multiprocessing.get_context = lambda kind: real("fork")  # type: ignore[assignment, misc, arg-type]
     figures, begun = Figures(rows=options.rows), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        kill_at_random(Path(folder), options, figures)
+        (kill_on_cluster if options.nodes else kill_at_random)(Path(folder), options, figures)
         kill_at_boundaries(Path(folder), options, figures)
     seconds = time.monotonic() - begun
     load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     print(
-        f"{figures.rows:,} rows: {figures.worker_kills} workers and {figures.driver_kills} drivers killed at random, "
+        f"{figures.rows:,} rows: {figures.worker_kills} workers, {figures.driver_kills} drivers and "
+        f"{figures.node_kills} nodes killed at random, ",
+        end="",
     )
     print(f"{figures.boundary_kills} processes at boundaries, in {seconds:.0f} s ({load})")
     print(f"other files {figures.other_files}, rows that are not there once {figures.rows_not_once}, ", end="")
@@ -94,18 +101,23 @@ def main() -> int:
     return int(figures.failed())
 
 
-def kill_at_random(place: Path, options: argparse.Namespace, figures: Figures) -> None:
-    """Draw a table undisturbed, and again while its driver and workers are killed."""
-    dice = random.Random(options.seed)
+def undisturbed(place: Path, options: argparse.Namespace, figures: Figures) -> tuple[str, Path, float]:
+    """Draw a table in one process; return it, the output, and how long to wait from one kill to the next."""
     rows = [
         {"prompt": f"a red fox, number {number}", "seed": number, "steps": "?" if number % BAD_EVERY == 50 else None}
         for number in range(options.rows)
     ]
-    table, whole, broken = write_table(place / "rows.jsonl", rows), place / "whole", place / "broken"
-    started = time.monotonic()
+    table, whole, started = write_table(place / "rows.jsonl", rows), place / "whole", time.monotonic()
     figures.errors += in_a_fork(lambda: draw(table, whole, options, 0)) != 0
-    pause = (time.monotonic() - started) / options.workers / max(1, options.kills)
-    print(f"undisturbed, in one process: {time.monotonic() - started:.0f} s", flush=True)
+    seconds = time.monotonic() - started
+    print(f"undisturbed, in one process: {seconds:.0f} s", flush=True)
+    return table, whole, seconds / max(1, options.nodes or options.workers) / max(1, options.kills)
+
+
+def kill_at_random(place: Path, options: argparse.Namespace, figures: Figures) -> None:
+    """Draw a table undisturbed, and again while its driver and workers are killed."""
+    dice, broken = random.Random(options.seed), place / "broken"
+    table, whole, pause = undisturbed(place, options, figures)
     driver, there = start(table, broken, options), 0
     while figures.worker_kills + figures.driver_kills < options.kills:
         time.sleep(dice.uniform(0, 2 * pause))
@@ -128,6 +140,50 @@ def kill_at_random(place: Path, options: argparse.Namespace, figures: Figures) -
         driver = start(table, broken, options)
     else:
         figures.errors += os.waitpid(driver, 0)[1] != 0
+    compare(whole, broken, options.rows, figures)
+
+
+def kill_on_cluster(place: Path, options: argparse.Namespace, figures: Figures) -> None:
+    """Draw a table undisturbed, and again on a Ray cluster whose nodes and workers are killed, as is the driver."""
+    from ray.cluster_utils import Cluster
+
+    dice, broken = random.Random(options.seed), place / "broken"
+    table, whole, pause = undisturbed(place, options, figures)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(options.nodes)]
+    command = [*(sys.executable, "-m", "latentdiff", "batch", table, str(broken)), "--engine", "ray", "--device", "cpu"]
+    command += ["--address", cluster.address, "--workers", str(options.nodes), "--steps", str(options.steps)]
+    command += ["--guidance", "1", "--threads", "1", "--max-failures", str(options.rows)]
+    command += ["--shard-size", str(options.shard_size), "--format", options.format]
+
+    def start_again() -> subprocess.Popen[str]:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    driver, there = start_again(), 0
+    while figures.worker_kills + figures.driver_kills + figures.node_kills < options.kills and driver.poll() is None:
+        time.sleep(dice.uniform(0, 2 * pause))
+        workers, chance = ray_workers(), dice.random()
+        if workers and chance < 0.6:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(dice.choice(workers), signal.SIGKILL)
+                figures.worker_kills += 1
+        elif workers and chance < 0.8:
+            cluster.remove_node(nodes.pop(dice.randrange(len(nodes))), allow_graceful=False)
+            nodes.append(cluster.add_node(num_cpus=1))
+            figures.node_kills += 1
+        elif shards_in(LocalStore(broken)):
+            driver.kill()
+            driver.communicate()
+            figures.driver_kills += 1
+            now = len(shards_in(LocalStore(broken)))
+            figures.shards_lost += now < there
+            there = now
+            driver = start_again()
+    _, said = driver.communicate()
+    if driver.returncode != 0:
+        figures.errors += 1
+        print(said)
+    cluster.shutdown()
     compare(whole, broken, options.rows, figures)
 
 
@@ -168,7 +224,8 @@ def start(table: str, out: Path, options: argparse.Namespace) -> int:
 
 def draw(table: str, out: Path, options: argparse.Namespace, workers: int) -> None:
     """Draw a table."""
-    job = Job(Model(device="cpu"), {"num_inference_steps": options.steps}, (), options.format, options.shard_size)
+    settings = {"num_inference_steps": options.steps, "guidance_scale": 1.0}
+    job = Job(Model(device="cpu"), settings, (), options.format, options.shard_size)
     with contextlib.redirect_stderr(io.StringIO()):
         run_batch(table, str(out), job, How(workers=workers, max_failures=options.rows, say=lambda line: None))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import importlib.util
 import os
 import signal
@@ -11,30 +10,29 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from latentdiff import ray_driver
 from latentdiff.errors import InputError, MissingDependencyError
 from latentdiff.scale import cluster
 from latentdiff.scale.cluster import require_ray
-from tests.scale.small import contents, write_table
+from tests.scale.small import contents, ray_workers, write_table
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 
 
-def test_a_missing_ray_is_told_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without_ray(name: str, *given: Any, **named: Any) -> Any:
-        if name.partition(".")[0] == "ray":
-            raise ModuleNotFoundError("no ray", name="ray")
-        return real(name, *given, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without_ray)
+def test_a_missing_or_old_ray_is_told_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(
         MissingDependencyError, match=r"needs ray, got none; install it with `pip install 'latentdiff\[ray\]'`"
     ):
+        require_ray()
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(__version__="2.9.3", data=None))
+    monkeypatch.setitem(sys.modules, "ray.data", ModuleType("ray.data"))
+    with pytest.raises(MissingDependencyError, match=r"--engine ray needs ray 2.40 or newer, got 2.9.3; .*install -U"):
         require_ray()
 
 
@@ -43,8 +41,8 @@ def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with pytest.raises(InputError, match=f"no Ray cluster answers at 'ray://127.0.0.1:{port}'"):
-        cluster._require_answer(f"ray://127.0.0.1:{port}")
-    cluster._require_answer("auto")
+        ray_driver._require_answer(f"ray://127.0.0.1:{port}")
+    ray_driver._require_answer("auto")
 
 
 @needs_ray
@@ -73,14 +71,11 @@ def test_a_cluster_gives_the_pictures_of_processes(tmp_path: Path, built_model: 
 
 def _workers_below(driver: int) -> list[int]:
     """Return the processes of Ray that draw, of those that a driver started."""
-    found, parents = list[int](), dict[int, int]()
+    parents = dict[int, int]()
     for place in Path("/proc").glob("[0-9]*/stat"):
         try:
-            name, rest = place.read_text().rpartition(")")[::2]
-            parents[int(place.parent.name)] = int(rest.split()[1])
-            if "ray::MapWorker" in (place.parent / "cmdline").read_text() or "ray::Map" in name:
-                found.append(int(place.parent.name))
-        except (OSError, ValueError):
+            parents[int(place.parent.name)] = int(place.read_text().rpartition(")")[2].split()[1])
+        except OSError:
             continue
 
     def below(process: int) -> bool:
@@ -90,7 +85,7 @@ def _workers_below(driver: int) -> list[int]:
                 return True
         return False
 
-    return [process for process in found if below(process)]
+    return [process for process in ray_workers() if below(process)]
 
 
 @needs_ray
