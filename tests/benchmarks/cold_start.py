@@ -3,9 +3,11 @@
     python tests/benchmarks/cold_start.py
     python tests/benchmarks/cold_start.py --runs 9 --model runs/emoji-diffusion/model
     python tests/benchmarks/cold_start.py --engines    # PyTorch as it is, OpenVINO with torch, and without
+    python tests/benchmarks/cold_start.py --busy 3     # and each again beside three processes that only compute
+    python tests/benchmarks/cold_start.py --pictures 100 --runs 1
 
 Whole processes, A B A B after a warm-up, two where OpenVINO converts first; prints median, range, peak memory,
-the median ratio to the first, and a JSON line.
+the median ratio to the first, and a JSON line. diffusers draws several pictures in batches of eight.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from latentdiff.embedded import embedded_model  # and no torch: the peak of a process that is started begins with ours
@@ -27,12 +32,15 @@ from latentdiff.embedded import embedded_model  # and no torch: the peak of a pr
 PEER = """
 import sys, torch
 from diffusers import {scheduler}, StableDiffusionPipeline
-model, out, steps, guidance = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+model, out, count, steps, guidance = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:5]), float(sys.argv[5])
 pipe = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
 pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)
 generator = torch.Generator("cpu").manual_seed(0)
-picture = pipe("a red fox", num_inference_steps=steps, guidance_scale=guidance, generator=generator).images[0]
-picture.save(out)
+asked = dict(num_inference_steps=steps, guidance_scale=guidance, generator=generator)
+for first in range(0, count, 8):
+    pictures = pipe("a red fox", num_images_per_prompt=min(8, count - first), **asked).images
+    for number, picture in enumerate(pictures, first):
+        picture.save(out if count == 1 else f"{{out}}/{{number}}.png")
 """
 PEER_SCHEDULER = "DPMSolverMultistepScheduler"
 PEER_SETTINGS = ("num_inference_steps", "guidance_scale")
@@ -53,51 +61,80 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--model", default=str(embedded_model()))
     parser.add_argument("--engines", action="store_true", help="compare engines, diffusers left out")
+    parser.add_argument("--busy", type=int, default=0, help="measure again beside so many busy processes")
+    parser.add_argument("--pictures", type=int, default=1, help="that each process draws")
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LATENTDIFF_CACHE"] = f"{folder}/cache"
-        ways = _engines(arguments.model, Path(folder)) if arguments.engines else _peers(arguments.model, Path(folder))
+        make = _engines if arguments.engines else _peers
+        ways = make(arguments.model, Path(folder), arguments.pictures)
         settings = _settings(next(iter(ways.values())))
         for command in [*ways.values()] * (2 if arguments.engines else 1):
             _run(command)
-        rounds = [{name: _run(command) for name, command in ways.items()} for _ in range(arguments.runs)]
-        if arguments.engines:
+        rounds = list[dict[str, tuple[float, float]]]()
+        for _ in range(arguments.runs):
+            rounds.append({name: _run(command) for name, command in ways.items()})
+            if arguments.busy:
+                with _beside(arguments.busy):
+                    rounds[-1] |= {f"{name}, busy": _run(command) for name, command in ways.items()}
+        if arguments.engines and arguments.pictures == 1:
             with_torch, without = (Path(folder, f"{name}.png").read_bytes() for name in ("openvino", "without torch"))
             print(f"OpenVINO with torch and without write the same file: {with_torch == without}")
     cores = f"{os.cpu_count()} cores with a load of {load:.1f}"
     print(f"{platform.processor() or platform.machine()}, {cores}, torch {version('torch')}, {settings}")
     results, first = {}, next(iter(ways))
-    for name in ways:
+    for name in rounds[0]:
         seconds, peaks = zip(*(one[name] for one in rounds))
         median, peak = statistics.median(seconds), max(peaks)
         ratio = statistics.median(one[name][0] / one[first][0] for one in rounds)
         spread = f"({min(seconds):.2f}-{max(seconds):.2f})"
-        print(f"{name:13} median {median:.2f} s {spread}, {ratio:.2f} of {first}, peak {peak:.0f} MB")
+        rate = f", {arguments.pictures / median:.2f} pictures/s" if arguments.pictures > 1 else ""
+        print(f"{name:20} median {median:.2f} s {spread}, {ratio:.2f} of {first}, peak {peak:.0f} MB{rate}")
         results[name] = {"median_s": round(median, 3), "ratio": round(ratio, 3), "peak_mb": round(peak)}
     print(json.dumps(results))
 
 
-def _ours(model: str, out: Path, *more: str) -> list[str]:
-    return ["generate", "a red fox", "--model", model, "-o", str(out), *more]
+@contextmanager
+def _beside(count: int) -> Iterator[None]:
+    """Have so many processes compute meanwhile."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
-def _peers(model: str, folder: Path) -> dict[str, list[str]]:
+def _ours(model: str, out: Path, pictures: int, *more: str) -> list[str]:
+    place = out if pictures > 1 else out.with_name(f"{out.name}.png")
+    if pictures > 1:
+        out.mkdir(exist_ok=True)
+    return ["generate", "a red fox", "--model", model, "-n", str(pictures), "-o", str(place), *more]
+
+
+def _peers(model: str, folder: Path, pictures: int) -> dict[str, list[str]]:
     """Return the commands that draw with latentdiff and with diffusers."""
-    ours = [sys.executable, "-m", "latentdiff", *_ours(model, folder / "latentdiff.png")]
+    ours = [sys.executable, "-m", "latentdiff", *_ours(model, folder / "latentdiff", pictures)]
     settings = _settings(ours)
-    script = folder / "peer.py"
+    script, out = folder / "peer.py", folder / ("diffusers" if pictures > 1 else "diffusers.png")
     script.write_text(PEER.format(scheduler=PEER_SCHEDULER))
-    peer = [sys.executable, str(script), model, str(folder / "diffusers.png")]
-    return {"latentdiff": ours, "diffusers": [*peer, *(str(settings[key]) for key in PEER_SETTINGS)]}
+    if pictures > 1:
+        out.mkdir()
+    peer = [sys.executable, str(script), model, str(out), str(pictures)]
+    ways = {"latentdiff": ours, "diffusers": [*peer, *(str(settings[key]) for key in PEER_SETTINGS)]}
+    if pictures > 1 and find_spec("openvino") is not None:
+        ways |= {"openvino": [*ours, "--engine", "openvino"]}
+    return ways
 
 
-def _engines(model: str, folder: Path) -> dict[str, list[str]]:
+def _engines(model: str, folder: Path, pictures: int) -> dict[str, list[str]]:
     """Return the commands that draw with PyTorch as it is, and by OpenVINO with torch and without."""
     plain, with_torch = [sys.executable, "-m", "latentdiff"], [sys.executable, "-c", WITH_TORCH]
     starts = {"eager": plain, "openvino": with_torch, "without torch": plain}
     engines = {name: () if name == "eager" else ("--engine", "openvino") for name in starts}
-    return {name: [*start, *_ours(model, folder / f"{name}.png", *engines[name])] for name, start in starts.items()}
+    return {name: [*start, *_ours(model, folder / name, pictures, *engines[name])] for name, start in starts.items()}
 
 
 def _settings(command: list[str]) -> dict[str, object]:
