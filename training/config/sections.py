@@ -79,8 +79,9 @@ class OptimizerConfig(Section):
     """An optimizer with linear warm-up, then a constant learning rate, then a cosine fall to zero."""
 
     # adamw; adamw_8bit, the same with a quarter of its memory (bitsandbytes); adafactor, which keeps the means of rows
-    # and columns alone: next to nothing for linear layers, two thirds of one moment for 3x3 convolutions.
-    kind: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    # and columns alone: next to nothing for linear layers, two thirds of one moment for 3x3 convolutions; muon, for
+    # matrices and convolutions, with adamw's learning rates (`training.loop.muon`).
+    kind: Literal["adamw", "adamw_8bit", "adafactor", "muon"] = "adamw"
     # Of adafactor: relative to the size of each tensor, so that 1e-3 to 1e-2 is usual.
     learning_rate: float = Field(1e-4, gt=0, le=100)
     betas: tuple[Share, Share] = Field((0.9, 0.99), strict=False)

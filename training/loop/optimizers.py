@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from latentdiff.errors import InputError, MissingDependencyError
 
 from ..config import OptimizerConfig
+from .muon import Muon
 from .sharding import own
 
 # bitsandbytes by default: smaller tensors keep moments in float32; of the others each block has a scale.
@@ -25,8 +26,10 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         MissingDependencyError: its package is not installed.
 
     Source: Loshchilov & Hutter 2017, arXiv 1711.05101 (adamw); Dettmers et al. 2021, arXiv 2110.02861 (adamw_8bit);
-    Shazeer & Stern 2018, arXiv 1804.04235 (adafactor).
+    Shazeer & Stern 2018, arXiv 1804.04235 (adafactor); `Muon` names its own.
     """
+    if config.kind == "muon":
+        return Muon(model, config.learning_rate, config.betas, config.weight_decay)
     if config.kind == "adafactor":
         return torch.optim.Adafactor(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     if config.kind == "adamw_8bit":
@@ -91,4 +94,4 @@ def _means_of_rows_and_columns(shape: torch.Size) -> int:
     return 4 * (count // shape[-1] + count // shape[-2] if len(shape) > 1 else count)
 
 
-KEPT = {"AdamW": _moments, "AdamW8bit": _moments_in_8_bits, "Adafactor": _means_of_rows_and_columns}
+KEPT = {"AdamW": _moments, "Muon": _moments, "AdamW8bit": _moments_in_8_bits, "Adafactor": _means_of_rows_and_columns}
