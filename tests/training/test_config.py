@@ -67,7 +67,10 @@ def test_override_wins_and_is_typed(tmp_path: Path) -> None:
         ("stage=autoenoder", "stage must be one of"),
         ("run.steps", "--set needs key=value"),
         ("stage.x=1", "is a value, not a section"),
-        ("optimizer.kind=adam", "optimizer.kind: input should be 'adamw', 'adamw_8bit' or 'adafactor', got 'adam'"),
+        (
+            "optimizer.kind=adam",
+            "optimizer.kind: input should be 'adamw', 'adamw_8bit', 'adafactor' or 'muon', got 'adam'",
+        ),
         ("run.trackers=[tensorboard, tensorboard]", "run.trackers names one twice; leave that out"),
         ("run.trackers=[mlflow]", "run.trackers.0: input should be 'tensorboard', 'wandb' or 'trackio', got 'mlflow'"),
         (

@@ -22,7 +22,7 @@ from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError, MissingDependencyError
 from tests.training.test_stages import pictures, recipe, weights_of
 
-KINDS = ("adamw", "adamw_8bit", "adafactor")
+KINDS = ("adamw", "adamw_8bit", "adafactor", "muon")
 QUANTISED = "__bnb_optimizer_quant_state__"
 
 
@@ -177,7 +177,40 @@ def test_a_run_resumes_to_the_bit_with_every_optimizer(tmp_path: Path, stage: st
     checkpoint = load_latest(tmp_path / "broken")
     assert checkpoint is not None
     kept = {name.split(".", 1)[1] for name in checkpoint.tensors["optimizer"]}
-    assert kept >= {"adamw_8bit": {"state1", "absmax1", "step"}, "adafactor": {"row_var", "variance", "step"}}[kind]
+    expected = {
+        "adamw_8bit": {"state1", "absmax1", "step"},
+        "adafactor": {"row_var", "variance", "step"},
+        "muon": {"momentum", "exp_avg", "exp_avg_sq", "step"},
+    }
+    assert kept >= expected[kind]
+
+
+def test_steps_of_muon_turn_all_directions_alike_and_those_of_the_rest_are_adamws() -> None:
+    rate, model, peer = 0.01, layers(), layers()
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    adamw = torch.optim.AdamW(peer.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.1, eps=1e-8)
+    muon = make_optimizer(model, OptimizerConfig(kind="muon", learning_rate=rate, weight_decay=0.1))
+    for ours, theirs in zip(model.parameters(), peer.parameters()):
+        ours.grad = theirs.grad = torch.randn_like(ours)
+    muon.step()
+    adamw.step()
+    rest = dict(peer.named_parameters())
+    for name, tensor in model.named_parameters():
+        if tensor.ndim == 1:
+            torch.testing.assert_close(tensor, rest[name])
+            continue
+        step = (before[name] * (1 - 0.1 * rate) - tensor).flatten(1).detach()
+        values = torch.linalg.svdvals(step) / (0.2 * rate * max(step.shape) ** 0.5)
+        assert values.min() > 0.5 and values.max() < 1.3, name
+
+
+def test_muon_leaves_tables_and_outer_layers_to_adamw() -> None:
+    model = nn.ModuleDict({"conv_in": nn.Conv2d(3, 4, 3), "inner": nn.Linear(4, 4), "words": nn.Embedding(5, 4)})
+    muon = make_optimizer(model, OptimizerConfig(kind="muon"))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    muon.step()
+    assert ["momentum" in muon.state[one.weight] for one in model.values()] == [False, True, False]
 
 
 def test_what_is_missing_is_named_before_the_run_folder_is_made(

@@ -52,6 +52,11 @@ class Muon(Optimizer):
             self._step_matrices([one for one in trained if one in self._matrices], group["lr"])
             self._step_rest([one for one in trained if one not in self._matrices], group)
 
+    def state_bytes(self) -> int:
+        """Return how many bytes are kept once a step was taken; single numbers are left out."""
+        trained = (one for group in self.param_groups for one in group["params"])
+        return sum(4 * one.numel() * (1 if one in self._matrices else 2) for one in trained)
+
     def _step_matrices(self, parameters: list[nn.Parameter], rate: float) -> None:
         alike = defaultdict[torch.Size, list[nn.Parameter]](list)
         for parameter in parameters:

@@ -75,6 +75,8 @@ def _adamw_8bit(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> 
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Return how many bytes an optimizer keeps once it has taken a step; single numbers and tables are left out."""
+    if isinstance(optimizer, Muon):
+        return optimizer.state_bytes()
     kept = KEPT[type(optimizer).__name__]
     return sum(kept(own(parameter).shape) for group in optimizer.param_groups for parameter in group["params"])
 
@@ -94,4 +96,4 @@ def _means_of_rows_and_columns(shape: torch.Size) -> int:
     return 4 * (count // shape[-1] + count // shape[-2] if len(shape) > 1 else count)
 
 
-KEPT = {"AdamW": _moments, "Muon": _moments, "AdamW8bit": _moments_in_8_bits, "Adafactor": _means_of_rows_and_columns}
+KEPT = {"AdamW": _moments, "AdamW8bit": _moments_in_8_bits, "Adafactor": _means_of_rows_and_columns}
