@@ -68,10 +68,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LATENTDIFF_CACHE"] = f"{folder}/cache"
         make = _engines if arguments.engines else _peers
-        ways = make(arguments.model, Path(folder), arguments.pictures)
-        settings = _settings(next(iter(ways.values())))
-        for command in [*ways.values()] * (2 if arguments.engines else 1):
+        settings = _settings(arguments.model, Path(folder))
+        several = arguments.engines or arguments.pictures > 1  # of which OpenVINO converts first
+        for command in [*make(arguments.model, Path(folder), min(4, arguments.pictures)).values()] * (1 + several):
             _run(command)
+        ways = make(arguments.model, Path(folder), arguments.pictures)
         rounds = list[dict[str, tuple[float, float]]]()
         for _ in range(arguments.runs):
             rounds.append({name: _run(command) for name, command in ways.items()})
@@ -117,15 +118,18 @@ def _ours(model: str, out: Path, pictures: int, *more: str) -> list[str]:
 def _peers(model: str, folder: Path, pictures: int) -> dict[str, list[str]]:
     """Return the commands that draw with latentdiff and with diffusers."""
     ours = [sys.executable, "-m", "latentdiff", *_ours(model, folder / "latentdiff", pictures)]
-    settings = _settings(ours)
+    settings = _settings(model, folder)
     script, out = folder / "peer.py", folder / ("diffusers" if pictures > 1 else "diffusers.png")
     script.write_text(PEER.format(scheduler=PEER_SCHEDULER))
     if pictures > 1:
-        out.mkdir()
+        out.mkdir(exist_ok=True)
     peer = [sys.executable, str(script), model, str(out), str(pictures)]
-    ways = {"latentdiff": ours, "diffusers": [*peer, *(str(settings[key]) for key in PEER_SETTINGS)]}
-    if pictures > 1 and find_spec("openvino") is not None:
-        ways |= {"openvino": [*ours, "--engine", "openvino"]}
+    ways = {} if pictures > 1 else {"latentdiff": ours}
+    ways |= {"diffusers": [*peer, *(str(settings[key]) for key in PEER_SETTINGS)]}
+    if pictures > 1:
+        dtypes = ["float32", *(["bfloat16"] if "avx512_bf16" in Path("/proc/cpuinfo").read_text() else [])]
+        for engine in ["eager", *(["openvino"] if find_spec("openvino") is not None else [])]:
+            ways |= {f"{engine}, {dtype}": [*ours, "--engine", engine, "--dtype", dtype] for dtype in dtypes}
     return ways
 
 
@@ -137,9 +141,10 @@ def _engines(model: str, folder: Path, pictures: int) -> dict[str, list[str]]:
     return {name: [*start, *_ours(model, folder / name, pictures, *engines[name])] for name, start in starts.items()}
 
 
-def _settings(command: list[str]) -> dict[str, object]:
+def _settings(model: str, folder: Path) -> dict[str, object]:
     """Ask one run for the default settings, so that the peer gets the same."""
-    output = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", "latentdiff", *_ours(model, folder / "settings", 1), "--json"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     settings = json.loads(output.splitlines()[-1])["settings"]
     return {key: settings[key] for key in ("num_inference_steps", "guidance_scale", "sampler", "height", "width")}
 
