@@ -4,7 +4,8 @@
     python tests/benchmarks/batch_speed.py --rows 64 --steps 4 --rounds 2 --ways loop local
 
 Draws the same rows with the embedded model in turn (A B C A B C), each way in a process of its own: `loop` calls the
-Pipeline prompt by prompt and saves each picture, `local` and `ray` are `latentdiff batch` with workers of one thread.
+Pipeline prompt by prompt and saves each picture, `local` and `ray` are `latentdiff batch` with workers of one thread,
+`diffusers` is its pipeline in Ray Data's pattern: actors that `map_batches` calls, each of which saves its pictures.
 What is timed is the drawing, from the moment when all have their model (their first shard) to the last picture; what a
 start takes is told apart. Then the share of planning and commit: the same job with pictures that take no time to draw.
 Prints the figures and a JSON line.
@@ -26,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-WAYS = ("loop", "local", "ray")
+WAYS = ("loop", "local", "ray", "diffusers")
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--shard-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS[:3]])
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure is not None:
@@ -122,6 +123,62 @@ def ray(options: argparse.Namespace) -> dict[str, float]:
     return batch(options, Cluster(workers=options.workers))
 
 
+class Peer:
+    """An actor that draws with diffusers and saves what it draws.
+
+    Args:
+        folder: where pictures go.
+        steps: of each.
+    """
+
+    def __init__(self, folder: str, steps: int) -> None:
+        import diffusers
+        import torch
+
+        from latentdiff.embedded import embedded_model
+
+        torch.set_num_threads(1)
+        self.folder, self.steps = folder, steps
+        self.pipe = diffusers.StableDiffusionPipeline.from_pretrained(embedded_model(), torch_dtype=torch.float32)
+        self.pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(self.pipe.scheduler.config)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Draw a batch of prompts."""
+        import torch
+
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
+        drawn = self.pipe(
+            [str(prompt) for prompt in batch["prompt"]], num_inference_steps=self.steps, generator=generators
+        )
+        for image, seed in zip(drawn.images, batch["seed"]):
+            image.save(f"{self.folder}/{seed}.png")
+        return {"seed": batch["seed"]}
+
+
+def diffusers(options: argparse.Namespace) -> dict[str, float]:
+    """Draw with diffusers in actors of Ray Data; rows are counted from the first batch of each on."""
+    import logging
+
+    import ray.data
+
+    begun, first = time.time(), options.workers * options.batch
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    rows = rows_of(options.rows + first)
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = ray.data.from_items(rows, override_num_blocks=len(rows) // options.batch).map_batches(
+            Peer,
+            fn_constructor_kwargs={"folder": folder, "steps": options.steps},
+            batch_size=options.batch,
+            compute=ray.data.ActorPoolStrategy(size=options.workers),
+            num_cpus=1,
+        )
+        assert drawn.materialize().count() == len(rows)
+        ends = sorted(file.stat().st_mtime for file in Path(folder).iterdir())
+    return {"rate": (len(ends) - first) / (ends[-1] - ends[first - 1]), "start": ends[0] - begun}
+
+
 def overhead(options: argparse.Namespace) -> dict[str, float]:
     """Plan and commit pictures of a usual size that take no time to draw."""
     from latentdiff.scale.batch import How, run_batch
@@ -145,7 +202,7 @@ def overhead(options: argparse.Namespace) -> dict[str, float]:
         return {"milliseconds": (time.process_time() - begun) / count * 1000}
 
 
-MEASURES = {"loop": loop, "local": batch, "ray": ray, "overhead": overhead}
+MEASURES = {"loop": loop, "local": batch, "ray": ray, "diffusers": diffusers, "overhead": overhead}
 
 if __name__ == "__main__":
     main()
