@@ -35,6 +35,7 @@ PACKAGES = {  # that each part does not run without
 }
 SHARES = {"tests": 0.45, "figures": 0.75, "recipe": 1.0}  # of the time, when each part has to have ended
 STAGES = ("configs/emoji-autoencoder-gpu.yaml", "configs/emoji-diffusion-gpu.yaml")
+DATA, DRAWN = "data/emoji128", ("--size", "128", "--scenes", "30000")  # what they train on, and how it is drawn
 # What is measured, most wanted first: arguments, and the most seconds that they may take.
 TRAIN, DRAW = "tests/benchmarks/train_throughput.py", "tests/benchmarks/draw_throughput.py"
 FIGURES: dict[str, tuple[str, int]] = {
@@ -188,6 +189,10 @@ def run_recipe(options: argparse.Namespace, until: float) -> dict[str, Any]:
     """Train one config after another, each from its newest checkpoint, until they are done or it is time."""
     found: dict[str, Any] = {}
     log, folder = options.out / "recipe.log", options.runs
+    if set(options.recipe) & set(STAGES) and not (ROOT / DATA / "train/metadata.jsonl").exists():
+        begin = time.monotonic()
+        status = call(["-m", "latentdiff", "data", "emoji", DATA, *DRAWN], options, log, until)
+        found["data"] = {"status": status, "seconds": round(time.monotonic() - begin)}
     for recipe in options.recipe:
         folder = options.runs / Path(recipe).stem
         if (folder / "model").exists() or (folder / "vae").exists():
