@@ -65,7 +65,7 @@ class Muon(Optimizer):
             steps = torch.stack([self._momentum(one).flatten(1) for one in some])
             steps = orthogonal(steps).to(some[0].dtype) * (SIZE * max(shape) ** 0.5 * rate)
             for parameter, step in zip(some, steps):
-                parameter -= step.view_as(parameter)
+                parameter.sub_(step.view_as(parameter))
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         slot, gradient = self.state[parameter], parameter.grad
