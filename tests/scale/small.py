@@ -24,6 +24,7 @@ from latentdiff.scale.rows import Columns, Maker, Row
 from latentdiff.scale.store import LocalStore
 from latentdiff.scale.table import open_table
 from latentdiff.scale.worker import Crew
+from tests.two_processes import processes_called
 
 OWN = ("lock", "job.json", ".tmp")  # of an output, besides pictures
 
@@ -100,13 +101,7 @@ def in_a_fork(act: Callable[[], None]) -> int:
 
 def ray_workers() -> list[int]:
     """Return the processes of Ray on this machine that draw."""
-    found = list[int]()
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found += [int(place.parent.name)] if "ray::MapWorker" in place.read_text() else []
-        except OSError:
-            continue
-    return found
+    return processes_called("ray::MapWorker")
 
 
 def die_at(boundary: int) -> None:

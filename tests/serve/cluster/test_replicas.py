@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from tests.serve.http.conftest import ELSEWHERE
-from tests.two_processes import free_port
+from tests.two_processes import free_port, processes_called
 
 pytestmark = pytest.mark.long
 
@@ -63,13 +63,7 @@ def cluster(built_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def replicas() -> list[int]:
     """Return the processes of replicas on this machine."""
-    found = list[int]()
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found += [int(place.parent.name)] if "latentdiff-replica" in place.read_text() else []
-        except OSError:
-            continue
-    return found
+    return processes_called("latentdiff-replica")
 
 
 def test_the_tests_of_one_server_pass(cluster: Cluster) -> None:
