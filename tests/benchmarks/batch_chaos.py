@@ -73,6 +73,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--nodes", type=int, default=0, help="of a Ray cluster; 0 for processes without Ray")
+    parser.add_argument("--pause", type=float, help="seconds from kill to kill; else they are spread over the work")
     parser.add_argument("--shard-size", type=int, default=16)
     parser.add_argument("--format", choices=list(FORMATS), default="webdataset")
     parser.add_argument("--seed", type=int, default=0)
@@ -111,7 +112,8 @@ def undisturbed(place: Path, options: argparse.Namespace, figures: Figures) -> t
     figures.errors += in_a_fork(lambda: draw(table, whole, options, 0)) != 0
     seconds = time.monotonic() - started
     print(f"undisturbed, in one process: {seconds:.0f} s", flush=True)
-    return table, whole, seconds / max(1, options.nodes or options.workers) / max(1, options.kills)
+    spread = seconds / max(1, options.nodes or options.workers) / max(1, options.kills)
+    return table, whole, spread if options.pause is None else options.pause
 
 
 def kill_at_random(place: Path, options: argparse.Namespace, figures: Figures) -> None:
