@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,18 +106,28 @@ def move_networks(components: Encoders, device: torch.device) -> None:
             network.to(device)
 
 
-def prepare_data(config: DiffusionTraining, components: Encoders, folder: Path) -> LatentSet:
+def prepare_data(
+    config: DiffusionTraining, components: Encoders, folder: Path, turns: AbstractContextManager[None] | None = None
+) -> LatentSet:
     """Open the pictures, encode them and their captions (from the cache where it has them), and check latents.
+
+    Args:
+        folder: of the run.
+        turns: held while pictures are examined and drawn, which one process does before the others; what is encoded
+            they share out by themselves.
 
     Raises:
         InputError: the pictures cannot be used, or the latents' mean or standard deviation is far from 0 and 1.
         StorageError: the cache cannot be written.
     """
-    data = encode_data(config, components, folder, open_data(config, components, folder))
-    if config.prior is None or not isinstance(components, Components):
-        return data
-    drawn = config.model_copy(update={"data": draw_prior(config, components, folder)})
-    return replace(data, prior=encode_data(drawn, components, folder, open_data(drawn, components, folder)))
+    prior: tuple[DiffusionTraining, CaptionedImages] | None = None
+    with turns or nullcontext():
+        images = open_data(config, components, folder)
+        if config.prior is not None and isinstance(components, Components):
+            drawn = config.model_copy(update={"data": draw_prior(config, components, folder)})
+            prior = drawn, open_data(drawn, components, folder)
+    data = encode_data(config, components, folder, images)
+    return data if prior is None else replace(data, prior=encode_data(prior[0], components, folder, prior[1]))
 
 
 def open_data(config: DiffusionTraining, components: Encoders, folder: Path) -> CaptionedImages:

@@ -84,9 +84,10 @@ def _train(
     require_buildable(config, components, accelerator)
     try_prompts(config, components)
     move_networks(components, accelerator.device)
-    with accelerator.main_process_first():  # which writes the cache
+    with accelerator.main_process_first():
         reference = open_reference(config, Path(config.cache or folder / "cache"))
-        data, held_out = prepare_data(config, components, folder), load_held_out(config, components)
+    data = prepare_data(config, components, folder, accelerator.main_process_first())
+    held_out = load_held_out(config, components)
     if accelerator.is_main_process:
         warn_of_cut(data.captions, components)
     teacher = make_teacher(config, components, data)
@@ -112,6 +113,22 @@ def _train(
                 lambda request, place: evaluations.of_model(load(place), request),
             )
     return folder / export_name(config)
+
+
+def encode(config: DiffusionTraining) -> None:
+    """Fill the cache of a run that is to come: latents and text states. Any number of processes share it out.
+
+    Raises:
+        InputError: data or config cannot be used.
+        StorageError: the cache cannot be written.
+    """
+    accelerator = start_accelerator(config.run)
+    components = load_components(config)
+    move_networks(components, accelerator.device)
+    data = prepare_data(config, components, Path(config.run.out), accelerator.main_process_first())
+    if accelerator.is_main_process:
+        warn_of_cut(data.captions, components)
+        print(f"encoded: {len(data.latents):,} latents, {len(data.captions):,} captions")
 
 
 def run_steps(

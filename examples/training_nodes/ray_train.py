@@ -2,10 +2,12 @@
 
     python examples/training_nodes/ray_train.py recipe.yaml --workers 16 --address auto --out /disk/run
     python examples/training_nodes/ray_train.py configs/emoji-diffusion.yaml --workers 2 --cpu --out runs/emoji
+    python examples/training_nodes/ray_train.py recipe.yaml --encode --workers 64 --address auto --out /disk/run
 
 The loop is that of the command: every worker reads the pictures itself and takes its share of each batch, and the first
 one writes the run folder, which all machines must see under one path. When a worker or a machine is lost, Ray ends the
-others and begins again with as many, from the newest checkpoint. Its weights are those of a run without loss.
+others and begins again with as many, from the newest checkpoint. Its weights are those of a run without loss. With
+--encode they share out the latents and text states of the run, and train nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-LONGEST_WAIT = 2 * 24 * 3600  # seconds in which the first process may encode pictures while the others wait
+LONGEST_WAIT = 2 * 24 * 3600  # seconds in which the first process may examine pictures while the others wait
 
 
 def main() -> None:
@@ -29,15 +31,17 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=VALUE")
     parser.add_argument("--out", required=True, help="run folder, on a disk that all machines see")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--encode", action="store_true", help="as of latentdiff train")
     parser.add_argument("--workers", type=int, required=True, metavar="N", help="processes, each with a GPU")
     parser.add_argument("--cpu", action="store_true", help="processes with a core each instead")
     parser.add_argument("--address", help="of the cluster, such as auto; one on this machine by default")
     parser.add_argument("--failures", type=int, default=100, metavar="N", help="losses after which it ends")
     options = parser.parse_args()
     out = Path(options.out).resolve()
-    if not options.resume and any(out.glob("checkpoints/step-*")):
+    if not (options.resume or options.encode) and any(out.glob("checkpoints/step-*")):
         parser.error(f"{out} has a checkpoint; add --resume to go on, or choose another --out")
-    recipe = {"config": str(Path(options.config).resolve()), "overrides": options.overrides, "out": str(out)}
+    recipe: dict[str, Any] = {"config": str(Path(options.config).resolve()), "overrides": options.overrides}
+    recipe |= {"out": str(out), "encode": options.encode}
     ray.init(address=options.address, log_to_driver=True)
     result = TorchTrainer(
         train,
@@ -58,9 +62,12 @@ def train(recipe: dict[str, Any]) -> None:
     if recipe["cpu"]:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     os.chdir(recipe["folder"])  # which relative paths of the recipe begin at
-    from latentdiff.commands.train import train as run
+    from latentdiff.commands import train as command
 
-    run(recipe["config"], recipe["overrides"], True, recipe["out"])  # from a checkpoint, where there is one
+    if recipe["encode"]:
+        command.encode(recipe["config"], recipe["overrides"], recipe["out"])
+    else:  # from a checkpoint, where there is one
+        command.train(recipe["config"], recipe["overrides"], True, recipe["out"])
 
 
 if __name__ == "__main__":

@@ -9,10 +9,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latentdiff import training
 from latentdiff.commands.shared import load_torch
-from latentdiff.errors import StorageError
+from latentdiff.errors import InputError, StorageError, shown
+
+if TYPE_CHECKING:
+    from latentdiff.training.config import TrainingConfig
 
 HELP = "Train the stage that a YAML config describes."
 
@@ -23,7 +27,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=VALUE")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that is whole")
     parser.add_argument("--out", help="run folder, instead of the config's run.out")
-    parser.add_argument("--check", action="store_true", help="look at everything a run needs, print it, train nothing")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--check", action="store_true", help="look at everything a run needs, print it, train nothing")
+    instead.add_argument(
+        "--encode",
+        action="store_true",
+        help="compute the latents and text states of the run, train nothing; several such commands share the work",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -31,6 +41,8 @@ def run(options: argparse.Namespace) -> None:
     recipe = find_recipe(options.config)
     if options.check:
         check(recipe, options.overrides, options.out)
+    elif options.encode:
+        encode(recipe, options.overrides, options.out)
     else:
         train(recipe, options.overrides, options.resume, options.out)
 
@@ -56,9 +68,9 @@ def train(config: str, overrides: list[str], resume: bool, out: str | None) -> N
         InputError, StorageError: see `training.config.load_config` and the stages.
     """
     load_torch()
-    from latentdiff.training.config import AutoencoderTraining, ImageTextTraining, load_config
+    from latentdiff.training.config import AutoencoderTraining, ImageTextTraining
 
-    parsed = load_config(config, [*overrides, *([f"run.out={json.dumps(out)}"] if out else [])])
+    parsed = _parsed(config, overrides, out)
     with space_needed(parsed.run.out, "go on with --resume"):
         if isinstance(parsed, AutoencoderTraining):
             from latentdiff.training.train_autoencoder import train_autoencoder
@@ -101,6 +113,30 @@ def check(config: str, overrides: list[str], out: str | None) -> None:
     """
     load_torch()
     from latentdiff.training.check.diffusion import check as check_run
+
+    check_run(_parsed(config, overrides, out))
+
+
+def encode(config: str, overrides: list[str], out: str | None) -> None:
+    """Fill the cache of the run that a YAML config of a U-Net describes.
+
+    Raises:
+        InputError, StorageError: see `training.config.load_config` and `training.train_diffusion.encode`.
+    """
+    load_torch()
+    from latentdiff.training import train_diffusion
+    from latentdiff.training.config import DiffusionTraining
+
+    parsed = _parsed(config, overrides, out)
+    if not isinstance(parsed, DiffusionTraining):
+        raise InputError(
+            f"--encode is for the recipe of a U-Net, got {shown(config)}, which has no latents; leave it out"
+        )
+    with space_needed(parsed.cache or parsed.run.out, "give the same command again"):
+        train_diffusion.encode(parsed)
+
+
+def _parsed(config: str, overrides: list[str], out: str | None) -> TrainingConfig:
     from latentdiff.training.config import load_config
 
-    check_run(load_config(config, [*overrides, *([f"run.out={json.dumps(out)}"] if out else [])]))
+    return load_config(config, [*overrides, *([f"run.out={json.dumps(out)}"] if out else [])])

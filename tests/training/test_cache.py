@@ -1,5 +1,6 @@
-"""The cache on disk: only what changed is computed again, after a kill too, and by one process at a time."""
+"""The cache on disk: only what changed is computed again, after a kill too, and several processes share it out."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -78,44 +79,69 @@ def test_a_broken_shard_is_computed_again(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_of_several_at_once_one_computes(tmp_path: Path) -> None:
-    encoders = [Encoder(delay=0.02) for _ in range(3)]
+def test_several_at_once_share_it_out(tmp_path: Path) -> None:
+    encoders = [Encoder(delay=0.05) for _ in range(3)]
     found: list[CachedTensors] = []
-    threads = [threading.Thread(target=lambda e=e: found.append(filled(tmp_path, 40, e))) for e in encoders]
+    threads = [threading.Thread(target=lambda e=e: found.append(filled(tmp_path, 80, e))) for e in encoders]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(len(encoder.asked) for encoder in encoders) == [0, 0, 40]
-    assert all(one.take(range(40))[:, 0].tolist() == list(range(40)) for one in found)
+    assert sorted(number for encoder in encoders for number in encoder.asked) == list(range(80))
+    assert all(0 < len(encoder.asked) < 80 for encoder in encoders)
+    assert all(one.take(range(80))[:, 0].tolist() == list(range(80)) for one in found)
+    alone = tmp_path / "alone"
+    filled(alone, 80, Encoder())
+    files = [
+        {file.name: file.read_bytes() for file in place.iterdir() if file.is_file()} for place in (tmp_path, alone)
+    ]
+    assert files[0] == files[1]
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_after_kill_9_finished_shards_are_kept_and_who_waits_goes_on(tmp_path: Path) -> None:
+def test_after_kill_9_finished_shards_are_kept_and_another_process_takes_what_was_in_hand(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from latentdiff.training.data import cache\n"
         "from tests.training.test_cache import *\n"
-        "cache.SHARD_ENTRIES = 8; filled(Path(sys.argv[1]), 80, Encoder(delay=0.2))"
+        "cache.SHARD_ENTRIES = 8; filled(Path(sys.argv[1]), 80, Encoder(delay=0.5))"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL)
     while len(list(tmp_path.glob("*.safetensors"))) < 2 and process.poll() is None:
         time.sleep(0.01)
+    while not list(tmp_path.glob("*.lock")) and process.poll() is None:
+        time.sleep(0.01)
     rest, whole = Encoder(), filled(tmp_path / "unbroken", 80, Encoder())
-    waiting = threading.Thread(target=filled, args=(tmp_path, 80, rest))
-    waiting.start()
-    time.sleep(0.1)
-    assert rest.asked == []
+    helping = threading.Thread(target=filled, args=(tmp_path, 80, rest))
+    helping.start()
+    while len(rest.asked) < 80 - 24 and helping.is_alive():
+        time.sleep(0.01)
+    assert helping.is_alive()  # waits for the shard that the other has in hand
     process.kill()
     process.wait()
-    (tmp_path / ".tmp-0").write_bytes(b"half a shard")
-    waiting.join()
-    found = filled(tmp_path, 80, rest)
-    assert torch.equal(found.take(range(80)), whole.take(range(80)))
-    assert not list(tmp_path.glob(".tmp-*"))
-    kept = 80 - len(rest.asked)
-    assert kept in range(16, 80, 8)
-    names = [{file.name for file in place.glob("*.safetensors")} for place in (tmp_path, tmp_path / "unbroken")]
+    helping.join()
+    assert len(rest.asked) == len(set(rest.asked)) == 80 - 16
+    assert torch.equal(filled(tmp_path, 80, rest).take(range(80)), whole.take(range(80)))
+    names = [{file.name for file in place.glob("*.*")} for place in (tmp_path, tmp_path / "unbroken")]
     assert names[0] == names[1]
+
+
+def test_what_a_killed_process_left_goes_after_an_hour(tmp_path: Path) -> None:
+    for name, age in (("old", 3700), ("new", 3500)):
+        (tmp_path / f".tmp-{name}").write_bytes(b"half a shard")
+        os.utime(tmp_path / f".tmp-{name}", (time.time() - age, time.time() - age))
+    filled(tmp_path, 1, Encoder())
+    assert [file.name for file in tmp_path.glob(".tmp-*")] == [".tmp-new"]
+
+
+def test_a_whole_cache_can_be_read_where_nothing_can_be_written(tmp_path: Path) -> None:
+    filled(tmp_path, 3, Encoder())
+    before = sorted(tmp_path.iterdir())
+    tmp_path.chmod(0o555)
+    try:
+        assert filled(tmp_path, 3, Encoder()).take([2]).tolist() == [[2.0] * 3]
+    finally:
+        tmp_path.chmod(0o755)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

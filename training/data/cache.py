@@ -2,20 +2,23 @@
 
 The cache folder has one folder for each encoder. In it are shards, safetensors files of up to `SHARD_ENTRIES` entries:
 "values" (n, ...) float16 and "keys" (n, 16) uint8, and a checksum of both. A shard appears whole or not at all, so what
-a killed run finished counts, and one that is damaged is computed again; one process fills a folder at a time while the
-others wait.
+a killed run finished counts, and one that is damaged is computed again. All processes that ask for the same tensors, on
+one machine or several, share out what is lacking: each takes a shard that no other has in hand, until none is left.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -24,10 +27,10 @@ from tqdm import tqdm
 from latentdiff.errors import InputError, StorageError
 from latentdiff.images import write_file
 
-from .image_info import locked
-
 SHARD_ENTRIES = 1024
 KEY_BYTES = 16
+PAUSE = 0.2  # seconds between looks at the shards that other processes have in hand
+STALE = 3600.0  # seconds after which a file that is not whole is of a process that was killed
 CHECKSUM = "sha256"  # in the metadata of a shard
 
 
@@ -75,29 +78,72 @@ def stored(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / "lock"):
-            for left in folder.glob(".tmp-*"):  # by a run that was killed while it wrote
-                left.unlink()
-            shards, places = _read_shards(folder)
-            lacking = list({key: n for n, key in reversed(list(enumerate(keys))) if key not in places}.values())
-            lacking.sort(key=lambda n: (shapes[n], n))
-            progress = tqdm(total=len(lacking), desc=folder.name, disable=not lacking)
-            for _, group in groupby(lacking, lambda n: shapes[n]):
-                numbers = list(group)
-                for first in range(0, len(numbers), SHARD_ENTRIES):
-                    part = numbers[first : first + SHARD_ENTRIES]
-                    batches = [part[start : start + batch_size] for start in range(0, len(part), batch_size)]
-                    values = []
-                    for batch in batches:
-                        values.append(_finite(encode(batch).half().cpu(), folder))
-                        progress.update(len(batch))
-                    _write_shard(folder, [keys[n] for n in part], torch.cat(values))
+        _remove_remains(folder)
+        shards, places = _read_shards(folder)
+        lacking = list({key: n for n, key in reversed(list(enumerate(keys))) if key not in places}.values())
+        while lacking:  # again where a shard of another process is found damaged
+            progress = tqdm(total=len(lacking), desc=folder.name)
+            _fill(folder, keys, list(_parts(lacking, shapes)), encode, batch_size, progress)
             progress.close()
-            if lacking:
-                shards, places = _read_shards(folder)
+            shards, places = _read_shards(folder)
+            lacking = [n for n in lacking if keys[n] not in places]
     except OSError as error:
         raise StorageError(f"could not write the cache {folder}: {error}; free space or set another `cache`") from error
     return CachedTensors(shards, np.array([places[key] for key in keys], dtype=np.int64).reshape(-1, 2))
+
+
+def _parts(lacking: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+    """Yield the numbers of each shard to come.
+
+    All but the last of a shape are full, so a process that looks later, when some are there, divides the rest the same.
+    """
+    for _, group in groupby(sorted(lacking, key=lambda n: (shapes[n], n)), lambda n: shapes[n]):
+        numbers = list(group)
+        yield from (numbers[first : first + SHARD_ENTRIES] for first in range(0, len(numbers), SHARD_ENTRIES))
+
+
+def _fill(
+    folder: Path,
+    keys: Sequence[bytes],
+    parts: list[list[int]],
+    encode: Callable[[Sequence[int]], Tensor],
+    batch_size: int,
+    progress: tqdm,
+) -> None:
+    """Compute shards, those that other processes have in hand left out, and wait until all are there."""
+    while parts:
+        in_other_hands = []
+        for part in parts:
+            file = folder / f"{_name([keys[n] for n in part])}.safetensors"
+            lock = FileLock(file.with_suffix(".lock"))
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                in_other_hands.append(part)
+                continue
+            try:
+                if not file.exists():
+                    values = []
+                    for start in range(0, len(part), batch_size):
+                        batch = part[start : start + batch_size]
+                        values.append(_finite(encode(batch).half().cpu(), folder))
+                        progress.update(len(batch))
+                    _write_shard(file, [keys[n] for n in part], torch.cat(values))
+                with suppress(OSError):  # who waits for it yet finds the shard
+                    file.with_suffix(".lock").unlink()
+            finally:
+                lock.release()
+        if len(in_other_hands) == len(parts):
+            time.sleep(PAUSE)
+        parts = in_other_hands
+
+
+def _remove_remains(folder: Path) -> None:
+    """Remove what processes left that were killed while they wrote."""
+    for left in folder.glob(".tmp-*"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > STALE:
+                left.unlink()
 
 
 def _read_shards(folder: Path) -> tuple[list[Tensor], dict[bytes, tuple[int, int]]]:
@@ -110,9 +156,11 @@ def _read_shards(folder: Path) -> tuple[list[Tensor], dict[bytes, tuple[int, int
                 keys, values = content.get_tensor("keys"), content.get_tensor("values")
                 if (content.metadata() or {}).get(CHECKSUM) != _checksum(keys, values):
                     raise SafetensorError("its checksum is another")
+        except FileNotFoundError:  # another process found it broken
+            continue
         except SafetensorError as error:
             print(f"{file} is broken ({error}) and computed again", file=sys.stderr)
-            file.unlink()
+            file.unlink(missing_ok=True)
             continue
         for row, key in enumerate(keys.numpy()):
             places[key.tobytes()] = (len(shards), row)
@@ -120,12 +168,15 @@ def _read_shards(folder: Path) -> tuple[list[Tensor], dict[bytes, tuple[int, int
     return shards, places
 
 
-def _write_shard(folder: Path, keys: Sequence[bytes], values: Tensor) -> None:
+def _name(keys: Sequence[bytes]) -> str:
+    return hashlib.sha256(b"".join(keys)).hexdigest()[:16]
+
+
+def _write_shard(file: Path, keys: Sequence[bytes], values: Tensor) -> None:
     names = torch.from_numpy(np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES).copy())
-    name = hashlib.sha256(b"".join(keys)).hexdigest()[:16]
     content = {"keys": names, "values": values.contiguous()}
     metadata = {CHECKSUM: _checksum(**content)}
-    write_file(folder / f"{name}.safetensors", save(content, metadata=metadata))
+    write_file(file, save(content, metadata=metadata))
 
 
 def _checksum(keys: Tensor, values: Tensor) -> str:
