@@ -259,9 +259,12 @@ def _measured(
     from latentdiff.evaluate.run import METRICS as TABLE
     from latentdiff.evaluate.run import evaluate
     from latentdiff.images import open_image
+    from latentdiff.scale.drawn import drawn_files
 
-    prompts = None if options.prompts is None else Path(options.prompts)
-    given = None if options.pictures is None else find_pictures(Path(options.pictures), prompts)
+    given = None
+    if options.pictures is not None:
+        folder, prompts = Path(options.pictures), None if options.prompts is None else Path(options.prompts)
+        given = find_pictures(folder, prompts, drawn_files(folder))
     references: Mapping[str, Reference] = {}
     if options.data is not None:
         size = open_image(given[0][0]).size if given else (0, 0)

@@ -23,7 +23,9 @@ METADATA = "metadata.jsonl"
 PROMPT_KEYS = ("prompt", "text", "caption")
 
 
-def find_pictures(folder: Path, prompts: Path | None = None) -> list[tuple[Path, Item]]:
+def find_pictures(
+    folder: Path, prompts: Path | None = None, files: Sequence[Path] | None = None
+) -> list[tuple[Path, Item]]:
     """Return the pictures of a folder, each with what it was to show; its prompt is empty where nothing tells it.
 
     Args:
@@ -31,13 +33,15 @@ def find_pictures(folder: Path, prompts: Path | None = None) -> list[tuple[Path,
         prompts: JSON lines with "prompt" (or "text", "caption") and maybe "file_name" and "seed": of that picture, or
             in the order of the pictures; what else a line says is the truth that metrics check by. None for
             metadata.jsonl in the folder, else for the records that pictures of latentdiff carry.
+        files: the pictures in the folder, in an order of their own; None for that of their names.
 
     Raises:
         InputError: there are no pictures, or their prompts do not fit them.
     """
     if not is_folder(folder):
         raise InputError(f"--pictures must be a folder of pictures, got {shown(str(folder))}; check the path")
-    paths = sorted((path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS), key=_natural)
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    paths = sorted(found, key=_natural) if files is None else [*files]
     if not paths:
         raise InputError(f"{folder} must hold PNG, JPEG or WebP pictures, got none; check the path")
     file = folder / METADATA if prompts is None and is_file(folder / METADATA) else prompts

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -123,6 +124,34 @@ def test_compose_checks_pictures_of_any_model(
         (tmp_path / "prompts.jsonl").write_text("\n".join([json.dumps(row), *lines[1:]]))
         error = error_of([*given, "--out", str(tmp_path / "bad")], capsys)
         assert message in error and "compose checks 0.png by its line of --prompts" in error
+
+
+def test_a_table_that_a_batch_drew_is_measured_in_its_own_order(
+    call: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `evaluate` would draw itself, drawn by `batch`: the same pictures, so the same figures."""
+    own, drawn = tmp_path / "own", tmp_path / "drawn"
+    assert main([*call, "--metrics", "compose", "--n", "12", "--out", str(own)]) == 0
+    table = str(own / "prompts.jsonl")
+    batch = ["batch", table, str(drawn), "--model", call[1], "--steps", "2", "--workers", "0", "--shard-size", "5"]
+    batch += ["--keep", "category", "--keep", "truth"]
+    assert main([*batch, "--format", "files"]) == 0
+    measure = ["evaluate", "--pictures", str(drawn), "--prompts", table, "--metrics", "compose,clip"]
+    measure += ["--judge", call[call.index("--judge") + 1], "--out", str(tmp_path / "out")]
+    assert main(measure) == 0
+    one, again = ({figure.name: figure for figure in read_report(place)[1]} for place in (own, tmp_path / "out"))
+    pictures = [[*figures["compose"].pictures.values()] for figures in (one, again)]
+    assert [int(Path(place).parent.name[:8]) for place in pictures[1]] == [0] * 5 + [1] * 5 + [2] * 2
+    for ours, theirs in zip(*pictures):
+        difference = np.asarray(open_image(own / ours), int) - np.asarray(open_image(tmp_path / "out" / theirs), int)
+        assert np.abs(difference).max() <= 1
+    assert again["compose"].estimate == one["compose"].estimate
+    with open(table, "a") as file:
+        file.write('{"prompt": "a fox", "steps": "?"}\n')
+    assert main([*batch, "--format", "files", "--max-failures", "1"]) == 0
+    assert "must have a picture of each row, got none of 1; see failures there" in error_of(measure, capsys)
+    assert main([*batch, "--new", "--max-failures", "1"]) == 0
+    assert "got webdataset; draw with --format files" in error_of(measure, capsys)
 
 
 def test_what_a_metric_needs_is_missed_before_anything_is_drawn(

@@ -182,9 +182,10 @@ def test_prompts_are_of_combinations_that_training_leaves_out() -> None:
 
 def test_prompts_are_written_and_read(tmp_path: Path) -> None:
     prompts = make_prompts(3)
-    write_prompts(prompts, tmp_path / "prompts.jsonl")
-    lines = (tmp_path / "prompts.jsonl").read_text().splitlines()
-    assert [prompt_from_json(json.loads(line)) for line in lines] == prompts
+    write_prompts(prompts, tmp_path / "prompts.jsonl", seed=7)
+    lines = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert [prompt_from_json(line) for line in lines] == prompts
+    assert [line["seed"] for line in lines] == [*range(7, 7 + len(prompts))]
 
 
 def test_colours_that_things_have_by_themselves_are_no_test_of_composition() -> None:

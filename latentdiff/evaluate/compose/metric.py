@@ -56,7 +56,7 @@ def _drawn(evaluation: Evaluation) -> tuple[list[tuple[Path, Item]], list[Prompt
     prompts = make_prompts(max(1, evaluation.count(PROMPTS) // len(CATEGORIES)), request.seed)
     items = [Item(one.text, request.seed + number) for number, one in enumerate(prompts)]
     drawn = evaluation.draw_best("compose", items)
-    write_prompts(prompts, request.out / FILE)
+    write_prompts(prompts, request.out / FILE, request.seed)
     return drawn, prompts
 
 

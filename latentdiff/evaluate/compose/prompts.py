@@ -232,13 +232,19 @@ def make_prompts(each: int, seed: int = 0) -> list[Prompt]:
     return found
 
 
-def write_prompts(prompts: Sequence[Prompt], path: str | os.PathLike[str]) -> None:
-    """Write prompts as JSON lines of prompt, category and truth.
+def write_prompts(prompts: Sequence[Prompt], path: str | os.PathLike[str], seed: int = 0) -> None:
+    """Write prompts as JSON lines of prompt, seed, category and truth.
+
+    Args:
+        seed: of the first picture; each further one has the next.
 
     Raises:
         StorageError: the file cannot be written.
     """
-    rows = [{"prompt": one.text, "category": one.category, "truth": one.truth.to_json()} for one in prompts]
+    rows = [
+        {"prompt": one.text, "seed": seed + number, "category": one.category, "truth": one.truth.to_json()}
+        for number, one in enumerate(prompts)
+    ]
     write_file(Path(path), "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
