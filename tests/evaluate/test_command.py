@@ -143,7 +143,7 @@ def test_a_table_that_a_batch_drew_is_measured_in_its_own_order(
     pictures = [[*figures["compose"].pictures.values()] for figures in (one, again)]
     assert [int(Path(place).parent.name[:8]) for place in pictures[1]] == [0] * 5 + [1] * 5 + [2] * 2
     for ours, theirs in zip(*pictures):
-        difference = np.asarray(open_image(own / ours), int) - np.asarray(open_image(tmp_path / "out" / theirs), int)
+        difference = np.asarray(open_image(own / ours), int) - np.asarray(open_image(drawn / "shards" / theirs), int)
         assert np.abs(difference).max() <= 1
     assert again["compose"].estimate == one["compose"].estimate
     with open(table, "a") as file:
