@@ -89,8 +89,17 @@ def _require_answer(address: str) -> None:
         raise _no_answer(address, error) from error
 
 
-def _no_answer(address: str | None, error: Exception) -> InputError:
+def _no_answer(address: str | None, error: BaseException) -> InputError:
     where, reason = "this machine" if address is None else shown(address), printable(" ".join(str(error).split()))[:200]
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    # By its name, as older versions of Ray have no such error.
+    if any(type(one).__name__ == "AuthenticationError" for one in causes):
+        return InputError(
+            f"the Ray cluster at {where} asks for a token, got none or another; set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN where ~/.ray/auth_token is not that of the cluster"
+        )
     return InputError(
         f"no Ray cluster answers at {where} ({reason}); start one with `ray start --head`, or check --address"
     )

@@ -21,6 +21,7 @@ from latentdiff.commands.shared import (
     parse_loras,
     read_size,
     say,
+    warnings_as_lines,
 )
 from latentdiff.errors import InputError
 from latentdiff.generation.options import BOTH, check_integer, check_number
@@ -74,6 +75,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--progress", metavar="FILE", help="append how far it is, as JSON lines")
     add_size(parser)
     add_settings(parser, *BOTH)
+    parser.add_argument(
+        "--model-engine",
+        choices=("eager", "compile", "openvino"),
+        default="eager",
+        help="what runs the networks in a worker: eager (default), compile, or openvino (on a CPU; needs the extra)",
+    )
     parser.add_argument("--attention", default="sdpa", help="sdpa (torch's own, default) or xformers (CUDA only)")
     add_marking(parser)
     add_machine(parser)
@@ -114,7 +121,8 @@ def run(options: argparse.Namespace) -> None:
         tell=cluster.tell if cluster is not None else lambda state: None,
         say=say,
     )
-    summary = run_batch(options.prompts, options.out, _job(options, job_settings, loras), how)
+    with warnings_as_lines():
+        summary = run_batch(options.prompts, options.out, _job(options, job_settings, loras), how)
     if options.json:
         print(json.dumps({**asdict(summary), "out": options.out, "seconds": round(time.perf_counter() - started, 3)}))
         return
@@ -139,6 +147,7 @@ def _job(options: argparse.Namespace, settings: dict[str, Any], loras: dict[str,
         options.prediction_type,
         options.vae,
         options.attention,
+        options.model_engine,
         tuple(embeddings),
     )
     weights = {file: weight if isinstance(weight, tuple) else (weight,) for file, weight in loras.items()}

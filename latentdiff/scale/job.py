@@ -79,8 +79,8 @@ class Job:
 
     def layout(self, record: Mapping[str, Any]) -> Layout:
         """Return the layout of its shards, by its record."""
-        named = ("model_hash", "model_defaults", "prediction_type", "dtype", "embeddings", "metadata", "mark")
-        maker = Maker({name: record[name] for name in named}, self.settings, self.loras)
+        named = ("model_hash", "model_defaults", "prediction_type", "dtype", "embeddings", "engine", "metadata", "mark")
+        maker = Maker({name: record[name] for name in named if name in record}, self.settings, self.loras)
         return Layout(maker, Columns(self.kept), str(self.format), int(self.shard_size or 0))
 
     @property

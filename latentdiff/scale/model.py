@@ -24,6 +24,7 @@ class Model:
     """A model that is not loaded yet; the arguments are those of `Pipeline.from_pretrained`.
 
     Attributes:
+        engine: what runs it; not "auto", which may be another one on each machine.
         embeddings: textual-inversion files, each with the word for it, or None for its own.
     """
 
@@ -33,6 +34,7 @@ class Model:
     prediction_type: str | None = None
     vae: str | None = None
     attention: str = "sdpa"
+    engine: str = "eager"
     embeddings: tuple[tuple[str, str | None], ...] = ()
 
     def load(self) -> Pipeline:
@@ -48,10 +50,11 @@ class Model:
             prediction_type=self.prediction_type,
             vae=self.vae,
             attention=self.attention,
+            engine=self.engine,
         )
         for file, word in self.embeddings:
             pipe = pipe.with_embedding(file, word)
-        return pipe
+        return pipe.make_ready()
 
     def facts(self) -> Mapping[str, Any]:
         """Return all of it that changes a picture, JSON-ready: hashes of its files, and the defaults of the model.
@@ -76,6 +79,9 @@ class Model:
             "prediction_type": self.prediction_type,
             "dtype": str(resolve_dtype(self.dtype)).removeprefix("torch."),
             "embeddings": [[_hash(file), word] for file, word in self.embeddings],
+            **(
+                {} if self.engine == "eager" else {"engine": self.engine}
+            ),  # as names of before there were others have none
         }
 
 

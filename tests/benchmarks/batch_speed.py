@@ -5,7 +5,8 @@
 
 Draws the same rows with the embedded model in turn (A B C A B C), each way in a process of its own: `loop` calls the
 Pipeline prompt by prompt and saves each picture, `local` and `ray` are `latentdiff batch` with workers of one thread,
-`diffusers` is its pipeline in Ray Data's pattern: actors that `map_batches` calls, each of which saves its pictures.
+`diffusers` is its pipeline in Ray Data's pattern: actors that `map_batches` calls, each of which saves its pictures;
+`openvino` and `openvino-ray` are `local` and `ray` with `--model-engine openvino`.
 What is timed is the drawing, from the moment when all have their model (their first shard) to the last picture; what a
 start takes is told apart. Then the share of planning and commit: the same job with pictures that take no time to draw.
 Prints the figures and a JSON line.
@@ -22,12 +23,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-WAYS = ("loop", "local", "ray", "diffusers")
+WAYS = ("loop", "local", "ray", "diffusers", "openvino", "openvino-ray")
 
 
 def main() -> None:
@@ -93,7 +95,7 @@ def loop(options: argparse.Namespace) -> dict[str, float]:
     return {"rate": options.rows / (time.perf_counter() - started), "start": started - begun}
 
 
-def batch(options: argparse.Namespace, engine: Any = None) -> dict[str, float]:
+def batch(options: argparse.Namespace, engine: Any = None, model_engine: str = "eager") -> dict[str, float]:
     """Draw by a job; rows are counted from the first shard of each worker on, by the times of manifests."""
     from latentdiff.scale.batch import How, run_batch
     from latentdiff.scale.job import Job
@@ -104,7 +106,7 @@ def batch(options: argparse.Namespace, engine: Any = None) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         table = write_table(Path(folder) / "rows.jsonl", rows_of(options.rows + first * options.shard_size))
         job = Job(
-            Model(device="cpu"),
+            Model(device="cpu", engine=model_engine),
             {"num_inference_steps": options.steps},
             shard_size=options.shard_size,
             batch=options.batch,
@@ -116,11 +118,11 @@ def batch(options: argparse.Namespace, engine: Any = None) -> dict[str, float]:
     return {"rate": (len(ends) - first) * options.shard_size / seconds, "start": ends[0] - begun}
 
 
-def ray(options: argparse.Namespace) -> dict[str, float]:
+def ray(options: argparse.Namespace, model_engine: str = "eager") -> dict[str, float]:
     """Draw on a cluster of this machine."""
     from latentdiff.scale.cluster import Cluster
 
-    return batch(options, Cluster(workers=options.workers))
+    return batch(options, Cluster(workers=options.workers), model_engine)
 
 
 class Peer:
@@ -202,7 +204,15 @@ def overhead(options: argparse.Namespace) -> dict[str, float]:
         return {"milliseconds": (time.process_time() - begun) / count * 1000}
 
 
-MEASURES = {"loop": loop, "local": batch, "ray": ray, "diffusers": diffusers, "overhead": overhead}
+MEASURES = {
+    "loop": loop,
+    "local": batch,
+    "ray": ray,
+    "diffusers": diffusers,
+    "openvino": partial(batch, model_engine="openvino"),
+    "openvino-ray": partial(ray, model_engine="openvino"),
+    "overhead": overhead,
+}
 
 if __name__ == "__main__":
     main()

@@ -45,6 +45,19 @@ def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
     ray_driver._require_answer("auto")
 
 
+def test_a_cluster_that_asks_for_a_token_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = type("AuthenticationError", (Exception,), {})("InvalidAuthToken")
+
+    def init(**options: Any) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster") from refused
+
+    ray = SimpleNamespace(is_initialized=lambda: False, init=init, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    message = "'auto' asks for a token, got none or another; set RAY_AUTH_MODE=token"
+    with pytest.raises(InputError, match=message), ray_driver.joined("auto"):
+        pass
+
+
 @needs_ray
 @pytest.mark.long
 def test_a_cluster_gives_the_pictures_of_processes(tmp_path: Path, built_model: Path) -> None:

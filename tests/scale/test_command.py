@@ -11,10 +11,14 @@ import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from latentdiff.cli import main
+from latentdiff.generation.result import read_record
+from latentdiff.images import open_image
 from latentdiff.pipeline import Pipeline
+from latentdiff.scale.drawn import drawn_files
 from tests.scale.small import contents, use_pipe, write_table
 
 
@@ -74,6 +78,29 @@ def test_what_cannot_be_used_is_one_line(
     assert main(["batch", "rows.jsonl", "out", *options]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_another_engine_draws_other_pictures_of_other_names(
+    table: str, tmp_path: Path, built_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("LATENTDIFF_CACHE", str(tmp_path / "cache"))
+    command = ["batch", "rows.jsonl", "--model", str(built_model), "--device", "cpu", "--steps", "2", "--workers", "0"]
+    command += ["--format", "files"]
+    openvino = [*command, "fast", "--model-engine", "openvino"]
+    assert main([*command, "plain"]) == main(openvino) == 0
+    assert capsys.readouterr().out == "3 rows in 1 shards: 3 drawn\n" * 2
+    names = [{file.stem for file in (tmp_path / out).rglob("*.png")} for out in ("plain", "fast")]
+    assert [len(one) for one in names] == [3, 3] and not names[0] & names[1]
+    files = [drawn_files(tmp_path / out) for out in ("plain", "fast")]
+    for plain, fast in zip(*(one or [] for one in files), strict=True):
+        assert (read_record(plain)["engine"], read_record(fast)["engine"]) == ("eager", "openvino")
+        difference = np.asarray(open_image(plain), int) - np.asarray(open_image(fast), int)
+        assert np.abs(difference).max() <= 1
+    assert main([*command, "fast"]) == 2
+    assert "engine was 'openvino', is None; choose another OUT" in capsys.readouterr().err
+    assert main(openvino) == 0
+    assert capsys.readouterr().out == "nothing to do: all 3 rows are in fast\n"
 
 
 def test_an_unknown_column_is_one_line(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
