@@ -154,14 +154,11 @@ def serve(
 
         from latentdiff.serve.http.guard import check_proxies, check_token
         from latentdiff.serve.http.limits import Limits
-        from latentdiff.serve.http.models import served_name
         from latentdiff.serve.http.server import Server, listen
     check_proxies(options.proxy)
     check_token(token, options.host, options.proxy)
     limits = Limits() if options.queue is None else Limits(queue=options.queue)
-    names = [served_name(model) for model in given]
-    if len(set(names)) < len(names):
-        raise InputError(f"models must have names of their own, got {', '.join(names)}; rename a folder")
+    names = _names(given)
     lora_dir = None if options.lora_dir is None else require_path(options.lora_dir, "a folder of LoRAs")
     if lora_dir is not None:
         lora_files(lora_dir)  # before models load
@@ -192,6 +189,16 @@ def serve(
         server.run(sockets=[opened])
     if server.hurried:
         raise KeyboardInterrupt("interrupted; what was being drawn is lost")
+
+
+def _names(models: list[str | None]) -> list[str]:
+    """Return the names that models are served by."""
+    from latentdiff.serve.http.models import served_name
+
+    names = [served_name(model) for model in models]
+    if len(set(names)) < len(names):
+        raise InputError(f"models must have names of their own, got {', '.join(names)}; rename a folder")
+    return names
 
 
 def _token(options: argparse.Namespace) -> str | None:

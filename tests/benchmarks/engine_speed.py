@@ -7,16 +7,21 @@ the machine stands beside: GFLOP/s of a matrix product and of a 3x3 convolution.
     OMP_NUM_THREADS=1 python tests/benchmarks/engine_speed.py
     python tests/benchmarks/engine_speed.py --batch 8 --rounds 50
     python tests/benchmarks/engine_speed.py --model sd-1.5 --batch 1 --size 64 --rounds 3 --no-openvino
+    OMP_NUM_THREADS=1 python tests/benchmarks/engine_speed.py --peers
+
+With --peers also diffusers compiled with its weights frozen, ours compiled, and optimum-intel where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -78,8 +83,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=16, help="side of the latents")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--openvino", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--peers", action="store_true", help="compiled ones too, and optimum-intel")
     options = parser.parse_args()
-    runs = candidates(options.model, options.batch, options.size, options.openvino)
+    runs = candidates(options.model, options.batch, options.size, options.openvino, options.peers)
     expected = runs["diffusers"]()
     figures: dict[str, Any] = {"machine": device_name(CPU), "threads": torch.get_num_threads(), **vars(options)}
     figures |= {"load": os.getloadavg()[0], "limits_gflops": limits()}
@@ -109,7 +115,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def candidates(model: str, batch: int, size: int, openvino: bool) -> dict[str, Callable[[], Tensor]]:
+def candidates(model: str, batch: int, size: int, openvino: bool, peers: bool) -> dict[str, Callable[[], Tensor]]:
     """Return what is timed: name -> a call of the U-Net, at the last of four timesteps."""
     unet = Pipeline.from_pretrained(device="cpu").unet if model == "embedded" else random_unet()
     peer: Any = diffusers.UNet2DConditionModel.from_config(unet.config.to_dict())
@@ -147,7 +153,48 @@ def candidates(model: str, batch: int, size: int, openvino: bool) -> dict[str, C
             runs["openvino"] = prepared(unet, "openvino")
             if computes_in(torch.bfloat16):
                 runs["openvino, bfloat16"] = prepared(half, "openvino", torch.bfloat16)
+    if peers:
+        runs["compile"] = prepared(unet, "compile")
+        frozen = torch.compile(peer)
+        torch._inductor.config.freezing = True
+
+        def compiled() -> Tensor:
+            with torch.no_grad():
+                return frozen(sample, steps[3], context).sample
+
+        runs["diffusers, compiled, frozen"] = compiled
+        if importlib.util.find_spec("optimum") is not None:
+            theirs_converted = optimum_intel(peer)
+            runs["optimum-intel"] = lambda: torch.as_tensor(theirs_converted(sample, steps[3], context)[0])
     return runs
+
+
+def optimum_intel(unet: Any) -> Any:
+    """Return a U-Net of diffusers as optimum-intel runs it by OpenVINO, in float32, in a pipeline of tiny parts."""
+    from optimum.intel import OVStableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        (place / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}))
+        (place / "merges.txt").write_text("#version: 0.2\n")
+        width = unet.config.cross_attention_dim
+        text = CLIPTextConfig(
+            vocab_size=3, hidden_size=width, intermediate_size=width, num_hidden_layers=1, num_attention_heads=4
+        )
+        pipe = diffusers.StableDiffusionPipeline(
+            vae=diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=unet.config.in_channels),
+            text_encoder=CLIPTextModel(text),
+            tokenizer=CLIPTokenizer(str(place / "vocab.json"), str(place / "merges.txt"), model_max_length=32),
+            unet=unet,
+            scheduler=diffusers.DDIMScheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipe.save_pretrained(place / "model")
+        how = {"INFERENCE_NUM_THREADS": str(torch.get_num_threads()), "INFERENCE_PRECISION_HINT": "f32"}
+        return OVStableDiffusionPipeline.from_pretrained(place / "model", export=True, ov_config=how).unet
 
 
 def random_unet() -> UNet2DConditionModel:
