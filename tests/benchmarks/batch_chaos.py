@@ -173,7 +173,7 @@ def kill_on_cluster(place: Path, options: argparse.Namespace, figures: Figures) 
             cluster.remove_node(nodes.pop(dice.randrange(len(nodes))), allow_graceful=False)
             nodes.append(cluster.add_node(num_cpus=1))
             figures.node_kills += 1
-        elif shards_in(LocalStore(broken)):
+        elif chance >= 0.8 and shards_in(LocalStore(broken)):
             driver.kill()
             driver.communicate()
             figures.driver_kills += 1

@@ -6,17 +6,17 @@ the machine stands beside: GFLOP/s of a matrix product and of a 3x3 convolution.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/engine_speed.py
     python tests/benchmarks/engine_speed.py --batch 8 --rounds 50
-    python tests/benchmarks/engine_speed.py --model sd-1.5 --batch 1 --size 64 --rounds 3 --no-openvino
-    OMP_NUM_THREADS=1 python tests/benchmarks/engine_speed.py --peers
+    python tests/benchmarks/engine_speed.py --model sd-1.5 --batch 1 --size 64 --rounds 3 --only eager,openvino
+    OMP_NUM_THREADS=1 python tests/benchmarks/engine_speed.py --only compile,openvino,diffusers-frozen,optimum-intel
 
-With --peers also diffusers compiled with its weights frozen, ours compiled, and optimum-intel where it is installed.
+`finest` is the finest level alone, `diffusers-frozen` is theirs compiled with its weights in it. Each takes memory of
+its own, so of a large network take one or two at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import os
 import statistics
@@ -39,11 +39,12 @@ from latentdiff import Pipeline
 from latentdiff.devices import device_name
 from latentdiff.engine.engines import Reusing
 from latentdiff.engine.execution import find_engine
-from latentdiff.engine.openvino_engine import computes_in, installed
 from latentdiff.models.layers import Upsample2D
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 
 CPU = torch.device("cpu")
+USUAL = ("eager", "finest", "eager-bfloat16", "channels-last", "sub-pixel", "openvino", "openvino-bfloat16")
+NAMES = (*USUAL, "compile", "diffusers-frozen", "optimum-intel")
 
 
 class SubPixelUpsample(nn.Module):
@@ -82,10 +83,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="rows, two for each guided picture")
     parser.add_argument("--size", type=int, default=16, help="side of the latents")
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--openvino", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--peers", action="store_true", help="compiled ones too, and optimum-intel")
+    parser.add_argument("--only", default=",".join(USUAL), help=f"comma-separated, of {', '.join(NAMES)}")
     options = parser.parse_args()
-    runs = candidates(options.model, options.batch, options.size, options.openvino, options.peers)
+    known = candidates(options)
+    runs = {name: known[name]() for name in ("diffusers", *options.only.split(","))}
     expected = runs["diffusers"]()
     figures: dict[str, Any] = {"machine": device_name(CPU), "threads": torch.get_num_threads(), **vars(options)}
     figures |= {"load": os.getloadavg()[0], "limits_gflops": limits()}
@@ -115,58 +116,63 @@ def main() -> None:
 
 
 @torch.no_grad()
-def candidates(model: str, batch: int, size: int, openvino: bool, peers: bool) -> dict[str, Callable[[], Tensor]]:
-    """Return what is timed: name -> a call of the U-Net, at the last of four timesteps."""
-    unet = Pipeline.from_pretrained(device="cpu").unet if model == "embedded" else random_unet()
+def candidates(options: argparse.Namespace) -> dict[str, Callable[[], Callable[[], Tensor]]]:
+    """Return what can be timed: name -> what makes a call of the U-Net, at the last of four timesteps."""
+    unet = Pipeline.from_pretrained(device="cpu").unet if options.model == "embedded" else random_unet()
     peer: Any = diffusers.UNet2DConditionModel.from_config(unet.config.to_dict())
     peer.load_state_dict(unet.state_dict(), assign=True)
     generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(batch, unet.config.in_channels, size, size, generator=generator)
-    context = torch.randn(batch, *((32, 384) if model == "embedded" else (77, 768)), generator=generator)
-    steps, row = torch.tensor([999.0, 700.0, 400.0, 100.0]), torch.full((batch,), 3)
+    sample = torch.randn(options.batch, unet.config.in_channels, options.size, options.size, generator=generator)
+    length = (32, 384) if options.model == "embedded" else (77, 768)
+    context = torch.randn(options.batch, *length, generator=generator)
+    steps, row = torch.tensor([999.0, 700.0, 400.0, 100.0]), torch.full((options.batch,), 3)
 
     def prepared(unet: UNet2DConditionModel, engine: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
-        ready = unet.prepare(steps, context.to(dtype)).run_by(find_engine(engine, CPU, dtype).predict(unet))
-        return lambda: ready(sample.to(dtype), row).float()
-
-    half = copy.deepcopy(unet).bfloat16()
-    reusing = unet.prepare(steps, context).run_by(Reusing(unet, 10**9))
-    reusing(sample, row)
-
-    def theirs() -> Tensor:
-        with torch.no_grad():
-            return peer(sample, steps[3], context).sample
-
-    runs = {
-        "diffusers": theirs,
-        "eager": prepared(unet),
-        "eager, finest level alone": lambda: reusing(sample, row),
-        "eager, bfloat16": prepared(half, dtype=torch.bfloat16),
-    }
-    if model == "embedded":  # of a large one there would be three copies too many
-        ready = copy.deepcopy(unet).to(memory_format=torch.channels_last).prepare(steps, context)
-        runs["eager, channels last"] = lambda: ready(sample.contiguous(memory_format=torch.channels_last), row)
-        runs["eager, sub-pixel"] = prepared(with_sub_pixels(copy.deepcopy(unet)))
-    if openvino and installed():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it converts
-            runs["openvino"] = prepared(unet, "openvino")
-            if computes_in(torch.bfloat16):
-                runs["openvino, bfloat16"] = prepared(half, "openvino", torch.bfloat16)
-    if peers:
-        runs["compile"] = prepared(unet, "compile")
-        frozen = torch.compile(peer)
-        torch._inductor.config.freezing = True
+            ready = unet.prepare(steps, context.to(dtype)).run_by(find_engine(engine, CPU, dtype).predict(unet))
+        return lambda: ready(sample.to(dtype), row).float()
 
-        def compiled() -> Tensor:
+    def half(engine: str = "eager") -> Any:
+        return prepared(copy.deepcopy(unet).bfloat16(), engine, torch.bfloat16)
+
+    def finest() -> Any:
+        reusing = unet.prepare(steps, context).run_by(Reusing(unet, 10**9))
+        reusing(sample, row)
+        return lambda: reusing(sample, row)
+
+    def channels_last() -> Any:
+        ready = copy.deepcopy(unet).to(memory_format=torch.channels_last).prepare(steps, context)
+        return lambda: ready(sample.contiguous(memory_format=torch.channels_last), row)
+
+    def of_diffusers(network: Any) -> Any:
+        def run() -> Tensor:
             with torch.no_grad():
-                return frozen(sample, steps[3], context).sample
+                return network(sample, steps[3], context).sample
 
-        runs["diffusers, compiled, frozen"] = compiled
-        if importlib.util.find_spec("optimum") is not None:
-            theirs_converted = optimum_intel(peer)
-            runs["optimum-intel"] = lambda: torch.as_tensor(theirs_converted(sample, steps[3], context)[0])
-    return runs
+        return run
+
+    def frozen() -> Any:
+        torch._inductor.config.freezing = True
+        return of_diffusers(torch.compile(peer))
+
+    def optimum() -> Any:
+        network = optimum_intel(peer)
+        return lambda: torch.as_tensor(network(sample, steps[3], context)[0])
+
+    return {
+        "diffusers": lambda: of_diffusers(peer),
+        "eager": lambda: prepared(unet),
+        "finest": finest,
+        "eager-bfloat16": half,
+        "channels-last": channels_last,
+        "sub-pixel": lambda: prepared(with_sub_pixels(copy.deepcopy(unet))),
+        "openvino": lambda: prepared(unet, "openvino"),
+        "openvino-bfloat16": lambda: half("openvino"),
+        "compile": lambda: prepared(unet, "compile"),
+        "diffusers-frozen": frozen,
+        "optimum-intel": optimum,
+    }
 
 
 def optimum_intel(unet: Any) -> Any:
