@@ -72,17 +72,17 @@ class Model:
             if not is_file(file):
                 raise InputError(f"--embedding names {shown(file)}, and there is no such file; check the path")
         source = ModelSource(place, None if self.vae is None else Path(self.vae))
-        return {
+        facts = {
             "model": recorded_name(name),
             "model_hash": source.hash,
             "model_defaults": defaults,
             "prediction_type": self.prediction_type,
             "dtype": str(resolve_dtype(self.dtype)).removeprefix("torch."),
             "embeddings": [[_hash(file), word] for file, word in self.embeddings],
-            **(
-                {} if self.engine == "eager" else {"engine": self.engine}
-            ),  # as names of before there were others have none
         }
+        if self.engine != "eager":  # which pictures were drawn with, and named by, before there was a choice
+            facts["engine"] = self.engine
+        return facts
 
 
 def _hash(file: str) -> str:

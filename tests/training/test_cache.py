@@ -173,6 +173,12 @@ def test_a_damaged_shard_is_found_by_its_checksum(
     assert len(again.asked) == 8
 
 
+def test_a_disk_that_damages_all_it_holds_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "write_file", lambda file, data: file.write_bytes(data[:50]))
+    with pytest.raises(StorageError, match="is damaged again and again; set another `cache`"):
+        filled(tmp_path, 3, Encoder())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
 def test_what_is_no_float16_is_not_kept(tmp_path: Path, value: float) -> None:
     with pytest.raises(InputError, match="values that are no float16"):

@@ -29,6 +29,7 @@ from latentdiff.images import write_file
 
 SHARD_ENTRIES = 1024
 KEY_BYTES = 16
+ATTEMPTS = 3  # at shards that are found damaged after they were written
 PAUSE = 0.2  # seconds between looks at the shards that other processes have in hand
 STALE = 3600.0  # seconds after which a file that is not whole is of a process that was killed
 CHECKSUM = "sha256"  # in the metadata of a shard
@@ -81,7 +82,9 @@ def stored(
         _remove_remains(folder)
         shards, places = _read_shards(folder)
         lacking = list({key: n for n, key in reversed(list(enumerate(keys))) if key not in places}.values())
-        while lacking:  # again where a shard of another process is found damaged
+        for _ in range(ATTEMPTS):
+            if not lacking:
+                break
             progress = tqdm(total=len(lacking), desc=folder.name)
             _fill(folder, keys, list(_parts(lacking, shapes)), encode, batch_size, progress)
             progress.close()
@@ -89,6 +92,8 @@ def stored(
             lacking = [n for n in lacking if keys[n] not in places]
     except OSError as error:
         raise StorageError(f"could not write the cache {folder}: {error}; free space or set another `cache`") from error
+    if lacking:
+        raise StorageError(f"the cache {folder} is damaged again and again; set another `cache`, and check the disk")
     return CachedTensors(shards, np.array([places[key] for key in keys], dtype=np.int64).reshape(-1, 2))
 
 
