@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,7 @@ class Encoder:
         return torch.tensor(numbers, dtype=torch.float32)[:, None].expand(-1, 3)
 
 
-def filled(folder: Path, count: int, encode: Encoder) -> CachedTensors:
+def filled(folder: Path, count: int, encode: Callable[[Sequence[int]], torch.Tensor]) -> CachedTensors:
     return stored(folder, [key(n) for n in range(count)], encode, [()] * count, batch_size=4)
 
 
@@ -101,17 +101,21 @@ def test_several_at_once_share_it_out(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_shards")
 def test_after_kill_9_finished_shards_are_kept_and_another_process_takes_what_was_in_hand(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from latentdiff.training.data import cache\n"
+        "import sys, time; from pathlib import Path; from latentdiff.training.data import cache\n"
         "from tests.training.test_cache import *\n"
-        "cache.SHARD_ENTRIES = 8; filled(Path(sys.argv[1]), 80, Encoder(delay=0.5))"
+        "def encode(numbers):\n"
+        "    if min(numbers) >= 16:\n"
+        "        Path(sys.argv[2]).touch(); time.sleep(600)\n"
+        "    return Encoder()(numbers)\n"
+        "cache.SHARD_ENTRIES = 8; filled(Path(sys.argv[1]), 80, encode)"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL)
-    while len(list(tmp_path.glob("*.safetensors"))) < 2 and process.poll() is None:
-        time.sleep(0.01)
-    while not list(tmp_path.glob("*.lock")) and process.poll() is None:
+    place, stuck = tmp_path / "cache", tmp_path / "stuck"
+    command = [sys.executable, "-c", script, str(place), str(stuck)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not stuck.exists() and process.poll() is None:
         time.sleep(0.01)
     rest, whole = Encoder(), filled(tmp_path / "unbroken", 80, Encoder())
-    helping = threading.Thread(target=filled, args=(tmp_path, 80, rest))
+    helping = threading.Thread(target=filled, args=(place, 80, rest))
     helping.start()
     while len(rest.asked) < 80 - 24 and helping.is_alive():
         time.sleep(0.01)
@@ -120,8 +124,8 @@ def test_after_kill_9_finished_shards_are_kept_and_another_process_takes_what_wa
     process.wait()
     helping.join()
     assert len(rest.asked) == len(set(rest.asked)) == 80 - 16
-    assert torch.equal(filled(tmp_path, 80, rest).take(range(80)), whole.take(range(80)))
-    names = [{file.name for file in place.glob("*.*")} for place in (tmp_path, tmp_path / "unbroken")]
+    assert torch.equal(filled(place, 80, rest).take(range(80)), whole.take(range(80)))
+    names = [{file.name for file in folder.glob("*.*")} for folder in (place, tmp_path / "unbroken")]
     assert names[0] == names[1]
 
 
