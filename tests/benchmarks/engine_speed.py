@@ -1,4 +1,4 @@
-"""A call of a U-Net by diffusers, by ours, by candidates for ours and by OpenVINO, in turns on one input.
+"""A call of a U-Net or decoder by diffusers, by ours, by candidates for ours and by OpenVINO, in turns on one input.
 
 The network is the embedded one, or one of Stable Diffusion 1.5's shape with random weights.
 Each is timed by the clock and by the processor; with one thread the second is right on a busy machine too. The limit of
@@ -8,6 +8,7 @@ the machine stands beside: GFLOP/s of a matrix product and of a 3x3 convolution.
     python tests/benchmarks/engine_speed.py --batch 8 --rounds 50
     python tests/benchmarks/engine_speed.py --model sd-1.5 --batch 1 --size 64 --rounds 3 --only eager,openvino
     OMP_NUM_THREADS=1 python tests/benchmarks/engine_speed.py --only compile,openvino,diffusers-frozen,optimum-intel
+    python tests/benchmarks/engine_speed.py --part decoder --model sd-1.5 --batch 1 --size 64 --rounds 3
 
 `finest` is the finest level alone, `diffusers-frozen` is theirs compiled with its weights in it. Each takes memory of
 its own, so of a large network take one or two at a time.
@@ -39,11 +40,12 @@ from latentdiff import Pipeline
 from latentdiff.devices import device_name
 from latentdiff.engine.engines import Reusing
 from latentdiff.engine.execution import find_engine
+from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.layers import Upsample2D
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 
 CPU = torch.device("cpu")
-USUAL = ("eager", "finest", "eager-bfloat16", "channels-last", "sub-pixel", "openvino", "openvino-bfloat16")
+USUAL = ("eager", "eager-bfloat16", "openvino", "openvino-bfloat16", "finest", "channels-last", "sub-pixel")
 NAMES = (*USUAL, "compile", "diffusers-frozen", "optimum-intel")
 
 
@@ -80,13 +82,15 @@ def main() -> None:
     parser.add_argument(
         "--model", choices=["embedded", "sd-1.5"], default="embedded", help="the second: random weights"
     )
+    parser.add_argument("--part", choices=["unet", "decoder"], default="unet")
     parser.add_argument("--batch", type=int, default=2, help="rows, two for each guided picture")
     parser.add_argument("--size", type=int, default=16, help="side of the latents")
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--only", default=",".join(USUAL), help=f"comma-separated, of {', '.join(NAMES)}")
+    parser.add_argument("--only", help=f"comma-separated, of {', '.join(NAMES)}; the first four alone of a decoder")
     options = parser.parse_args()
-    known = candidates(options)
-    runs = {name: known[name]() for name in ("diffusers", *options.only.split(","))}
+    known = candidates(options) if options.part == "unet" else decoders(options)
+    names = [name for name in USUAL if name in known] if options.only is None else options.only.split(",")
+    runs = {name: known[name]() for name in ("diffusers", *names)}
     expected = runs["diffusers"]()
     figures: dict[str, Any] = {"machine": device_name(CPU), "threads": torch.get_num_threads(), **vars(options)}
     figures |= {"load": os.getloadavg()[0], "limits_gflops": limits()}
@@ -172,6 +176,45 @@ def candidates(options: argparse.Namespace) -> dict[str, Callable[[], Callable[[
         "compile": lambda: prepared(unet, "compile"),
         "diffusers-frozen": frozen,
         "optimum-intel": optimum,
+    }
+
+
+@torch.no_grad()
+def decoders(options: argparse.Namespace) -> dict[str, Callable[[], Callable[[], Tensor]]]:
+    """Return what can be timed of a decoder; see `candidates`."""
+    torch.manual_seed(0)
+    shape = AutoencoderConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+    own = Pipeline.from_pretrained(device="cpu").autoencoder if options.model == "embedded" else AutoencoderKL(shape)
+    assert isinstance(own, AutoencoderKL)
+    own = own.eval()
+    peer: Any = diffusers.AutoencoderKL.from_config(own.config.to_dict())
+    peer.load_state_dict(own.state_dict(), assign=True)
+    latents = torch.randn(options.batch, own.config.latent_channels, options.size, options.size)
+
+    def ours(network: AutoencoderKL, engine: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            decode = find_engine(engine, CPU, dtype).decode(network)
+
+        def run() -> Tensor:
+            with torch.no_grad():
+                return decode(latents.to(dtype)).float()
+
+        return run
+
+    def half(engine: str = "eager") -> Any:
+        return ours(copy.deepcopy(own).bfloat16(), engine, torch.bfloat16)
+
+    def theirs() -> Tensor:
+        with torch.no_grad():
+            return peer.decode(latents).sample
+
+    return {
+        "diffusers": lambda: theirs,
+        "eager": lambda: ours(own),
+        "eager-bfloat16": half,
+        "openvino": lambda: ours(own, "openvino"),
+        "openvino-bfloat16": lambda: half("openvino"),
     }
 
 
