@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from latentdiff.errors import InputError, shown, suggest
 from latentdiff.memory import machine_memory, peak_of_process
@@ -16,6 +20,7 @@ __all__ = [
     "DTYPES",
     "OutOfDeviceMemoryError",
     "Pace",
+    "Recorder",
     "copies_unwaited",
     "count_gpus",
     "device_name",
@@ -26,15 +31,20 @@ __all__ = [
     "number_of_gpu",
     "peak_memory",
     "peak_of_process",
+    "record_kernels",
     "release_freed_memory",
     "resolve_device",
     "resolve_dtype",
     "restored_random_state",
     "supports_bfloat16",
+    "timed",
     "widest_float",
 ]
 
 OutOfDeviceMemoryError = torch.cuda.OutOfMemoryError
+# (call, its device) -> what starts the kernels of the call again, and what it returned, which they write anew
+Recorder = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None], Tensor]]
+WARM = 3  # calls before one is recorded, in which libraries choose and make their kernels
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -152,6 +162,41 @@ def release_freed_memory() -> None:
     """Give back what torch keeps of a GPU's memory for later."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def record_kernels(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Record a call on a GPU as a CUDA graph; see `Recorder`. What it reads must stay where it is.
+
+    Raises:
+        RuntimeError: it waits for the GPU, or memory is short.
+    """
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM):
+                call()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=_graph_memory(), capture_error_mode="thread_local"):
+            output = call()
+    return graph.replay, output
+
+
+@cache
+def _graph_memory() -> Any:
+    """Return the memory that all graphs share, of which only one runs at a time."""
+    return torch.cuda.graph_pool_handle()
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds from a device that is idle to one that is again."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+    wait(device)
+    started = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - started
 
 
 def supports_bfloat16(device: torch.device) -> bool:

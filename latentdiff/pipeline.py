@@ -110,8 +110,8 @@ class Pipeline:
             attention: "sdpa", torch's own, or "xformers", which must be installed and runs on CUDA only.
             offload: keep all networks in CPU memory and have each on the device only while it runs.
             tile_size: see `Pipeline`.
-            engine: what runs U-Net and decoder: "eager", PyTorch as it is; "compile", PyTorch compiled; "openvino", on
-                a CPU, where that is installed; "auto" for the fastest that begins at once. See docs/engines.md.
+            engine: what runs U-Net and decoder: "eager", PyTorch as it is; "compile", PyTorch compiled; "graphs", on
+                NVIDIA GPUs; "openvino", on a CPU; "auto" for the fastest that begins at once. See docs/engines.md.
             local: of models on a hub, take only what is in the cache already.
 
         Raises:

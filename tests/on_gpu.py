@@ -40,7 +40,9 @@ DATA, DRAWN = "data/emoji128", ("--size", "128", "--scenes", "30000")  # what th
 TRAIN, DRAW = "tests/benchmarks/train_throughput.py", "tests/benchmarks/draw_throughput.py"
 FIGURES: dict[str, tuple[str, int]] = {
     "embedded, drawing": (f"{DRAW} --batches 1 8 64 --rounds 3", 90),
+    "embedded, graphs": (f"{DRAW} --graphs --batches 1 8 64 --rounds 3", 90),
     "embedded, training": (f"{TRAIN} --precision bf16 --batch-size 256 --rounds 5", 90),
+    "sd1.5, float16, graphs": (f"{DRAW} --graphs --model sd1.5 --dtype float16 --batches 1 8 --rounds 3", 120),
     "sd1.5, float16": (f"{DRAW} --model sd1.5 --dtype float16 --rounds 3", 90),
     "sd2-256, training": (f"{TRAIN} --model sd2-256 --precision bf16 --batch-size 32 --rounds 5", 120),
     "sd1.5, float16, compiled": (f"{DRAW} --model sd1.5 --dtype float16 --compile --rounds 3", 180),

@@ -77,9 +77,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, *BOTH)
     parser.add_argument(
         "--model-engine",
-        choices=("eager", "compile", "openvino"),
+        choices=("eager", "compile", "graphs", "openvino"),
         default="eager",
-        help="what runs the networks in a worker: eager (default), compile, or openvino (on a CPU; needs the extra)",
+        help="what runs the networks in a worker, as --engine of `latentdiff generate` (default eager)",
     )
     parser.add_argument("--attention", default="sdpa", help="sdpa (torch's own, default) or xformers (CUDA only)")
     add_marking(parser)

@@ -20,7 +20,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder, safetensors file, or owner/name on a hub; the embedded one by default")
     parser.add_argument("--device", help="cpu, cuda, mps; the fastest there is by default")
     parser.add_argument(
-        "--engines", metavar="E,E", default="", help="eager and, on a CPU, openvino by default; compile takes minutes"
+        "--engines",
+        metavar="E,E",
+        default="",
+        help="eager, and openvino on a CPU or graphs on a GPU, by default; compile takes minutes",
     )
     parser.add_argument("--dtypes", metavar="D,D", default="", help="all that the device computes in by default")
     parser.add_argument("--steps", type=int, help="of a picture; the model's own by default")

@@ -170,7 +170,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine",
         metavar="E",
-        help="what runs the networks: eager (default), compile, openvino (on a CPU; needs the extra openvino), or auto",
+        help="what runs the networks: eager (default), compile, graphs (on NVIDIA GPUs), openvino (on a CPU; needs "
+        "the extra openvino), or auto",
     )
 
 

@@ -13,12 +13,18 @@ from latentdiff.engine.compiled import Compiled
 from latentdiff.engine.engines import Eager, Engine
 from latentdiff.engine.offload import Offload
 from latentdiff.engine.openvino_engine import OpenVINO, computes_in, installed
+from latentdiff.engine.recorded import Recorded
 from latentdiff.errors import InputError, shown, suggest
 
 __all__ = ["AUTO", "ENGINES", "Execution", "find_engine", "settle"]
 
 AUTO = "auto"
-ENGINES: dict[str, type[Engine]] = {"eager": Eager, "compile": Compiled, "openvino": OpenVINO}
+ENGINES: dict[str, type[Engine]] = {
+    "eager": Eager,
+    "compile": Compiled,
+    "graphs": Recorded,
+    "openvino": OpenVINO,
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,10 @@ def find_engine(name: str, device: torch.device, dtype: torch.dtype, *, offload:
         raise InputError(f"engine {name!r} keeps networks where they run, got offload; leave out one of them")
     if name == "compile":
         return Compiled(device)
+    if name == "graphs":
+        if device.type != "cuda":
+            raise InputError(f"engine 'graphs' is for NVIDIA GPUs, got {device.type}; leave it out")
+        return Recorded()
     if device.type != "cpu":
         raise InputError(f"engine 'openvino' runs on a CPU, got {device.type}; use --device cpu or another engine")
     return OpenVINO(dtype)

@@ -26,7 +26,7 @@ from latentdiff.pipeline import Pipeline
 __all__ = ["Bench", "Row", "candidates", "load_average", "measure"]
 
 PROMPTS = ("a red fox", "a blue car", "a birthday cake", "a house")  # of the pictures that are compared
-ENGINES = ("eager", "openvino", "compile")
+ENGINES = ("eager", "openvino", "graphs", "compile")
 # `latentdiff` in a process of its own, which tells last how much memory it held.
 GENERATE = """
 import sys
@@ -94,7 +94,8 @@ def candidates(
     """
     place = resolve_device(device)
     if not engines:
-        engines = ("eager", *(("openvino",) if place.type == "cpu" and installed() else ()))
+        more = {"cpu": ["openvino"] if installed() else [], "cuda": ["graphs"]}
+        engines = ["eager", *more.get(place.type, [])]
     dtypes = dtypes or fast_dtypes(place)
     yield settle(place, "float32", "eager")
     for engine in engines:

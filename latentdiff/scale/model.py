@@ -18,6 +18,8 @@ from latentdiff.pipeline import Pipeline
 
 __all__ = ["Model"]
 
+SAME_BITS = ("eager", "graphs")  # engines that pictures have no names of their own by
+
 
 @dataclass(frozen=True)
 class Model:
@@ -80,7 +82,7 @@ class Model:
             "dtype": str(resolve_dtype(self.dtype)).removeprefix("torch."),
             "embeddings": [[_hash(file), word] for file, word in self.embeddings],
         }
-        if self.engine != "eager":  # which pictures were drawn with, and named by, before there was a choice
+        if self.engine not in SAME_BITS:
             facts["engine"] = self.engine
         return facts
 

@@ -1,7 +1,7 @@
 """Steps and pictures a second of drawing, against diffusers on the same weights, in turns; random weights will do.
 
 Both draw with DDIM and classifier-free guidance. Steps are timed without the decoder, pictures with it. `--compile`
-compiles both U-Nets; compiling is not timed.
+compiles both U-Nets, `--graphs` runs ours as CUDA graphs; neither compiling nor recording is timed.
 
     python tests/benchmarks/draw_throughput.py --batches 1 8
     python tests/benchmarks/draw_throughput.py --model sd1.5 --dtype float16 --compile
@@ -28,6 +28,7 @@ from latentdiff.checkpoints import Components, embedded_model
 from latentdiff.checkpoints.family import clip_tokenizer, families
 from latentdiff.devices import DTYPES
 from latentdiff.diffusion import NoiseSchedule
+from latentdiff.engine.recorded import Recorded
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.bert import BertConfig, BertModel
 from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--model", choices=["embedded", "sd1.5"], default="embedded")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--graphs", action="store_true")
     parser.add_argument("--batches", type=int, nargs="+", default=[1], help="pictures at once")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--size", type=int, help="side of the pictures in pixels, unless the model's own")
@@ -50,6 +52,8 @@ def main() -> None:
     options = parser.parse_args()
     pipe = Pipeline(build(options.model)).to(dtype=options.dtype)
     peer = pipe.to_diffusers()
+    if options.graphs:
+        pipe = Pipeline(pipe.components, engine=Recorded())
     peer.scheduler = diffusers.DDIMScheduler.from_config(peer.scheduler.config)
     peer.set_progress_bar_config(disable=True)
     peer.safety_checker = None

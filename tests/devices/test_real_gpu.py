@@ -34,6 +34,7 @@ from latentdiff.checkpoints import embedded_model
 from latentdiff.checkpoints.lora import save_lora
 from latentdiff.cli import main
 from latentdiff.diffusion import NoiseSchedule
+from latentdiff.engine import recorded
 from latentdiff.evaluate import negative_log_likelihood
 from latentdiff.training import check, monitor
 from tests.checkpoints.test_lora import lora_of
@@ -159,6 +160,17 @@ def test_equal_calls_draw_equal_pictures(models: dict[str, Pipeline]) -> None:
     pipe = models["text"].to(DEVICE, "float16")
     first, second = (numbers(TASKS["text"][1](pipe)) for _ in range(2))
     assert np.array_equal(first, second)
+
+
+@only_gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_graphs_draw_the_same_bits(models: dict[str, Pipeline], dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "GAIN", 0.0)  # however fast they are
+    pipe = models["text"].to(DEVICE, dtype)
+    graphs = Pipeline(pipe.components, engine=recorded.Recorded())
+    for seed in (0, 1):
+        plain, drawn = (numbers(one("a fox", num_inference_steps=4, seed=seed)) for one in (pipe, graphs))
+        assert np.array_equal(plain, drawn)
 
 
 @only_gpu

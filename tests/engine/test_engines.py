@@ -39,6 +39,7 @@ def unet(name: str = "sd1") -> UNet2DConditionModel:
         ("eagre", CPU, torch.float32, False, "'eagre' is unknown"),
         (3, CPU, torch.float32, False, "engine 3 is unknown"),
         ("compile", CUDA, torch.float32, True, "'compile' keeps networks where they run, got offload"),
+        ("graphs", CPU, torch.float32, False, "'graphs' is for NVIDIA GPUs, got cpu"),
         ("openvino", CUDA, torch.float32, False, "runs on a CPU, got cuda"),
         ("openvino", CPU, torch.float16, False, "computes in float32 or bfloat16, got float16"),
     ],
