@@ -35,13 +35,14 @@ from latentdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.tokenizer import Tokenizer
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 
+FAMILIES = {"sd1.5": "Stable Diffusion 1.x", "sdxl": "Stable Diffusion XL"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPT, GUIDANCE = "a red fox", 4.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["embedded", "sd1.5"], default="embedded")
+    parser.add_argument("--model", choices=["embedded", *FAMILIES], default="embedded")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--graphs", action="store_true")
@@ -50,7 +51,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="side of the pictures in pixels, unless the model's own")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    pipe = Pipeline(build(options.model)).to(dtype=options.dtype)
+    torch.set_default_dtype(DTYPES[options.dtype])  # as a large model has no room twice
+    pipe = Pipeline(build(options.model))
+    torch.set_default_dtype(torch.float32)
     peer = pipe.to_diffusers()
     if options.graphs:
         pipe = Pipeline(pipe.components, engine=Recorded())
@@ -70,6 +73,7 @@ def main() -> None:
 
 def build(model: str) -> Components:
     """Return a model of random weights on the device, in the shape of a published one or of that of the package."""
+    more: dict[str, Any] = {}
     with torch.device(DEVICE):
         if model == "embedded":
             folder = embedded_model()
@@ -78,19 +82,22 @@ def build(model: str) -> Components:
             tokenizer: Any = Tokenizer.from_folder(folder / "tokenizer")
             schedule = NoiseSchedule.from_dict(json.loads((folder / "scheduler/scheduler_config.json").read_text()))
         else:
-            shape = families()["Stable Diffusion 1.x"]
+            shape = families()[FAMILIES[model]]
             configs = {"unet": shape["unet"], "vae": shape["vae"]}
-            text = CLIPTextModel(CLIPTextConfig.from_dict(shape["text"][0]["config"]))
-            tokenizer, schedule = clip_tokenizer(shape["text"][0]["pad"]), NoiseSchedule(**shape["schedule"])
-        networks: Any = (
-            UNet2DConditionModel(UNetConfig.from_dict(configs["unet"])),
-            AutoencoderKL(AutoencoderConfig.from_dict(configs["vae"])),
-            text,
-        )
-    for network in networks:
+            texts = [
+                (CLIPTextModel(CLIPTextConfig.from_dict(one["config"])), clip_tokenizer(one["pad"]))
+                for one in shape["text"]
+            ]
+            (text, tokenizer), schedule = texts[0], NoiseSchedule(**shape["schedule"])
+            if len(texts) > 1:
+                more = {"text_encoder_2": texts[1][0], "tokenizer_2": texts[1][1], "force_zeros": shape["force_zeros"]}
+        unet = UNet2DConditionModel(UNetConfig.from_dict(configs["unet"]))
+        autoencoder = AutoencoderKL(AutoencoderConfig.from_dict(configs["vae"]))
+    for network in (unet, autoencoder, text, more.get("text_encoder_2", text)):
         network.requires_grad_(False).eval()
-    unet, autoencoder, text = networks
-    return Components(unet=unet, autoencoder=autoencoder, text_encoder=text, tokenizer=tokenizer, schedule=schedule)
+    return Components(
+        unet=unet, autoencoder=autoencoder, text_encoder=text, tokenizer=tokenizer, schedule=schedule, **more
+    )
 
 
 def compare(pipe: Pipeline, peer: Any, count: int, output: str, options: argparse.Namespace) -> dict[str, Any]:
