@@ -102,11 +102,14 @@ def run(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             check_integer(f"--{name.replace('_', '-')}", getattr(options, name), 1, 100_000, "leave it out")
     load_torch()
+    from latentdiff.engine.execution import settle
     from latentdiff.scale.batch import How, run_batch
     from latentdiff.scale.cluster import Cluster, require_ray
 
     started, cluster = time.perf_counter(), None
-    if options.engine == "ray":
+    if options.engine == "local":
+        settle(options.device, options.dtype, options.model_engine)  # refuses before anything is written
+    else:
         require_ray()
         cluster = Cluster(options.address, options.workers or None, options.gpus_per_worker)
     how = How(

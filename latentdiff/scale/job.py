@@ -16,7 +16,7 @@ from latentdiff.generation.options import check_integer
 from latentdiff.generation.result import recorded_name
 from latentdiff.scale.drawing import Style
 from latentdiff.scale.formats import FORMATS
-from latentdiff.scale.model import Model
+from latentdiff.scale.model import EAGER, Model
 from latentdiff.scale.plan import Layout
 from latentdiff.scale.rows import Columns, Maker, file_hash
 from latentdiff.scale.store import Store, write_bytes
@@ -79,8 +79,9 @@ class Job:
 
     def layout(self, record: Mapping[str, Any]) -> Layout:
         """Return the layout of its shards, by its record."""
-        named = ("model_hash", "model_defaults", "prediction_type", "dtype", "embeddings", "engine", "metadata", "mark")
-        maker = Maker({name: record[name] for name in named if name in record}, self.settings, self.loras)
+        named = ["model_hash", "model_defaults", "prediction_type", "dtype", "embeddings", "metadata", "mark"]
+        named += ["engine"] if record["engine"] != EAGER else []  # so that pictures of before keep their names
+        maker = Maker({name: record[name] for name in named}, self.settings, self.loras)
         return Layout(maker, Columns(self.kept), str(self.format), int(self.shard_size or 0))
 
     @property
@@ -157,4 +158,4 @@ def _read(store: Store) -> dict[str, Any] | None:
     tree = parse_json(data, place)
     if not isinstance(tree, dict) or tree.get("version") != VERSION:
         raise InputError(f"{shown(place, 200)} must be of version {VERSION}, got another; choose another OUT")
-    return tree
+    return {"engine": EAGER, **tree}  # which jobs of before do not say

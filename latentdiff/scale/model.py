@@ -16,9 +16,10 @@ from latentdiff.files import fingerprint, is_file, open_file
 from latentdiff.generation.result import recorded_name
 from latentdiff.pipeline import Pipeline
 
-__all__ = ["Model"]
+__all__ = ["EAGER", "Model"]
 
-SAME_BITS = ("eager", "graphs")  # engines that pictures have no names of their own by
+EAGER = "eager"
+SAME_BITS = (EAGER, "graphs")  # engines that draw the same pictures
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Model:
     prediction_type: str | None = None
     vae: str | None = None
     attention: str = "sdpa"
-    engine: str = "eager"
+    engine: str = EAGER
     embeddings: tuple[tuple[str, str | None], ...] = ()
 
     def load(self) -> Pipeline:
@@ -74,17 +75,15 @@ class Model:
             if not is_file(file):
                 raise InputError(f"--embedding names {shown(file)}, and there is no such file; check the path")
         source = ModelSource(place, None if self.vae is None else Path(self.vae))
-        facts = {
+        return {
             "model": recorded_name(name),
             "model_hash": source.hash,
             "model_defaults": defaults,
             "prediction_type": self.prediction_type,
             "dtype": str(resolve_dtype(self.dtype)).removeprefix("torch."),
+            "engine": EAGER if self.engine in SAME_BITS else self.engine,
             "embeddings": [[_hash(file), word] for file, word in self.embeddings],
         }
-        if self.engine not in SAME_BITS:
-            facts["engine"] = self.engine
-        return facts
 
 
 def _hash(file: str) -> str:

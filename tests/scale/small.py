@@ -124,7 +124,8 @@ def die_at(boundary: int) -> None:
 
 def use_scribe(monkeypatch: Any) -> list[str]:
     """Have all jobs of this process drawn by a `Scribe`; return the prompts that it draws."""
-    facts = dict.fromkeys(("model", "model_hash", "model_defaults", "prediction_type", "dtype", "embeddings"), "one")
+    names = ("model", "model_hash", "model_defaults", "prediction_type", "dtype", "engine", "embeddings")
+    facts = dict.fromkeys(names, "one") | {"engine": "eager"}
     scribe = Scribe()
     monkeypatch.setattr(Crew, "artist", lambda crew, begins=None: scribe)
     monkeypatch.setattr(Model, "facts", lambda model: facts)

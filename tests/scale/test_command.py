@@ -98,9 +98,19 @@ def test_another_engine_draws_other_pictures_of_other_names(
         difference = np.asarray(open_image(plain), int) - np.asarray(open_image(fast), int)
         assert np.abs(difference).max() <= 1
     assert main([*command, "fast"]) == 2
-    assert "engine was 'openvino', is None; choose another OUT" in capsys.readouterr().err
+    assert "engine was 'openvino', is 'eager'; choose another OUT" in capsys.readouterr().err
     assert main(openvino) == 0
     assert capsys.readouterr().out == "nothing to do: all 3 rows are in fast\n"
+
+
+def test_an_engine_that_does_not_run_here_leaves_nothing_behind(
+    table: str, tmp_path: Path, built_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["batch", table, "out", "--model", str(built_model), "--device", "cpu", "--model-engine", "graphs"]) == 2
+    )
+    assert "engine 'graphs' is for NVIDIA GPUs, got cpu; leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_column_is_one_line(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
