@@ -153,10 +153,7 @@ def kill_on_cluster(place: Path, options: argparse.Namespace, figures: Figures) 
     table, whole, pause = undisturbed(place, options, figures)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(options.nodes)]
-    command = [*(sys.executable, "-m", "latentdiff", "batch", table, str(broken)), "--engine", "ray", "--device", "cpu"]
-    command += ["--address", cluster.address, "--workers", str(options.nodes), "--steps", str(options.steps)]
-    command += ["--guidance", "1", "--threads", "1", "--max-failures", str(options.rows)]
-    command += ["--shard-size", str(options.shard_size), "--format", options.format]
+    command = on_cluster(table, broken, cluster.address, options)
 
     def start_again() -> subprocess.Popen[str]:
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -187,6 +184,14 @@ def kill_on_cluster(place: Path, options: argparse.Namespace, figures: Figures) 
         print(said)
     cluster.shutdown()
     compare(whole, broken, options.rows, figures)
+
+
+def on_cluster(table: str, out: Path, address: str, options: argparse.Namespace) -> list[str]:
+    """Return the command that draws a table on a Ray cluster."""
+    command = [*(sys.executable, "-m", "latentdiff", "batch", table, str(out)), "--engine", "ray", "--device", "cpu"]
+    command += ["--address", address, "--workers", str(options.nodes), "--steps", str(options.steps)]
+    command += ["--guidance", "1", "--threads", "1", "--max-failures", str(options.rows)]
+    return [*command, "--shard-size", str(options.shard_size), "--format", options.format]
 
 
 def kill_at_boundaries(place: Path, options: argparse.Namespace, figures: Figures) -> None:

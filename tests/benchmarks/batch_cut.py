@@ -33,7 +33,7 @@ import ray
 
 from latentdiff.scale.manifest import shards_in
 from latentdiff.scale.store import LocalStore
-from tests.benchmarks.batch_chaos import Figures, compare, undisturbed
+from tests.benchmarks.batch_chaos import Figures, compare, on_cluster, undisturbed
 
 BRIDGE, HEAD, PORT = "ldbridge", "10.77.0.1", 6399
 SHORT, LONG = 3.0, 60.0  # seconds of a cut
@@ -152,9 +152,7 @@ def cluster() -> Iterator[list[Node]]:
 
 def draw_and_cut(table: str, out: Path, nodes: list[Node], options: argparse.Namespace, figures: Figures) -> int:
     """Draw a table on the cluster while nodes are cut off; return how many of these Ray took for lost."""
-    command = [*(sys.executable, "-m", "latentdiff", "batch", table, str(out)), "--engine", "ray", "--device", "cpu"]
-    command += ["--address", f"{HEAD}:{PORT}", "--workers", "2", "--steps", str(options.steps), "--guidance", "1"]
-    command += ["--threads", "1", "--max-failures", str(options.rows), "--shard-size", str(options.shard_size)]
+    command = on_cluster(table, out, f"{HEAD}:{PORT}", options)
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     shards, lost = options.rows // options.shard_size, 0
     for cut in range(options.cuts):

@@ -116,17 +116,12 @@ def _fill(
     progress: tqdm,
 ) -> None:
     """Compute shards, those that other processes have in hand left out, and wait until all are there."""
-    while parts:
-        in_other_hands = []
-        for part in parts:
-            file = folder / f"{_name([keys[n] for n in part])}.safetensors"
-            lock = FileLock(file.with_suffix(".lock"))
-            try:
-                lock.acquire(blocking=False)
-            except Timeout:
-                in_other_hands.append(part)
-                continue
-            try:
+    waiting = {folder / f"{_name([keys[n] for n in part])}.safetensors": part for part in parts}
+    while waiting:
+        before = len(waiting)
+        for file, part in list(waiting.items()):
+            lock = file.with_suffix(".lock")
+            with suppress(Timeout), FileLock(lock).acquire(blocking=False):
                 if not file.exists():
                     values = []
                     for start in range(0, len(part), batch_size):
@@ -135,12 +130,10 @@ def _fill(
                         progress.update(len(batch))
                     _write_shard(file, [keys[n] for n in part], torch.cat(values))
                 with suppress(OSError):  # who waits for it yet finds the shard
-                    file.with_suffix(".lock").unlink()
-            finally:
-                lock.release()
-        if len(in_other_hands) == len(parts):
+                    lock.unlink()
+                del waiting[file]
+        if len(waiting) == before:
             time.sleep(PAUSE)
-        parts = in_other_hands
 
 
 def _remove_remains(folder: Path) -> None:
