@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.engine.engines import GraphEngine
-from latentdiff.engine.graphs import DecoderGraph, UNetGraph
+from latentdiff.engine.graphs import graph_of
 from latentdiff.errors import MissingDependencyError
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.unet import UNet2DConditionModel
@@ -47,8 +47,7 @@ class Compiled(GraphEngine):
         self._lock = RLock()
 
     def _runner(self, network: UNet2DConditionModel | AutoencoderKL) -> Callable[..., Tensor]:
-        graph = DecoderGraph(network) if isinstance(network, AutoencoderKL) else UNetGraph(network)
-        translated = torch.compile(graph.eval(), dynamic=False, options=self._options)
+        translated = torch.compile(graph_of(network), dynamic=False, options=self._options)
         shapes = set[tuple[Any, ...]]()
 
         @torch.no_grad()

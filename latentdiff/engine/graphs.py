@@ -22,6 +22,7 @@ __all__ = [
     "exported",
     "exported_texts",
     "flat_texts",
+    "graph_of",
     "in_float32",
     "nested_texts",
 ]
@@ -109,6 +110,11 @@ class DecoderGraph(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Return images (B, 3, H, W) of unscaled latents (B, C, h, w)."""
         return self.autoencoder.decode(latents)
+
+
+def graph_of(network: UNet2DConditionModel | AutoencoderKL) -> UNetGraph | DecoderGraph:
+    """Return a network as a graph of tensors, in evaluation mode; its weights are shared."""
+    return (DecoderGraph(network) if isinstance(network, AutoencoderKL) else UNetGraph(network)).eval()
 
 
 def flat_texts(texts: Texts) -> list[Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from latentdiff.devices import Recorder, record_kernels, release_freed_memory, timed
 from latentdiff.engine.engines import GraphEngine
-from latentdiff.engine.graphs import DecoderGraph, UNetGraph
+from latentdiff.engine.graphs import graph_of
 from latentdiff.models.autoencoder import AutoencoderKL
 from latentdiff.models.unet import UNet2DConditionModel
 
@@ -47,8 +47,7 @@ class Recorded(GraphEngine):
         return {"engine": "eager"}
 
     def _runner(self, network: UNet2DConditionModel | AutoencoderKL) -> Callable[..., Tensor]:
-        graph = DecoderGraph(network) if isinstance(network, AutoencoderKL) else UNetGraph(network)
-        return Recordings(graph.eval(), self._record)
+        return Recordings(graph_of(network), self._record)
 
 
 @dataclass
