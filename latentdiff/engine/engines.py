@@ -35,13 +35,15 @@ class Engine(ABC):
 
     Attributes:
         name: key of `latentdiff.engine.execution.ENGINES`.
+        recorded_as: the engine whose pictures it draws, to the bit, where that is another one.
     """
 
     name: str
+    recorded_as: str | None = None
 
     def record(self) -> dict[str, Any]:
         """Return what a picture records of the engine, JSON-ready."""
-        return {"engine": self.name}
+        return {"engine": self.recorded_as or self.name}
 
     @abstractmethod
     def predict(self, unet: UNet2DConditionModel) -> Predict:

@@ -32,19 +32,14 @@ ROUNDS = 5  # of the measurement
 
 
 class Recorded(GraphEngine):
-    """CUDA graphs of the U-Net and the decoder, each for a shape of its own; weights are read where they lie.
-
-    Their pictures are those of `eager` to the bit, so this is recorded as that.
-    """
+    """CUDA graphs of the U-Net and the decoder, each for a shape of its own; weights are read where they lie."""
 
     name = "graphs"
+    recorded_as = "eager"
 
     def __init__(self, record: Recorder = record_kernels) -> None:
         super().__init__()
         self._record = record
-
-    def record(self) -> dict[str, Any]:
-        return {"engine": "eager"}
 
     def _runner(self, network: UNet2DConditionModel | AutoencoderKL) -> Callable[..., Tensor]:
         return Recordings(graph_of(network), self._record)

@@ -11,6 +11,7 @@ from latentdiff.checkpoints.components import ModelSource
 from latentdiff.checkpoints.find import find_model
 from latentdiff.checkpoints.generation_config import read_defaults
 from latentdiff.devices import resolve_dtype
+from latentdiff.engine.execution import ENGINES
 from latentdiff.errors import InputError, shown
 from latentdiff.files import fingerprint, is_file, open_file
 from latentdiff.generation.result import recorded_name
@@ -19,7 +20,6 @@ from latentdiff.pipeline import Pipeline
 __all__ = ["EAGER", "Model"]
 
 EAGER = "eager"
-SAME_BITS = (EAGER, "graphs")  # engines that draw the same pictures
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Model:
             "model_defaults": defaults,
             "prediction_type": self.prediction_type,
             "dtype": str(resolve_dtype(self.dtype)).removeprefix("torch."),
-            "engine": EAGER if self.engine in SAME_BITS else self.engine,
+            "engine": ENGINES[self.engine].recorded_as or self.engine,
             "embeddings": [[_hash(file), word] for file, word in self.embeddings],
         }
 
