@@ -134,7 +134,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"nothing to do: all {summary.rows:,} rows are in {options.out}{failed}")
         return
     taken = f", {summary.taken:,} taken over" if summary.taken else ""
-    aside = f", {summary.retired:,} earlier shards put aside" if summary.retired else ""
+    aside = f"; put aside {summary.retired:,} of before" if summary.retired else ""
     print(f"{summary.rows:,} rows in {summary.shards:,} shards: {summary.drawn:,} drawn{taken}{failed}{aside}")
 
 

@@ -16,6 +16,7 @@ from latentdiff.generation.options import check_integer
 from latentdiff.generation.result import recorded_name
 from latentdiff.scale.drawing import Style
 from latentdiff.scale.formats import FORMATS
+from latentdiff.scale.manifest import shards_in
 from latentdiff.scale.model import EAGER, Model
 from latentdiff.scale.plan import Layout
 from latentdiff.scale.rows import Columns, Maker, file_hash
@@ -91,7 +92,7 @@ class Job:
 
 
 def settle(store: Store, job: Job, *, new: bool = False) -> tuple[Job, Layout]:
-    """Compare a job with the one that an output is of, and note it there.
+    """Compare a job with the one that an output has pictures of, and note it there.
 
     Args:
         store: the output.
@@ -120,7 +121,7 @@ def settle(store: Store, job: Job, *, new: bool = False) -> tuple[Job, Layout]:
     check_integer("batch", job.batch, 1, 1024, f"try {BATCH}")
     check_integer("threads", job.threads, 1, 1024, "try 1")
     record = json.loads(json.dumps(job.record(), default=list))
-    if known and (differing := differences(known, record)):
+    if known and (differing := differences(known, record)) and shards_in(store):
         raise InputError(
             f"{shown(store.place, 120)} is of another job: {'; '.join(differing)[:300]}; choose another OUT, or --new "
             "to have its pictures put aside"
@@ -138,8 +139,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if name in FREE or old == own:
             continue
         if name == "settings" and isinstance(old, dict) and isinstance(own, dict):
+            of_before, of_now = ({key: shown(value) for key, value in tree.items()} for tree in (old, own))
             found += [
-                f"{key} was {shown(old.get(key))}, is {shown(own.get(key))}"
+                f"{key} was {of_before.get(key, 'not given')}, is {of_now.get(key, 'not given')}"
                 for key in {**old, **own}
                 if old.get(key) != own.get(key)
             ]

@@ -83,7 +83,7 @@ def test_a_store_that_fails_before_a_manifest_leaves_the_shard_missing(
 @pytest.mark.parametrize(
     ("job", "difference"),
     [
-        (small_job(settings={"guidance_scale": 3.0}), "guidance_scale was None, is 3.0"),
+        (small_job(settings={"guidance_scale": 3.0}), "guidance_scale was not given, is 3.0"),
         (small_job(shard_size=3), "shard_size was 2, is 3"),
         (small_job(format="files"), "format was 'webdataset', is 'files'"),
         (small_job(mark=False), "mark was True, is False"),
@@ -103,6 +103,16 @@ def test_another_job_is_refused_with_the_difference_unless_it_is_new(
     redrawn = job.settings or not job.mark
     assert (len(drawn), summary.taken) == ((6, 0) if redrawn else (0, 6))
     assert run_here(table, tmp_path / "out", job).drawn == 0
+
+
+def test_another_job_may_follow_one_that_drew_nothing(
+    table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_scribe(monkeypatch)
+    (tmp_path / "wrong.csv").write_text("prompt,seeed\nfox,1\n")
+    with pytest.raises(InputError, match="seeed"):
+        run_here(str(tmp_path / "wrong.csv"), tmp_path / "out")
+    assert run_here(table, tmp_path / "out", small_job(settings={"guidance_scale": 3.0})).drawn == 6
 
 
 def test_another_model_is_refused(

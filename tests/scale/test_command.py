@@ -47,7 +47,7 @@ def test_a_table_is_drawn_and_then_there_is_nothing_to_do(
         told = json.load(archive.extractfile(archive.getmembers()[0]))  # type: ignore[arg-type]
     assert (told["id"], told["row"], told["seed"], told["settings"]["height"]) == ("i0", 1, 0, 40)
     assert main(command) == 2
-    assert "is of another job: height was 40, is None" in capsys.readouterr().err
+    assert "is of another job: height was 40, is not given" in capsys.readouterr().err
     write_table(tmp_path / "rows.jsonl", [{"prompt": "0", "seed": 0, "id": "i0"}, {"prompt": "9", "steps": "?"}])
     assert main([*command, "--size", "32x40", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
