@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 HELP = "Serve models over HTTP, by OpenAI's images API, and on a page."
 EXTRA, PAGE_EXTRA = 'pip install "latentdiff[serve]"', 'pip install "latentdiff[ui]"'
 RAY_EXTRA = 'pip install "latentdiff[ray]"'
+REDIS, REDIS_EXTRA = "LATENTDIFF_REDIS", 'pip install "latentdiff[redis]"'
 FILTER_EXTRA = 'pip install "latentdiff[filter]"'
 TOKEN = "LATENTDIFF_TOKEN"
 LONGEST_TOKEN_FILE = 2**10  # bytes
@@ -38,6 +39,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--name",
         help="letters and digits that names of jobs and links begin with, where a proxy stands before several servers",
+    )
+    parser.add_argument(
+        "--redis",
+        metavar="URL",
+        help="what servers with names share answers to repeats and ended jobs through, such as "
+        f"redis://:password@host:6379/0; {REDIS} says it too (needs the extra redis)",
     )
     replicas = parser.add_argument_group("several replicas on a Ray cluster (needs the extra ray)")
     replicas.add_argument("--replicas", type=int, metavar="N", help="servers that share the requests out, by Ray Serve")
@@ -100,7 +107,8 @@ def run(options: argparse.Namespace) -> None:
     for name in ("max_replicas", "gpus_per_replica", "address"):
         if getattr(options, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} is for several replicas, got one server; add --replicas 2")
-    serve(options, options.model or [None], with_page=options.ui, ready=_say_address, name=options.name)
+    redis = _redis(options)
+    serve(options, options.model or [None], with_page=options.ui, ready=_say_address, name=options.name, redis=redis)
 
 
 def serve_on_cluster(options: argparse.Namespace) -> None:
@@ -109,6 +117,8 @@ def serve_on_cluster(options: argparse.Namespace) -> None:
         raise InputError("--ui is for one server, as the page keeps what was said; leave it or --replicas out")
     if options.name is not None:
         raise InputError("--name is for one server, as replicas have names of their own; leave it out")
+    if options.redis is not None:
+        raise InputError("--redis is for servers without Ray, as replicas find each other; leave it or --replicas out")
     check_integer("--port", options.port, 1, 65535, "try 8000")
     with _extra("a server", EXTRA):
         import uvicorn  # noqa: F401
@@ -136,6 +146,7 @@ def serve(
     with_page: bool,
     ready: Callable[[str, bool], None],
     name: str | None = None,
+    redis: str | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
@@ -144,7 +155,7 @@ def serve(
         given: models; None for the embedded one.
         with_page: whether there is a page.
         ready: called with the address and whether there is a page, when requests are taken.
-        name: see `Server`.
+        name, redis: see `Server`.
     """
     check_integer("--port", options.port, 0, 65535, "try 8000")
     check_integer("--batch", options.batch, 1, 1024, "try 8")
@@ -180,6 +191,7 @@ def serve(
             lora_dir=lora_dir,
             content_filter=content_filter,
             name=name,
+            redis=redis,
             page=page,
         )
         opened.listen()
@@ -207,6 +219,21 @@ def _token(options: argparse.Namespace) -> str | None:
         data = read_file(require_path(options.token_file, "the token"), LONGEST_TOKEN_FILE, "the token")
         return data.decode("utf-8", "replace").strip()
     return options.token if options.token is not None else os.environ.get(TOKEN) or None
+
+
+def _redis(options: argparse.Namespace) -> str | None:
+    """Return the URL of the options, or else of the environment, at which Redis answers."""
+    url: str | None = options.redis or os.environ.get(REDIS) or None
+    if url is None:
+        return None
+    if options.name is None:
+        raise InputError("servers that share answers need names, got --redis without --name; add --name a")
+    with _extra("a server", EXTRA):
+        import uvicorn  # noqa: F401
+    with _extra("--redis", REDIS_EXTRA):
+        from latentdiff.serve.http.shared import check_redis
+    check_redis(url)
+    return url
 
 
 def _mount_page() -> MountPage:

@@ -18,7 +18,7 @@ from latentdiff.serve.http.orders import Order
 from latentdiff.serve.jobs import ENDS, Event, ServedJob
 from latentdiff.serve.scheduler import Scheduler
 
-__all__ = ["Claim", "Desk", "Taken"]
+__all__ = ["Claim", "Desk", "Taken", "client_of", "key_reused"]
 
 PATIENCE = 5.0  # seconds in which a client that repeats by itself comes again
 KEPT_SECONDS, MOST_KEPT = 120, 32  # how long jobs that ended can be joined, and how many
@@ -59,6 +59,12 @@ class Claim:
 def client_of(request: Request) -> str:
     """Return who asks, by the address."""
     return "" if request.client is None else request.client.host
+
+
+def key_reused() -> ApiError:
+    """Return the error of a key that came with another request before."""
+    message = "the Idempotency-Key came with another request before; use another"
+    return ApiError(409, message, "idempotency_key_reused")
 
 
 @dataclass(eq=False)
@@ -153,8 +159,7 @@ class Desk:
         if claim.key is not None:
             named = [one for one in self._kept() if (one.claim.client, one.claim.key) == (claim.client, claim.key)]
             if named and named[-1].claim.digest != claim.digest:
-                message = "the Idempotency-Key came with another request before; use another"
-                raise ApiError(409, message, "idempotency_key_reused")
+                raise key_reused()
             return named[-1] if named else None
         if not claim.repeats:
             return None

@@ -48,6 +48,7 @@ class Server(uvicorn.Server):
         lora_dir: folder of the LoRAs that prompts may name; see `lora_tags`.
         content_filter: see `Scheduler`.
         name: tells it from others behind one address, as its jobs and links begin with it.
+        redis: URL of what these share answers through; see `shared.Shared`.
         page: adds a page to the application and returns both, as `page.mount.mount_page` does; None for none.
 
     Raises:
@@ -66,6 +67,7 @@ class Server(uvicorn.Server):
         lora_dir: Path | None = None,
         content_filter: Filter | None = None,
         name: str | None = None,
+        redis: str | None = None,
         page: MountPage | None = None,
     ) -> None:
         check_proxies(proxies)
@@ -87,6 +89,11 @@ class Server(uvicorn.Server):
         self.hurried = False
         self._signals, self._drained_by = 0, 0.0
         local = is_loopback(host) and not proxies  # by which it has other names
+        self._shared = None
+        if redis is not None:
+            from latentdiff.serve.http.shared import Shared  # which needs the extra redis
+
+            app = self._shared = Shared(app, self.shelf, self.limits, redis)
         guard = Guard(app, token=token, local=local, limits=self.limits)
         super().__init__(
             uvicorn.Config(
@@ -122,6 +129,8 @@ class Server(uvicorn.Server):
         await self.desk.stop()
         await asyncio.sleep(0)
         await super().shutdown(sockets)
+        if self._shared is not None:
+            await self._shared.close()
 
 
 def _checked_name(name: str) -> str:

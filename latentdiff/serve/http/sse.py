@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-__all__ = ["sse_event"]
+from starlette.requests import Request
+
+__all__ = ["events_after", "last_seen", "sse_event"]
 
 
 def sse_event(name: str, data: dict[str, Any], number: int | None = None) -> bytes:
@@ -17,3 +19,16 @@ def sse_event(name: str, data: dict[str, Any], number: int | None = None) -> byt
     """
     head = "" if number is None else f"id: {number}\n"
     return f"{head}event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def last_seen(request: Request) -> int:
+    """Return the number of the last event that a client knows, 0 for none: `Last-Event-ID`, or `after` of the query."""
+    said = request.headers.get("last-event-id") or request.query_params.get("after", "")
+    return int(said) if said.isascii() and said.isdecimal() and len(said) < 10 else 0
+
+
+def events_after(events: bytes, number: int) -> bytes:
+    """Return those of some events whose number is a larger one."""
+    parts = events.split(b"\n\n")
+    later = [one for one in parts if not one.startswith(b"id: ") or int(one[4:].partition(b"\n")[0]) > number]
+    return b"\n\n".join(later)

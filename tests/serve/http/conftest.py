@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import openai
 
 ELSEWHERE = "LATENTDIFF_TEST_SERVER"  # the address of what tests are to ask that need no server of their own
+REAL_REDIS = "LATENTDIFF_TEST_REDIS"  # URL of a Redis that tests may empty, in place of one they start
 NEEDED = ("fastapi", "httpx", "multipart", "openai", "prometheus_client", "uvicorn")
 
 
@@ -96,3 +98,24 @@ def gate(pipe: Pipeline) -> Iterator[Gate]:
     gate = Gate(pipe)
     yield gate
     gate.open()
+
+
+@pytest.fixture
+def redis() -> Iterator[str]:
+    """URL of an empty Redis."""
+    if (url := os.environ.get(REAL_REDIS)) is not None:
+        from redis import Redis
+
+        with Redis.from_url(url) as client:
+            client.flushdb()
+        yield url
+        return
+    from fakeredis import TcpFakeServer
+
+    server = TcpFakeServer(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"redis://127.0.0.1:{server.server_address[1]}/0"
+    server.shutdown()
+    server.server_close()
+    thread.join()

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -301,6 +302,26 @@ def test_two_servers_behind_nginx_share_requests_and_keep_what_is_theirs(
         assert len(set(keyed)) == 1
         servers["a"].server.desk.draining = True  # which answers 503, and nginx asks the other
         assert [client.post(GENERATIONS, json=STEPS).status_code for _ in range(4)] == [200] * 4
+
+
+def test_a_job_of_a_server_that_is_gone_is_told_of_by_the_other(
+    pipe: Pipeline, serve: Serve, redis: str, tmp_path: Path
+) -> None:
+    servers = {
+        name: serve(pipe, token=TOKEN, proxies=["127.0.0.1"], name=name, redis=redis, limits=Limits(drain_seconds=600))
+        for name in ("a", "b")
+    }
+    nginx = Front({f"latentdiff-{name}:8000": one for name, one in servers.items()}, tmp_path, "nginx-two.conf")
+    with nginx.http() as client:
+        while (place := client.post("/v1/jobs", json=STEPS).headers["location"])[len("/v1/jobs/job_")] != "a":
+            pass
+        eventually(lambda: client.get(place).json()["status"] == "done")
+        servers["a"].server.handle_exit(signal.SIGTERM, None)
+        eventually(lambda: servers["a"].server.should_exit)  # long before its time is over
+        eventually(lambda: client.get("/readyz").status_code == 200)
+        assert client.get(place).json()["status"] == "done"
+        assert client.get(f"{place}/images/0").content.startswith(b"\x89PNG")
+    nginx.close()
 
 
 def test_a_server_that_is_gone_loses_no_request(pair: tuple[Front, dict[str, Running]]) -> None:

@@ -21,13 +21,13 @@ from latentdiff.serve.http.fields import read_object, validated
 from latentdiff.serve.http.jobs.orders import FORMATS, JobRequest, make_order
 from latentdiff.serve.http.jobs.shelf import Kept, Shelf
 from latentdiff.serve.http.models import Models
-from latentdiff.serve.http.sse import sse_event
+from latentdiff.serve.http.sse import last_seen, sse_event
 from latentdiff.serve.jobs import Event
 from latentdiff.serve.progress import progress_of
 
-__all__ = ["add_routes"]
+__all__ = ["ROOT", "add_routes"]
 
-ROOT = "/v1/jobs"
+ROOT = "/v1/jobs"  # and below, what is of one
 
 
 class ImageState(BaseModel):
@@ -82,9 +82,7 @@ def add_routes(app: FastAPI, models: Models, desk: Desk, shelf: Shelf) -> None:
     @app.get(ROOT + "/{name}/events", response_class=StreamingResponse)
     async def events(request: Request, name: str, after: int = 0) -> StreamingResponse:
         """Tell what happens to a job; `Last-Event-ID`, or `after`, is the last event that the client knows."""
-        last = request.headers.get("last-event-id", "")
-        number = int(last) if last.isascii() and last.isdecimal() and len(last) < 10 else after
-        chunks = _told(shelf.find(name), number, shelf)
+        chunks = _told(shelf.find(name), last_seen(request), shelf)
         return StreamingResponse(chunks, media_type="text/event-stream", headers={"cache-control": "no-store"})
 
     @app.get(ROOT + "/{name}/images/{index}", response_class=Response)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 from latentdiff.generation.result import GeneratedImage
 from latentdiff.serve.http.desk import Desk, Taken
@@ -32,6 +33,7 @@ class Kept:
         streams: of events that are open.
         fetched: numbers of the pictures that somebody has got.
         told: whether somebody knows how it ended.
+        leaving: whether `Shelf.on_end` is at work on it, which may ask for it as a client does.
     """
 
     taken: Taken
@@ -42,6 +44,7 @@ class Kept:
     streams: int = 0
     fetched: set[int] = field(default_factory=set)
     told: bool = False
+    leaving: bool = False
     _refusal: ApiError | None = None
 
     @property
@@ -67,7 +70,7 @@ class Kept:
     def untold(self) -> bool:
         """Whether it has ended, and a client that wants it does not have the pictures, or does not know of its end."""
         known = self.form.drop or self.told or self.status == NOTHING_TO_TELL
-        return self.job.ended and not known and len(self.fetched) < self.job.count
+        return self.job.ended and (self.leaving or (not known and len(self.fetched) < self.job.count))
 
     @property
     def bytes(self) -> int:
@@ -81,11 +84,16 @@ class Shelf:
 
     Args:
         desk: took them.
+
+    Attributes:
+        on_end: called with a job that has ended; None for nothing.
     """
 
     def __init__(self, desk: Desk) -> None:
         self._desk, self._limits = desk, desk.limits
         self._kept = OrderedDict[str, Kept]()
+        self.on_end: Callable[[Kept], Coroutine[Any, Any, None]] | None = None
+        self._ending = set[asyncio.Task[None]]()  # which would else be collected
 
     @property
     def untold(self) -> bool:
@@ -100,6 +108,10 @@ class Shelf:
         if form.drop:
             self._watch(kept)
         return kept
+
+    def has(self, name: str) -> bool:
+        """Return whether a job is here."""
+        return name in self._kept
 
     def find(self, name: str) -> Kept:
         """Return a job, which somebody has asked for now.
@@ -157,6 +169,11 @@ class Shelf:
 
     def _ended(self, kept: Kept) -> None:
         """Have a job forgotten after some time, and the oldest now where there are too many."""
+        if self.on_end is not None:
+            kept.leaving = True
+            task = asyncio.get_running_loop().create_task(self.on_end(kept))
+            self._ending.add(task)
+            task.add_done_callback(lambda task: self._left(task, kept))
         asyncio.get_running_loop().call_later(self._limits.job_seconds, self._kept.pop, kept.id, None)
         ended = [one for one in self._kept.values() if one.job.ended]
         size = sum(one.bytes for one in ended)
@@ -166,3 +183,7 @@ class Shelf:
             size -= one.bytes
             ended = ended[1:]
             self._kept.pop(one.id)
+
+    def _left(self, task: asyncio.Task[None], kept: Kept) -> None:
+        kept.leaving = False
+        self._ending.discard(task)
