@@ -6,8 +6,10 @@ any batch and size. Each is run after it is written, and compared with the netwo
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,8 +156,7 @@ def _to_onnx(graph: Graph, folder: Path) -> Sequence[np.ndarray]:
         {axis: dimensions.setdefault(called, torch.export.Dim(called)) for axis, called in graph.dynamic[name].items()}
         for name in graph.inputs
     )
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of torch about itself
+    with _quiet_torch(), torch.no_grad():
         torch.onnx.export(
             graph.network,
             tuple(graph.inputs.values()),
@@ -168,6 +169,20 @@ def _to_onnx(graph: Graph, folder: Path) -> Sequence[np.ndarray]:
         )
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return session.run(None, {name: tensor.numpy() for name, tensor in graph.inputs.items()})
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Leave out in a `with` block what torch's exporter says about itself."""
+    log = logging.getLogger("torch.onnx")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
 
 
 FORMATS: dict[str, Callable[[Graph, Path], Sequence[np.ndarray]]] = {"openvino": _to_openvino, "onnx": _to_onnx}
