@@ -219,7 +219,10 @@ class Shared:
             await self._app(scope, receive, send)
             return
         if path.endswith("/events"):
-            answer.body = bytearray(events_after(bytes(answer.body), last_seen(Request(scope))))
+            request = Request(scope)
+            after = request.query_params.get("after", "")
+            number = last_seen(request.headers, int(after) if after.isdecimal() else 0)
+            answer.body = bytearray(events_after(bytes(answer.body), number))
         await answer.send(send)
 
     async def _find(self, name: str) -> Answer | None:

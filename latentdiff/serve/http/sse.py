@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from starlette.requests import Request
+from starlette.datastructures import Headers
 
 __all__ = ["events_after", "last_seen", "sse_event"]
 
@@ -21,10 +21,10 @@ def sse_event(name: str, data: dict[str, Any], number: int | None = None) -> byt
     return f"{head}event: {name}\ndata: {json.dumps(data)}\n\n".encode()
 
 
-def last_seen(request: Request) -> int:
-    """Return the number of the last event that a client knows, 0 for none: `Last-Event-ID`, or `after` of the query."""
-    said = request.headers.get("last-event-id") or request.query_params.get("after", "")
-    return int(said) if said.isascii() and said.isdecimal() and len(said) < 10 else 0
+def last_seen(headers: Headers, after: int) -> int:
+    """Return the number of the last event that a client knows: its `Last-Event-ID`, or else `after`."""
+    said = headers.get("last-event-id", "")
+    return int(said) if said.isascii() and said.isdecimal() and len(said) < 10 else after
 
 
 def events_after(events: bytes, number: int) -> bytes:

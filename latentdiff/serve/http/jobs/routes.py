@@ -82,7 +82,7 @@ def add_routes(app: FastAPI, models: Models, desk: Desk, shelf: Shelf) -> None:
     @app.get(ROOT + "/{name}/events", response_class=StreamingResponse)
     async def events(request: Request, name: str, after: int = 0) -> StreamingResponse:
         """Tell what happens to a job; `Last-Event-ID`, or `after`, is the last event that the client knows."""
-        chunks = _told(shelf.find(name), last_seen(request), shelf)
+        chunks = _told(shelf.find(name), last_seen(request.headers, after), shelf)
         return StreamingResponse(chunks, media_type="text/event-stream", headers={"cache-control": "no-store"})
 
     @app.get(ROOT + "/{name}/images/{index}", response_class=Response)
