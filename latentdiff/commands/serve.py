@@ -228,8 +228,6 @@ def _redis(options: argparse.Namespace) -> str | None:
         return None
     if options.name is None:
         raise InputError("servers that share answers need names, got --redis without --name; add --name a")
-    with _extra("a server", EXTRA):
-        import uvicorn  # noqa: F401
     with _extra("--redis", REDIS_EXTRA):
         from latentdiff.serve.http.shared import check_redis
     check_redis(url)
