@@ -15,6 +15,7 @@ from latentdiff.generation.options import check_integer
 from latentdiff.lora_tags import lora_files
 
 if TYPE_CHECKING:
+    from latentdiff.pipeline import Pipeline
     from latentdiff.serve.filter import Filter
     from latentdiff.serve.http.server import MountPage
 
@@ -176,13 +177,8 @@ def serve(
     page = _mount_page() if with_page else None
     content_filter = None if options.filter is None else _filter(options.filter)
     with listen(options.host, options.port) as opened:
-        engine = options.engine or "eager"
-        pipes = {name: load(model, options.device, options.dtype, engine=engine) for name, model in zip(names, given)}
-        with warnings_as_lines():
-            for pipe in pipes.values():
-                pipe.make_ready()
         server = Server(
-            pipes,
+            _loaded(options, dict(zip(names, given))),
             host=options.host,
             token=token,
             proxies=options.proxy,
@@ -201,6 +197,16 @@ def serve(
         server.run(sockets=[opened])
     if server.hurried:
         raise KeyboardInterrupt("interrupted; what was being drawn is lost")
+
+
+def _loaded(options: argparse.Namespace, given: dict[str, str | None]) -> dict[str, Pipeline]:
+    """Return the models by their names, ready to draw."""
+    engine = options.engine or "eager"
+    pipes = {name: load(model, options.device, options.dtype, engine=engine) for name, model in given.items()}
+    with warnings_as_lines():
+        for pipe in pipes.values():
+            pipe.make_ready()
+    return pipes
 
 
 def _names(models: list[str | None]) -> list[str]:
