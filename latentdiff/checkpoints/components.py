@@ -136,7 +136,7 @@ class Components(Encoders):
 
     @property
     def expects_pooled_text(self) -> bool:
-        return self.unet.config.addition_embed_type is not None
+        return self.unet.config.expects_sizes
 
     @property
     def prompt_encoder(self) -> PromptEncoder:
@@ -271,7 +271,7 @@ def check_fit(folder: Path, components: Components) -> None:
             f"got {shown}"
         )
     pooled = encoders[-1].config
-    if unet.addition_embed_type is not None and not (isinstance(pooled, CLIPTextConfig) and pooled.with_projection):
+    if unet.expects_sizes and not (isinstance(pooled, CLIPTextConfig) and pooled.with_projection):
         raise ModelConfigError(f"{folder}: unet expects pooled text, so the last text encoder must have a projection")
     for encoder, tokenizer in zip(encoders, (components.tokenizer, components.tokenizer_2)):
         if tokenizer is None or isinstance(encoder.config, LabelConfig):

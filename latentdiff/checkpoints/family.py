@@ -114,7 +114,7 @@ def family_of(components: Components) -> str:
         raise InputError(f"a single file has a place for CLIP text encoders alone, got {kind}; save it as a folder")
     if components.upscales:
         return ENLARGING
-    if components.unet.config.addition_embed_type is not None:
+    if components.unet.config.expects_sizes:
         return "Stable Diffusion XL" if components.text_encoder_2 is not None else "Stable Diffusion XL refiner"
     return (
         "Stable Diffusion 1.x" if components.text_encoder.config.hidden_act == "quick_gelu" else "Stable Diffusion 2.x"

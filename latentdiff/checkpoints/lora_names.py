@@ -80,7 +80,7 @@ def networks_of(components: Components) -> dict[str, AnyNetwork]:
             "text_encoder": components.text_encoder,
             "text_encoder_2": components.text_encoder_2,
         }
-    refiner = components.unet.config.addition_embed_type is not None
+    refiner = components.unet.config.expects_sizes
     return {"unet": components.unet, "text_encoder_2" if refiner else "text_encoder": components.text_encoder}
 
 

@@ -129,7 +129,7 @@ def pipeline_index(
     Raises:
         InputError: there is no U-Net.
     """
-    large = components.unet.config.addition_embed_type is not None  # Stable Diffusion XL
+    large = components.unet.config.expects_sizes  # Stable Diffusion XL
     alone = large and components.text_encoder_2 is None  # its refiner
     networks: dict[str, AnyNetwork] = {"unet": components.unet, "vae": components.autoencoder}
     networks["text_encoder_2" if alone else "text_encoder"] = components.text_encoder
@@ -167,7 +167,7 @@ def _pipeline_class(components: Components, alone: bool) -> str:
     """Return the class of diffusers that runs a model, or the name under which only we do."""
     if isinstance(components.autoencoder, PixelSpace) or isinstance(components.text_encoder, LabelEncoder):
         return "LatentdiffPipeline"
-    size = "XL" if components.unet.config.addition_embed_type is not None else ""
+    size = "XL" if components.unet.config.expects_sizes else ""
     if components.upscales:
         return "StableDiffusionUpscalePipeline"
     task = "Inpaint" if components.inpaints else ""

@@ -64,6 +64,10 @@ class Engine(ABC):
         """Return what computes `unet.texts`."""
         return unet.texts
 
+    def shifts(self, unet: UNet2DConditionModel) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return what computes `unet.shifts` without a mask."""
+        return unet.shifts
+
     def encode(self, encoder: PromptEncoder) -> PromptEncoder:
         """Return what encodes prompts as `encoder` does."""
         return encoder

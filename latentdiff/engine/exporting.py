@@ -73,7 +73,7 @@ def unet_graph(unet: UNet2DConditionModel) -> Graph:
         inputs["class_labels"] = torch.randn(ROWS, config.projection_class_embeddings_input_dim or 0)
     elif config.class_embed_type is not None or config.num_class_embeds is not None:
         inputs["class_labels"] = torch.tensor([0, 1])
-    if config.addition_embed_type is not None:
+    if config.expects_sizes:
         sizes = config.addition_time_embed_dim or 0
         pooled = (config.projection_class_embeddings_input_dim or 0) - 6 * sizes
         inputs |= {"text_embeds": torch.randn(ROWS, pooled), "time_ids": torch.rand(ROWS, 6) * 1024}

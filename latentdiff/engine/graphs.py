@@ -16,10 +16,12 @@ from latentdiff.models.unet import Texts, UNet2DConditionModel
 __all__ = [
     "DecoderGraph",
     "EncoderGraph",
+    "ShiftsGraph",
     "TextsGraph",
     "Traced",
     "UNetGraph",
     "exported",
+    "exported_shifts",
     "exported_texts",
     "flat_texts",
     "graph_of",
@@ -30,7 +32,7 @@ __all__ = [
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 # Of the inputs that a graph is traced with. Axes of one length would be taken for one and the same axis.
-ROWS, HEIGHT, WIDTH, TOKENS = 2, 16, 24, 7
+ROWS, HEIGHT, WIDTH, TOKENS, STEPS = 2, 16, 24, 7, 5
 MAP = {0: "batch", 2: "height", 3: "width"}  # axes of a map that may have other lengths
 WORDS = {0: "batch", 1: "tokens"}  # and of tokens
 
@@ -85,6 +87,18 @@ class TextsGraph(nn.Module):
     def forward(self, context: Tensor) -> tuple[Tensor, ...]:
         """Return keys and values (B, heads, L, d) of all attentions to the text states (B, L, D) in turn."""
         return tuple(tensor.contiguous() for tensor in flat_texts(self.unet.texts(context)))
+
+
+class ShiftsGraph(nn.Module):
+    """What a U-Net whose time embedding has the text in it adds in its residual blocks, once for all steps."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, time: Tensor, context: Tensor) -> Tensor:
+        """Return (B, N, sum C) for embeddings (1, N, D) of timesteps and text states (B, L, D)."""
+        return self.unet.shifts(time, context)
 
 
 class EncoderGraph(nn.Module):
@@ -156,6 +170,13 @@ def exported_texts(unet: UNet2DConditionModel) -> Traced:
     """Return what a U-Net makes of the text with what it takes to trace it; see `exported`."""
     unet = in_float32(unet)
     return Traced(TextsGraph(unet).eval(), (torch.randn(ROWS, TOKENS, _context_width(unet)),), ("context",), (WORDS,))
+
+
+def exported_shifts(unet: UNet2DConditionModel) -> Traced:
+    """Return what a U-Net adds in its residual blocks with what it takes to trace it; see `exported`."""
+    unet = in_float32(unet)
+    inputs = torch.randn(1, STEPS, unet.config.time_channels), torch.randn(ROWS, TOKENS, _context_width(unet))
+    return Traced(ShiftsGraph(unet).eval(), inputs, ("time", "context"), ({1: "steps"}, WORDS))
 
 
 def _context_width(unet: UNet2DConditionModel) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latentdiff.engine import conversions
 from latentdiff.engine.engines import GraphEngine, Kept
-from latentdiff.engine.graphs import Traced, exported, exported_texts, nested_texts
+from latentdiff.engine.graphs import Traced, exported, exported_shifts, exported_texts, nested_texts
 from latentdiff.engine.layouts import LaidOut, core, installed, load_openvino
 from latentdiff.errors import InputError, MissingDependencyError, StorageError
 from latentdiff.models.autoencoder import AutoencoderKL
@@ -24,7 +24,7 @@ from latentdiff.models.unet import Texts, UNet2DConditionModel
 
 __all__ = ["OpenVINO", "computes_in", "convert", "converted", "core", "installed", "load_openvino", "write"]
 
-GRAPH, TEXTS = "graph", "texts"  # names of files, .xml, and .bin with the weights
+GRAPH, TEXTS, SHIFTS = "graph", "texts", "shifts"  # names of files, .xml, and .bin with the weights
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 Convertible = UNet2DConditionModel | AutoencoderKL | BertModel
 NAMES = {UNet2DConditionModel: "the U-Net", AutoencoderKL: "the decoder", BertModel: "the text encoder"}
@@ -73,6 +73,12 @@ class OpenVINO(GraphEngine):
         run, layout = _caller(self.graphs(unet)[TEXTS]), unet.attentions_to_text()
         return lambda context: nested_texts(run(context), layout)
 
+    def shifts(self, unet: UNet2DConditionModel) -> Callable[[Tensor, Tensor], Tensor]:
+        if SHIFTS not in self.graphs(unet):
+            return unet.shifts
+        run = _caller(self.graphs(unet)[SHIFTS])
+        return lambda time, context: run(time, context)[0]
+
     def encode(self, encoder: PromptEncoder) -> PromptEncoder:
         if not isinstance(encoder, TokenStates) or not isinstance(encoder.encoder, BertModel):
             return encoder
@@ -86,7 +92,10 @@ class OpenVINO(GraphEngine):
         return TokenStates(encoder.encoder, encoder.tokenizer, states)
 
     def graphs(self, network: Convertible) -> dict[str, LaidOut]:
-        """Return the graphs of a network: "graph", and of a U-Net "texts" too; converted now unless they are there."""
+        """Return the graphs of a network, converted now unless they are there.
+
+        They are "graph", of a U-Net "texts" too, and "shifts" where the text is in its time embedding.
+        """
         return self._graphs.get(network, lambda: self._converted(network))
 
     def _runner(self, network: UNet2DConditionModel | AutoencoderKL) -> Callable[..., Tensor]:
@@ -97,7 +106,12 @@ class OpenVINO(GraphEngine):
         """Return the graphs of a network, from disk where they are there."""
         key = conversions.network_key(network, "openvino, graphs without tables", str(self.openvino.__version__))
         place = conversions.cache_folder() / "openvino" / key
-        names = (GRAPH, TEXTS) if isinstance(network, UNet2DConditionModel) else (GRAPH,)
+        making: dict[str, Callable[[Any], Traced]] = {GRAPH: exported}
+        if isinstance(network, UNet2DConditionModel):
+            making[TEXTS] = exported_texts
+            if network.config.addition_embed_type == "text":
+                making[SHIFTS] = exported_shifts
+        names = tuple(making)
         files = {name: place / f"{name}.xml" for name in names}
         try:
             if conversions.load(place) is not None:
@@ -106,9 +120,7 @@ class OpenVINO(GraphEngine):
         except conversions.Damaged as error:
             warnings.warn(f"the conversion in {place} is damaged ({error}); it is made anew", stacklevel=2)
         warnings.warn(f"converting {NAMES[type(network)]} for OpenVINO, once; this takes a while", stacklevel=2)
-        made = {GRAPH: convert(exported(network))}
-        if isinstance(network, UNet2DConditionModel):
-            made[TEXTS] = convert(exported_texts(network))
+        made = {name: convert(make(network)) for name, make in making.items()}
         kept: dict[str, Path | None] = {**files}
         try:
             conversions.store(place, partial(_write_all, made))

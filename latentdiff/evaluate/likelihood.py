@@ -155,7 +155,7 @@ def _require_text_alone(components: Components) -> None:
     conditions = {
         "fills in components of pictures": components.inpaints,
         "enlarges pictures": components.upscales,
-        "is told sizes too, as Stable Diffusion XL is": config.addition_embed_type is not None,
+        "is told sizes too, as Stable Diffusion XL is": config.expects_sizes,
         "is told a guidance scale too, as consistency models are": config.time_cond_proj_dim is not None,
     }
     for what in (name for name, holds in conditions.items() if holds):

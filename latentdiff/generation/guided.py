@@ -83,7 +83,12 @@ def guided_network(
         scales = [1.0] * len(scales)  # there is nothing to steer away from
     timesteps = plan.timesteps.to(context.device, torch.float32)
     prepared = unet.prepare(
-        timesteps, context, added=cond.added, class_labels=cond.class_labels, texts=execution.engine.texts(unet)
+        timesteps,
+        context,
+        added=cond.added,
+        class_labels=cond.class_labels,
+        texts=execution.engine.texts(unet),
+        shifts=execution.engine.shifts(unet),
     )
     conditional_alone, looks = prepared.rows(slice(count, 2 * count)), tiled(windows)
     prepared, conditional_alone = (

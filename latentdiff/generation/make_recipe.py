@@ -15,7 +15,7 @@ from latentdiff.diffusion import Plan
 from latentdiff.diffusion.folding import folded
 from latentdiff.diffusion.guidance import guidance_scales
 from latentdiff.engine.layouts import LaidOut
-from latentdiff.engine.openvino_engine import GRAPH, TEXTS, OpenVINO
+from latentdiff.engine.openvino_engine import GRAPH, SHIFTS, OpenVINO
 from latentdiff.engine.tiled_decoding import needs_tiles
 from latentdiff.engine.torch_noise import FEWEST, agrees_with_torch
 from latentdiff.generation.recipe import FREE, Recipe, words_of, write_recipe
@@ -65,7 +65,12 @@ def _recipe(job: Job, drawing: Drawing, graphs: dict[str, LaidOut]) -> Recipe | 
         plan.sigmas, settings.guidance_scale, settings.guidance_interval, settings.guidance_schedule
     )
     context = stage.conditioning.of([0]).context
-    prepared = unet.prepare(plan.timesteps.to(torch.float32), context)
+    timesteps = plan.timesteps.to(torch.float32)
+    prepared = unet.prepare(timesteps, context)
+    if SHIFTS in graphs:
+        time = {"time": unet.embedded(timesteps, None, {}).numpy()}
+    else:
+        time = {"shifts": prepared.shifts[0].numpy()}
     pairs = [pair for transformer in prepared.texts for block in transformer for pair in block]
     options = [item.name for item in fields(settings) if item.name != "prompts" and item.name not in FREE]
     return Recipe(
@@ -82,7 +87,8 @@ def _recipe(job: Job, drawing: Drawing, graphs: dict[str, LaidOut]) -> Recipe | 
         noisy=plan.noise.any(dim=1).tolist(),
         init_noise_sigma=plan.init_noise_sigma,
         scaling_factor=components.autoencoder.config.scaling_factor,
-        tables={**folded(components.denoiser(lambda x, call: x), plan), "shifts": prepared.shifts[0].numpy()},
+        shift_channels=prepared.shifts.shape[2],
+        tables={**folded(components.denoiser(lambda x, call: x), plan), **time},
     )
 
 
@@ -103,7 +109,8 @@ def _graphs(job: Job) -> dict[str, LaidOut]:
     assert isinstance(components.text_encoder, BertModel)
     unet, decoder = engine.graphs(components.unet), engine.graphs(components.autoencoder)
     encoder = engine.graphs(components.text_encoder)
-    return {"encoder": encoder[GRAPH], "texts": unet[TEXTS], "unet": unet[GRAPH], "decoder": decoder[GRAPH]}
+    texts = {name: graph for name, graph in unet.items() if name != GRAPH}
+    return {"encoder": encoder[GRAPH], **texts, "unet": unet[GRAPH], "decoder": decoder[GRAPH]}
 
 
 def _is_plain(job: Job) -> bool:
@@ -122,7 +129,7 @@ def _is_plain(job: Job) -> bool:
         and components.source is not None
         and read_layout(components.source.path).base is None
         and not (components.loras or components.embeddings or components.vae or components.force_zeros)
-        and not (unet.self_conditioning or unet.time_cond_proj_dim or unet.addition_embed_type)
+        and not (unet.self_conditioning or unet.time_cond_proj_dim or unet.expects_sizes)
         and not (unet.class_embed_type or unet.num_class_embeds)
         and not components.denoiser(lambda x, call: x).bounds_estimates
         and not needs_tiles(autoencoder.config, job.image.height, job.image.width, torch.float32)

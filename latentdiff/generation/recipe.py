@@ -28,7 +28,7 @@ from latentdiff.files import is_file, is_folder, stamp
 __all__ = ["FREE", "Recipe", "read_recipe", "recipe_place", "words_of", "write_recipe"]
 
 FREE = ("negative_prompt", "seed", "num_images")  # options that may differ between pictures of one recipe
-FORMAT = 1  # of the files
+FORMAT = 2  # of the files
 TABLE = "embeddings.word_embeddings.weight"
 NUMBERS, TABLES = "recipe.json", "tables.safetensors"
 MOST_FILES = 200  # of a model's folder
@@ -43,7 +43,8 @@ class Recipe:
     Attributes:
         settings: all but those in `FREE`, as arguments of `Settings`.
         record: see `result.call_record`.
-        graphs: files of conversions, by what they are: "encoder", "texts", "unet", "decoder".
+        graphs: files of conversions, by what they are: "encoder", "texts", "unet", "decoder", and "shifts" of a U-Net
+            that has the text in its time embedding.
         tokenizer: folder of the tokenizer.
         words: file of the text encoder's weights that has the table of its tokens.
         window: tokens that the text encoder takes at most.
@@ -54,7 +55,9 @@ class Recipe:
         noisy: whether noise is drawn, for each row.
         init_noise_sigma: see `diffusion.plan.Plan`.
         scaling_factor: of the autoencoder.
-        tables: see `diffusion.folding.folded`, and "shifts" (R, sum C) as the U-Net takes them.
+        shift_channels: sum C, see `models.unet.UNet2DConditionModel.shifts`.
+        tables: see `diffusion.folding.folded`, and "shifts" (R, sum C) as the U-Net takes them, or "time" (R, D), of
+            which the graph "shifts" makes them.
     """
 
     settings: dict[str, Any]
@@ -70,6 +73,7 @@ class Recipe:
     noisy: list[bool]
     init_noise_sigma: float
     scaling_factor: float
+    shift_channels: int
     tables: dict[str, np.ndarray]
 
 

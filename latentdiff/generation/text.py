@@ -146,7 +146,7 @@ class Conditioning:
             scale = torch.tensor([self.settings.guidance_scale - 1], device=self.device) * GUIDANCE_SCALING
             embedding = sinusoidal_embedding(scale, config.time_cond_proj_dim, cosine_first=False, shift=1)
             added["timestep_cond"] = embedding.to(texts[0].states.dtype).expand(len(texts), -1)  # (2b, G)
-        if config.addition_embed_type is not None:
+        if config.expects_sizes:
             embeds = torch.stack([text.pooled for text in texts if text.pooled is not None])  # (2b, P)
             size = [float(side) for side in self.size]
             width = (config.projection_class_embeddings_input_dim or 0) - embeds.shape[1]

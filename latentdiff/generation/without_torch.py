@@ -94,7 +94,7 @@ class Drawer:
         rows = _power_of_two(2 * min(BATCH_SIZE, self.settings.count))
         tokens = windows * self._tokenizer.model_max_length
         pairs = [(rows, heads, tokens, width) for heads, width in self.recipe.heads for _ in ("keys", "values")]
-        shapes = ((rows, *self.recipe.shape), (rows, self.recipe.tables["shifts"].shape[1]), *pairs)
+        shapes = ((rows, *self.recipe.shape), (rows, self.recipe.shift_channels), *pairs)
         failed = list[BaseException]()
 
         def lay_out() -> None:
@@ -148,7 +148,7 @@ class Drawer:
         recipe, tables = self.recipe, self.recipe.tables
         noises = [TorchNoise(self.settings.seeds(index)[0]) for index in images]
         context, count = self._context(images), len(images)
-        texts = self._graphs["texts"]([context], self._threads)
+        texts, shifts = self._graphs["texts"]([context], self._threads), self._shifts(context)
         scales = recipe.scales
         if np.array_equal(context[:count], context[count:]):  # there is nothing to steer away from
             scales = [1.0] * len(scales)
@@ -156,7 +156,7 @@ class Drawer:
         slots = np.zeros((tables["noise"].shape[1], *x.shape), np.float32)
         slots[0] = x * tables["c_in"][0]
         for row, (scale, matrix) in enumerate(zip(scales, tables["matrices"])):
-            output = self._guided(slots[0], tables["shifts"][row], texts, scale)
+            output = self._guided(slots[0], shifts[:, row], texts, scale)
             advanced = _column(matrix[:, -1]) * output
             for place, slot in enumerate(slots):
                 advanced = fused(_column(matrix[:, place]), slot, advanced)
@@ -169,17 +169,25 @@ class Drawer:
             raise InputError("the network's output became NaN or infinite; use a lower guidance_scale")
         return x
 
+    def _shifts(self, context: np.ndarray) -> np.ndarray:
+        """Return what the U-Net adds in its residual blocks in each row, (2b or 1, R, sum C)."""
+        tables = self.recipe.tables
+        if "shifts" in tables:
+            return tables["shifts"][None]
+        (made,) = self._graphs["shifts"]([tables["time"][None], context], self._threads)
+        return made
+
     def _guided(self, inputs: np.ndarray, shifts: np.ndarray, texts: Sequence[np.ndarray], scale: float) -> np.ndarray:
         """Return the guided output (b, C, h, w) for inputs (b, C, h, w); see `guided.guided_network`."""
         count = len(inputs)
         if scale == 1:
-            return self._unet(inputs, shifts, [one[count:] for one in texts])
+            return self._unet(inputs, shifts[-count:], [one[count:] for one in texts])
         both = self._unet(np.concatenate([inputs, inputs]), shifts, texts)
         unconditional, conditional = both[:count], both[count:]
         return unconditional + np.float32(scale) * (conditional - unconditional)
 
     def _unet(self, inputs: np.ndarray, shifts: np.ndarray, texts: Sequence[np.ndarray]) -> np.ndarray:
-        rows = np.repeat(shifts[None], len(inputs), axis=0)
+        rows = np.ascontiguousarray(np.broadcast_to(shifts, (len(inputs), shifts.shape[1])))
         return self._graphs["unet"]([inputs, rows, *texts], self._threads)[0]
 
     def _decode(self, latents: np.ndarray) -> Image.Image:

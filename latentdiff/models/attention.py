@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,6 +66,60 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+class AttentionPooling(nn.Module):
+    """One vector of a text: its mean, and a learned place, attend to the text and to themselves.
+
+    Args:
+        channels: width of the text states.
+        heads: number of heads; divides `channels`.
+    """
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.positional_embedding = nn.Parameter(torch.randn(1, channels) / channels**0.5)
+        self.k_proj = nn.Linear(channels, channels)
+        self.q_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, channels)
+        self.heads = heads
+
+    def forward(self, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return (B, D) for text states (B, L, D) and a mask (B, L), 0 for tokens to leave out, or None."""
+        kept = None if mask is None else F.pad(mask.bool(), (1, 0), value=True)[:, None, None, :]  # (B, 1, 1, 1 + L)
+        if mask is None:
+            mean = context.mean(dim=1, keepdim=True)  # (B, 1, D)
+        else:
+            shares = mask.to(context.dtype) / mask.sum(dim=1, keepdim=True).to(context.dtype)
+            mean = shares[:, None] @ context
+        first = mean + self.positional_embedding
+        tokens = torch.cat([first, context], dim=1)  # (B, 1 + L, D)
+        query, keys, values = (
+            projected.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, ..., d)
+            for projected in (self.q_proj(first), self.k_proj(tokens), self.v_proj(tokens))
+        )
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=kept).flatten(1)
+
+
+class TextTimeEmbedding(nn.Module):
+    """What a text adds to the time embedding, and so to every residual block; weight names are diffusers'.
+
+    A new one adds 0.
+
+    Source: Saharia et al. 2022, arXiv 2205.11487, section 2.3 (pooled text states added to the time embedding).
+    """
+
+    def __init__(self, channels: int, time_channels: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.pool = AttentionPooling(channels, heads)
+        self.proj = nn.Linear(channels, time_channels)
+        self.norm2 = nn.LayerNorm(time_channels)
+        nn.init.zeros_(self.norm2.weight)
+
+    def forward(self, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return (B, time_channels); arguments are those of `AttentionPooling`."""
+        return self.norm2(self.proj(self.pool(self.norm1(context), mask)))
 
 
 class GEGLU(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.errors import InputError
-from latentdiff.models.attention import KeyValue
+from latentdiff.models.attention import KeyValue, TextTimeEmbedding
 from latentdiff.models.blocks import BlockInputs, BlockShape, DownBlock, MidBlock, UpBlock
 from latentdiff.models.config import ModelConfig, require, require_positive
 from latentdiff.models.layers import ResnetBlock2D, TimestepEmbedding, activate, sinusoidal_embedding
@@ -47,14 +47,15 @@ class UNetConfig(ModelConfig):
         cross_attention_dim: width of the text states.
         attention_head_dim: the NUMBER of attention heads, a misnomer that all published files share.
         class_embed_type: None, "timestep" or "projection"; with None, `num_class_embeds` asks for a learned table.
-        addition_embed_type: None, or "text_time" for pooled text and picture sizes as in Stable Diffusion XL.
+        addition_embed_type: what is added to the time embedding: None; "text", one vector of the text states, pooled by
+            `addition_embed_type_num_heads` heads, as in DeepFloyd IF; "text_time", pooled text of the encoder's own and
+            picture sizes, as in Stable Diffusion XL.
         time_cond_proj_dim: width of the embedded guidance scale of latent consistency models.
         self_conditioning: whether the second half of the input channels is the x0 estimate of the call before; a key of
             ours, written only where true.
     """
 
     class_name: ClassVar[str] = "UNet2DConditionModel"
-    ignored: ClassVar[frozenset[str]] = frozenset({"addition_embed_type_num_heads"})
     fixed: ClassVar[dict[str, tuple[Any, ...]]] = {
         "act_fn": ("silu", "swish"),
         "attention_type": ("default",),
@@ -102,6 +103,7 @@ class UNetConfig(ModelConfig):
     num_class_embeds: int | None = None
     projection_class_embeddings_input_dim: int | None = None
     addition_embed_type: str | None = None
+    addition_embed_type_num_heads: int = 64
     addition_time_embed_dim: int | None = None
     upcast_attention: bool | None = False
     time_cond_proj_dim: int | None = None
@@ -118,6 +120,11 @@ class UNetConfig(ModelConfig):
     def time_channels(self) -> int:
         """Width of the time embedding."""
         return 4 * self.block_out_channels[0]
+
+    @property
+    def expects_sizes(self) -> bool:
+        """Whether it is told pooled text and picture sizes, as Stable Diffusion XL is."""
+        return self.addition_embed_type == "text_time"
 
     def shapes(self, attended: Sequence[bool]) -> list[BlockShape]:
         """Return the shape of each resolution, finest first; `attended` says which ones have attention."""
@@ -148,7 +155,7 @@ class UNetConfig(ModelConfig):
         require_positive(self, "in_channels", "out_channels", "block_out_channels", "layers_per_block")
         require_positive(self, "norm_num_groups", "cross_attention_dim", "transformer_layers_per_block", "sample_size")
         require_positive(self, "attention_head_dim", "num_class_embeds", "projection_class_embeddings_input_dim")
-        require_positive(self, "addition_time_embed_dim", "time_cond_proj_dim")
+        require_positive(self, "addition_embed_type_num_heads", "addition_time_embed_dim", "time_cond_proj_dim")
         count = len(self.block_out_channels)
         self._check_blocks(count)
         for name in ("only_cross_attention", "layers_per_block", "cross_attention_dim", "attention_head_dim"):
@@ -202,14 +209,20 @@ class UNetConfig(ModelConfig):
             f"class_embed_type must be null, timestep or projection, got {self.class_embed_type!r}; use another model",
         )
         require(
-            self.addition_embed_type in (None, "text_time"),
-            f"addition_embed_type must be null or text_time, got {self.addition_embed_type!r}; use another model",
+            self.addition_embed_type in (None, "text", "text_time"),
+            f"addition_embed_type must be null, text or text_time, got {self.addition_embed_type!r}; use another model",
         )
         width = self.projection_class_embeddings_input_dim
-        if self.class_embed_type == "projection" or self.addition_embed_type is not None:
+        if self.class_embed_type == "projection" or self.expects_sizes:
             require(width is not None, "projection_class_embeddings_input_dim is missing; give the width of its input")
-        if self.addition_embed_type is not None:
+        if self.expects_sizes:
             require(self.addition_time_embed_dim is not None, "addition_time_embed_dim is missing; SD XL has 256")
+        if self.addition_embed_type == "text":
+            states, heads = self.cross_attention_dim, self.addition_embed_type_num_heads
+            require(
+                isinstance(states, int) and states % heads == 0,
+                f"cross_attention_dim must be one multiple of addition_embed_type_num_heads ({heads}), got {states}",
+            )
 
 
 class UNet2DConditionModel(nn.Module):
@@ -229,11 +242,7 @@ class UNet2DConditionModel(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], config.time_channels, config.time_cond_proj_dim)
         self.class_embedding = _class_embedding(config)
-        self.add_embedding = (
-            TimestepEmbedding(config.projection_class_embeddings_input_dim or 0, config.time_channels)
-            if config.addition_embed_type == "text_time"
-            else None
-        )
+        self.add_embedding = _add_embedding(config)
         down = config.shapes([DOWN_BLOCKS[name] for name in config.down_block_types])
         up = config.shapes([UP_BLOCKS[name] for name in reversed(config.up_block_types)])
         self.down_blocks = nn.ModuleList()
@@ -274,8 +283,8 @@ class UNet2DConditionModel(nn.Module):
         Raises:
             InputError: an input that the config asks for is missing.
         """
-        time = F.silu(self._embed(timesteps, class_labels, added or {}))  # (B, 4 * C_0)
-        shifts = [resnet.time_emb_proj(time) for resnet in self._resnets()]
+        time = self.embedded(timesteps, class_labels, added or {})  # (B, 4 * C_0)
+        shifts = self._shifts(time, context, context_mask)
         return self._predict(sample, shifts, self.texts(context), _attention_mask(context_mask))[0]
 
     @torch.no_grad()
@@ -288,6 +297,7 @@ class UNet2DConditionModel(nn.Module):
         added: Mapping[str, Tensor] | None = None,
         context_mask: Tensor | None = None,
         texts: Callable[[Tensor], Texts] | None = None,
+        shifts: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> PreparedUNet:
         """Compute once what does not change while sampling: all that the network makes of time and of text.
 
@@ -298,6 +308,7 @@ class UNet2DConditionModel(nn.Module):
             added: as in `forward`.
             context_mask: as in `forward`.
             texts: computes what `self.texts` does; None for that.
+            shifts: computes what `self.shifts` does without a mask; None for that.
 
         Returns:
             A function of the sample and of the index of each image's timestep. It holds its own results, so threads may
@@ -305,13 +316,26 @@ class UNet2DConditionModel(nn.Module):
         """
         labels = None if class_labels is None else class_labels[:, None]
         extra = {name: value[:, None] for name, value in (added or {}).items()}
-        time = F.silu(self._embed(timesteps[None], labels, extra))  # (B or 1, N, 4 * C_0)
-        shifts = [resnet.time_emb_proj(time) for resnet in self._resnets()]  # each (B or 1, N, C)
+        time = self.embedded(timesteps[None], labels, extra)  # (B or 1, N, 4 * C_0)
+        shifted = self.shifts(time, context, context_mask) if shifts is None else shifts(time, context)
         seen = self.texts(context) if texts is None else texts(context)
-        return PreparedUNet(self, torch.cat(shifts, dim=-1), seen, _attention_mask(context_mask))
+        return PreparedUNet(self, shifted, seen, _attention_mask(context_mask))
 
-    def _embed(self, timesteps: Tensor, class_labels: Tensor | None, added: Mapping[str, Tensor]) -> Tensor:
-        """Return the time embedding (..., D) of timesteps (...), with all that is added to it; shapes broadcast."""
+    def shifts(self, time: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return what is added in all residual blocks, (B or 1, N, sum C).
+
+        Args:
+            time: embeddings (B or 1, N, 4 * C_0) of N timesteps.
+            context: text states (B, L, D), looked at where addition_embed_type is "text".
+            mask: (B, L), 0 for text tokens to leave out, or None.
+        """
+        return torch.cat(self._shifts(time, context, mask), dim=-1)
+
+    def embedded(self, timesteps: Tensor, class_labels: Tensor | None, added: Mapping[str, Tensor]) -> Tensor:
+        """Return the time embedding (..., D) of timesteps (...), with all that is added to it but the text.
+
+        The shapes of the arguments, which are those of `forward`, broadcast.
+        """
         config, dtype = self.config, self.conv_in.weight.dtype
         time = self._sinusoidal(timesteps, config.block_out_channels[0]).to(dtype)  # (..., C_0)
         embedding = self.time_embedding(time, added.get("timestep_cond"))  # (..., D)
@@ -323,7 +347,7 @@ class UNet2DConditionModel(nn.Module):
             if config.class_embed_type is not None:
                 class_labels = class_labels.to(dtype)
             embedding = embedding + self.class_embedding(class_labels)
-        if self.add_embedding is not None:
+        if config.expects_sizes and self.add_embedding is not None:
             if not {"text_embeds", "time_ids"} <= added.keys():
                 raise InputError(
                     f"this U-Net expects text_embeds and time_ids, got {sorted(added)}; pass them as `added`"
@@ -381,6 +405,14 @@ class UNet2DConditionModel(nn.Module):
             for block in self._blocks()
             for transformer in block.attentions
         ]
+
+    def _shifts(self, time: Tensor, context: Tensor, mask: Tensor | None) -> list[Tensor]:
+        """Return what is added in each residual block, (..., C), for time embeddings (B, D) or (B or 1, N, D)."""
+        if isinstance(self.add_embedding, TextTimeEmbedding):
+            text = self.add_embedding(context.to(time.dtype), mask)  # (B, D)
+            time = time + (text[:, None] if time.dim() == 3 else text)
+        time = F.silu(time)
+        return [resnet.time_emb_proj(time) for resnet in self._resnets()]
 
     def _split(self, shifts: Tensor) -> Sequence[Tensor]:
         return shifts.split([resnet.conv1.out_channels for resnet in self._resnets()], dim=-1)
@@ -485,6 +517,15 @@ def _class_embedding(config: UNetConfig) -> nn.Module | None:
         return TimestepEmbedding(config.projection_class_embeddings_input_dim or 0, config.time_channels)
     if config.num_class_embeds is not None:
         return nn.Embedding(config.num_class_embeds, config.time_channels)
+    return None
+
+
+def _add_embedding(config: UNetConfig) -> nn.Module | None:
+    if config.addition_embed_type == "text":
+        assert isinstance(config.cross_attention_dim, int)
+        return TextTimeEmbedding(config.cross_attention_dim, config.time_channels, config.addition_embed_type_num_heads)
+    if config.expects_sizes:
+        return TimestepEmbedding(config.projection_class_embeddings_input_dim or 0, config.time_channels)
     return None
 
 

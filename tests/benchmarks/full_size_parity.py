@@ -92,7 +92,7 @@ def inputs_of(shape: UNetConfig) -> dict[str, Any]:
     }
     if shape.num_class_embeds is not None:
         inputs["class_labels"] = torch.tensor([3, 20])
-    if shape.addition_embed_type is not None:
+    if shape.expects_sizes:
         ids = ((shape.projection_class_embeddings_input_dim or 0) - POOLED) // (shape.addition_time_embed_dim or 1)
         inputs["added"] = {"text_embeds": torch.randn(2, POOLED), "time_ids": torch.randint(0, 1024, (2, ids))}
     if shape.time_cond_proj_dim is not None:

@@ -214,7 +214,7 @@ def test_loras_are_in_the_conversion(pipe: Pipeline, fast: Pipeline, tmp_path: P
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["sd2", "xl", "inpainting", "x4-upscaler"])
+@pytest.mark.parametrize("name", ["sd2", "xl", "inpainting", "x4-upscaler", "text-in-time"])
 @torch.no_grad()
 def test_every_kind_of_network_is_converted(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
@@ -225,7 +225,8 @@ def test_every_kind_of_network_is_converted(name: str, monkeypatch: pytest.Monke
     sample, timesteps = inputs.pop("sample"), inputs.pop("timesteps")
     prepared, engine = network.prepare(timesteps, **inputs), OpenVINO(torch.float32)
     with pytest.warns(UserWarning, match="converting"):
-        seen = network.prepare(timesteps, **inputs, texts=engine.texts(network))
+        made = engine.texts(network), engine.shifts(network)
+        seen = network.prepare(timesteps, **inputs, texts=made[0], shifts=made[1])
     drawn = seen.run_by(engine.predict(network))(sample, torch.arange(2))
     expected = prepared(sample, torch.arange(2))
     assert (drawn - expected).abs().max() < 1e-5 * expected.abs().max()

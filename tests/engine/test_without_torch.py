@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from latentdiff.training.networks.grown_unet import grown_unet
 
 from latentdiff import Pipeline, Settings
+from latentdiff.checkpoints import save_pipeline
 from latentdiff.cli import main
 from latentdiff.commands import generate
 from latentdiff.engine import conversions, layouts
@@ -21,7 +23,7 @@ from latentdiff.engine.torch_noise import agrees_with_torch
 from latentdiff.generation import make_recipe
 from latentdiff.generation.options import options_of
 from latentdiff.generation.recipe import recipe_place
-from tests.models.tiny import noise_picture
+from tests.models.tiny import noise_picture, randomize
 from tests.needs import leave_out
 from tests.test_imports import loaded
 
@@ -80,6 +82,18 @@ def draw(cache: Path, built_model: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_files_are_those_of_torch(options: tuple[str, ...], draw: Draw) -> None:
     expected = draw(*options)
     assert draw(*options, light=True) == expected
+
+
+@pytest.mark.long
+def test_a_model_with_the_text_in_its_time_embedding(pipe: Pipeline, draw: Draw, cache: Path, tmp_path: Path) -> None:
+    changes = {"addition_embed_type": "text", "addition_embed_type_num_heads": 4}
+    unet = grown_unet(pipe.unet, changes)
+    randomize(unet)
+    save_pipeline(pipe.components.with_unet(unet), tmp_path / "model", torch.float32)
+    expected = draw("-n", "2", "--model", str(tmp_path / "model"))
+    drawn = draw("-n", "2", "--model", str(tmp_path / "model"), "--negative", "owl", light=True)
+    assert len(list(cache.glob("recipes/*"))) == 1 and drawn != expected
+    assert draw("-n", "2", "--model", str(tmp_path / "model"), light=True) == expected
 
 
 def test_a_recipe_is_for_any_prompt_seed_and_number(draw: Draw, cache: Path) -> None:

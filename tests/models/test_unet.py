@@ -174,7 +174,7 @@ def test_config_survives_the_way_through_json(name: str) -> None:
         ({"cross_attention_dim": None}, "cross_attention_dim must be of type int"),
         ({"class_embed_type": "identity"}, "class_embed_type must be null, timestep or projection, got 'identity'"),
         ({"class_embed_type": "projection"}, "projection_class_embeddings_input_dim is missing"),
-        ({"addition_embed_type": "image"}, "addition_embed_type must be null or text_time, got 'image'"),
+        ({"addition_embed_type": "image"}, "addition_embed_type must be null, text or text_time, got 'image'"),
         (
             {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 8},
             "addition_time_embed_dim is missing",

@@ -71,6 +71,12 @@ UNETS: dict[str, dict[str, Any]] = {
         "class_embed_type": "projection",
         "projection_class_embeddings_input_dim": 12,
     },
+    "text-in-time": {
+        **BASE,
+        **CROSS_FIRST,
+        "addition_embed_type": "text",
+        "addition_embed_type_num_heads": 4,
+    },
     "lcm": {**BASE, **CROSS_FIRST, "time_cond_proj_dim": 6},
     "no-middle": {**BASE, **CROSS_LAST, "mid_block_type": None, "layers_per_block": [1, 2]},
     "old-frequencies": {**BASE, **CROSS_FIRST, "flip_sin_to_cos": False, "freq_shift": 1},
@@ -112,7 +118,7 @@ def unet_inputs(config: UNetConfig, size: tuple[int, int] = (16, 16)) -> dict[st
         inputs["class_labels"] = torch.randn(2, 12, generator=generator)
     elif config.class_embed_type is not None or config.num_class_embeds is not None:
         inputs["class_labels"] = torch.tensor([3, 20])
-    if config.addition_embed_type is not None:
+    if config.expects_sizes:
         time_ids = torch.randint(0, 1024, (2, 6), generator=generator)
         inputs["added"] = {"text_embeds": torch.randn(2, 16, generator=generator), "time_ids": time_ids}
     if config.time_cond_proj_dim is not None:

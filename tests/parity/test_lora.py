@@ -94,7 +94,7 @@ def inputs(pipe: Pipeline) -> tuple[Tensor, Tensor, dict[str, Tensor] | None]:
     sample = torch.randn(1, config.in_channels, 16, 16, generator=generator)
     width: Any = config.cross_attention_dim
     context = torch.randn(1, 7, width, generator=generator)
-    if config.addition_embed_type is None:
+    if not config.expects_sizes:
         return sample, context, None
     added = {"text_embeds": torch.randn(1, 8, generator=generator), "time_ids": torch.full((1, 6), 32.0)}
     return sample, context, added

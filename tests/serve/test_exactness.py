@@ -195,7 +195,7 @@ def test_joined_calls_give_each_network_its_own_output(name: str) -> None:
     networks, inputs, steps = [], [], []
     for images, count in ((2, 5), (1, 3), (2, 4)):
         added = {}
-        if config.addition_embed_type is not None:
+        if config.expects_sizes:
             added = {"text_embeds": draw(images, 16), "time_ids": draw(images, 6).abs()}
         if config.time_cond_proj_dim is not None:
             added = {"timestep_cond": draw(images, config.time_cond_proj_dim)}

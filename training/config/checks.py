@@ -32,7 +32,7 @@ LARGEST = {
 # Of a U-Net that is trained further.
 GROWING = (
     *("down_block_types", "up_block_types", "transformer_layers_per_block", "only_cross_attention"),
-    *("layers_per_block", "in_channels", "out_channels"),
+    *("layers_per_block", "in_channels", "out_channels", "addition_embed_type", "addition_embed_type_num_heads"),
 )
 LARGEST_BLOCKS = 4096  # layers times transformer layers, of all levels
 

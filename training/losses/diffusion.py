@@ -31,8 +31,7 @@ def require_trainable(config: DiffusionTraining, components: Encoders) -> None:
     if isinstance(components, Components):
         shape = components.unet.config
         more = {
-            "how beautiful a picture is (XL's refiner)": shape.addition_embed_type is not None
-            and components.text_encoder_2 is None,
+            "how beautiful a picture is (XL's refiner)": shape.expects_sizes and components.text_encoder_2 is None,
             "a mask (task inpaint)": components.inpaints and config.task.kind != "inpaint",
             "a small picture (task upscale)": components.upscales and config.task.kind != "upscale",
             "an embedded guidance scale": shape.time_cond_proj_dim is not None,

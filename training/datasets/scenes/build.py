@@ -33,7 +33,7 @@ from .things import Catalogue, Thing, catalogue
 MOST = 1_000_000
 SHARE = 40  # training scenes for each one of validation and of test
 FOLDER = "scenes"
-VERSION = 1  # of what scenes are made by; a change of that must change it
+VERSION = 2  # of what scenes are made by; a change of that must change it
 CAPTIONS = 2  # of each scene: text states take more room than latents
 
 

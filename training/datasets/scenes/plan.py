@@ -14,12 +14,13 @@ from latentdiff.evaluate.compose.grounds import COLORED, GROUNDS, PLACES, Ground
 from latentdiff.evaluate.compose.words import RELATIONS, Combination, Things, is_held_out
 
 from ...data.captions import swap_sides
-from .things import Catalogue, Thing
+from .things import Catalogue, Choice, Thing
 from .words import scene_captions
 
 NEAR = 90.0  # distance in sRGB from its ground below which a thing is not seen well
 MARGIN = 0.02
-KINDS = {"single": 0.42, "count": 0.2, "pair": 0.24, "sizes": 0.05, "group": 0.09}
+KINDS = {"single": 0.34, "count": 0.18, "pair": 0.32, "sizes": 0.06, "group": 0.1}
+ORDINARY_SHARE = 0.5  # of all choices of a thing, that are among the ordinary ones
 GROUPS = ((2, 1), (1, 2), (1, 1, 1), (2, 2), (3, 1), (1, 1, 1, 1))
 Box = tuple[float, float, float, float]
 
@@ -166,7 +167,7 @@ def _arrangement(kind: str, rng: np.random.Generator) -> tuple[Sequence[int], st
 def _chosen(catalogue: Catalogue, groups: int, alone: bool, rng: np.random.Generator) -> list[int] | None:
     """Return numbers of drawings of one style whose names are not part of each other; None where that failed."""
     things = catalogue.things
-    first = int(rng.integers(len(things)))
+    first = _choice(catalogue.everything, rng)
     if not alone and not things[first].countable:
         return None
     chosen = [first]
@@ -174,9 +175,14 @@ def _chosen(catalogue: Catalogue, groups: int, alone: bool, rng: np.random.Gener
         return [first, first]  # in two colours
     same_style = catalogue.styles[things[first].row["style"]]
     while len(chosen) < groups:
-        chosen.append(int(rng.choice(same_style)))
+        chosen.append(_choice(same_style, rng))
     words = [set(things[n].concept.split()) for n in chosen]
     return None if any(a <= b or b <= a for a, b in combinations(words, 2)) else chosen
+
+
+def _choice(things: Choice, rng: np.random.Generator) -> int:
+    among = things.ordinary if things.ordinary and rng.random() < ORDINARY_SHARE else things.all
+    return int(rng.choice(among))
 
 
 def _group(catalogue: Catalogue, n: int, number: int, size: str | None, rng: np.random.Generator) -> Group:

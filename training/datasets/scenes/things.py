@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from latentdiff.evaluate.compose.prompts import COLORABLE, THINGS
 from latentdiff.evaluate.compose.words import COLORS, HUES, with_article
 
 from ...data.augment import turn_hue
@@ -61,6 +62,7 @@ ribbon; incoming envelope; airplane arrival; airplane departure; memo; locked; u
 tilted left; magnifying glass tilted right; level slider; skis; baguette bread; falafel; coral; fried shrimp; green
 salad; small airplane; steaming bowl; video game; fondue
 """)
+ORDINARY = frozenset((*THINGS, *COLORABLE))  # which half of all places in scenes go to
 BRIGHT = 185  # value, of 255, that yellow needs to be seen as such
 ONE_HUE = 0.7  # share of the colourful pixels of a drawing that must be near its main hue for it to have one
 
@@ -99,6 +101,14 @@ class Thing:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Numbers of things to choose among, and of those the ordinary ones, which people ask for first."""
+
+    all: list[int]
+    ordinary: list[int]
+
+
+@dataclass(frozen=True)
 class Catalogue:
     """The things of each style, and the colours that each concept has somewhere without being turned."""
 
@@ -111,13 +121,21 @@ class Catalogue:
         return sorted({thing.concept for thing in self.things if thing.countable})
 
     @cached_property
-    def styles(self) -> dict[str, list[int]]:
-        """Return the numbers of the things of each style that there may be several of in a scene."""
+    def everything(self) -> Choice:
+        """Return all things."""
+        return self._choice(list(range(len(self.things))))
+
+    @cached_property
+    def styles(self) -> dict[str, Choice]:
+        """Return the things of each style that there may be several of in a scene."""
         found: dict[str, list[int]] = defaultdict(list)
         for n, thing in enumerate(self.things):
             if thing.countable:
                 found[thing.row["style"]].append(n)
-        return dict(found)
+        return {style: self._choice(numbers) for style, numbers in found.items()}
+
+    def _choice(self, numbers: list[int]) -> Choice:
+        return Choice(numbers, [n for n in numbers if self.things[n].concept in ORDINARY])
 
 
 def catalogue(rows: Sequence[dict[str, Any]], folder: Path, workers: int | None = None) -> Catalogue:
