@@ -97,7 +97,7 @@ class ShiftsGraph(nn.Module):
         self.unet = unet
 
     def forward(self, time: Tensor, context: Tensor) -> Tensor:
-        """Return (B, N, sum C) for embeddings (1, N, D) of timesteps and text states (B, L, D)."""
+        """Return (B, N, sum C) for embeddings (B, N, D) of timesteps and text states (B, L, D)."""
         return self.unet.shifts(time, context)
 
 
@@ -175,8 +175,9 @@ def exported_texts(unet: UNet2DConditionModel) -> Traced:
 def exported_shifts(unet: UNet2DConditionModel) -> Traced:
     """Return what a U-Net adds in its residual blocks with what it takes to trace it; see `exported`."""
     unet = in_float32(unet)
-    inputs = torch.randn(1, STEPS, unet.config.time_channels), torch.randn(ROWS, TOKENS, _context_width(unet))
-    return Traced(ShiftsGraph(unet).eval(), inputs, ("time", "context"), ({1: "steps"}, WORDS))
+    inputs = torch.randn(ROWS, STEPS, unet.config.time_channels), torch.randn(ROWS, TOKENS, _context_width(unet))
+    axes = {0: "batch", 1: "steps"}, WORDS
+    return Traced(ShiftsGraph(unet).eval(), inputs, ("time", "context"), axes)
 
 
 def _context_width(unet: UNet2DConditionModel) -> int:

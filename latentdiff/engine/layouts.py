@@ -127,6 +127,8 @@ class LaidOut:
         A batch is split into such of 1, 2, 4, ... rows, as each size that is called is laid out for first.
         """
         parts, done, rows = [], 0, len(arrays[0])
+        if any(len(array) != rows for array in arrays):
+            raise ValueError(f"a graph's inputs have one batch, got {[len(array) for array in arrays]} rows")
         while done < rows:
             count = 1 << ((rows - done).bit_length() - 1)
             parts.append(self._run([array[done : done + count] for array in arrays], threads))

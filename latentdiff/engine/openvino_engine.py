@@ -77,7 +77,7 @@ class OpenVINO(GraphEngine):
         if SHIFTS not in self.graphs(unet):
             return unet.shifts
         run = _caller(self.graphs(unet)[SHIFTS])
-        return lambda time, context: run(time, context)[0]
+        return lambda time, context: run(time.expand(len(context), -1, -1), context)[0]
 
     def encode(self, encoder: PromptEncoder) -> PromptEncoder:
         if not isinstance(encoder, TokenStates) or not isinstance(encoder.encoder, BertModel):

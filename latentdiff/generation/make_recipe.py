@@ -66,12 +66,9 @@ def _recipe(job: Job, drawing: Drawing, graphs: dict[str, LaidOut]) -> Recipe | 
     )
     context = stage.conditioning.of([0]).context
     timesteps = plan.timesteps.to(torch.float32)
-    prepared = unet.prepare(timesteps, context)
-    if SHIFTS in graphs:
-        time = {"time": unet.embedded(timesteps, None, {}).numpy()}
-    else:
-        time = {"shifts": prepared.shifts[0].numpy()}
-    pairs = [pair for transformer in prepared.texts for block in transformer for pair in block]
+    embedded = unet.embedded(timesteps, None, {})  # (R, D)
+    time = {"time": embedded} if SHIFTS in graphs else {"shifts": unet.shifts(embedded, context)}
+    pairs = [pair for transformer in unet.texts(context) for block in transformer for pair in block]
     options = [item.name for item in fields(settings) if item.name != "prompts" and item.name not in FREE]
     return Recipe(
         settings={name: getattr(settings, name) for name in options},
@@ -87,8 +84,11 @@ def _recipe(job: Job, drawing: Drawing, graphs: dict[str, LaidOut]) -> Recipe | 
         noisy=plan.noise.any(dim=1).tolist(),
         init_noise_sigma=plan.init_noise_sigma,
         scaling_factor=components.autoencoder.config.scaling_factor,
-        shift_channels=prepared.shifts.shape[2],
-        tables={**folded(components.denoiser(lambda x, call: x), plan), **time},
+        shift_channels=sum(unet.shift_channels()),
+        tables={
+            **folded(components.denoiser(lambda x, call: x), plan),
+            **{key: one.numpy() for key, one in time.items()},
+        },
     )
 
 

@@ -174,7 +174,8 @@ class Drawer:
         tables = self.recipe.tables
         if "shifts" in tables:
             return tables["shifts"][None]
-        (made,) = self._graphs["shifts"]([tables["time"][None], context], self._threads)
+        time = np.broadcast_to(tables["time"], (len(context), *tables["time"].shape))
+        (made,) = self._graphs["shifts"]([time, context], self._threads)
         return made
 
     def _guided(self, inputs: np.ndarray, shifts: np.ndarray, texts: Sequence[np.ndarray], scale: float) -> np.ndarray:

@@ -20,6 +20,11 @@ KeyValue = tuple[Tensor, Tensor]
 """Keys and values, each (B, heads, L, channels / heads)."""
 
 
+def split_heads(tokens: Tensor, heads: int) -> Tensor:
+    """Return (B, heads, L, C / heads) for tokens (B, L, C)."""
+    return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head attention of tokens to themselves, or to a context.
 
@@ -65,7 +70,7 @@ class Attention(nn.Module):
         return self.to_out[0](attended.transpose(1, 2).flatten(2).to(tokens.dtype))
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return split_heads(x, self.heads)
 
 
 class AttentionPooling(nn.Module):
@@ -95,7 +100,7 @@ class AttentionPooling(nn.Module):
         first = mean + self.positional_embedding
         tokens = torch.cat([first, context], dim=1)  # (B, 1 + L, D)
         query, keys, values = (
-            projected.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, ..., d)
+            split_heads(projected, self.heads)
             for projected in (self.q_proj(first), self.k_proj(tokens), self.v_proj(tokens))
         )
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=kept).flatten(1)

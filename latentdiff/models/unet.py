@@ -414,8 +414,12 @@ class UNet2DConditionModel(nn.Module):
         time = F.silu(time)
         return [resnet.time_emb_proj(time) for resnet in self._resnets()]
 
+    def shift_channels(self) -> list[int]:
+        """Return how many channels are shifted in each residual block, those of `shifts` in turn."""
+        return [resnet.conv1.out_channels for resnet in self._resnets()]
+
     def _split(self, shifts: Tensor) -> Sequence[Tensor]:
-        return shifts.split([resnet.conv1.out_channels for resnet in self._resnets()], dim=-1)
+        return shifts.split(self.shift_channels(), dim=-1)
 
     def _predict(
         self, sample: Tensor, shifts: Sequence[Tensor], texts: Texts, mask: Tensor | None
