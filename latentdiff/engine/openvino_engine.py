@@ -104,7 +104,7 @@ class OpenVINO(GraphEngine):
 
     def _converted(self, network: Convertible) -> dict[str, LaidOut]:
         """Return the graphs of a network, from disk where they are there."""
-        key = conversions.network_key(network, "openvino, graphs without tables", str(self.openvino.__version__))
+        key = conversions.network_key(network, "openvino, graphs of one batch", str(self.openvino.__version__))
         place = conversions.cache_folder() / "openvino" / key
         making: dict[str, Callable[[Any], Traced]] = {GRAPH: exported}
         if isinstance(network, UNet2DConditionModel):
