@@ -26,12 +26,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of emoji: add N scenes of one to four things, with the truth about each",
     )
+    parser.add_argument(
+        "--near-words",
+        action="store_true",
+        help="of emoji: add captions of words that the embedded text encoder finds near the names",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Build a captioned data set."""
     if options.scenes is not None and options.name != "emoji":
         raise InputError(f"--scenes are composed of the drawings of emoji, got {options.name}; leave it out")
+    if options.near_words and options.name != "emoji":
+        raise InputError(f"--near-words are of the names of emoji, got {options.name}; leave it out")
     if options.name == "digits":
         if options.size not in (None, 8):
             raise InputError(f"--size of the digits is 8, got {options.size}; leave it out")
@@ -40,11 +47,14 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(build_digits(options.out)))
         return
     from latentdiff.training.datasets.emoji import FXEMOJI, build
+    from latentdiff.training.datasets.near_words import add_near_words
     from latentdiff.training.datasets.scenes.build import add_scenes, check_count
 
     if options.scenes is not None:
         check_count(options.scenes)  # before all the drawing
     report = build(options.out, options.size or 64, sources=FXEMOJI if options.name == "fxemoji" else None)
+    if options.near_words:
+        report["near_words"] = add_near_words(options.out)
     if options.scenes is not None:
         report["scenes"] = add_scenes(options.out, options.scenes)
     print(json.dumps(report, indent=2))

@@ -177,6 +177,11 @@ class Tokenizer:
             files["added_tokens.json"] = json.dumps(numbers).encode()
         return Tokenizer(files, self._place, self._longest)
 
+    def vocabulary(self) -> list[str]:
+        """Return all tokens, as the files write them, in the order of their numbers."""
+        numbers = self._backend.get_vocab(with_added_tokens=True)
+        return sorted(numbers, key=lambda token: numbers[token])
+
     def knows(self, word: str) -> bool:
         """Say whether a word is one token, or was added as several."""
         return self._backend.token_to_id(word) is not None

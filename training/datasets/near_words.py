@@ -1,0 +1,128 @@
+"""Words that mean about what the name of a drawing does, for its captions: "canine" for a dog, "freighter" for a ship.
+
+The text encoder knows some 20,000 English words, most of which no caption of the emoji has, and a U-Net does not draw
+what it has not read, near as its states may be to something that it has. So each of those words that is near enough to a
+name becomes a caption of what the nearest name is of.
+
+Try:
+    latentdiff data emoji data/emoji128 --size 128 --near-words
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from latentdiff.checkpoints import embedded_model, load_text_encoder
+from latentdiff.errors import StorageError
+from latentdiff.evaluate.compose.words import STYLE_PHRASES, plural, with_article
+from latentdiff.images import write_file
+from latentdiff.models.bert import BertModel
+from latentdiff.models.tokenizer import Tokenizer
+
+from .emoji import SPLITS
+from .held_out_words import WORDS
+
+NEAR = 0.5  # cosine of a word and a name from which on it becomes a caption
+MOST = 4  # captions of one drawing
+BATCH = 256  # words
+
+
+def add_near_words(out: str | Path) -> int:
+    """Add captions of near words to the drawings of a set that `training.datasets.emoji.build` made.
+
+    Each style has other ones of the words of a name, so that many of them are heard. Drawings of flags and of skin
+    tones have none. Words of `held_out_words` are left out.
+
+    Args:
+        out: folder of the set.
+
+    Returns:
+        How many words were near enough to a name.
+
+    Raises:
+        StorageError: a file cannot be read or written.
+    """
+    files = {split: Path(out) / split / "metadata.jsonl" for split in SPLITS}
+    try:
+        rows = {split: _rows(file) for split, file in files.items()}
+        plain = [row for own in rows.values() for row in own if _is_plain(row)]
+        read = {word for own in rows.values() for row in own for text in row["captions"] for word in _words(text)}
+        encoder, tokenizer = load_text_encoder(embedded_model())
+        assert isinstance(encoder, BertModel)
+        words = [word for word in tokenizer.vocabulary() if re.fullmatch("[a-z]{3,}", word)]
+        words = sorted({*words} - read - left_out())
+        found = near_words(sorted({row["thing"] for row in plain}), words, encoder, tokenizer)
+        for row in plain:
+            row["captions"] = [*row["captions"], *near_captions(found.get(row["thing"], []), row["style"])]
+        for split, file in files.items():
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split]]
+            write_file(file, "".join(lines).encode())
+    except StorageError:  # of a file that says so itself
+        raise
+    except OSError as error:
+        raise StorageError(f"could not add words to {out}: {error}; free space, then do it again") from error
+    return sum(map(len, found.values()))
+
+
+def near_words(
+    names: Sequence[str], words: Sequence[str], encoder: BertModel, tokenizer: Tokenizer
+) -> dict[str, list[str]]:
+    """Return for each name the words of which it is the nearest, nearest first, where they are near enough.
+
+    Source: Reimers and Gurevych 2019, arXiv 1908.10084, section 3 (the mean of token states, compared by cosine).
+    """
+    embedded = sentences(names, encoder, tokenizer)
+    best, places = (sentences(words, encoder, tokenizer) @ embedded.T).max(dim=1)
+    found = defaultdict[str, list[str]](list)
+    for number in best.argsort(descending=True, stable=True).tolist():
+        if best[number] >= NEAR:
+            found[names[int(places[number])]].append(words[number])
+    return dict(found)
+
+
+def near_captions(words: Sequence[str], style: str) -> list[str]:
+    """Return the captions of a drawing in a style, of the words that are near its name."""
+    number, styled = list(STYLE_PHRASES).index(style), STYLE_PHRASES[style]
+    own = [*words[number :: len(STYLE_PHRASES)][:MOST]] or [*words[number % len(words) :][:1]] if words else []
+    return [f"{with_article(word)}, {styled}" if (number + turn) % 2 else word for turn, word in enumerate(own)]
+
+
+def left_out() -> set[str]:
+    """Return the words that no caption may have: those of `held_out_words`, one and several."""
+    return {form for word in WORDS for form in (word, plural(word))}
+
+
+@torch.no_grad()
+def sentences(texts: Sequence[str], encoder: BertModel, tokenizer: Tokenizer) -> Tensor:
+    """Return (N, D), of length 1, the mean of the states of the tokens of each text."""
+    made = []
+    for start in tqdm(range(0, len(texts), BATCH), desc="words", unit="batch", disable=len(texts) <= BATCH):
+        tokens = tokenizer(texts[start : start + BATCH])
+        longest = int(tokens.attention_mask.sum(dim=1).max())
+        mask = tokens.attention_mask[:, :longest]
+        states = encoder(tokens.input_ids[:, :longest], mask).last_hidden_state  # (b, L, D)
+        weights = mask[..., None].to(states.dtype)
+        made.append(F.normalize((states * weights).sum(dim=1), dim=-1))
+    return torch.cat(made)
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _is_plain(row: dict[str, Any]) -> bool:
+    return "truth" not in row and not row["variant"] and row["group"] != "flags"
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text.lower())
