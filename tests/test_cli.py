@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from latentdiff.training.datasets import emoji
+from latentdiff.training.datasets import emoji, near_words
 from latentdiff.training.datasets.scenes import build as scenes
 from PIL import Image, PngImagePlugin
 
@@ -394,14 +394,15 @@ def test_train_and_data_hand_over_to_training(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(train, "check", lambda *arguments: calls.append(("check", *arguments)))
     monkeypatch.setattr(emoji, "build", lambda *arguments, sources: calls.append((*arguments, sources)) or {})
     monkeypatch.setattr(scenes, "add_scenes", lambda *arguments: calls.append(("scenes", *arguments)))
+    monkeypatch.setattr(near_words, "add_near_words", lambda *arguments: calls.append(("words", *arguments)))
     assert main(["train", "c.yaml", "--set", "a.b=1", "--set", "c=2", "--resume", "--out", "runs/x"]) == 0
     assert main(["train", "c.yaml", "--check", "--out", "runs/x"]) == 0
     assert main(["data", "emoji", "out", "--size", "32"]) == 0
-    assert main(["data", "emoji", "out", "--scenes", "7"]) == 0
+    assert main(["data", "emoji", "out", "--scenes", "7", "--near-words"]) == 0
     expected: list[tuple[Any, ...]] = [("c.yaml", ["a.b=1", "c=2"], True, "runs/x"), ("check", "c.yaml", [], "runs/x")]
-    assert calls == [*expected, ("out", 32, None), ("out", 64, None), ("scenes", "out", 7)]
+    assert calls == [*expected, ("out", 32, None), ("out", 64, None), ("words", "out"), ("scenes", "out", 7)]
     assert main(["data", "emoji", "out", "--scenes", "0"]) == 2
-    assert len(calls) == 5  # nothing is drawn before that is refused
+    assert len(calls) == 6  # nothing is drawn before that is refused
 
 
 def test_recipes_of_an_installed_package_are_found_by_plain_names_alone(

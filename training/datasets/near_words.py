@@ -1,8 +1,8 @@
 """Words that mean about what the name of a drawing does, for its captions: "canine" for a dog, "freighter" for a ship.
 
 The text encoder knows some 20,000 English words, most of which no caption of the emoji has, and a U-Net does not draw
-what it has not read, near as its states may be to something that it has. So each of those words that is near enough to a
-name becomes a caption of what the nearest name is of.
+what it has not read, near as its states may be to something that it has. So each of those words that is near enough to
+a name becomes a caption of what the nearest name is of.
 
 Try:
     latentdiff data emoji data/emoji128 --size 128 --near-words
