@@ -5,7 +5,7 @@ import multiprocessing
 import re
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,19 @@ def test_captions_say_what_is_there_and_nothing_else(things: Catalogue) -> None:
                 rest = rest.replace(phrase, "")
             assert not set(re.findall("[a-z]+", rest)) & {*HUES, *NUMBERS.values(), *NAMES}, (caption, rest)
             assert_relation(scene, caption)
+            if scene.is_read_in_order:
+                assert_order(scene, caption)
         assert len(set(scene.captions)) == 3
+
+
+def assert_order(scene: Scene, caption: str) -> None:
+    """See that things are named as one reads: in rows from above, in each from left to right."""
+    named = sorted(scene.groups, key=lambda group: caption.index(group.said.phrase))
+    places = [((left + right) / 2, (top + bottom) / 2) for group in named for left, top, right, bottom in group.boxes]
+    if len(places) == 2:
+        assert places[0][0] < places[1][0] - 0.2, caption
+    for (x, y), (next_x, next_y) in pairwise(places):
+        assert x < next_x or y < next_y, caption
 
 
 def assert_relation(scene: Scene, caption: str) -> None:
@@ -197,7 +209,14 @@ def assert_relation(scene: Scene, caption: str) -> None:
     elif re.search("under|below", between):
         assert y > other_y + 0.2
     else:
-        assert scene.relation == "next to" and abs(x - other_x) > 0.2
+        assert scene.relation == "next to" and x < other_x - 0.2
+
+
+def test_what_is_named_in_order_is_not_mirrored(drawings: Path) -> None:
+    add_scenes(drawings, 40, workers=1)
+    for row in scenes_of(drawings):
+        truth = row["truth"]
+        assert row["flip"] == (len(truth["things"]) == 1 or truth["relation"] not in (None, "next to"))
 
 
 def test_pictures_hold_as_many_things_as_the_truth_says(things: Catalogue) -> None:

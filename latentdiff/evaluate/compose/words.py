@@ -69,13 +69,13 @@ _IRREGULAR = {
     **{same: same for same in ("sheep", "deer", "moose", "bison", "squid", "shrimp", "buffalo")},
 }
 
-# What is said of each relation of a first thing {a} to a second one {b}; the same of the second to the first below.
+# What is said of each relation of a first thing {a} to a second one {b}.
 RELATION_PHRASES = {
     "left of": ("{a} left of {b}", "{a} to the left of {b}", "{b} right of {a}", "{a} on the left, {b} on the right"),
     "right of": ("{a} right of {b}", "{a} to the right of {b}", "{b} left of {a}", "{b} on the left, {a} on the right"),
     "above": ("{a} above {b}", "{a} over {b}", "{b} under {a}", "{b} below {a}"),
     "under": ("{a} under {b}", "{a} below {b}", "{b} above {a}", "{a} underneath {b}"),
-    "next to": ("{a} next to {b}", "{a} beside {b}", "{b} next to {a}", "{a} and {b}"),
+    "next to": ("{a} next to {b}", "{a} beside {b}", "{a} and {b}"),
 }
 RELATIONS = tuple(RELATION_PHRASES)
 

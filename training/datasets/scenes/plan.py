@@ -79,6 +79,11 @@ class Scene:
         return {"kind": self.kind, "things": things, "relation": self.relation, "ground": self.ground}
 
     @property
+    def is_read_in_order(self) -> bool:
+        """Whether captions tell by their order alone, left to right, where its different things are."""
+        return len(self.groups) > 1 and self.relation in (None, "next to")
+
+    @property
     def combinations(self) -> list[Combination]:
         """Return the combinations that are in it; see `is_held_out`."""
         found: list[Combination] = []
@@ -215,8 +220,6 @@ def _placed(
     """Give every drawing of every group its box."""
     owners = [n for n, group in enumerate(groups) for _ in range(group.said.count)]
     cells = _cells(groups, relation, ground, rng)
-    if relation is None and not any(group.said.size for group in groups):
-        owners = [owners[n] for n in rng.permutation(len(owners))]
     widths = [_shape(catalogue.things[groups[owner].thing]) for owner in owners]
     alike = [float(rng.uniform(0.86, 0.98)) for _ in groups]
     boxes: list[list[Box]] = [[] for _ in groups]
@@ -236,7 +239,11 @@ def _share(groups: Sequence[Group], owner: int, rng: np.random.Generator) -> flo
 
 
 def _cells(groups: Sequence[Group], relation: str | None, ground: Ground, rng: np.random.Generator) -> list[Box]:
-    """Return where each thing may be, in the order of reading, as shares of the side of the picture."""
+    """Return where each thing may be, as shares of the side of the picture.
+
+    Where captions do not say how things are to each other, they name them in the order of reading, which the cells have
+    then: from left to right, those above first. So the place of each thing follows from the caption.
+    """
     total = sum(group.said.count for group in groups)
     sizes = [group.said.size for group in groups]
     if total == 1:
@@ -256,10 +263,12 @@ def _cells(groups: Sequence[Group], relation: str | None, ground: Ground, rng: n
             cells = [(0.25, 0.0, 0.75, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0)]
     else:
         cells = [(x, y, x + 0.5, y + 0.5) for y in (0.0, 0.5) for x in (0.0, 0.5)]
-    if relation == "right of" or (relation in (None, "next to") and rng.random() < 0.5):
+    if relation == "right of":
         cells = [(1 - right, top, 1 - left, bottom) for left, top, right, bottom in cells]
-    if relation == "under" or (relation is None and total == 3 and rng.random() < 0.5):
+    if relation == "under" or (relation is None and total in (2, 3) and rng.random() < 0.5):
         cells = [(left, 1 - bottom, right, 1 - top) for left, top, right, bottom in cells]
+    if relation is None:
+        cells.sort(key=lambda cell: (total > 2 and cell[1] + cell[3] > 1, cell[0]))
     top, bottom = max(MARGIN, ground.ceiling), ground.floor or 1 - MARGIN
     across, down = 1 - 2 * MARGIN, bottom - top
     return [(MARGIN + a * across, top + b * down, MARGIN + c * across, top + d * down) for a, b, c, d in cells]

@@ -21,7 +21,7 @@ def scene_captions(
     """Return different captions of one scene, all of them true, the plainest first.
 
     Args:
-        things: what is there.
+        things: what is there; without a relation, in the order in which they are named.
         relation: one of `RELATIONS`, of the first of two things to the second.
         ground: ways to say where they are, "on the grass"; empty for a ground that is not worth a word.
         style: a key of `STYLE_PHRASES`.
@@ -31,7 +31,7 @@ def scene_captions(
     """
     phrases = [group.phrase for group in things]
     if relation is None:
-        cores = [listed(phrases), listed(phrases[::-1])]
+        cores = [listed(phrases)]
     else:
         cores = [form.format(a=phrases[0], b=phrases[1]) for form in RELATION_PHRASES[relation]]
     captions = [_phrasing(cores[0], ground[0] if ground else "", "", rng, plain=True)]
