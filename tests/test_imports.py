@@ -52,6 +52,7 @@ TRAINING_ROOMS = (
     *(
         "speedrun",
         "check",
+        "taught_text",
         "distill",
         "finetune",
         "tune_sampler",

@@ -105,7 +105,7 @@ def tune_sampler(asked: Asked, steps: Sequence[int]) -> Path:
     components = asked.load()
     guidance = asked.guidance(components)
     prompts = _prompts(asked.pictures(min(components.native_size)), Path(asked.out))
-    folder, own = _destination(asked)
+    folder, own = destination(asked.model, asked.out)
     found, components = _tables_there(components, folder), moved(components, resolve_device(None))
     print(f"drawing {len(prompts)} pictures in many steps", flush=True)
     training, held_out = (
@@ -143,7 +143,7 @@ def add_tiny_decoder(asked: Asked) -> Path:
         raise InputError(
             f"{shown(asked.model)} draws pixels and needs no decoder; previews of it are its own estimates"
         )
-    folder, own = _destination(asked)
+    folder, own = destination(asked.model, asked.out)
     pictures = open_images(asked.pictures(min(components.native_size)), BATCH, folder / "cache", folder / "cache")
     chosen = pictures.images[:: 1 + (len(pictures) - 1) // DECODED]
     components = moved(components, resolve_device(None))
@@ -259,16 +259,16 @@ def _tables_there(components: Components, folder: Path) -> TunedSampler:
     return there[0] if there else TunedSampler(digest, {})
 
 
-def _destination(asked: Asked) -> tuple[Path, bool]:
+def destination(model: str, out: str) -> tuple[Path, bool]:
     """Return the folder that is written to, and whether it is that of the model itself.
 
     Raises:
         InputError: it holds something else.
         StorageError: it cannot be made.
     """
-    folder, own = _writable(asked.out), _is_own(asked.model, Path(asked.out))
+    folder, own = _writable(out), _is_own(model, Path(out))
     if not own and any(folder.iterdir()) and not (folder / INDEX).is_file():
-        raise InputError(f"{asked.out} holds something that is no saved model; move it, or choose another --out")
+        raise InputError(f"{out} holds something that is no saved model; move it, or choose another --out")
     return folder, own
 
 

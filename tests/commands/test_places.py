@@ -29,6 +29,7 @@ COMMANDS = {
     "inspect": ["PLACE", "PLACE.png", "PLACE.safetensors"],
     "train": ["PLACE", "PLACE --check", "PLACE.yaml"],
     "finetune": ["PLACE --model MODEL --out run", "none --model MODEL --out PLACE"],
+    "teach": ["PLACE --data none --out run", "MODEL --data PLACE --out run", "MODEL --data none --out PLACE"],
     "distill": ["PLACE --data none --out run", "MODEL --data PLACE --out run", "MODEL --data none --out PLACE"],
     "speedrun": ["PLACE", "PLACE --out run", "none --out PLACE", "emoji --out PLACE"],
     "data": ["digits PLACE", "emoji PLACE"],

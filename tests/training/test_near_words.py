@@ -13,7 +13,7 @@ from latentdiff.training.datasets.near_words import NEAR, add_near_words, left_o
 
 from latentdiff.checkpoints import embedded_model, load_text_encoder
 from latentdiff.cli import main
-from latentdiff.errors import StorageError
+from latentdiff.errors import InputError
 from latentdiff.evaluate.compose.words import STYLE_PHRASES
 from latentdiff.models.bert import BertModel
 from latentdiff.models.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def test_words_that_are_asked_for_have_a_name_among_the_nearest(embedded: tuple[
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(StorageError, match=r"could not add words to .*none"):
+    with pytest.raises(InputError, match=r"cannot read file .*none"):
         add_near_words(tmp_path / "none")
     assert main(["data", "digits", str(tmp_path), "--near-words"]) == 2
     assert "--near-words are of the names of emoji, got digits; leave it out" in capsys.readouterr().err

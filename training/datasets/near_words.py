@@ -10,7 +10,6 @@ Try:
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,14 +22,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from latentdiff.checkpoints import embedded_model, load_text_encoder
-from latentdiff.errors import StorageError
 from latentdiff.evaluate.compose.words import STYLE_PHRASES, plural, with_article
-from latentdiff.images import write_file
 from latentdiff.models.bert import BertModel
 from latentdiff.models.tokenizer import Tokenizer
 
 from .emoji import SPLITS
 from .held_out_words import WORDS
+from .rows import read_rows, write_rows
 
 NEAR = 0.5  # cosine of a word and a name from which on it becomes a caption
 MOST = 4  # captions of one drawing
@@ -50,27 +48,20 @@ def add_near_words(out: str | Path) -> int:
         How many words were near enough to a name.
 
     Raises:
-        StorageError: a file cannot be read or written.
+        InputError, StorageError: see `rows`.
     """
-    files = {split: Path(out) / split / "metadata.jsonl" for split in SPLITS}
-    try:
-        rows = {split: _rows(file) for split, file in files.items()}
-        plain = [row for own in rows.values() for row in own if _is_plain(row)]
-        read = {word for own in rows.values() for row in own for text in row["captions"] for word in _words(text)}
-        encoder, tokenizer = load_text_encoder(embedded_model())
-        assert isinstance(encoder, BertModel)
-        words = [word for word in tokenizer.vocabulary() if re.fullmatch("[a-z]{3,}", word)]
-        words = sorted({*words} - read - left_out())
-        found = near_words(sorted({row["thing"] for row in plain}), words, encoder, tokenizer)
-        for row in plain:
-            row["captions"] = [*row["captions"], *near_captions(found.get(row["thing"], []), row["style"])]
-        for split, file in files.items():
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split]]
-            write_file(file, "".join(lines).encode())
-    except StorageError:  # of a file that says so itself
-        raise
-    except OSError as error:
-        raise StorageError(f"could not add words to {out}: {error}; free space, then do it again") from error
+    rows = {split: read_rows(Path(out) / split) for split in SPLITS}
+    plain = [row for own in rows.values() for row in own if _is_plain(row)]
+    read = {word for own in rows.values() for row in own for text in row["captions"] for word in _words(text)}
+    encoder, tokenizer = load_text_encoder(embedded_model())
+    assert isinstance(encoder, BertModel)
+    words = {word for word in tokenizer.vocabulary() if re.fullmatch("[a-z]{3,}", word)}
+    names = sorted({row["thing"] for row in plain})
+    found = near_words(names, sorted(words - read - left_out()), encoder, tokenizer)
+    for row in plain:
+        row["captions"] = [*row["captions"], *near_captions(found.get(row["thing"], []), row["style"])]
+    for split, own in rows.items():
+        write_rows(Path(out) / split, own)
     return sum(map(len, found.values()))
 
 
@@ -114,10 +105,6 @@ def sentences(texts: Sequence[str], encoder: BertModel, tokenizer: Tokenizer) ->
         weights = mask[..., None].to(states.dtype)
         made.append(F.normalize((states * weights).sum(dim=1), dim=-1))
     return torch.cat(made)
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _is_plain(row: dict[str, Any]) -> bool:

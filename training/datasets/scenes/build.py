@@ -27,6 +27,7 @@ from latentdiff.images import write_file
 
 from ...data.augment import turn_hue
 from ..emoji import MAX_REPORT_BYTES, SPLITS
+from ..rows import read_rows, write_rows
 from .plan import Group, Scene, held_out_combinations, plan_scene
 from .things import Catalogue, Thing, catalogue
 
@@ -75,7 +76,7 @@ def add_scenes(out: str | Path, count: int, seed: int = 0, workers: int | None =
     folder, few = Path(out), max(1, count // SHARE)
     report = parse_json(read_file(folder / "report.json", MAX_REPORT_BYTES), str(folder / "report.json"))
     try:
-        drawings = {split: _drawings(folder / split) for split in SPLITS}
+        drawings = {split: [row for row in read_rows(folder / split) if "truth" not in row] for split in SPLITS}
         things = catalogue(drawings["train"], folder / "train", workers)
         stamp = _stamp(things, seed)
         found: dict[str, dict[str, int]] = {}
@@ -85,8 +86,7 @@ def add_scenes(out: str | Path, count: int, seed: int = 0, workers: int | None =
             numbers = range(number * MOST, number * MOST + scenes)  # so that no two splits have a scene in common
             rows = _spread(_Job(things, seed, place, report["size"], split != "train"), numbers, workers, split)
             found[split] = dict(Counter(row["subgroup"] for row in rows))
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in [*drawings[split], *rows]]
-            write_file(folder / split / "metadata.jsonl", "".join(lines).encode())
+            write_rows(folder / split, [*drawings[split], *rows])
         listed = list(held_out_combinations(things))
         write_file(folder / "held_out.json", (json.dumps(listed) + "\n").encode())
         report["scenes"] = {"seed": seed, "drawings": stamp, **found}
@@ -172,12 +172,6 @@ def _drawing(thing: Thing, group: Group, width: int, height: int) -> Image.Image
 def _cut(file: Path, box: tuple[int, int, int, int]) -> np.ndarray:
     with Image.open(file) as image:
         return np.asarray(image.convert("RGBA").crop(box))
-
-
-def _drawings(split: Path) -> list[dict[str, Any]]:
-    """Return the rows of a split that are not of scenes."""
-    rows = map(json.loads, (split / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
-    return [row for row in rows if "truth" not in row]
 
 
 def _stamp(things: Catalogue, seed: int) -> str:
