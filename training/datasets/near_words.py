@@ -31,7 +31,7 @@ from .held_out_words import WORDS
 from .rows import read_rows, write_rows
 
 NEAR = 0.5  # cosine of a word and a name from which on it becomes a caption
-MOST = 4  # captions of one drawing
+MOST = 4  # of one drawing
 BATCH = 256  # words
 
 
@@ -85,7 +85,7 @@ def near_captions(words: Sequence[str], style: str) -> list[str]:
     """Return the captions of a drawing in a style, of the words that are near its name."""
     number, styled = list(STYLE_PHRASES).index(style), STYLE_PHRASES[style]
     own = [*words[number :: len(STYLE_PHRASES)][:MOST]] or [*words[number % len(words) :][:1]] if words else []
-    return [f"{with_article(word)}, {styled}" if (number + turn) % 2 else word for turn, word in enumerate(own)]
+    return [caption for word in own for caption in (word, f"{with_article(word)}, {styled}")]
 
 
 def left_out() -> set[str]:
