@@ -44,7 +44,7 @@ def test_shipped_recipes_build_their_networks(file: Path) -> None:
         elif isinstance(config, ImageTextTraining):
             assert ImageTextModel(ImageTextConfig.from_dict(config.model)).config.image_size == config.data.size
         elif config.start_from is not None:
-            assert config.start_from in ("embedded", "sd-v1-5.safetensors")
+            assert config.start_from in ("embedded", "runs/emoji128-taught", "sd-v1-5.safetensors")
         else:
             UNet2DConditionModel(UNetConfig.from_dict(config.model))
             assert NoiseSchedule.from_dict(config.schedule).prediction_type == "v_prediction"
