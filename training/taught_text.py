@@ -29,7 +29,7 @@ from latentdiff.models.tokenizer import Tokenizer
 from .datasets.rows import read_rows
 from .distill import destination
 from .loop.run import seeded
-from .networks.encoders import require_one_encoder
+from .networks.encoders import inner_tokens, require_one_encoder
 
 ITERATIONS, LEARNING_RATE, WARMUP = 260, 1e-4, 20
 BATCH = {"several": 64, "one": 16, "plain": 48}  # captions of several things, of one, and of no scene
@@ -205,7 +205,7 @@ def tokens_of(captions: Sequence[Caption], tokenizer: Tokenizer) -> tuple[Tensor
     for row, (caption, own) in enumerate(zip(captions, ids.tolist())):
         for thing in caption.things:
             name = thing["concept"] if thing["count"] == 1 else plural(thing["concept"])
-            where = _places(own, _inside(tokenizer, name))
+            where = _places(own, inner_tokens(tokenizer, name))
             found += [(row, place, thing, len(caption.things) > 1) for place in where]
     things = [thing for _, _, thing, _ in found]
     said = Said(
@@ -254,14 +254,6 @@ def _chosen(kinds: Mapping[str, Sequence[Caption]], iteration: int) -> list[Capt
 
 def _share_of_rate(step: int, iterations: int) -> float:
     return min(1.0, (step + 1) / WARMUP, (iterations - step) / max(1.0, DECAY * iterations))
-
-
-def _inside(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the tokens of a text without those that begin and end it."""
-    begin = tokenizer([""]).counts[0] - 1  # one token ends a text, and with most one begins it
-    tokens = tokenizer([text])
-    inside: list[int] = tokens.input_ids[0, begin : tokens.counts[0] - 1].tolist()
-    return inside
 
 
 def _places(tokens: Sequence[int], words: Sequence[int]) -> range:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from latentdiff.checkpoints import embedded_model, load_text_encoder
 from latentdiff.evaluate.compose.words import STYLE_PHRASES, plural, with_article
 from latentdiff.models.bert import BertModel
+from latentdiff.models.image_text import mean_states
 from latentdiff.models.tokenizer import Tokenizer
 
 from .emoji import SPLITS
@@ -98,12 +99,7 @@ def sentences(texts: Sequence[str], encoder: BertModel, tokenizer: Tokenizer) ->
     """Return (N, D), of length 1, the mean of the states of the tokens of each text."""
     made = []
     for start in tqdm(range(0, len(texts), BATCH), desc="words", unit="batch", disable=len(texts) <= BATCH):
-        tokens = tokenizer(texts[start : start + BATCH])
-        longest = int(tokens.attention_mask.sum(dim=1).max())
-        mask = tokens.attention_mask[:, :longest]
-        states = encoder(tokens.input_ids[:, :longest], mask).last_hidden_state  # (b, L, D)
-        weights = mask[..., None].to(states.dtype)
-        made.append(F.normalize((states * weights).sum(dim=1), dim=-1))
+        made.append(F.normalize(mean_states(encoder, tokenizer, texts[start : start + BATCH]), dim=-1))
     return torch.cat(made)
 
 

@@ -12,6 +12,7 @@ from latentdiff.checkpoints import Components, Encoders
 from latentdiff.checkpoints.textual_inversion import TABLES, grown
 from latentdiff.errors import InputError
 from latentdiff.models.pixels import LabelEncoder
+from latentdiff.models.tokenizer import Tokenizer
 
 from ..config import TextualInversionConfig
 from ..data.batches import Conditioning
@@ -84,14 +85,20 @@ def add_words(components: Components, config: TextualInversionConfig) -> Compone
     require_one_encoder(components, "textual_inversion")
     encoder, tokenizer = components.text_encoder, components.tokenizer
     assert tokenizer is not None
-    begin = tokenizer([""]).counts[0] - 1  # one token ends a text, and with most one begins it
-    tokens = tokenizer([config.initializer])
-    numbers = tokens.input_ids[0, begin : tokens.counts[0] - 1].tolist()
+    numbers = inner_tokens(tokenizer, config.initializer)
     if not numbers:
         raise InputError(f"textual_inversion.initializer has no word, got {config.initializer!r}; name one")
     rows = _table(encoder).weight[[numbers[place % len(numbers)] for place in range(config.vectors)]].detach()
     grown_encoder, grown_tokenizer = grown(encoder, tokenizer, config.word, rows)
     return replace(components, text_encoder=grown_encoder, tokenizer=grown_tokenizer)
+
+
+def inner_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the numbers of the tokens of a text without those that begin and end it."""
+    begin = tokenizer([""]).counts[0] - 1  # one token ends a text, and with most one begins it
+    tokens = tokenizer([text])
+    numbers: list[int] = tokens.input_ids[0, begin : tokens.counts[0] - 1].tolist()
+    return numbers
 
 
 def new_words(components: Components, config: TextualInversionConfig) -> Words:
