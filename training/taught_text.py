@@ -31,7 +31,7 @@ from .distill import destination
 from .loop.run import seeded
 from .networks.encoders import inner_tokens, require_one_encoder
 
-ITERATIONS, LEARNING_RATE, WARMUP = 260, 1e-4, 20
+LEARNING_RATE, WARMUP = 1e-4, 20
 BATCH = {"several": 64, "one": 16, "plain": 48}  # captions of several things, of one, and of no scene
 DECAY = 0.4  # share of the iterations at the end in which the learning rate falls to 0
 KEEP = 4.0  # weight of how far the states move, relative to their size
@@ -102,7 +102,7 @@ def captions_of(rows: Sequence[Mapping[str, Any]]) -> list[Caption]:
     ]
 
 
-def teach_model(model: str, data: str, out: str, iterations: int = ITERATIONS) -> dict[str, float]:
+def teach_model(model: str, data: str, out: str, iterations: int) -> dict[str, float]:
     """Write a model with a taught text encoder, print how well it says what held-out captions do, and return that.
 
     Args:
@@ -121,6 +121,7 @@ def teach_model(model: str, data: str, out: str, iterations: int = ITERATIONS) -
     encoder, tokenizer = components.text_encoder, components.tokenizer
     assert tokenizer is not None and not isinstance(encoder, LabelEncoder)
     captions, held_out = (captions_of(read_rows(Path(data) / split)) for split in ("train", "validation"))
+    _by_kind(captions)  # which refuses them before there is a folder
     folder, _ = destination(model, out)
     heads = teach(encoder.to(resolve_device(None)), tokenizer, captions, iterations)
     figures = read(encoder, tokenizer, heads, [caption for caption in held_out if caption.things])
@@ -134,7 +135,7 @@ def teach(
     encoder: TokenEncoder,
     tokenizer: Tokenizer,
     captions: Sequence[Caption],
-    iterations: int = ITERATIONS,
+    iterations: int,
     report: Callable[[str], object] = print,
 ) -> ReadOuts:
     """Train a text encoder in place, all but its table of tokens, and return what reads its states.

@@ -109,9 +109,10 @@ def test_bad_input(built_model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         prepare()
         assert main(call) == 2
         assert message in (said := capsys.readouterr().err) and said.count("\n") == 1, said
+        assert not (tmp_path / "taught").exists()
     assert main([*call, "--iterations", "0"]) == 2
     with pytest.raises(InputError):
-        teach(*load_text_encoder(built_model), [Caption("a fox")])  # type: ignore[arg-type]
+        teach(*load_text_encoder(built_model), [Caption("a fox")], 1)  # type: ignore[arg-type]
 
 
 def write(data: Path, rows: list[Any]) -> None:
