@@ -15,7 +15,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder, safetensors file, owner/name on a hub, or embedded")
     parser.add_argument("--data", required=True, help="folder of `latentdiff data emoji --scenes`")
     parser.add_argument("--out", required=True, help="model folder; train the U-Net on from there")
-    parser.add_argument("--iterations", type=int, default=260, metavar="N", help="one batch of captions each (default 260)")
+    parser.add_argument(
+        "--iterations", type=int, default=260, metavar="N", help="one batch of captions each (default 260)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
