@@ -106,6 +106,20 @@ def test_the_command_line_loads_torch_alone(built_model: Path, tmp_path: Path) -
     assert out.exists()
 
 
+def test_networks_are_built_without_the_compiler() -> None:
+    """Arithmetic on weights without memory imports it, in a second."""
+    code = """
+from pathlib import Path
+import torch
+from latentdiff.checkpoints.build import KINDS, build
+from tests.models.tiny import UNETS
+for config in UNETS.values():
+    build(Path("config.json"), KINDS["UNet2DConditionModel"], config, 1000, torch.float32)
+assert "torch._dynamo" not in sys.modules
+"""
+    assert loaded(code) == ["torch"]
+
+
 def test_bad_numbers_are_refused_before_torch_is_loaded() -> None:
     assert loaded("from latentdiff.cli import main\nassert main(['generate', 'cat', '--guidance', 'nan']) == 2") == []
 

@@ -83,7 +83,7 @@ class AttentionPooling(nn.Module):
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
-        self.positional_embedding = nn.Parameter(torch.randn(1, channels) / channels**0.5)
+        self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(1, channels), std=channels**-0.5))
         self.k_proj = nn.Linear(channels, channels)
         self.q_proj = nn.Linear(channels, channels)
         self.v_proj = nn.Linear(channels, channels)
