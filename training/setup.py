@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,14 @@ from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 
-from .config import DiffusionTraining, LoraConfig, TextualInversionConfig, UNetAndTextTraining, UpscaleTask
+from .config import (
+    DiffusionTraining,
+    LoraConfig,
+    TextualInversionConfig,
+    UNetAndTextTraining,
+    UNetTraining,
+    UpscaleTask,
+)
 from .data.conditions import Task, extra_channels, with_task
 from .data.dataset import CaptionedImages, open_images, read_captions
 from .data.latents import LatentSet, cached_latents
@@ -198,10 +206,28 @@ def adapt(unet: UNet2DConditionModel, config: DiffusionTraining, components: Com
 
 
 def network_to_train(config: DiffusionTraining, data: LatentSet, components: Encoders) -> UNet2DConditionModel:
-    """Return a new U-Net that fits the latents and contexts, or that of the model to start from."""
+    """Return a new U-Net that fits the latents and contexts, or that of the model to start from.
+
+    Raises:
+        InputError: it has no weights of one of the parts that are to be trained.
+    """
     if isinstance(components, Components):
-        return components.unet.requires_grad_(True).train()
+        parts = config.train.parts if isinstance(config.train, UNetTraining) else []
+        return with_gradients_of(components.unet.train(), parts)
     return UNet2DConditionModel(unet_config(config, components, round(data.latents[0][0].numel() ** 0.5)))
+
+
+def with_gradients_of(unet: UNet2DConditionModel, parts: Sequence[str]) -> UNet2DConditionModel:
+    """Return a U-Net of which only some parts are trained, or all without any; see `UNetTraining`."""
+    unet.requires_grad_(not parts)
+    for part in parts:
+        weights = [weight for name, weight in unet.named_parameters() if f"{name}.".startswith(f"{part}.")]
+        if not weights:
+            blocks = ", ".join(name for name, _ in unet.named_children())
+            raise InputError(f"train.parts: the U-Net has no weights of {part!r:.80}; its parts are {blocks}")
+        for weight in weights:
+            weight.requires_grad_(True)
+    return unet
 
 
 def unet_config(config: DiffusionTraining, components: Encoders, side: int) -> UNetConfig:

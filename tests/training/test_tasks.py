@@ -15,9 +15,11 @@ from latentdiff.training.data.conditions import ConcatConditioning, Task, widene
 from latentdiff.training.losses.diffusion import diffusion_losses
 from latentdiff.training.setup import load_components, network_to_train, prepare_data
 from PIL import Image
+from safetensors import safe_open
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_pipeline, save_pipeline
+from latentdiff.cli import main
 from latentdiff.commands.train import train as cli_train
 from latentdiff.errors import InputError
 from latentdiff.images import to_tensor
@@ -96,6 +98,27 @@ def test_an_inpainting_run_resumes_and_makes_a_model_that_paints(lora_file: str,
     with Image.open(tmp_path / "unbroken/samples/00000004.png") as samples:
         assert samples.height == 2 * SIZE + 2
         assert source_type_of(samples) == COMPOSITE  # of what is drawn and what it is drawn from
+
+
+def test_parts_alone_are_trained_and_written_as_a_variant(lora_file: str, tmp_path: Path) -> None:  # noqa: F811
+    parts, base = ["conv_in", "up_blocks.1"], tmp_path / "base"
+    config = config_of(lora_file, *INPAINT, "train.kind=unet", f"train.parts=[{', '.join(parts)}]")
+    save_pipeline(load_pipeline(str(config.start_from)), base)
+    file = Path(lora_file)
+    file.write_text(yaml.safe_dump(config.model_copy(update={"start_from": str(base)}).model_dump(mode="json")))
+    cli_train(str(file), [], False, None)
+    trained = Path(config.run.out) / "model"
+    before, after = (load_pipeline(place).unet.state_dict() for place in (base, trained))
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    inside = {name for name in after if name.startswith(("conv_in.", "up_blocks.1."))}
+    assert "conv_in.weight" in changed and len(changed) > len(inside) / 2 and changed <= inside
+    assert main(["convert", str(trained), str(tmp_path / "variant"), "--variant-of", str(base), "--rank", "1000"]) == 0
+    with safe_open(tmp_path / "variant/unet/unet_difference.safetensors", "pt") as held:
+        assert set(held.keys()) == changed
+    found = load_pipeline(tmp_path / "variant").unet.state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in after.items())
+    with pytest.raises(InputError, match="no weights of 'up_blocks.7'; its parts are conv_in, "):
+        network_to_train(*(config_of(str(file), "train.parts=[up_blocks.7]"), None, load_components(config)))  # type: ignore[arg-type]
 
 
 def test_an_upscaling_run_makes_a_model_that_enlarges(upscale_file: str, tmp_path: Path) -> None:

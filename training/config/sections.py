@@ -169,9 +169,12 @@ class AutoencoderLoss(Section):
 
 
 class UNetTraining(Section):
-    """Train the U-Net."""
+    """Train the U-Net, or parts of it."""
 
     kind: Literal["unet"] = "unet"
+    # How the names of the weights begin that are trained, as in [conv_in, up_blocks.2]; all of them when empty. The
+    # others stay those of start_from, and `latentdiff convert --variant-of` then writes those that differ alone.
+    parts: list[str] = []
 
 
 class UNetAndTextTraining(Section):

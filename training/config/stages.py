@@ -157,6 +157,8 @@ class DiffusionTraining(Section):
             wanted = "data.buckets false" if self.data.buckets else f"an even run.batch_size, got {self.run.batch_size}"
             raise ValueError(f"prior needs {wanted}, for half of each batch is of it")
         further = isinstance(self.train, LoraConfig | TextualInversionConfig)
+        if isinstance(self.train, UNetTraining) and self.train.parts and self.start_from is None:
+            raise ValueError("train.parts leaves the rest as start_from has it, which is missing; name a model there")
         if self.start_from is not None and further and self.model:
             raise ValueError(f"train.kind {kind} leaves the U-Net of start_from as it is; leave model out")
         if self.start_from is None and (further or self.prior is not None):
