@@ -117,7 +117,7 @@ def test_parts_alone_are_trained_and_written_as_a_variant(lora_file: str, tmp_pa
         assert set(held.keys()) == changed
     found = load_pipeline(tmp_path / "variant").unet.state_dict()
     assert all(torch.equal(found[name], weight) for name, weight in after.items())
-    with pytest.raises(InputError, match="no weights of 'up_blocks.7'; its parts are conv_in, "):
+    with pytest.raises(InputError, match=r"no weights of 'up_blocks\.7'; its parts are conv_in, "):
         network_to_train(*(config_of(str(file), "train.parts=[up_blocks.7]"), None, load_components(config)))  # type: ignore[arg-type]
 
 
