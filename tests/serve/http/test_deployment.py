@@ -13,6 +13,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -277,13 +278,23 @@ def test_two_configurations_of_nginx_differ_where_the_second_server_comes_in() -
         asked(said.split())
 
 
+@contextmanager
+def two_servers(
+    pipe: Pipeline, serve: Serve, tmp_path: Path, **options: Any
+) -> Iterator[tuple[Front, dict[str, Running]]]:
+    """Open nginx, and two servers behind it."""
+    servers = {name: serve(pipe, token=TOKEN, proxies=["127.0.0.1"], name=name, **options) for name in ("a", "b")}
+    opened = Front({f"latentdiff-{name}:8000": one for name, one in servers.items()}, tmp_path, "nginx-two.conf")
+    try:
+        yield opened, servers
+    finally:
+        opened.close()
+
+
 @pytest.fixture
 def pair(pipe: Pipeline, serve: Serve, tmp_path: Path) -> Iterator[tuple[Front, dict[str, Running]]]:
-    """nginx, and two servers behind it."""
-    servers = {name: serve(pipe, token=TOKEN, proxies=["127.0.0.1"], name=name) for name in ("a", "b")}
-    opened = Front({f"latentdiff-{name}:8000": one for name, one in servers.items()}, tmp_path, "nginx-two.conf")
-    yield opened, servers
-    opened.close()
+    with two_servers(pipe, serve, tmp_path) as opened:
+        yield opened
 
 
 def test_two_servers_behind_nginx_share_requests_and_keep_what_is_theirs(
@@ -307,12 +318,8 @@ def test_two_servers_behind_nginx_share_requests_and_keep_what_is_theirs(
 def test_a_job_of_a_server_that_is_gone_is_told_of_by_the_other(
     pipe: Pipeline, serve: Serve, redis: str, tmp_path: Path
 ) -> None:
-    servers = {
-        name: serve(pipe, token=TOKEN, proxies=["127.0.0.1"], name=name, redis=redis, limits=Limits(drain_seconds=600))
-        for name in ("a", "b")
-    }
-    nginx = Front({f"latentdiff-{name}:8000": one for name, one in servers.items()}, tmp_path, "nginx-two.conf")
-    with nginx.http() as client:
+    options = {"redis": redis, "limits": Limits(drain_seconds=600)}
+    with two_servers(pipe, serve, tmp_path, **options) as (nginx, servers), nginx.http() as client:
         while (place := client.post("/v1/jobs", json=STEPS).headers["location"])[len("/v1/jobs/job_")] != "a":
             pass
         eventually(lambda: client.get(place).json()["status"] == "done")
@@ -321,7 +328,6 @@ def test_a_job_of_a_server_that_is_gone_is_told_of_by_the_other(
         eventually(lambda: client.get("/readyz").status_code == 200)
         assert client.get(place).json()["status"] == "done"
         assert client.get(f"{place}/images/0").content.startswith(b"\x89PNG")
-    nginx.close()
 
 
 def test_a_server_that_is_gone_loses_no_request(pair: tuple[Front, dict[str, Running]]) -> None:
