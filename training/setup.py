@@ -38,7 +38,6 @@ from .data.conditions import Task, extra_channels, with_task
 from .data.dataset import CaptionedImages, open_images, read_captions
 from .data.latents import LatentSet, cached_latents
 from .data.prior_images import draw_prior
-from .data.text_noise import TextNoise
 from .data.timesteps import ImportanceSampler
 from .loop.ema import Ema
 from .loop.optimizers import make_optimizer
@@ -150,8 +149,6 @@ def encode_data(config: DiffusionTraining, components: Encoders, folder: Path, i
     cache = _cache(config, folder)
     task = None if config.task.kind == "text_to_image" else Task.of(config, components)
     data = cached_latents(images, config.data, config.run.seed, components, cache, config.encodes_each_step, task)
-    if config.objective.text_noise:
-        data = replace(data, text_noise=TextNoise(data.captions, config.objective.text_noise))
     if isinstance(components.autoencoder, PixelSpace):
         return data
     kinds = len(data.choices[0])

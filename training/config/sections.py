@@ -283,9 +283,6 @@ class ObjectiveConfig(Section):
     offset_noise: float = Field(0.0, ge=0, le=1)
     # Share of noise that the network sees and is not asked for, which makes up for its own errors while sampling.
     input_perturbation: float = Field(0.0, ge=0, le=1)
-    # Share of the difference of two other captions' states that is added to those of a caption, at most; half of the
-    # samples have none (`training.data.text_noise`). So words that no caption has are drawn as what they are near.
-    text_noise: float = Field(0.0, ge=0, le=1)
     # Give the network its own estimate of the step before, in twice the channels.
     self_conditioning: bool = False
     # Share of samples without their caption, which guidance needs.

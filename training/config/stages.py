@@ -146,8 +146,6 @@ class DiffusionTraining(Section):
             raise ValueError(f"train.kind {kind} does not go with {other}, which is for a whole U-Net; leave one out")
         if self.encodes_each_step and self.text_encoder in ("labels", "none"):
             raise ValueError(f"text_encoder: {self.text_encoder} has no words to train; name one with a vocabulary")
-        if self.objective.text_noise and (self.encodes_each_step or self.text_encoder in ("labels", "none")):
-            raise ValueError("objective.text_noise is for the states of a text encoder that is not trained; leave it 0")
         if isinstance(self.train, TextualInversionConfig):
             if self.prior is not None:
                 raise ValueError("train.kind word trains one word alone; leave prior out")

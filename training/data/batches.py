@@ -16,7 +16,6 @@ from .augment import draw_view
 from .conditions import ConcatConditioning
 from .latents import LatentSet
 from .prefetch import prefetched
-from .text_noise import TextNoise
 
 WHOLE = slice(None)
 
@@ -106,7 +105,7 @@ def _draw_samples(
     data: LatentSet, config: DiffusionTraining, step: int, batch_size: int, positions: Sequence[int]
 ) -> Batch:
     """Return the samples at some positions in the batch of one step of a set, which has no prior of its own."""
-    run, picked, rows, concat, differences = config.run, [], [], [], []
+    run, picked, rows, concat = config.run, [], [], []
     indices, epochs = (drawn[positions] for drawn in data.order.batch(step, batch_size, run.seed))
     for index, epoch in zip(indices.tolist(), epochs.tolist()):
         rng = np.random.default_rng([run.seed, data.samples[index].place, epoch])
@@ -116,12 +115,7 @@ def _draw_samples(
         picked.append(index * len(data.choices[index]) + view)
         if data.drawer is not None:
             concat.append(data.drawer(picked[-1], rng))
-        if data.text_noise is not None:
-            differences.append(data.text_noise.draw(rows[-1], rng))
     context, added = data.texts.take(rows)
-    if differences:
-        shares, ones, others = map(list, zip(*differences))
-        context = TextNoise.added(context, shares, data.texts.take(ones)[0], data.texts.take(others)[0])
     if added:
         added["time_ids"] = torch.from_numpy(data.conditions[picked]).float()
     stacked = ConcatConditioning.stack(concat) if concat else None

@@ -29,7 +29,6 @@ from .conditions import ConcatConditioning, Task
 from .dataset import CaptionedImages
 from .prefetch import prefetched
 from .sample import Sample
-from .text_noise import TextNoise
 
 PIXELS_AT_ONCE = 64 * 64**2  # through the autoencoder: pictures of 512 x 512 one by one, each of which takes gigabytes
 COUNTED_AT_ONCE = 256  # captions, since all of them get as many windows as the longest
@@ -81,7 +80,6 @@ class LatentSet:
         samples: N, sizes of the pictures.
         conditions: (N * V, 6) int32, what a network is told of the size and crop of each latent.
         drawer: draws what the network sees beside a latent, of a task that has it.
-        text_noise: what is added to text states; None for nothing.
         prior: pictures of the base model that every second position of a batch is from; None without any.
     """
 
@@ -93,7 +91,6 @@ class LatentSet:
     samples: list[Sample]
     conditions: np.ndarray
     drawer: Callable[[int, np.random.Generator], ConcatConditioning] | None = None
-    text_noise: TextNoise | None = None
     prior: LatentSet | None = None
 
 
