@@ -31,16 +31,15 @@ from .emoji import SPLITS
 from .held_out_words import WORDS
 from .rows import read_rows, write_rows
 
-NEAR = 0.5  # cosine of a word and a name from which on it becomes a caption
-MOST = 4  # of one drawing
+NEAR = 0.45  # cosine of a word and a name from which on it becomes a caption
+MOST = 8  # of one name, its nearest
 BATCH = 256  # words
 
 
 def add_near_words(out: str | Path) -> int:
     """Add captions of near words to the drawings of a set that `training.datasets.emoji.build` made.
 
-    Each style has other ones of the words of a name, so that many of them are heard. Drawings of flags and of skin
-    tones have none. Words of `held_out_words` are left out.
+    Drawings of flags and of skin tones have none. Words of `held_out_words` are left out.
 
     Args:
         out: folder of the set.
@@ -83,10 +82,8 @@ def near_words(
 
 
 def near_captions(words: Sequence[str], style: str) -> list[str]:
-    """Return the captions of a drawing in a style, of the words that are near its name."""
-    number, styled = list(STYLE_PHRASES).index(style), STYLE_PHRASES[style]
-    own = [*words[number :: len(STYLE_PHRASES)][:MOST]] or [*words[number % len(words) :][:1]] if words else []
-    return [caption for word in own for caption in (word, f"{with_article(word)}, {styled}")]
+    """Return the captions of a drawing in a style, of the words that are near its name, nearest first."""
+    return [caption for word in words[:MOST] for caption in (word, f"{with_article(word)}, {STYLE_PHRASES[style]}")]
 
 
 def left_out() -> set[str]:
