@@ -13,8 +13,8 @@ from latentdiff.errors import InputError
 from latentdiff.prompts import check_prompt
 
 from .config import DiffusionTraining, UpscaleTask, data_config, dump_yaml, load_config, parse_config
-from .data.conditions import task_of
 from .data.dataset import read_captions
+from .networks.tasks import task_of
 
 SMALL = 100e6  # parameters of a U-Net up to which a CPU trains it in minutes
 PASSES = 40  # over the pictures

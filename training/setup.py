@@ -34,7 +34,7 @@ from .config import (
     UNetTraining,
     UpscaleTask,
 )
-from .data.conditions import Task, extra_channels, with_task
+from .data.conditions import Task, extra_channels
 from .data.dataset import CaptionedImages, open_images, read_captions
 from .data.latents import LatentSet, cached_latents
 from .data.prior_images import draw_prior
@@ -51,6 +51,7 @@ from .networks.encoders import JointNetwork, add_words, new_words, train_encoder
 from .networks.grown_unet import grown_unet
 from .networks.lora import Adapted
 from .networks.parts import part_folder
+from .networks.tasks import with_task
 
 # Latents whose mean and standard deviation are looked at before training, at most about so many.
 MEASURED = 4096

@@ -11,8 +11,9 @@ import torch
 import yaml
 from latentdiff.training.config import DiffusionTraining, load_config
 from latentdiff.training.data.batches import draw_batch
-from latentdiff.training.data.conditions import ConcatConditioning, Task, widened
+from latentdiff.training.data.conditions import ConcatConditioning, Task
 from latentdiff.training.losses.diffusion import diffusion_losses
+from latentdiff.training.networks.tasks import widened
 from latentdiff.training.setup import load_components, network_to_train, prepare_data
 from PIL import Image
 from safetensors import safe_open

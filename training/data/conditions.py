@@ -10,17 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentdiff.checkpoints import Components, Encoders
 from latentdiff.corruptions.degradation import degrade
 from latentdiff.corruptions.masks import draw_mask
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import InputError
 from latentdiff.images import from_tensor, to_tensor
-from latentdiff.models.unet import UNet2DConditionModel
 
-from ..config import DiffusionTraining, InpaintTask, LoraConfig, UpscaleTask
+from ..config import DiffusionTraining, InpaintTask, UpscaleTask
 from .augment import rgb
 from .dataset import composite, load_images, open_held_out
 
@@ -128,48 +126,3 @@ def examples(config: DiffusionTraining, components: Components) -> list[tuple[st
 def extra_channels(config: DiffusionTraining, latent_channels: int) -> int:
     """Return how many input channels the network has beside those of noisy latents."""
     return {"text_to_image": 0, "inpaint": 1 + latent_channels, "upscale": 3}[config.task.kind]
-
-
-def task_of(components: Components) -> str:
-    """Return the task that a model with a U-Net does."""
-    return "inpaint" if components.inpaints else "upscale" if components.upscales else "text_to_image"
-
-
-def with_task(config: DiffusionTraining, components: Encoders) -> Encoders:
-    """Return components that can do a config's task: a U-Net of more input channels, a schedule for small pictures.
-
-    Raises:
-        InputError: the model to start from does another task, or was told of less noise.
-    """
-    if not isinstance(components, Components):
-        if not isinstance(config.task, UpscaleTask):
-            return components
-        low = NoiseSchedule.from_dict(config.task.low_res_schedule)
-        return replace(components, low_res_schedule=replace(low, class_name="DDPMScheduler"))  # as of SD's x4 upscaler
-    does = task_of(components)
-    if config.task.kind == "inpaint" and does == "text_to_image":
-        if isinstance(config.train, LoraConfig):
-            raise InputError("a lora has no new input channels; leave it out, or start_from a model that inpaints")
-        return replace(
-            components, unet=widened(components.unet, extra_channels(config, components.unet.config.in_channels))
-        )
-    if config.task.kind != does:
-        raise InputError(
-            f"task {config.task.kind} must be what {config.start_from} does, {does}; start_from another model"
-        )
-    known = components.unet.config.num_class_embeds
-    if isinstance(config.task, UpscaleTask) and known is not None and config.task.max_noise_level >= known:
-        raise InputError(f"task.max_noise_level must be at most {known - 1}, which the model was told of; lower it")
-    return components
-
-
-@torch.no_grad()
-def widened(unet: UNet2DConditionModel, more: int) -> UNet2DConditionModel:
-    """Return a U-Net with more input channels, whose weights are zero: whatever they show, it draws as before."""
-    config = replace(unet.config, in_channels=unet.config.in_channels + more)
-    with torch.device("meta"):
-        wide = UNet2DConditionModel(config)
-    weights = dict(unet.state_dict())
-    weights["conv_in.weight"] = nn.functional.pad(weights["conv_in.weight"], (0, 0, 0, 0, 0, more))
-    wide.load_state_dict(weights, assign=True)
-    return wide
