@@ -14,7 +14,6 @@ from latentdiff.prompts import check_prompt
 
 from .config import DiffusionTraining, UpscaleTask, data_config, dump_yaml, load_config, parse_config
 from .data.dataset import read_captions
-from .networks.tasks import task_of
 
 SMALL = 100e6  # parameters of a U-Net up to which a CPU trains it in minutes
 PASSES = 40  # over the pictures
@@ -92,7 +91,7 @@ def choose(
         "optimizer": {"learning_rate": rates[large, rank is not None], "warmup_steps": max(1, steps // 20)},
         "samples": {"prompts": drawable(captions[::every]) or ["a picture"]},
     }
-    task = task or task_of(components)
+    task = task or components.task
     if task != "text_to_image":
         tree["task"] = {"kind": task}
     if task == "upscale":  # windows, in which details are as large as in large pictures

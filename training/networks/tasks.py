@@ -1,4 +1,4 @@
-"""What a model can do, and what it needs for another task: more input channels, a schedule for small pictures."""
+"""What a model needs for another task: more input channels, a schedule for small pictures."""
 
 from __future__ import annotations
 
@@ -16,11 +16,6 @@ from ..config import DiffusionTraining, LoraConfig, UpscaleTask
 from ..data.conditions import extra_channels
 
 
-def task_of(components: Components) -> str:
-    """Return the task that a model with a U-Net does."""
-    return "inpaint" if components.inpaints else "upscale" if components.upscales else "text_to_image"
-
-
 def with_task(config: DiffusionTraining, components: Encoders) -> Encoders:
     """Return components that can do a config's task: a U-Net of more input channels, a schedule for small pictures.
 
@@ -32,7 +27,7 @@ def with_task(config: DiffusionTraining, components: Encoders) -> Encoders:
             return components
         low = NoiseSchedule.from_dict(config.task.low_res_schedule)
         return replace(components, low_res_schedule=replace(low, class_name="DDPMScheduler"))  # as of SD's x4 upscaler
-    does = task_of(components)
+    does = components.task
     if config.task.kind == "inpaint" and does == "text_to_image":
         if isinstance(config.train, LoraConfig):
             raise InputError("a lora has no new input channels; leave it out, or start_from a model that inpaints")
