@@ -57,6 +57,7 @@ TRAINING_ROOMS = (
         "finetune",
         "tune_sampler",
         "tiny_decoder",
+        "destination",
         "train_diffusion",
         "train_autoencoder",
         "train_image_text",

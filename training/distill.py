@@ -14,13 +14,12 @@ import torch
 
 from latentdiff.checkpoints import Components, load_pipeline, read_header, save_model, save_pipeline
 from latentdiff.checkpoints.components import moved
-from latentdiff.checkpoints.find import find_model
-from latentdiff.checkpoints.folder import INDEX, TINY_DECODER
+from latentdiff.checkpoints.folder import TINY_DECODER
 from latentdiff.checkpoints.lora import describe_lora
 from latentdiff.checkpoints.tuned_sampler import FILE, read_tuned
 from latentdiff.devices import resolve_device
 from latentdiff.diffusion.tuned import TUNED, TunedSampler, schedule_digest
-from latentdiff.errors import InputError, StorageError, shown
+from latentdiff.errors import InputError, shown
 from latentdiff.files import is_file
 from latentdiff.generation.options import check_number
 from latentdiff.generation.request import Settings
@@ -37,6 +36,7 @@ from .config import (
     parse_config,
 )
 from .data.dataset import composite, open_images, read_captions
+from .destination import destination
 from .finetune import choose
 from .tiny_decoder import BATCH, decoded_pairs, tiny_config, train_tiny_decoder
 from .train_diffusion import train_diffusion
@@ -257,38 +257,6 @@ def _tables_there(components: Components, folder: Path) -> TunedSampler:
     digest = schedule_digest(components.schedule)
     there = [one for one in (read_tuned(folder), components.tuned) if one is not None and one.schedule == digest]
     return there[0] if there else TunedSampler(digest, {})
-
-
-def destination(model: str, out: str) -> tuple[Path, bool]:
-    """Return the folder that is written to, and whether it is that of the model itself.
-
-    Raises:
-        InputError: it holds something else.
-        StorageError: it cannot be made.
-    """
-    folder, own = _writable(out), _is_own(model, Path(out))
-    if not own and any(folder.iterdir()) and not (folder / INDEX).is_file():
-        raise InputError(f"{out} holds something that is no saved model; move it, or choose another --out")
-    return folder, own
-
-
-def _writable(out: str) -> Path:
-    """Return a folder, made if it is not there.
-
-    Raises:
-        StorageError: it cannot be.
-    """
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise StorageError(f"cannot write to {shown(out)}: {error}; choose another --out") from error
-    return folder
-
-
-def _is_own(model: str, folder: Path) -> bool:
-    """Say whether a folder is that of the model."""
-    return not is_file(model) and find_model(model)[0].resolve() == folder.resolve()
 
 
 def _say(line: str) -> None:

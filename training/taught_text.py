@@ -27,7 +27,7 @@ from latentdiff.models.pixels import LabelEncoder
 from latentdiff.models.tokenizer import Tokenizer
 
 from .datasets.rows import read_rows
-from .distill import destination
+from .destination import destination
 from .loop.run import seeded
 from .networks.encoders import inner_tokens, require_one_encoder
 
@@ -102,6 +102,20 @@ def captions_of(rows: Sequence[Mapping[str, Any]]) -> list[Caption]:
     ]
 
 
+def by_kind(captions: Sequence[Caption]) -> dict[str, list[Caption]]:
+    """Sort captions by the keys of `BATCH`.
+
+    Raises:
+        InputError: no caption is of a scene with several things.
+    """
+    kinds: dict[str, list[Caption]] = {kind: [] for kind in BATCH}
+    for caption in captions:
+        kinds["plain" if not caption.things else "one" if len(caption.things) == 1 else "several"].append(caption)
+    if not kinds["several"]:
+        raise InputError("no caption is of a scene with several things; add some with `latentdiff data emoji --scenes`")
+    return kinds
+
+
 def teach_model(model: str, data: str, out: str, iterations: int) -> dict[str, float]:
     """Write a model with a taught text encoder, print how well it says what held-out captions do, and return that.
 
@@ -121,9 +135,9 @@ def teach_model(model: str, data: str, out: str, iterations: int) -> dict[str, f
     encoder, tokenizer = components.text_encoder, components.tokenizer
     assert tokenizer is not None and not isinstance(encoder, LabelEncoder)
     captions, held_out = (captions_of(read_rows(Path(data) / split)) for split in ("train", "validation"))
-    _by_kind(captions)  # which refuses them before there is a folder
+    kinds = by_kind(captions)
     folder, _ = destination(model, out)
-    heads = teach(encoder.to(resolve_device(None)), tokenizer, captions, iterations)
+    heads = teach(encoder.to(resolve_device(None)), tokenizer, kinds, iterations)
     figures = read(encoder, tokenizer, heads, [caption for caption in held_out if caption.things])
     encoder.cpu()
     save_pipeline(components, folder, torch.float16)
@@ -134,22 +148,19 @@ def teach_model(model: str, data: str, out: str, iterations: int) -> dict[str, f
 def teach(
     encoder: TokenEncoder,
     tokenizer: Tokenizer,
-    captions: Sequence[Caption],
+    kinds: Mapping[str, Sequence[Caption]],
     iterations: int,
     report: Callable[[str], object] = print,
 ) -> ReadOuts:
     """Train a text encoder in place, all but its table of tokens, and return what reads its states.
 
     Args:
-        captions: of scenes, and others, which show what is to stay as it is.
+        kinds: captions of scenes, and others, which show what is to stay as it is, from `by_kind`.
         iterations: of AdamW; the learning rate falls to zero at the end.
         report: is told of the progress, a line at a time.
-
-    Raises:
-        InputError: no caption is of a scene with several things.
     """
     before = copy.deepcopy(encoder).requires_grad_(False).eval()
-    device, kinds = next(encoder.parameters()).device, _by_kind(captions)
+    device = next(encoder.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         heads = ReadOuts(encoder.config.hidden_size).to(device)
@@ -231,16 +242,6 @@ def _errors(heads: ReadOuts, states: Tensor, said: Said) -> Tensor:
 def _states(encoder: TokenEncoder, ids: Tensor, mask: Tensor) -> Tensor:
     """Return (B, L, D) as a U-Net is given them."""
     return encoder(ids, mask if encoder.config.use_attention_mask else None).last_hidden_state.float()
-
-
-def _by_kind(captions: Sequence[Caption]) -> dict[str, list[Caption]]:
-    """Sort captions by the keys of `BATCH`."""
-    kinds: dict[str, list[Caption]] = {kind: [] for kind in BATCH}
-    for caption in captions:
-        kinds["plain" if not caption.things else "one" if len(caption.things) == 1 else "several"].append(caption)
-    if not kinds["several"]:
-        raise InputError("no caption is of a scene with several things; add some with `latentdiff data emoji --scenes`")
-    return kinds
 
 
 def _chosen(kinds: Mapping[str, Sequence[Caption]], iteration: int) -> list[Caption]:

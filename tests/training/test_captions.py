@@ -34,6 +34,7 @@ def test_color_word_replaces_the_one_in_the_name() -> None:
 def test_phrasings_hold_thing_color_style_and_keywords() -> None:
     captions = phrase("a fox", "noto", ["animal", "fox", "sly"], "orange")
     assert captions[0] == "a fox, noto style"
+    assert "fox" in captions
     assert "an orange fox" in captions
     assert "a fox, animal, sly, noto style" in captions
 

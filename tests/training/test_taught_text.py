@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from latentdiff.training.taught_text import Caption, captions_of, read, teach, tokens_of
+from latentdiff.training.taught_text import Caption, by_kind, captions_of, read, teach, tokens_of
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import load_text_encoder
@@ -71,7 +71,9 @@ def test_it_learns_what_captions_say_and_stays_near(
         before = encoder(ids, mask).last_hidden_state
     table = encoder.embeddings.word_embeddings.weight.clone()
     said = list[str]()
-    figures = read(encoder, tokenizer, teach(encoder, tokenizer, [*captions, *plain], 120, said.append), captions)
+    figures = read(
+        encoder, tokenizer, teach(encoder, tokenizer, by_kind([*captions, *plain]), 120, said.append), captions
+    )
     assert figures["left or right"] > 0.95 and figures["color"] > 0.95 and len(said) == taught_text.REPORTS
     with torch.no_grad():
         moved = (encoder(ids, mask).last_hidden_state - before).square().mean() / before.square().mean()
@@ -112,7 +114,7 @@ def test_bad_input(built_model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert not (tmp_path / "taught").exists()
     assert main([*call, "--iterations", "0"]) == 2
     with pytest.raises(InputError):
-        teach(*load_text_encoder(built_model), [Caption("a fox")], 1)  # type: ignore[arg-type]
+        by_kind([Caption("a fox")])
 
 
 def write(data: Path, rows: list[Any]) -> None:

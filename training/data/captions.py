@@ -33,6 +33,8 @@ def phrase(thing: str, style: str, tags: Sequence[str] = (), color: str | None =
     """
     styled = STYLE_PHRASES[style]
     captions = [f"{thing}, {styled}", thing, f"a drawing of {thing}"]
+    if (name := without_article(thing)) != thing:
+        captions.append(name)
     if color:
         captions.append(colored(thing, color))
         captions.append(f"{colored(thing, color)}, {styled}")
