@@ -1,6 +1,6 @@
 """Pictures and checkpoints of before the rooms, options and config sections there are now: they replay and resume.
 
-tests/fixtures/before was written by commit 9eff77a.
+tests/fixtures/before was written by commit 9eff77a, the pictures by models of a few thousand random weights.
 """
 
 from __future__ import annotations

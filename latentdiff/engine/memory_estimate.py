@@ -15,7 +15,7 @@ from latentdiff.models.unet import DOWN_BLOCKS, UNet2DConditionModel
 
 __all__ = ["enlarging_bytes", "sampling_bytes"]
 
-RUNTIME = 400 * 2**20  # what Python and torch take before a model is loaded
+RUNTIME = 560 * 2**20  # what Python, torch (its CUDA build) and this package take, the weights left out
 HELD = 12  # maps of the size of the latents that a sampler, its noise and its inputs are
 PIXELS = 6  # float32 pictures that are held on the way from the decoder to a file
 RESNET_MAPS = 7  # maps that a residual block of the way up holds at once, its joined input counted twice

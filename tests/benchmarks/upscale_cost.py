@@ -1,14 +1,12 @@
 """Enlarge pictures by the pipeline: seconds and memory, beside what the plan says, and what windows change.
 
-    python tests/benchmarks/upscale_cost.py --model embedded-upscale --sizes 64 128 512
-    python tests/benchmarks/upscale_cost.py --model embedded-upscale --sizes --seams 160
+    python tests/benchmarks/upscale_cost.py --sizes 64 128 512
+    python tests/benchmarks/upscale_cost.py --sizes --seams 160
 
-Without --model the network has the shape of the embedded one, room for a small picture beside the latents, and random
-weights, with which it is as fast as a trained one. Every picture is enlarged in a process of its own; memory is its
-largest resident size (VmHWM), and seconds are those of the call, without loading. --seams enlarges some pictures in
-windows and at once, and tells how far the two are apart, in values of 0 to 255, within a latent of where windows begin
-and end, and elsewhere; and how much the difference changes from one pixel to the next, there and elsewhere. Prints one
-JSON line last.
+Every picture is enlarged in a process of its own; memory is its largest resident size (VmHWM), and seconds are those of
+the call, without loading. --seams enlarges some pictures in windows and at once, and tells how far the two are apart,
+in values of 0 to 255, within a latent of where windows begin and end, and elsewhere; and how much the difference
+changes from one pixel to the next, there and elsewhere. Prints one JSON line last.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +30,10 @@ from tiled_decoding import resident
 
 import latentdiff.generation.upscale
 from latentdiff import Pipeline
-from latentdiff.checkpoints import load_pipeline
-from latentdiff.diffusion import NoiseSchedule
-from latentdiff.models.unet import UNet2DConditionModel
 
 GALLERY = Path(__file__).parents[2] / "assets" / "gallery.png"
 CELL = 67  # of the gallery: a drawing and the line beside it
 SEAMS = 8  # pictures
-SIDE = 64  # of the small pictures that the model without --model is meant for
 
 # Those of the embedded upscaler.
 DEFAULTS = {"num_inference_steps": 5, "guidance_scale": 1.0, "correction": "colour"}
@@ -48,7 +41,7 @@ DEFAULTS = {"num_inference_steps": 5, "guidance_scale": 1.0, "correction": "colo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="one that enlarges")
+    parser.add_argument("--model", default="embedded-upscale")
     parser.add_argument("--sizes", type=int, nargs="*", default=[64, 128, 256], help="sides of the small pictures")
     parser.add_argument("--steps", type=int, default=DEFAULTS["num_inference_steps"])
     parser.add_argument("--prompt", default="")
@@ -71,10 +64,6 @@ def main() -> None:
     print(json.dumps({"model": arguments.model, "steps": arguments.steps, "sizes": figures, "seams": apart}))
 
 
-def pipeline(model: str | None) -> Pipeline:
-    return untrained() if model is None else Pipeline.from_pretrained(model, device="cpu")
-
-
 def small_picture(size: int, number: int = 0) -> Image.Image:
     """Return a square of the gallery, `number` drawings from its left."""
     gallery = Image.open(GALLERY).convert("RGB")
@@ -84,7 +73,8 @@ def small_picture(size: int, number: int = 0) -> Image.Image:
 
 def seams(arguments: argparse.Namespace, size: int) -> dict[str, Any]:
     """Return how far pictures in windows are from the same at once, at the borders of windows and elsewhere."""
-    pipe, settings = pipeline(arguments.model), DEFAULTS | {"num_inference_steps": arguments.steps}
+    pipe = Pipeline.from_pretrained(arguments.model, device="cpu")
+    settings = DEFAULTS | {"num_inference_steps": arguments.steps}
     drawn: list[list[np.ndarray]] = []
     for at_once in (10**9, 0):
         latentdiff.generation.upscale.AT_ONCE = at_once
@@ -122,21 +112,11 @@ def seams(arguments: argparse.Namespace, size: int) -> dict[str, Any]:
 
 def enlarge(arguments: argparse.Namespace, size: int) -> None:
     """Enlarge one picture; print what it took."""
-    pipe, small = pipeline(arguments.model), small_picture(size)
+    pipe, small = Pipeline.from_pretrained(arguments.model, device="cpu"), small_picture(size)
     plan, begin = pipe.upscale_plan(small), time.perf_counter()
     pipe(arguments.prompt, image=small, **DEFAULTS | {"num_inference_steps": arguments.steps})
     seconds, peak = time.perf_counter() - begin, resident("VmHWM")
     print(json.dumps({"seconds": round(seconds, 2), "mb": round(peak), "plan": str(plan), "need": plan.need}))
-
-
-def untrained() -> Pipeline:
-    """Return a model of the embedded one's shape that enlarges."""
-    components = load_pipeline()
-    assert components.unet is not None
-    config = replace(components.unet.config, in_channels=7, num_class_embeds=1000, sample_size=SIDE)
-    low = NoiseSchedule(beta_schedule="linear", class_name="DDPMScheduler")
-    unet = UNet2DConditionModel(config).requires_grad_(False)
-    return Pipeline(replace(components, unet=unet, low_res_schedule=low, source=None))
 
 
 if __name__ == "__main__":

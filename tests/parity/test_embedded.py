@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import embedded_model
@@ -29,13 +30,17 @@ def pipes():  # type: ignore[no-untyped-def]
     return Pipeline.from_pretrained(folder), peer
 
 
+def noise_for(pipe: Pipeline) -> Tensor:
+    return draw_noise([image_generator(7)], (pipe.components.autoencoder.config.latent_channels, 16, 16))
+
+
 def test_the_shipped_lora_draws_the_same_there(pipes) -> None:  # type: ignore[no-untyped-def]
     import diffusers
 
     pytest.importorskip("peft")
     ours, peer = pipes
     peer.scheduler = diffusers.DDIMScheduler.from_config(peer.scheduler.config)
-    noise = draw_noise([image_generator(7)], (4, 16, 16))
+    noise = noise_for(ours)
     settings = {"num_inference_steps": 10, "guidance_scale": 4.0}
     prompt = "a fox, firefox style"
     plain = ours(prompt, sampler="ddim", latents=noise, **settings).images[0]
@@ -91,7 +96,7 @@ def test_picture_is_the_one_diffusers_draws(pipes, sampler: str) -> None:  # typ
 
     ours, peer = pipes
     peer.scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(peer.scheduler.config)
-    noise = draw_noise([image_generator(7)], (4, 16, 16))
+    noise = noise_for(ours)
     settings = {"num_inference_steps": 10, "guidance_scale": 4.0}
     mine = ours("a red fox", sampler=sampler, latents=noise, **settings).images[0]
     theirs = peer("a red fox", latents=noise.clone(), **settings).images[0]

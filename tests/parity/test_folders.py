@@ -29,9 +29,10 @@ def test_the_embedded_model_draws_without_a_dtype() -> None:
     assert {peer.unet.dtype, peer.vae.dtype, peer.text_encoder.dtype} == {torch.float32}
     peer.scheduler = diffusers.DDIMScheduler.from_config(peer.scheduler.config)
     peer.set_progress_bar_config(disable=True)
-    options: dict[str, Any] = {"latents": draw_noise([image_generator(7)], (4, 16, 16)), "num_inference_steps": 3}
-    theirs = peer("a red fox", guidance_scale=4.0, **options).images[0]
-    ours = Pipeline.from_pretrained()("a red fox", guidance_scale=4.0, sampler="ddim", **options).images[0]
+    noise = draw_noise([image_generator(7)], (peer.vae.config.latent_channels, 16, 16))
+    options: dict[str, Any] = {"latents": noise, "num_inference_steps": 3, "guidance_scale": 4.0}
+    theirs = peer("a red fox", **options).images[0]
+    ours = Pipeline.from_pretrained()("a red fox", sampler="ddim", **options).images[0]
     assert differences(ours, theirs) <= 2
 
 
