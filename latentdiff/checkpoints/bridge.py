@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["from_diffusers", "to_diffusers"]
 
+THEIR_LATENTS = 4  # channels that diffusers' inpainting pipelines take latents to have
+
 
 def to_diffusers(components: Components) -> DiffusionPipeline:
     """Return the pipeline of diffusers that draws what this model draws, sharing its weights.
@@ -36,7 +38,7 @@ def to_diffusers(components: Components) -> DiffusionPipeline:
         components: a model that diffusers has a pipeline for.
 
     Raises:
-        InputError: it has none: diffusion in pixels or of classes.
+        InputError: it has none: diffusion in pixels or of classes, inpainting in latents of other than 4 channels.
     """
     import diffusers
     import transformers
@@ -45,6 +47,12 @@ def to_diffusers(components: Components) -> DiffusionPipeline:
     kind = index.pop("_class_name")
     if kind == "LatentdiffPipeline":
         raise InputError("diffusers has no pipeline for models of pixels or classes, got one; use this package's")
+    channels = components.autoencoder.config.latent_channels if components.inpaints else THEIR_LATENTS
+    if channels != THEIR_LATENTS:
+        raise InputError(
+            f"diffusers' inpainting pipelines take latents of {THEIR_LATENTS} channels, got a model of {channels}; "
+            "use this package's"
+        )
     theirs: dict[str, Any] = {}
     for name, entry in index.items():
         if not isinstance(entry, list):

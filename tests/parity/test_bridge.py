@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +18,12 @@ from latentdiff import Pipeline
 from latentdiff.checkpoints import Components, load_pipeline
 from latentdiff.diffusion import NoiseSchedule
 from latentdiff.errors import InputError
+from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.pixels import LabelConfig, LabelEncoder, PixelSpace, PixelSpaceConfig
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.checkpoints.test_single_file import FAMILIES, components_of, tiny
 from tests.conftest import UNET
-from tests.models.tiny import noise_picture
+from tests.models.tiny import AUTOENCODERS, noise_picture
 
 pytestmark = pytest.mark.long
 
@@ -107,6 +109,12 @@ def test_what_has_no_counterpart_is_refused() -> None:
     unet = UNet2DConditionModel(UNetConfig.from_dict({**UNET, "in_channels": 3, "out_channels": 3}))
     pipe = Pipeline(Components(unet=unet, autoencoder=space, text_encoder=encoder, schedule=NoiseSchedule()))
     with pytest.raises(InputError, match="diffusers has no pipeline for models of pixels or classes"):
+        pipe.to_diffusers()
+    eight = AutoencoderKL(AutoencoderConfig.from_dict(AUTOENCODERS["no-quant-conv"]))
+    unet = UNet2DConditionModel(UNetConfig.from_dict({**UNET, "in_channels": 17, "out_channels": 8}))
+    tiny_one = components_of(tiny("Stable Diffusion 1.x"))
+    pipe = Pipeline(replace(tiny_one, unet=unet, autoencoder=eight))
+    with pytest.raises(InputError, match="take latents of 4 channels, got a model of 8"):
         pipe.to_diffusers()
     with pytest.raises(InputError, match=r"one of StableDiffusionPipeline, .*; got SimpleNamespace"):
         Pipeline.from_diffusers(SimpleNamespace())

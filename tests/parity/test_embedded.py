@@ -90,6 +90,20 @@ def test_the_shipped_inpainting_model_draws_the_same_there(monkeypatch: pytest.M
     assert np.array_equal(one[:, :32], before[:, :32])
 
 
+def test_image_to_image_draws_the_same_there(pipes, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    import diffusers
+
+    take_modes(monkeypatch)
+    ours, _ = pipes
+    peer = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(embedded_model())
+    peer.scheduler = diffusers.DDIMScheduler.from_config(peer.scheduler.config)
+    picture = open_image(DRAWING).resize(ours.components.native_size)
+    settings: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 4.0, "strength": 0.6, "image": picture}
+    theirs = peer("a red apple", generator=image_generator(5), **settings).images[0]
+    mine = ours("a red apple", seed=5, sampler="ddim", **settings).images[0]
+    assert np.abs(np.asarray(mine, dtype=int) - np.asarray(theirs, dtype=int)).max() <= 2
+
+
 @pytest.mark.parametrize("sampler", list(SCHEDULERS))
 def test_picture_is_the_one_diffusers_draws(pipes, sampler: str) -> None:  # type: ignore[no-untyped-def]
     import diffusers

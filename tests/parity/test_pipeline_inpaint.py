@@ -22,8 +22,13 @@ from tests.parity.test_pipeline_clip import SAMPLERS
 
 
 def take_modes(patch: pytest.MonkeyPatch) -> None:
-    """Let diffusers take the most likely latents of a picture, as we do, where it draws some from the generator."""
-    for kind in (diffusers.StableDiffusionInpaintPipeline, diffusers.StableDiffusionXLInpaintPipeline):
+    """Let pipelines take the most likely latents of a picture, as we do, where they draw some from the generator."""
+    kinds = (
+        diffusers.StableDiffusionImg2ImgPipeline,
+        diffusers.StableDiffusionInpaintPipeline,
+        diffusers.StableDiffusionXLInpaintPipeline,
+    )
+    for kind in kinds:
         module = sys.modules[kind.__module__]
         patch.setattr(module, "retrieve_latents", lambda encoded, *rest, **more: encoded.latent_dist.mode())
 
