@@ -108,15 +108,14 @@ class Pipeline:
             prediction_type: "epsilon" or "v_prediction", where the files do not say what the model predicts.
             vae: autoencoder in place of the model's own: a safetensors file or a folder; see `load_pipeline`.
             attention: "sdpa", torch's own, or "xformers", which must be installed and runs on CUDA only.
-            offload: keep all networks in CPU memory and have each on the device only while it runs.
+            offload: keep networks in CPU memory, and each on the device only while it runs.
             tile_size: see `Pipeline`.
             engine: what runs U-Net and decoder: "eager", PyTorch as it is; "compile", PyTorch compiled; "graphs", on
                 NVIDIA GPUs; "openvino", on a CPU; "auto" for the fastest that begins at once. See docs/engines.md.
             local: of models on a hub, take only what is in the cache already.
 
         Raises:
-            InputError: there is no such folder, device, dtype, prediction type, attention or engine, or some do not go
-                together.
+            InputError: something given is not there, or some of it does not go together.
             MissingDependencyError: the attention or engine is not installed.
             ModelLoadError: the model was refused; the subclass says why.
         """
@@ -160,12 +159,10 @@ class Pipeline:
         This one stays as it is, and so do those that share its weights: `pipe = pipe.to("cuda")` lets go of it.
 
         Raises:
-            InputError: there is no such device or dtype, the networks are offloaded and stay in CPU memory, or the
-                engine does not run there.
+            InputError: there is no such device or dtype, the networks are offloaded, or the engine does not run there.
         """
         if self.offload is not None and device is not None:
-            given = str(device)[:80]
-            raise InputError(f"offload keeps its networks in CPU memory, got {given!r}; load without offload")
+            raise InputError(f"offload keeps its networks in CPU memory, got {shown(str(device))}; load without it")
         place = self.components.device if device is None else resolve_device(device)
         kind = self.dtype if dtype is None else resolve_dtype(dtype)
         engine = find_engine(self.engine.name, place, kind, offload=self.offload is not None)

@@ -76,11 +76,7 @@ def guided_network(
     """
     unet, context = components.unet, cond.context
     count, dtype = len(context) // 2, unet.conv_in.weight.dtype
-    scales = guidance_scales(
-        plan.sigmas, settings.guidance_scale, settings.guidance_interval, settings.guidance_schedule
-    ).tolist()
-    if unet.config.time_cond_proj_dim is not None or _same_halves(cond):  # the network itself knows the scale, or
-        scales = [1.0] * len(scales)  # there is nothing to steer away from
+    scales = _scales(settings, unet, cond, plan)
     timesteps = plan.timesteps.to(context.device, torch.float32)
     prepared = unet.prepare(
         timesteps,
@@ -123,6 +119,16 @@ def _predict(unet: UNet2DConditionModel, execution: Execution, settings: Setting
     if settings.deep_every > 1:
         return Reusing(unet, settings.deep_every)
     return execution.engine.predict(unet)
+
+
+def _scales(
+    settings: Settings, unet: UNet2DConditionModel, cond: BatchConditioning, plan: Plan | SchedulerPlan
+) -> list[float]:
+    """Return how far each call is steered: not at all by a network that knows the scale, or where nothing differs."""
+    if unet.config.time_cond_proj_dim is not None or _same_halves(cond):
+        return [1.0] * len(plan.sigmas)
+    scale, when, schedule = settings.guidance_scale, settings.guidance_interval, settings.guidance_schedule
+    return guidance_scales(plan.sigmas, scale, when, schedule).tolist()
 
 
 def _same_halves(cond: BatchConditioning) -> bool:

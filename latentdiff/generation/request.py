@@ -324,8 +324,7 @@ class Settings:
     @property
     def levels_given(self) -> str | None:
         """The option that says by hand where the steps are; None where they are spaced."""
-        given = (name for name in ("timesteps", "sigmas") if getattr(self, name) is not None)
-        return next(given, None)
+        return next((name for name in ("timesteps", "sigmas") if getattr(self, name) is not None), None)
 
     @property
     def levels(self) -> dict[str, Any]:
@@ -335,10 +334,8 @@ class Settings:
 
     def _check_plan(self) -> None:
         """Refuse what no table can be made of, whatever the model: eta without ddim, too many steps of lcm, ..."""
-        strengths = (self.strength, self.hires_strength) if self.hires > 1 else (self.strength,)
-        for strength in strengths:
-            steps = self.num_inference_steps
-            try_plan(self.sampler, steps, self.levels_given, strength, self.eta, self.resampling)
+        for strength in (self.strength, self.hires_strength) if self.hires > 1 else (self.strength,):
+            try_plan(self.sampler, self.num_inference_steps, self.levels_given, strength, self.eta, self.resampling)
 
     @property
     def count(self) -> int:
@@ -373,9 +370,7 @@ class Settings:
         """
         if not isinstance(record.get("prompt"), str):
             got = shown(record["prompt"]) if "prompt" in record else "none"
-            raise InputError(
-                f"the settings must have 'prompt', one text, got {got}; use a picture as latentdiff wrote it"
-            )
+            raise InputError(f"the settings must have a text 'prompt', got {got}; use a picture as latentdiff wrote it")
         values: dict[str, Any] = {"prompts": record["prompt"], "prompt_weights": False}  # brackets were plain text once
         for name, declared in options_of(cls).items():
             if name in record:
