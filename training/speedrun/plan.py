@@ -96,7 +96,8 @@ def plan(size: Size, costs: Costs, work: Work, spent: float, total: float, batch
         batch: of the autoencoder.
     """
     ready = spent + table.STARTING + costs.preparing(work)
-    over = ready + (total - ready) * (1 - table.SPARE) * (1 - table.MEASURING)
+    over = total - min(table.SPARE * (total - ready), table.MOST_SPARE)
+    over -= min(table.MEASURING * (over - ready), table.MOST_DRAWN * table.DRAWING * costs.unet)
     first = ready + (over - ready) * (table.AUTOENCODER if size.autoencoder else 0.0)
     samples = max(0.0, (over - first) / costs.unet - table.GRIDS * table.PROMPTS * table.DRAWING)
     further = not size.recipe

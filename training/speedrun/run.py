@@ -270,7 +270,7 @@ class Speedrun:
                 return ()
             pace = self.record.stages["unet"].pace / config.run.batch_size or cost
             left = self.total - self.record.spent
-            n = pictures_of_metric(left, pace * table.DRAWING, min(2, len(metrics)), len(reference))
+            n = pictures_of_metric(left, pace * table.DRAWING, min(table.SETS, len(metrics)), len(reference))
             n = self.record.facts.setdefault("n", n)
             self.record.save()
             try:

@@ -111,7 +111,8 @@ def of_embedded(side: int) -> Size:
 
 # Of the time, after the pictures are there.
 SPARE = 0.05  # for what nobody foresees
-MEASURING = 0.1  # for the evaluation
+MOST_SPARE = 180.0  # seconds of it
+MEASURING = 0.1  # for the evaluation, if it takes so much
 AUTOENCODER = 0.3  # of what is left, where one is trained
 STARTING = 20.0  # seconds, of opening and saving
 BATCHES = (64, 32, 16)  # of the U-Net; the first that makes `STEPS` steps is taken
@@ -124,3 +125,5 @@ GRIDS, PROMPTS = 6, 8  # sample grids over time, and the pictures of each
 # with its backward pass, and decoding.
 DRAWING = 18
 DRAWN = (8, 200)  # pictures of each metric, at least and at most
+SETS = 2  # of them that are drawn, at most
+MOST_DRAWN = 2 * SETS * DRAWN[1]  # time for as many is kept at most: twice what they should take
