@@ -38,7 +38,7 @@ from latentdiff.generation.masks import MaskLike, open_picture
 from latentdiff.generation.options import check_integer, one_of
 from latentdiff.generation.request import Settings
 from latentdiff.generation.result import GeneratedImage, Result
-from latentdiff.generation.rules import check_defaults, check_inputs, check_names
+from latentdiff.generation.rules import check_defaults, check_inputs, check_names, given_of
 from latentdiff.generation.run import Callback, invert, run
 from latentdiff.generation.stages import Job
 from latentdiff.generation.upscale import UpscalePlan, plan_upscale
@@ -115,7 +115,8 @@ class Pipeline:
             local: of models on a hub, take only what is in the cache already.
 
         Raises:
-            InputError: something given is not there, or some of it does not go together.
+            InputError: there is no such folder, device, dtype, prediction type, attention or engine, or some do not go
+                together.
             MissingDependencyError: the attention or engine is not installed.
             ModelLoadError: the model was refused; the subclass says why.
         """
@@ -162,7 +163,8 @@ class Pipeline:
             InputError: there is no such device or dtype, the networks are offloaded, or the engine does not run there.
         """
         if self.offload is not None and device is not None:
-            raise InputError(f"offload keeps its networks in CPU memory, got {shown(str(device))}; load without it")
+            given = shown(str(device))
+            raise InputError(f"offload keeps its networks in CPU memory, got {given}; load without offload")
         place = self.components.device if device is None else resolve_device(device)
         kind = self.dtype if dtype is None else resolve_dtype(dtype)
         engine = find_engine(self.engine.name, place, kind, offload=self.offload is not None)
@@ -280,7 +282,7 @@ class Pipeline:
             components.tuned_table(settings.num_inference_steps)  # refuses steps it does not take
         if settings.deep_every > 1:
             self.execution.engine.require_levels()
-        check_inputs(_given(options), image=image is not None, mask=mask is not None)
+        check_inputs(given_of(options), image=image is not None, mask=mask is not None)
         if components.upscales:
             inputs = prepare_small_image(settings, image, mask, factor)
         else:
@@ -290,7 +292,7 @@ class Pipeline:
     def _chosen(self, options: Mapping[str, object], image: object, mask: object) -> tuple[dict[str, Any], Any]:
         """Return the options with the defaults of the model, and the scheduler object among them."""
         check_names(options)
-        given = _given(options)
+        given = given_of(options)
         chosen = {**self.components.defaults, **given}
         if not given.keys().isdisjoint({"timesteps", "sigmas"}) and "num_inference_steps" not in given:
             chosen.pop("num_inference_steps", None)  # the model's own
@@ -389,11 +391,6 @@ class Pipeline:
     def _with(self, components: Components, engine: Engine | None = None) -> Pipeline:
         engine = self.engine if engine is None else engine
         return Pipeline(components, offload=self.offload, tile_size=self.tile_size, engine=engine)
-
-
-def _given(options: Mapping[str, object]) -> dict[str, Any]:
-    """Return the options that are given: None is the default, but not of a seed, where it is random elsewhere."""
-    return {name: value for name, value in options.items() if value is not None or name == "seed"}
 
 
 document(Pipeline.__call__)

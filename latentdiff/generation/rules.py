@@ -10,7 +10,7 @@ from latentdiff.errors import InputError, ModelConfigError, shown, suggest
 from latentdiff.generation.options import options_of
 from latentdiff.generation.request import Settings
 
-__all__ = ["check_defaults", "check_inputs", "check_names"]
+__all__ = ["check_defaults", "check_inputs", "check_names", "given_of"]
 
 NAMES = {"image": "an image", "mask": "a mask"}
 
@@ -82,3 +82,8 @@ def check_defaults(defaults: Mapping[str, Any]) -> None:
         Settings(prompts=("",), **defaults)
     except InputError as error:
         raise ModelConfigError(f"generation_config.json: {error}") from error
+
+
+def given_of(options: Mapping[str, object]) -> dict[str, Any]:
+    """Return the options that are given: None is the default, but not of a seed, where it is random elsewhere."""
+    return {name: value for name, value in options.items() if value is not None or name == "seed"}

@@ -126,7 +126,7 @@ def test_a_callback_may_draw_too(offloading: Pipeline) -> None:
 def test_what_cannot_be_offloaded(built_model: Path, offloading: Pipeline) -> None:
     with pytest.raises(InputError, match="needs a device apart from the CPU, got cpu; leave it out"):
         Pipeline.from_pretrained(built_model, device="cpu", offload=True)
-    with pytest.raises(InputError, match="keeps its networks in CPU memory, got 'cpu'; load without it"):
+    with pytest.raises(InputError, match="keeps its networks in CPU memory, got 'cpu'; load without offload"):
         offloading.to("cpu")
     assert offloading.to(dtype="bfloat16").dtype == torch.bfloat16
     assert offloading.device == DEVICE
