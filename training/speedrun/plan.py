@@ -60,7 +60,23 @@ def needed(size: Size, costs: Costs, work: Work) -> float:
         training = max(
             training / (1 - table.AUTOENCODER), size.least_autoencoder * costs.autoencoder / table.AUTOENCODER
         )
-    return (training + costs.preparing(work)) / ((1 - table.SPARE) * (1 - table.MEASURING)) + table.STARTING
+    return table.STARTING + costs.preparing(work) + _with_measuring(training, table.DRAWING * costs.unet)
+
+
+def _for_training(left: float, drawing: float) -> float:
+    """Return which of the seconds that are left after preparing are for training.
+
+    Args:
+        drawing: seconds a picture that is drawn takes.
+    """
+    rest = left - min(table.SPARE * left, table.MOST_SPARE)
+    return rest - min(table.MEASURING * rest, table.MOST_DRAWN * drawing)
+
+
+def _with_measuring(training: float, drawing: float) -> float:
+    """Return the seconds of which `_for_training` leaves so many."""
+    rest = min(training / (1 - table.MEASURING), training + table.MOST_DRAWN * drawing)
+    return min(rest / (1 - table.SPARE), rest + table.MOST_SPARE)
 
 
 def choose(
@@ -96,8 +112,7 @@ def plan(size: Size, costs: Costs, work: Work, spent: float, total: float, batch
         batch: of the autoencoder.
     """
     ready = spent + table.STARTING + costs.preparing(work)
-    over = total - min(table.SPARE * (total - ready), table.MOST_SPARE)
-    over -= min(table.MEASURING * (over - ready), table.MOST_DRAWN * table.DRAWING * costs.unet)
+    over = ready + _for_training(total - ready, table.DRAWING * costs.unet)
     first = ready + (over - ready) * (table.AUTOENCODER if size.autoencoder else 0.0)
     samples = max(0.0, (over - first) / costs.unet - table.GRIDS * table.PROMPTS * table.DRAWING)
     further = not size.recipe
