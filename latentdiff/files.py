@@ -1,6 +1,7 @@
-"""Open files that others have named: regular ones alone, no larger than expected, each failure one line.
+"""Read files that others have named, and write files whole or not at all; each failure is one line.
 
-A pipe or device is refused before it is opened, as some hang and some never end.
+Regular files alone are read, no larger than expected: a pipe or device is refused before it is opened, as some hang and
+some never end.
 """
 
 from __future__ import annotations
@@ -8,13 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from latentdiff.errors import InputError, shown
+from latentdiff.errors import InputError, StorageError, shown
 
-__all__ = ["fingerprint", "is_file", "is_folder", "open_file", "parse_json", "read_file", "require_path", "stamp"]
+__all__ = [
+    "check_writable",
+    "fingerprint",
+    "is_file",
+    "is_folder",
+    "make_folder",
+    "open_file",
+    "parse_json",
+    "read_file",
+    "require_path",
+    "stamp",
+    "write_file",
+]
 
 KINDS = {
     stat.S_ISDIR: "a folder",
@@ -132,6 +147,72 @@ def parse_json(text: str | bytes, name: str) -> Any:
         raise InputError(f"{name} is not JSON that can be read ({reason}); write it again") from error
 
 
+def write_file(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = True) -> None:
+    """Write a file atomically: beside its place, flushed to disk, then renamed; removed on failure or Ctrl-C.
+
+    Args:
+        overwrite: replace an existing file.
+
+    Raises:
+        FileExistsError: there is such a file, and it is not to be replaced.
+        StorageError: the file cannot be written.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            os.replace(temporary, target)
+        else:
+            _link(temporary, target)
+    except BaseException as error:
+        with suppress(OSError, ValueError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, FileExistsError):
+            raise _storage_error(target, error) from error
+        raise
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Find out, before any work is done, that `path` could be written.
+
+    Raises:
+        StorageError: its folder is missing or closed, or the path names a folder.
+    """
+    target = Path(path)
+    probe = target.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        if is_folder(target):
+            remedy = f"name a file in it, as in {target / 'fox.png'}"
+            raise StorageError(f"cannot write {target}: it is a folder; {remedy}")
+        with open(probe, "xb"):
+            probe.unlink()
+        with suppress(FileNotFoundError):
+            os.stat(target)  # fails where the name is too long
+    except StorageError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _storage_error(target, error) from error
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Make a folder for what is written, with those above it, unless it is there, and return it.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a name with NUL, or not in the file system's encoding
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"cannot write to {shown(folder)}: {reason}; choose another place, as with --out") from error
+    return folder
+
+
 def _mode(path: str | os.PathLike[str]) -> int:
     try:
         return os.stat(path).st_mode
@@ -148,3 +229,23 @@ def _check_regular(mode: int, path: str | os.PathLike[str], what: str) -> None:
 def _refusal(path: str | os.PathLike[str], what: str, error: Exception) -> InputError:
     reason = getattr(error, "strerror", None) or error
     return InputError(f"cannot read {what} {shown(os.fspath(path), 200)}: {reason}; check the path")
+
+
+def _link(temporary: Path, target: Path) -> None:
+    """Rename a file unless there is one of that name, which `os.replace` would lose."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        with open(target, "xb"):
+            os.replace(temporary, target)
+        return
+    temporary.unlink()
+
+
+def _storage_error(target: Path, error: Exception) -> StorageError:
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return StorageError(f"cannot write {target}: there is no folder {str(target.parent)!r}; create it first")
+    reason = getattr(error, "strerror", None) or error
+    return StorageError(f"cannot write {target}: {reason}; free space or choose another place")

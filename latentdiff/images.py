@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,15 +18,14 @@ from PIL import Image, ImageOps
 
 from latentdiff.decoding import MAX_PIXELS, decode, parse, refusing, upright
 from latentdiff.encoding import encode, texts_of
-from latentdiff.errors import InputError, StorageError
-from latentdiff.files import is_folder, read_file, require_path
+from latentdiff.errors import InputError
+from latentdiff.files import read_file, require_path, write_file
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
     "MAX_PIXELS",
-    "check_writable",
     "decode_rgba",
     "fit",
     "from_array",
@@ -46,7 +43,6 @@ __all__ = [
     "to_rgba",
     "to_tensor",
     "to_unit_range",
-    "write_file",
     "write_png",
 ]
 
@@ -230,7 +226,7 @@ def from_tensor(images: torch.Tensor) -> list[Image.Image]:
 def write_png(
     path: str | os.PathLike[str], image: Image.Image, texts: Mapping[str, str], source_type: str | None = None
 ) -> None:
-    """Write a PNG with text chunks and a mark, atomically; see `encoding.encode` and `write_file`.
+    """Write a PNG with text chunks and a mark, atomically; see `encoding.encode` and `files.write_file`.
 
     Raises:
         InputError: that is no path.
@@ -249,80 +245,9 @@ def sheet(pictures: Sequence[Image.Image], columns: int, gap: int = 0) -> Image.
     return found
 
 
-def write_file(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = True) -> None:
-    """Write a file atomically: beside its place, flushed to disk, then renamed; removed on failure or Ctrl-C.
-
-    Args:
-        overwrite: replace an existing file.
-
-    Raises:
-        FileExistsError: there is such a file, and it is not to be replaced.
-        StorageError: the file cannot be written.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".tmp-{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            os.replace(temporary, target)
-        else:
-            _link(temporary, target)
-    except BaseException as error:
-        with suppress(OSError, ValueError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, (OSError, ValueError)) and not isinstance(error, FileExistsError):
-            raise _storage_error(target, error) from error
-        raise
-
-
-def _link(temporary: Path, target: Path) -> None:
-    """Rename a file unless there is one of that name, which `os.replace` would lose."""
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        with open(target, "xb"):
-            os.replace(temporary, target)
-        return
-    temporary.unlink()
-
-
 def numbered(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield paths without end for several pictures that are asked for as one: fox.png, fox-2.png, fox-3.png, ..."""
     first = require_path(path, "a picture")
     yield first
     for number in itertools.count(2):
         yield first.with_stem(f"{first.stem}-{number}")
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Find out, before any work is done, that `path` could be written.
-
-    Raises:
-        StorageError: its folder is missing or closed, or the path names a folder.
-    """
-    target = Path(path)
-    probe = target.with_name(f".tmp-{secrets.token_hex(8)}")
-    try:
-        if is_folder(target):
-            remedy = f"name a file in it, as in {target / 'fox.png'}"
-            raise StorageError(f"cannot write {target}: it is a folder; {remedy}")
-        with open(probe, "xb"):
-            probe.unlink()
-        with suppress(FileNotFoundError):
-            os.stat(target)  # fails where the name is too long
-    except StorageError:
-        raise
-    except (OSError, ValueError) as error:
-        raise _storage_error(target, error) from error
-
-
-def _storage_error(target: Path, error: Exception) -> StorageError:
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        return StorageError(f"cannot write {target}: there is no folder {str(target.parent)!r}; create it first")
-    reason = getattr(error, "strerror", None) or error
-    return StorageError(f"cannot write {target}: {reason}; free space or choose another place")

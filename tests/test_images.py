@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from latentdiff import images
+from latentdiff import files, images
 from latentdiff.errors import InputError, StorageError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -380,25 +380,25 @@ def test_nothing_is_left_of_a_write_that_fails(
     path.write_bytes(b"old")
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(StorageError if isinstance(error, OSError) else KeyboardInterrupt):
-        images.write_file(path, b"new")
+        files.write_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_unwritable_places_are_found_beforehand(tmp_path: Path) -> None:
-    images.check_writable(tmp_path / "a.png")
+    files.check_writable(tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
     with pytest.raises(StorageError, match="there is no folder"):
-        images.check_writable(tmp_path / "none" / "a.png")
+        files.check_writable(tmp_path / "none" / "a.png")
     with pytest.raises(StorageError, match="it is a folder"):
-        images.check_writable(tmp_path)
+        files.check_writable(tmp_path)
     with pytest.raises(StorageError, match="cannot write"):
-        images.check_writable("/proc/a.png")
+        files.check_writable("/proc/a.png")
     for path in (tmp_path / f"{'a' * 300}.png", tmp_path / "a\0.png", tmp_path / "\ud800.png"):
         with pytest.raises(StorageError, match="cannot write"):
-            images.check_writable(path)
+            files.check_writable(path)
         with pytest.raises(StorageError, match="cannot write"):
-            images.write_file(path, b"")
+            files.write_file(path, b"")
     assert not list(tmp_path.iterdir())
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from latentdiff.checkpoints.find import find_model
 from latentdiff.checkpoints.folder import INDEX
-from latentdiff.errors import InputError, StorageError, shown
-from latentdiff.files import is_file
+from latentdiff.errors import InputError
+from latentdiff.files import is_file, make_folder
 
 
 def destination(model: str, out: str) -> tuple[Path, bool]:
@@ -17,24 +17,10 @@ def destination(model: str, out: str) -> tuple[Path, bool]:
         InputError: it holds something else.
         StorageError: it cannot be made.
     """
-    folder, own = _writable(out), _is_own(model, Path(out))
+    folder, own = make_folder(out), _is_own(model, Path(out))
     if not own and any(folder.iterdir()) and not (folder / INDEX).is_file():
         raise InputError(f"{out} holds something that is no saved model; move it, or choose another --out")
     return folder, own
-
-
-def _writable(out: str) -> Path:
-    """Return a folder, made if it is not there.
-
-    Raises:
-        StorageError: it cannot be.
-    """
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise StorageError(f"cannot write to {shown(out)}: {error}; choose another --out") from error
-    return folder
 
 
 def _is_own(model: str, folder: Path) -> bool:

@@ -20,10 +20,10 @@ from latentdiff.checkpoints.tuned_sampler import FILE, read_tuned
 from latentdiff.devices import resolve_device
 from latentdiff.diffusion.tuned import TUNED, TunedSampler, schedule_digest
 from latentdiff.errors import InputError, shown
-from latentdiff.files import is_file
+from latentdiff.files import is_file, write_file
 from latentdiff.generation.options import check_number
 from latentdiff.generation.request import Settings
-from latentdiff.images import to_tensor, write_file
+from latentdiff.images import to_tensor
 from latentdiff.models.autoencoder import AutoencoderKL
 
 from .config import (

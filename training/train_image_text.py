@@ -19,7 +19,8 @@ from latentdiff.checkpoints import load_text_encoder, save_model
 from latentdiff.checkpoints.hashes import network_digest
 from latentdiff.devices import restored_random_state
 from latentdiff.errors import InputError
-from latentdiff.images import to_tensor, write_file
+from latentdiff.files import write_file
+from latentdiff.images import to_tensor
 from latentdiff.models.image_text import ImageTextConfig, ImageTextModel
 from latentdiff.models.pixels import LabelEncoder
 

@@ -39,8 +39,7 @@ from latentdiff.checkpoints.lora_names import (
 from latentdiff.checkpoints.storage import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, NUMBERS, read_weights, stored_weights
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError, suggest
-from latentdiff.files import require_path
-from latentdiff.images import check_writable
+from latentdiff.files import check_writable, require_path
 from latentdiff.lora_tags import Weight
 from latentdiff.models.clip import CLIPTextModel
 from latentdiff.models.lora import Factors, LoRA, WeightedLoRA, factors_fit, layers_of, merge, share_weights

@@ -44,8 +44,7 @@ from latentdiff.checkpoints.storage import save_tensors
 from latentdiff.checkpoints.weights import FLOATS, read_weights, stored_weights
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import InputError, ModelConfigError, ModelMismatchError
-from latentdiff.files import require_path
-from latentdiff.images import check_writable
+from latentdiff.files import check_writable, require_path
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.clip import CLIPTextConfig
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig

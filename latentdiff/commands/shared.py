@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
 from latentdiff.encoding import FORMATS
 from latentdiff.errors import InputError, printable, shown, suggest
-from latentdiff.files import is_file, is_folder
+from latentdiff.files import check_writable, is_file, is_folder
 from latentdiff.generation.options import options_of
 from latentdiff.generation.request import Settings
-from latentdiff.images import check_writable, numbered
+from latentdiff.images import numbered
 from latentdiff.interrupts import ending_at_once
 from latentdiff.prompts import slug
 

@@ -19,8 +19,8 @@ from latentdiff.evaluate.features import features_of
 from latentdiff.evaluate.figure import Figure
 from latentdiff.evaluate.intervals import LEVEL, Estimate, Floats, share
 from latentdiff.evaluate.latents import encode, has_latents
-from latentdiff.evaluate.pictures import make_folder
 from latentdiff.evaluate.sets import blurred
+from latentdiff.files import make_folder
 from latentdiff.images import from_tensor, sheet, write_png
 from latentdiff.marks import COMPOSITE
 

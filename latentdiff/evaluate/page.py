@@ -11,7 +11,8 @@ from typing import Any
 from latentdiff.encoding import encode
 from latentdiff.errors import InputError
 from latentdiff.evaluate.figure import Figure
-from latentdiff.images import open_stored, to_rgb, write_file
+from latentdiff.files import write_file
+from latentdiff.images import open_stored, to_rgb
 from latentdiff.marks import source_type_of
 
 __all__ = ["STYLE", "details", "figure_table", "page", "write_page"]

@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.errors import InputError, StorageError
+from latentdiff.errors import InputError
+from latentdiff.files import make_folder
 from latentdiff.images import open_image, pixel_hash, to_tensor
 from latentdiff.pipeline import Pipeline
 
-__all__ = ["Drawing", "Item", "generate", "load_pictures", "make_folder"]
+__all__ = ["Drawing", "Item", "generate", "load_pictures"]
 
 NAME_DIGITS = 20
 
@@ -109,18 +110,6 @@ def generate(pipe: Pipeline, drawing: Drawing, share: tuple[int, int] = (0, 1), 
                 result.write(place, paths[number])
                 bar.update(not there[number])
     return paths
-
-
-def make_folder(folder: Path) -> None:
-    """Create a folder for results.
-
-    Raises:
-        StorageError: it cannot be.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
 
 
 def _batches(items: Sequence[Item], batch_size: int) -> Iterator[list[int]]:

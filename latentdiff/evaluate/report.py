@@ -11,9 +11,7 @@ from typing import Any
 from latentdiff import __version__
 from latentdiff.errors import InputError
 from latentdiff.evaluate.figure import Figure, Protocol, difference, read_figures
-from latentdiff.evaluate.pictures import make_folder
-from latentdiff.files import is_file, is_folder, parse_json, read_file
-from latentdiff.images import write_file
+from latentdiff.files import is_file, is_folder, make_folder, parse_json, read_file, write_file
 
 __all__ = ["claim", "lines", "merged", "read_report", "release", "report_tree", "write_report"]
 

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from latentdiff.evaluate.figure import Figure
-from latentdiff.images import write_file
+from latentdiff.files import write_file
 
 __all__ = ["Setting", "folder_name", "sweep_lines", "write_sweep"]
 

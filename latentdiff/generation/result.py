@@ -14,9 +14,9 @@ from PIL import Image
 from latentdiff import __version__
 from latentdiff.encoding import QUALITY, encode, format_of
 from latentdiff.errors import InputError, shown
-from latentdiff.files import require_path
+from latentdiff.files import require_path, write_file
 from latentdiff.generation.infotext import infotext
-from latentdiff.images import numbered, read_texts, write_file
+from latentdiff.images import numbered, read_texts
 from latentdiff.marks import COMPOSITE, GENERATED, mark
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.errors import InputError, StorageError
-from latentdiff.images import write_file
+from latentdiff.files import write_file
 
 SHARD_ENTRIES = 1024
 KEY_BYTES = 16

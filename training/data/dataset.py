@@ -16,14 +16,15 @@ import numpy as np
 from PIL import Image
 
 from latentdiff.errors import InputError, shown, suggest
-from latentdiff.images import fit, write_file
+from latentdiff.files import make_folder, write_file
+from latentdiff.images import fit
 from latentdiff.prompts import MAX_PROMPT_LENGTH
 
 from ..config import DataConfig
 from .batch_order import BatchOrder
 from .buckets import bucket_sizes, nearest
 from .examine import examine, examined, read_image, save_examined
-from .image_info import ImageInfo, info_of, make_folder
+from .image_info import ImageInfo, info_of
 from .remarks import remarks
 from .sample import Sample
 from .source import MissingSplitError, Source

@@ -13,10 +13,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from latentdiff.errors import InputError, StorageError
-from latentdiff.files import is_file, parse_json, read_file, stamp
-from latentdiff.images import write_file
+from latentdiff.files import is_file, make_folder, parse_json, read_file, stamp, write_file
 
-from .image_info import ImageInfo, decoded, info_of, is_finding, locked, make_folder, try_info
+from .image_info import ImageInfo, decoded, info_of, is_finding, locked, try_info
 from .prefetch import prefetched
 from .source import Source
 

@@ -75,16 +75,3 @@ def locked(file: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder, with those above it.
-
-    Raises:
-        StorageError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(f"cannot write to {folder}: {reason}; choose another place") from error

@@ -11,11 +11,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from latentdiff.checkpoints import Components
-from latentdiff.images import write_file
+from latentdiff.files import make_folder, write_file
 from latentdiff.pipeline import Pipeline
 
 from ..config import DataConfig, DiffusionTraining
-from .image_info import make_folder
 
 METADATA = "metadata.jsonl"
 

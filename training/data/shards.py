@@ -18,10 +18,10 @@ from typing import Any
 from tqdm import tqdm
 
 from latentdiff.errors import InputError
-from latentdiff.files import is_file, open_file, parse_json, read_file
-from latentdiff.images import MAX_FILE_BYTES, write_file
+from latentdiff.files import is_file, make_folder, open_file, parse_json, read_file, write_file
+from latentdiff.images import MAX_FILE_BYTES
 
-from .image_info import ImageInfo, decoded, info_of, is_finding, locked, make_folder, try_info
+from .image_info import ImageInfo, decoded, info_of, is_finding, locked, try_info
 from .prefetch import prefetched
 from .remote import Forward, RemoteFile, is_remote, look_up, read_range, without_secrets
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import InputError
-from latentdiff.files import read_file
-from latentdiff.images import write_file
+from latentdiff.files import read_file, write_file
 
 METADATA, MOST_BYTES = "metadata.jsonl", 2**30
 

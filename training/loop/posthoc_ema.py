@@ -30,7 +30,7 @@ from latentdiff.checkpoints import load_pipeline, read_header, save_pipeline
 from latentdiff.checkpoints.saver import flush_to_disk
 from latentdiff.checkpoints.weights import read_weights, stored_weights
 from latentdiff.errors import InputError, LatentDiffError
-from latentdiff.images import write_file
+from latentdiff.files import write_file
 
 from ..config import RunConfig
 from .ema import Ema

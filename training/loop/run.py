@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from latentdiff.checkpoints.folder import INDEX
 from latentdiff.devices import supports_bfloat16
 from latentdiff.errors import InputError, StorageError
-from latentdiff.images import from_tensor, sheet, write_file, write_png
+from latentdiff.files import write_file
+from latentdiff.images import from_tensor, sheet, write_png
 from latentdiff.marks import COMPOSITE
 from latentdiff.models.attention import Transformer2DModel
 from latentdiff.models.layers import ResnetBlock2D

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from latentdiff.errors import InputError, MissingDependencyError, StorageError
-from latentdiff.images import write_file
+from latentdiff.files import write_file
 
 from ..config import RunConfig, read_yaml
 from ..loop.checkpointing import config_digest

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import InputError, shown
-from latentdiff.files import is_file, is_folder, parse_json, read_file
-from latentdiff.images import write_file
+from latentdiff.files import is_file, is_folder, parse_json, read_file, write_file
 
 Clock = Callable[[], float]
 FILE, LOCK = "speedrun.json", ".speedrun"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from latentdiff.evaluate.figure import Figure
 from latentdiff.evaluate.page import STYLE, details, figure_table
-from latentdiff.images import write_file
+from latentdiff.files import write_file
 
 from ..config import DiffusionTraining
 from .curves import curve, read_scalars

@@ -23,7 +23,7 @@ from latentdiff.evaluate.compose.words import (
     listed,
     with_article,
 )
-from latentdiff.images import write_file
+from latentdiff.files import write_file
 
 __all__ = [
     "CATEGORIES",

@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from latentdiff.errors import InputError, StorageError
 from latentdiff.evaluate.compose.grounds import GROUNDS, paint_ground
-from latentdiff.files import parse_json, read_file
-from latentdiff.images import write_file
+from latentdiff.files import parse_json, read_file, write_file
 
 from ...data.augment import turn_hue
 from ..emoji import MAX_REPORT_BYTES, SPLITS
