@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from latentdiff import files, images
-from latentdiff.errors import InputError, StorageError
+from latentdiff import images
+from latentdiff.errors import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 SMOOTH = np.full((16, 24, 3), 90, dtype=np.uint8)
@@ -367,39 +367,6 @@ def test_texts_survive_in_the_png(tmp_path: Path) -> None:
 def test_other_files_have_no_texts_of_ours(tmp_path: Path) -> None:
     path = write(tmp_path / "a.png", Image.fromarray(SMOOTH), format="JPEG")
     assert images.read_texts(path) == {}
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_nothing_is_left_of_a_write_that_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    def fail(descriptor: int) -> None:
-        raise error
-
-    path = tmp_path / "a.png"
-    path.write_bytes(b"old")
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(StorageError if isinstance(error, OSError) else KeyboardInterrupt):
-        files.write_file(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_unwritable_places_are_found_beforehand(tmp_path: Path) -> None:
-    files.check_writable(tmp_path / "a.png")
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(StorageError, match="there is no folder"):
-        files.check_writable(tmp_path / "none" / "a.png")
-    with pytest.raises(StorageError, match="it is a folder"):
-        files.check_writable(tmp_path)
-    with pytest.raises(StorageError, match="cannot write"):
-        files.check_writable("/proc/a.png")
-    for path in (tmp_path / f"{'a' * 300}.png", tmp_path / "a\0.png", tmp_path / "\ud800.png"):
-        with pytest.raises(StorageError, match="cannot write"):
-            files.check_writable(path)
-        with pytest.raises(StorageError, match="cannot write"):
-            files.write_file(path, b"")
-    assert not list(tmp_path.iterdir())
 
 
 def test_texts_that_no_file_can_hold_are_escaped(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ def destination(model: str, out: str) -> tuple[Path, bool]:
         InputError: it holds something else.
         StorageError: it cannot be made.
     """
-    folder, own = make_folder(out), _is_own(model, Path(out))
+    folder = make_folder(out)
+    own = _is_own(model, folder)
     if not own and any(folder.iterdir()) and not (folder / INDEX).is_file():
         raise InputError(f"{out} holds something that is no saved model; move it, or choose another --out")
     return folder, own
