@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints import Components, save_pipeline
 from latentdiff.diffusion import NoiseSchedule
+from latentdiff.engine.conversions import CACHE
 from latentdiff.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from latentdiff.models.bert import BertConfig, BertModel
 from latentdiff.models.tokenizer import Tokenizer
 from latentdiff.models.unet import UNet2DConditionModel, UNetConfig
 from tests.models.tiny import BERT, write_bert_vocabulary
+from tests.needs import leave_out
 
 UNET = {
     "sample_size": 8,
@@ -73,3 +79,35 @@ def model_folder(built_model: Path, tmp_path: Path) -> Path:
 def pipe(built_model: Path) -> Pipeline:
     """The model, loaded."""
     return Pipeline.from_pretrained(built_model, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def conversions(built_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OpenVINO's conversions of the tiny model, which are made once for all processes that run tests."""
+    if find_spec("openvino") is None:
+        leave_out("needs openvino, which the extra openvino installs")
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "conversions"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            _convert(built_model, folder)
+    return folder
+
+
+def _convert(built_model: Path, folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patched, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        patched.setenv(CACHE, str(folder))
+        Pipeline.from_pretrained(built_model, device="cpu", engine="openvino").make_ready()
+    texts = [str(one.message) for one in said]
+    assert [text for text in texts if "converting" in text] == [
+        f"converting {what} for OpenVINO, once; this takes a while"
+        for what in ("the U-Net", "the decoder", "the text encoder")
+    ]
+
+
+@pytest.fixture
+def converted(conversions: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Those conversions, in use."""
+    monkeypatch.setenv(CACHE, str(conversions))
+    return conversions

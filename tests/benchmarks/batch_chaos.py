@@ -4,12 +4,12 @@
     python tests/benchmarks/batch_chaos.py --rows 400 --kills 60 --steps 1 --format files
     python tests/benchmarks/batch_chaos.py --nodes 2          # on a Ray cluster of so many, all on this machine
 
-A table is drawn by the embedded model once undisturbed, in one process, and once by a driver with workers that are
-killed (SIGKILL), it or one of them, at random moments, and started again until it ends. Then a small one is drawn by a
-process that is killed before each of its operations on files. Each time the outputs must be the same to the byte, every
-row in the manifests once, and no shard that was there gone. Drivers and workers are forks of this process, which takes
-no time to start; with --nodes they are processes of their own, and whole nodes are killed too. Prints the figures and a
-JSON line; the exit code is 1 if one of them is not as promised.
+A table is drawn by the embedded model, or that of --model, once undisturbed, in one process, and once by a driver
+with workers that are killed (SIGKILL), it or one of them, at random moments, and started again until it ends. Then a
+small one is drawn by a process that is killed before each of its operations on files. Each time the outputs must be
+the same to the byte, every row in the manifests once, and no shard that was there gone. Drivers and workers are forks
+of this process, which takes no time to start; with --nodes they are processes of their own, and whole nodes are
+killed too. Prints the figures and a JSON line; the exit code is 1 if one of them is not as promised.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from latentdiff.pipeline import Pipeline
 from latentdiff.scale import local
 from latentdiff.scale.batch import How, run_batch
 from latentdiff.scale.formats import FORMATS
@@ -68,6 +67,7 @@ class Figures:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="default: the embedded one")
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--kills", type=int, default=200, help="at random moments")
     parser.add_argument("--steps", type=int, default=2)
@@ -79,7 +79,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pipe, facts = Pipeline.from_pretrained(device="cpu"), Model(device="cpu").facts()
+    named = Model(options.model, device="cpu")
+    pipe, facts = named.load(), named.facts()
     Model.load = lambda model: pipe  # type: ignore[method-assign]  # which forks share
     Model.facts = lambda model: facts  # type: ignore[method-assign]
     real = local.multiprocessing.get_context
@@ -232,7 +233,7 @@ def start(table: str, out: Path, options: argparse.Namespace) -> int:
 def draw(table: str, out: Path, options: argparse.Namespace, workers: int) -> None:
     """Draw a table."""
     settings = {"num_inference_steps": options.steps, "guidance_scale": 1.0}
-    job = Job(Model(device="cpu"), settings, (), options.format, options.shard_size)
+    job = Job(Model(options.model, device="cpu"), settings, (), options.format, options.shard_size)
     with contextlib.redirect_stderr(io.StringIO()):
         run_batch(table, str(out), job, How(workers=workers, max_failures=options.rows, say=lambda line: None))
 

@@ -81,10 +81,8 @@ def test_what_cannot_be_used_is_one_line(
 
 
 def test_another_engine_draws_other_pictures_of_other_names(
-    table: str, tmp_path: Path, built_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    table: str, tmp_path: Path, built_model: Path, capsys: pytest.CaptureFixture[str], converted: Path
 ) -> None:
-    pytest.importorskip("openvino")
-    monkeypatch.setenv("LATENTDIFF_CACHE", str(tmp_path / "cache"))
     command = ["batch", "rows.jsonl", "--model", str(built_model), "--device", "cpu", "--steps", "2", "--workers", "0"]
     command += ["--format", "files"]
     openvino = [*command, "fast", "--model-engine", "openvino"]
