@@ -45,6 +45,9 @@ def run(options: argparse.Namespace) -> None:
         encode(recipe, options.overrides, options.out)
     else:
         train(recipe, options.overrides, options.resume, options.out)
+        from latentdiff.training.loop.distributed import leave
+
+        leave()
 
 
 def find_recipe(config: str) -> str:

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs, PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
@@ -46,6 +47,16 @@ def start_accelerator(run: RunConfig) -> Accelerator:
             f"{run.accumulation}, got {run.batch_size}; try {max(1, run.batch_size // shares) * shares}"
         )
     return accelerator
+
+
+def leave() -> None:
+    """Wait for the other processes, if any, and take leave of them, as the last thing that a process does.
+
+    One that ends while threads of its process group still run is aborted, and the launcher then ends the others.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def own_shares(accelerator: Accelerator, run: RunConfig) -> list[slice]:
