@@ -114,7 +114,7 @@ def _watch(store: RemoteStore, before: bytes) -> None:
         now = store.read(LOCK)
         if now is None:
             return
-        if now != before:
+        if now and now != before:  # empty: it is being written at this moment
             raise _refusal(store.place, f"by {_described(now)}")
 
 

@@ -144,6 +144,16 @@ def test_an_object_store_has_one_driver_at_a_time(tmp_path: Path, monkeypatch: p
         assert len(said) == 2
 
 
+def test_a_lock_that_is_empty_for_a_moment_is_not_taken_for_another_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, moments = RemoteStore(f"memory://{tmp_path.name}"), [b"{}", b"", b'{"process": 5, "host": "a"}']
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: write_bytes(place, lock.LOCK, moments.pop(0)))
+    write_bytes(place, lock.LOCK, b"{}")
+    with pytest.raises(InputError, match="is being written by process 5 on a;"), locked(place, print):
+        pass
+
+
 def test_of_two_drivers_that_begin_together_the_last_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = RemoteStore(f"memory://{tmp_path.name}")
 
